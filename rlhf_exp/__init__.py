@@ -1,0 +1,1 @@
+"""PPO-RLHF on transformers one can look inside. Importing the package imports nothing heavy."""
