@@ -1,0 +1,57 @@
+"""From scores to rewards, advantages and returns. Knows time, not models.
+
+Position t is the t-th completion token: rewards[:, t] is received for emitting it, values[:, t]
+is the value of the state before it. After the last real token the value is 0.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rlhf_exp.functional.masking import masked_fill_zero
+
+
+def normalize_reward(scores: Float[Tensor, " batch"], *, eps: float = 1e-5) -> Tensor:
+    """(scores - mean) / (std + eps) over the batch, std unbiased; 0 for one or equal scores."""
+    if scores.numel() < 2:
+        return torch.zeros_like(scores)
+    scores = scores - scores[0]  # exactly 0 for equal scores, whatever their mean would round to
+    return (scores - scores.mean()) / (scores.std() + eps)
+
+
+def terminal_rewards(
+    scores: Float[Tensor, " batch"], mask: Bool[Tensor, "batch completion"]
+) -> Float[Tensor, "batch completion"]:
+    """Rewards that are 0 but for the score at each row's last real token.
+
+    A row without real tokens gets none. TRL puts the score one position later on padded rows
+    (`sequence_lengths_p1`); equal on full ones.
+    """
+    last = mask & (mask.flip(1).cumsum(dim=1).flip(1) == 1)
+    return masked_fill_zero(scores[:, None].expand(mask.shape), last)
+
+
+def gae(
+    values: Float[Tensor, "batch completion"],
+    rewards: Float[Tensor, "batch completion"],
+    mask: Bool[Tensor, "batch completion"],
+    *,
+    gamma: float,
+    gae_lambda: float,
+) -> Float[Tensor, "batch completion"]:
+    """Generalised advantage estimates, 0 in the padding.
+
+    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma gae_lambda A_{t+1}, with V = 0
+    after the last real token. gae_lambda=0 gives one-step advantages, gae_lambda=1 the
+    discounted return minus V. `mask` is True on a prefix of each row. Source: Schulman et al.
+    2015, arXiv 1506.02438, equation 16.
+    """
+    values, rewards = masked_fill_zero(values, mask), masked_fill_zero(rewards, mask)
+    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    deltas = rewards + gamma * next_values - values
+    advantage = deltas.new_zeros(deltas.shape[0])
+    advantages = torch.zeros_like(deltas)
+    for t in reversed(range(deltas.shape[1])):
+        advantage = deltas[:, t] + gamma * gae_lambda * advantage
+        advantages[:, t] = advantage
+    return advantages

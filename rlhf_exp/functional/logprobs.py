@@ -1,0 +1,86 @@
+"""Log-probabilities, entropy and KL divergence from logits.
+
+Knows vocabularies and tokens, not prompts: callers cut the completion out with
+`completion_logits`, the one place that knows the shift by one.
+"""
+
+from typing import Literal
+
+import torch
+from eindex import eindex
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rlhf_exp.functional.masking import masked_fill_zero
+
+Estimator = Literal["k1", "k2", "k3"]
+
+
+def completion_logits(logits: Float[Tensor, "batch seq vocab"], prompt_len: int) -> Tensor:
+    """The logits [batch completion vocab] from which each completion token was sampled.
+
+    The logits at position p - 1 score the token at position p, so the cut is [p - 1 : -1]; it
+    serves hidden states and, with a last axis of 1, values just as well. Raises ValueError if
+    prompt_len is not in 1 .. seq.
+    """
+    if not 1 <= prompt_len <= logits.shape[1]:
+        raise ValueError(f"prompt_len={prompt_len} must be in 1 .. {logits.shape[1]} (seq)")
+    return logits[:, prompt_len - 1 : -1]
+
+
+def token_logprobs(
+    logits: Float[Tensor, "batch completion vocab"], tokens: Int[Tensor, "batch completion"]
+) -> Float[Tensor, "batch completion"]:
+    """log softmax(logits) at each token: log p(y_t | x, y_<t)."""
+    return eindex(logits.log_softmax(dim=-1), tokens, "batch completion [batch completion]")
+
+
+def entropy(
+    logits: Float[Tensor, "batch completion vocab"],
+) -> Float[Tensor, "batch completion"]:
+    """Entropy of softmax(logits) at each position, in nats. Logits of -inf count as 0."""
+    logprobs = logits.log_softmax(dim=-1)
+    return -_expectation(logprobs, logprobs)
+
+
+def kl_divergence(
+    logits: Float[Tensor, "batch completion vocab"],
+    ref_logits: Float[Tensor, "batch completion vocab"],
+) -> Float[Tensor, "batch completion"]:
+    """Exact D(policy || reference) = sum_v p(v) (log p(v) - log q(v)) at each position, in nats.
+
+    Tokens of policy probability 0 contribute 0; one that the policy can emit and the reference
+    can not makes it infinite.
+    """
+    logprobs = logits.log_softmax(dim=-1)
+    return _expectation(logprobs, logprobs - ref_logits.log_softmax(dim=-1))
+
+
+def kl_estimate(
+    logprobs: Float[Tensor, "batch completion"],
+    ref_logprobs: Float[Tensor, "batch completion"],
+    estimator: Estimator,
+) -> Float[Tensor, "batch completion"]:
+    """An estimate of D(policy || reference) from the sampled tokens alone, in nats.
+
+    With d = log p - log q: k1 = d, unbiased and of either sign; k2 = d^2 / 2, biased; k3 =
+    exp(-d) - 1 + d, unbiased and never negative. Source: J. Schulman, "Approximating KL
+    divergence". Raises ValueError for another name.
+    """
+    difference = logprobs - ref_logprobs
+    if estimator == "k1":
+        return difference
+    if estimator == "k2":
+        return difference.square() / 2
+    if estimator == "k3":
+        return torch.expm1(-difference) + difference
+    raise ValueError(f"estimator={estimator!r} must be one of k1, k2, k3")
+
+
+def _expectation(
+    logprobs: Float[Tensor, "batch completion vocab"], x: Float[Tensor, "batch completion vocab"]
+) -> Float[Tensor, "batch completion"]:
+    # Tokens of probability 0 come as 0 * inf; zeroing x there keeps value and gradient finite.
+    # They are found by the probability, which underflows where its logarithm is still finite.
+    probs = logprobs.exp()
+    return (probs * masked_fill_zero(x, probs != 0)).sum(dim=-1)

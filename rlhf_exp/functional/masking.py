@@ -1,0 +1,58 @@
+"""Statistics over the real positions of padded tensors. Knows masks, not what they stand for.
+
+What padding holds never reaches a result, NaN and infinity included. With no real position a
+statistic is 0.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def masked_fill_zero(x: Float[Tensor, "*axes"], mask: Bool[Tensor, "*axes"]) -> Tensor:
+    """`x` with 0 where the mask is False; gradients there are 0, never NaN."""
+    return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def masked_sum(x: Float[Tensor, "*axes"], mask: Bool[Tensor, "*axes"]) -> Float[Tensor, ""]:
+    """Sum of `x` over the mask."""
+    return masked_fill_zero(x, mask).sum()
+
+
+def masked_mean(x: Float[Tensor, "*axes"], mask: Bool[Tensor, "*axes"]) -> Float[Tensor, ""]:
+    """Mean of `x` over the mask, each real position weighing the same."""
+    return masked_sum(x, mask) / mask.sum().clamp(min=1)
+
+
+def masked_var(x: Float[Tensor, "*axes"], mask: Bool[Tensor, "*axes"]) -> Float[Tensor, ""]:
+    """Unbiased variance (divided by n - 1) of `x` over the mask; 0 for fewer than two positions."""
+    return _deviation(x, mask).square().sum() / (mask.sum() - 1).clamp(min=1)
+
+
+def masked_whiten(
+    x: Float[Tensor, "*axes"], mask: Bool[Tensor, "*axes"], *, eps: float = 1e-8
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) over the mask, 0 elsewhere; all 0 for a constant `x`.
+
+    Source: OpenAI lm-human-preferences, `whiten` with shift_mean=True; here the variance is
+    unbiased, as in TRL's masked_whiten.
+    """
+    scale = torch.rsqrt(masked_var(x, mask) + eps)
+    return masked_fill_zero(_deviation(x, mask) * scale, mask)
+
+
+def masked_rescale(
+    x: Float[Tensor, "*axes"], mask: Bool[Tensor, "*axes"], *, eps: float = 1e-8
+) -> Tensor:
+    """Whitened to unit variance with its mean kept: (x - mean) / sqrt(var + eps) + mean.
+
+    Source: lm-human-preferences, `whiten` with shift_mean=False.
+    """
+    return masked_fill_zero(masked_whiten(x, mask, eps=eps) + masked_mean(x, mask), mask)
+
+
+def _deviation(x: Float[Tensor, "*axes"], mask: Bool[Tensor, "*axes"]) -> Tensor:
+    # The mean of a constant rounds to something else, and whitening would blow the difference up.
+    # Measured from one of its own values a constant is exactly 0.
+    from_first = x - x[mask][:1].sum().detach()
+    return masked_fill_zero(from_first - masked_mean(from_first, mask), mask)

@@ -1,0 +1,45 @@
+"""What every group of the configuration is made of: frozen, range-checked dataclasses.
+
+It knows pydantic and nothing of Hydra: the classes are as usable from Python as from a YAML file.
+"""
+
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """The user's mistake in a configuration or a file: the message names the field and the fix."""
+
+
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number, not a boolean")
+    return value
+
+
+_number = BeforeValidator(_refuse_bool)
+
+Positive = Annotated[float, _number, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, _number, Field(ge=0, allow_inf_nan=False)]
+Real = Annotated[float, _number, Field(allow_inf_nan=False)]
+Fraction = Annotated[float, _number, Field(ge=0, le=1, allow_inf_nan=False)]
+OpenFraction = Annotated[float, _number, Field(gt=0, lt=1, allow_inf_nan=False)]
+TopP = Annotated[float, _number, Field(gt=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, _number, Field(ge=1)]
+Index = Annotated[int, _number, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def settings(cls: type[T]) -> type[T]:
+    """The class as a frozen keyword-only dataclass that checks types and ranges when it is built.
+
+    Raises pydantic.ValidationError with every bad field of the class at once, unknown ones
+    included.
+    """
+    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    return dataclass(frozen=True, kw_only=True, config=config)(cls)  # type: ignore[return-value]

@@ -1,0 +1,136 @@
+"""The records that flow through a phase: prompts, completions, rollout, experience.
+
+Frozen, complete when built, their shapes checked when they are. One index convention: position t
+concerns completion token y_t: logprobs[:, t] = log p(y_t | x, y_<t), values[:, t] = V(x, y_<t),
+rewards[:, t] is received for emitting y_t.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar, dataclass_transform
+
+import torch
+from beartype import beartype
+from jaxtyping import Bool, Float, Int, jaxtyped
+from torch import Tensor
+
+T = TypeVar("T")
+R = TypeVar("R", bound="Record")
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def record(cls: type[T]) -> type[T]:
+    """The class as a frozen keyword-only dataclass whose tensors' shapes are checked when built."""
+    return jaxtyped(typechecker=beartype)(dataclass(frozen=True, kw_only=True)(cls))
+
+
+class Record:
+    """A record whose every tensor, tuple and nested record has the batch as its first axis."""
+
+    def __getitem__(self: R, index: Tensor) -> R:
+        """The rows at `index` [rows], as a record of the same kind."""
+        return type(self)(
+            **{
+                field.name: _rows(getattr(self, field.name), index)
+                for field in fields(self)  # type: ignore[arg-type]
+            }
+        )
+
+
+def _rows(value: Any, index: Tensor) -> Any:
+    if isinstance(value, tuple):
+        # Through arange, so that a boolean index picks the same rows here as in the tensors.
+        positions = torch.arange(len(value), device=index.device)[index]
+        return tuple(value[i] for i in positions.tolist())
+    return value[index]
+
+
+@record
+class PromptBatch(Record):
+    """Left-padded prompts. `rows` keep the task's own data for each; `rows[i]["prompt"]` is its
+    text."""
+
+    tokens: Int[Tensor, "batch prompt"]
+    mask: Bool[Tensor, "batch prompt"]
+    rows: tuple[Mapping[str, Any], ...]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The text of each prompt."""
+        return tuple(row["prompt"] for row in self.rows)
+
+
+@record
+class Completions(Record):
+    """Prompts and what was sampled after them. `mask` is True through the first end-of-sequence
+    token; padding holds 0. `texts` are the completions alone, special tokens left out."""
+
+    prompts: PromptBatch
+    tokens: Int[Tensor, "batch completion"]
+    mask: Bool[Tensor, "batch completion"]
+    texts: tuple[str, ...]
+
+    @property
+    def full_texts(self) -> tuple[str, ...]:
+        """Each prompt with its completion, the text that a reward on whole samples reads."""
+        return tuple(a + b for a, b in zip(self.prompts.texts, self.texts, strict=True))
+
+    @property
+    def sequences(self) -> tuple[Int[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
+        """Tokens and mask of prompts and completions joined."""
+        return (
+            torch.cat([self.prompts.tokens, self.tokens], dim=1),
+            torch.cat([self.prompts.mask, self.mask], dim=1),
+        )
+
+    @property
+    def prompt_len(self) -> int:
+        """Columns of the padded prompts: where the completions begin in `sequences`."""
+        return self.prompts.tokens.shape[1]
+
+
+@record
+class Generation(Record):
+    """Completions with what the policy computed while it sampled them. `hidden` are the final
+    hidden states from which each token was sampled; `kept_mass` is the policy's own probability
+    of the tokens that the sampling filter kept (1 without a filter)."""
+
+    completions: Completions
+    logprobs: Float[Tensor, "batch completion"]
+    values: Float[Tensor, "batch completion"]
+    hidden: Float[Tensor, "batch completion d_model"]
+    kept_mass: Float[Tensor, "batch completion"]
+
+
+@record
+class Rollout(Record):
+    """A generation measured against the reference and scored. `kl` is the exact
+    D(policy || reference) and `entropy` the policy's, both of the distribution of each token."""
+
+    completions: Completions
+    logprobs: Float[Tensor, "batch completion"]
+    ref_logprobs: Float[Tensor, "batch completion"]
+    ref_hidden: Float[Tensor, "batch completion d_model"]
+    values: Float[Tensor, "batch completion"]
+    kl: Float[Tensor, "batch completion"]
+    entropy: Float[Tensor, "batch completion"]
+    kept_mass: Float[Tensor, "batch completion"]
+    scores: Float[Tensor, " batch"]
+
+
+@record
+class Experience(Record):
+    """What a learning phase trains on; a minibatch is `experience[index]`."""
+
+    rollout: Rollout
+    rewards: Float[Tensor, "batch completion"]
+    advantages: Float[Tensor, "batch completion"]
+    returns: Float[Tensor, "batch completion"]
+
+
+@record
+class LossOutput:
+    """A loss to minimise and the metrics that explain it."""
+
+    loss: Float[Tensor, ""]
+    metrics: Mapping[str, Float[Tensor, ""]]
