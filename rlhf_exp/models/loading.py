@@ -1,0 +1,184 @@
+"""Policies and classifiers from a hub name, a local directory or a run's folder.
+
+It knows Hugging Face's formats and what goes wrong with them: every failure is a ConfigError that
+names the model and the fix.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf_exp.models.policy import Engine, TransformerWithValueHead, initialise_value_head
+from rlhf_exp.network import reachable
+from rlhf_exp.settings import ConfigError, Text, settings
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+ValueHeadInit = Literal["default", "zero"]
+TokenizerFactory = Callable[[], PreTrainedTokenizerBase]
+LanguageModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+class ModelSettings(Protocol):
+    """What a model group offers: a language model, and how a policy is made of it."""
+
+    engine: Engine
+    value_head_init: ValueHeadInit
+
+    def language_model(
+        self, make_tokenizer: TokenizerFactory | None, *, seed: int
+    ) -> LanguageModel:
+        """The model on the CPU in fp32 and its tokenizer. `make_tokenizer` builds the task's, for
+        models that are built from nothing; None if the task has no texts."""
+        ...
+
+    def value_head_path(self) -> Path | None:
+        """The file of a value head saved with the model, if there is one."""
+        ...
+
+
+@settings
+class Pretrained:
+    """A model that exists: by hub name, local directory or run folder."""
+
+    base_model: Text
+    revision: str | None = None
+    engine: Engine = "fast"
+    value_head_init: ValueHeadInit = "default"
+
+    def language_model(
+        self, make_tokenizer: TokenizerFactory | None, *, seed: int
+    ) -> LanguageModel:
+        """The model and the tokenizer that its directory holds; the task's is not used."""
+        return load_language_model(self.base_model, revision=self.revision)
+
+    def value_head_path(self) -> Path | None:
+        """`value_head.safetensors` in the model's directory, if it is there."""
+        path = Path(locate_model(self.base_model)) / VALUE_HEAD_FILE
+        return path if path.is_file() else None
+
+
+def build_policy(
+    model: ModelSettings,
+    make_tokenizer: TokenizerFactory | None,
+    *,
+    device: torch.device,
+    seed: int,
+) -> TransformerWithValueHead:
+    """The policy that the settings describe, on the device. A saved value head is loaded; else it
+    is drawn with the seed."""
+    language_model, tokenizer = model.language_model(make_tokenizer, seed=seed)
+    policy = TransformerWithValueHead(language_model.to(device), tokenizer, engine=model.engine)
+    _check_taken_apart(policy)
+    saved = model.value_head_path()
+    if saved is not None:
+        policy.value_head.load_state_dict(load_file(saved))
+    else:
+        initialise_value_head(
+            policy.value_head,
+            generator=torch.Generator().manual_seed(seed),
+            zero_last=model.value_head_init == "zero",
+        )
+    return policy
+
+
+def load_policy(
+    path_or_name: str | Path,
+    *,
+    engine: Engine = "fast",
+    revision: str | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> TransformerWithValueHead:
+    """A policy from a hub name, a Hugging Face directory or a run's folder, its value head with it
+    if it was saved. Raises ConfigError if there is no such model."""
+    model = Pretrained(base_model=str(path_or_name), engine=engine, revision=revision)
+    return build_policy(model, None, device=torch.device(device), seed=seed)
+
+
+def load_language_model(name: str, *, revision: str | None = None) -> LanguageModel:
+    """A causal language model in fp32 and its tokenizer. Raises ConfigError if the name is neither
+    a directory with a model nor known to a hub within reach."""
+    source = locate_model(name)
+    model = _from_pretrained(
+        AutoModelForCausalLM, source, "model.base_model", name, revision=revision,
+        dtype=torch.float32,
+    )  # fmt: skip
+    tokenizer = _from_pretrained(
+        AutoTokenizer, source, "model.base_model", name, revision=revision, padding_side="left"
+    )
+    if len(tokenizer) > model.config.vocab_size:
+        raise ConfigError(
+            f"model.base_model={name!r}: its tokenizer has {len(tokenizer)} tokens but the model"
+            f" only {model.config.vocab_size}; save the tokenizer that the model was trained with"
+        )
+    return model, tokenizer
+
+
+def load_classifier(name: str, *, dtype: torch.dtype) -> LanguageModel:
+    """A sequence classifier and its tokenizer, in evaluation mode. Raises ConfigError as
+    `load_language_model` does."""
+    source = locate_model(name, field="reward.name")
+    model = _from_pretrained(
+        AutoModelForSequenceClassification, source, "reward.name", name, dtype=dtype
+    )
+    return model.eval(), _from_pretrained(AutoTokenizer, source, "reward.name", name)
+
+
+def locate_model(name: str, *, field: str = "model.base_model") -> str:
+    """Where transformers shall load `name` from: the directory itself, the `model/` of a run's
+    folder, or the name unchanged if it can only be a hub's. Raises ConfigError for a directory
+    without a model and for a path that does not exist."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        for candidate in (path, path / "model"):
+            if (candidate / "config.json").is_file():
+                return str(candidate)
+        raise ConfigError(
+            f"{field}={name!r} is a directory without a model: neither config.json nor"
+            " model/config.json is in it. Name a save_pretrained directory or a finished run."
+        )
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigError(f"{field}={name!r}: no such directory")
+    return name
+
+
+def _from_pretrained(loader: Any, source: str, field: str, name: str, **options: Any) -> Any:
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    local = Path(source).is_dir() or not reachable(hub)
+    try:
+        return loader.from_pretrained(source, local_files_only=local, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0][:300]
+        if Path(source).is_dir():
+            fix = f"{loader.__name__} must be able to open it"
+        elif local:
+            fix = f"{hub} is out of reach and it is not in the local cache; name a local directory"
+        else:
+            fix = f"check the name on {hub}, or name a local directory"
+        raise ConfigError(f"{field}={name!r} cannot be loaded: {fix}.\n  {reason}") from error
+
+
+def _check_taken_apart(policy: TransformerWithValueHead) -> None:
+    """Raises ConfigError for an architecture whose logits are more than its output embedding on its
+    final hidden states (soft-capped or scaled logits), which this package does not handle."""
+    tokens = torch.zeros((1, 2), dtype=torch.long, device=policy.device)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    with torch.no_grad():
+        whole = policy.language_model(tokens).logits
+        parts = policy.unembed(policy.hidden_states(tokens, mask))
+    if not torch.allclose(whole, parts, rtol=1e-3, atol=1e-3):
+        raise ConfigError(
+            f"model: {type(policy.language_model).__name__} changes its logits after the output"
+            " embedding; this architecture is not supported"
+        )

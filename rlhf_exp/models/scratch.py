@@ -1,0 +1,140 @@
+"""Small models built from nothing, of the same Hugging Face classes as the real ones."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf_exp.models.loading import LanguageModel, TokenizerFactory, ValueHeadInit
+from rlhf_exp.models.policy import Engine
+from rlhf_exp.settings import ConfigError, Count, settings
+
+Dropout = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+def _check_heads(d_model: int, num_heads: int) -> None:
+    if d_model % num_heads:
+        raise ValueError(f"d_model={d_model} must be a multiple of num_heads={num_heads}")
+
+
+@settings
+class Scratch:
+    """A causal language model of the given shape with random weights and the task's tokenizer."""
+
+    architecture: Literal["gpt2", "llama", "gpt_neox"] = "gpt2"
+    num_layers: Count = 2
+    d_model: Count = 64
+    num_heads: Count = 4
+    context_len: Count = 64
+    dropout: Dropout = 0.0
+    engine: Engine = "fast"
+    value_head_init: ValueHeadInit = "default"
+
+    @model_validator(mode="after")
+    def _divides(self) -> "Scratch":
+        _check_heads(self.d_model, self.num_heads)
+        return self
+
+    def language_model(
+        self, make_tokenizer: TokenizerFactory | None, *, seed: int
+    ) -> LanguageModel:
+        """The model, drawn with the seed, and the task's tokenizer. Raises ConfigError if the task
+        has no texts to make one from."""
+        if make_tokenizer is None:
+            raise ConfigError(
+                "model: one built from nothing needs a task with texts (task=reviews or"
+                " task=labelled_text); for this task name a trained one: model=local"
+                " model.base_model=DIRECTORY"
+            )
+        tokenizer = make_tokenizer()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return self._model(tokenizer), tokenizer
+
+    def value_head_path(self) -> Path | None:
+        """None: nothing was saved."""
+        return None
+
+    def _model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        common = {
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        if self.architecture == "gpt2":
+            return GPT2LMHeadModel(
+                GPT2Config(
+                    n_layer=self.num_layers,
+                    n_embd=self.d_model,
+                    n_head=self.num_heads,
+                    n_positions=self.context_len,
+                    resid_pdrop=self.dropout,
+                    embd_pdrop=self.dropout,
+                    attn_pdrop=self.dropout,
+                    **common,
+                )
+            )
+        shape = {
+            "num_hidden_layers": self.num_layers,
+            "hidden_size": self.d_model,
+            "intermediate_size": 4 * self.d_model,
+            "num_attention_heads": self.num_heads,
+            "max_position_embeddings": self.context_len,
+            "attention_dropout": self.dropout,
+        }
+        if self.architecture == "llama":
+            return LlamaForCausalLM(LlamaConfig(**shape, **common))
+        return GPTNeoXForCausalLM(GPTNeoXConfig(hidden_dropout=self.dropout, **shape, **common))
+
+
+@settings
+class ScratchClassifier:
+    """A DistilBERT sequence classifier of the given shape with random weights."""
+
+    num_layers: Count = 1
+    d_model: Count = 64
+    num_heads: Count = 2
+    context_len: Count = 64
+    dropout: Dropout = 0.1
+    head_dropout: Dropout = 0.2
+
+    @model_validator(mode="after")
+    def _divides(self) -> "ScratchClassifier":
+        _check_heads(self.d_model, self.num_heads)
+        return self
+
+    def classifier(
+        self, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...], *, seed: int
+    ) -> DistilBertForSequenceClassification:
+        """The model, drawn with the seed, one output for each label."""
+        config = DistilBertConfig(
+            vocab_size=len(tokenizer),
+            n_layers=self.num_layers,
+            dim=self.d_model,
+            hidden_dim=4 * self.d_model,
+            n_heads=self.num_heads,
+            max_position_embeddings=self.context_len,
+            dropout=self.dropout,
+            attention_dropout=self.dropout,
+            seq_classif_dropout=self.head_dropout,
+            pad_token_id=tokenizer.pad_token_id,
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return DistilBertForSequenceClassification(config)
