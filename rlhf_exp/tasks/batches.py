@@ -1,0 +1,32 @@
+"""Texts as padded batches for supervised training."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+# Batches whose texts are sorted by length together: little padding, and still a random order.
+BUCKET = 50
+
+
+def length_bucketed(
+    lengths: Sequence[int], batch_size: int, generator: torch.Generator
+) -> Iterator[list[int]]:
+    """Batches of indices, one epoch of all of them in random order, texts of like length together.
+
+    The last batch may be smaller.
+    """
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    batches = []
+    for start in range(0, len(order), BUCKET * batch_size):
+        bucket = sorted(order[start : start + BUCKET * batch_size], key=lengths.__getitem__)
+        batches += [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
+    for i in torch.randperm(len(batches), generator=generator).tolist():
+        yield batches[i]
+
+
+def pad_right(rows: Sequence[Sequence[int]], *, fill: int) -> Int[Tensor, "batch seq"]:
+    """The rows as one tensor, shorter ones filled up on the right."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])

@@ -1,0 +1,207 @@
+"""A user's own labelled sentences: a corpus, labels, and prompts from their first words.
+
+It knows the file's format and refuses a file that it would have to guess at; it knows no model.
+"""
+
+import hashlib
+import random
+import reprlib
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from pydantic import model_validator
+
+from rlhf_exp.settings import ConfigError, Count, Index, OpenFraction, Text, settings
+from rlhf_exp.tasks.protocol import LabelledText, Split
+
+if TYPE_CHECKING:
+    import transformers
+
+MIN_TEXTS, MIN_TEXTS_PER_LABEL = 200, 20
+
+
+class _Contents(NamedTuple):
+    sha256: str
+    texts: tuple[LabelledText, ...]  # distinct, in the file's order
+    num_contradictory: int
+
+
+@settings
+class LabelledTextFile:
+    """Sentences and labels from a tab-separated UTF-8 file whose header names the columns `label`
+    and `text`.
+
+    Quotes mean nothing special, so a text holds neither tabs nor line ends. A repeated text counts
+    once. The file is read once per instance.
+    """
+
+    path: Text  # the file, relative to the working directory or absolute
+    prepend_bos: bool = True  # whether a prompt begins with <bos>
+    vocab_size: Count = 3000  # tokens of the byte-pair tokenizer, at most
+    held_out_fraction: OpenFraction = 0.1  # texts kept from training; prompts come from them
+    prompt_words_min: Count = 2  # words in the shortest prompt
+    prompt_words_max: Count = 4  # words in the longest prompt
+    data_seed: Index = 0  # other seeds give other splits and prompt lengths
+
+    @model_validator(mode="after")
+    def _check_prompt_words(self) -> "LabelledTextFile":
+        if self.prompt_words_min > self.prompt_words_max:
+            raise ConfigError(
+                f"task.prompt_words_min={self.prompt_words_min} is above "
+                f"task.prompt_words_max={self.prompt_words_max}: lower the one or raise the other"
+            )
+        return self
+
+    @property
+    def num_contradictory(self) -> int:
+        """Distinct texts of the file that are left out because they stand under two labels."""
+        return self._contents.num_contradictory
+
+    def fingerprint(self) -> str:
+        """The SHA-256 of the file, as hexadecimal digits.
+
+        Raises ConfigError if the file cannot be read as described, holds fewer than 200 texts or
+        fewer than 20 of a label, or leaves too few to train on or to take prompts from.
+        """
+        labels = {label for label, _ in self._contents.texts}
+        split = self.language_split()
+        for name, texts in (("train", split.train), ("held-out", split.held_out)):
+            missing = sorted(labels - {label for label, _ in texts})
+            if missing:
+                raise ConfigError(
+                    f"task.held_out_fraction={self.held_out_fraction} leaves no {name} text with "
+                    f"the label {missing[0]!r}: move it towards 0.5, or add texts to {self.path}"
+                )
+        if not self.train_prompts() or not self.eval_prompts():
+            raise ConfigError(
+                f"task.path: {len(split.held_out)} held-out texts of {self.path} give "
+                f"{len(self.train_prompts())} prompts to train on and {len(self.eval_prompts())} "
+                "others to evaluate on: raise task.held_out_fraction or set task.prompt_words_min "
+                "and task.prompt_words_max below the length of the texts"
+            )
+        return self._contents.sha256
+
+    def train_prompts(self) -> tuple[str, ...]:
+        """The first words of one half of the held-out texts, those that the text goes on after."""
+        held_out = self.language_split().held_out
+        return self._prompts(held_out[: len(held_out) // 2])
+
+    def eval_prompts(self) -> tuple[str, ...]:
+        """The first words of the other half, without those that are also training prompts."""
+        held_out = self.language_split().held_out
+        trained = set(self.train_prompts())
+        prompts = self._prompts(held_out[len(held_out) // 2 :])
+        return tuple(prompt for prompt in prompts if prompt not in trained)
+
+    def build_tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
+        """A byte-pair tokenizer trained on the training texts alone."""
+        from rlhf_exp.tasks.tokenizers import byte_pair_tokenizer
+
+        texts = (text for _, text in self.language_split().train)
+        return byte_pair_tokenizer(texts, vocab_size=self.vocab_size)
+
+    def language_split(self) -> Split:
+        """The texts of the file in random order, `held_out_fraction` of them held out."""
+        texts = list(self._contents.texts)
+        random.Random(self.data_seed).shuffle(texts)
+        num_held_out = round(self.held_out_fraction * len(texts))
+        return Split(train=tuple(texts[num_held_out:]), held_out=tuple(texts[:num_held_out]))
+
+    def labelled_split(self) -> Split:
+        """The same as `language_split`."""
+        return self.language_split()
+
+    def _prompts(self, texts: tuple[LabelledText, ...]) -> tuple[str, ...]:
+        prompts = []
+        for _, text in texts:
+            words = text.split()
+            # Seeded by the text, so that a prompt does not change when other texts are added.
+            rng = random.Random(f"{self.data_seed} {text}")
+            num_words = rng.randint(self.prompt_words_min, self.prompt_words_max)
+            if len(words) > num_words:
+                prompts.append(" ".join(words[:num_words]))
+        return tuple(prompts)
+
+    @cached_property
+    def _contents(self) -> _Contents:
+        path = Path(self.path).expanduser()
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(
+                f"task.path: cannot read {path.absolute()} ({error.strerror}): give a file of "
+                "tab-separated lines with the columns label and text"
+            ) from error
+        labels_of: dict[str, set[str]] = {}
+        for label, text in _parse(_decode(data, path), path):
+            labels_of.setdefault(text, set()).add(label)
+        texts = tuple(
+            LabelledText(next(iter(labels)), text)
+            for text, labels in labels_of.items()
+            if len(labels) == 1
+        )
+        num_contradictory = len(labels_of) - len(texts)
+        _check_counts(texts, num_contradictory, path)
+        return _Contents(hashlib.sha256(data).hexdigest(), texts, num_contradictory)
+
+
+def _decode(data: bytes, path: Path) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            f"task.path: {path}, line {line} is not UTF-8: save the file as UTF-8"
+        ) from error
+
+
+def _parse(contents: str, path: Path) -> list[LabelledText]:
+    if not contents.strip():
+        raise ConfigError(
+            f"task.path: {path} is empty: give tab-separated lines with the columns label and text"
+        )
+    # Not splitlines(), which also splits at characters that stand inside sentences.
+    lines = contents.rstrip("\r\n").split("\n")
+    header = [name.strip() for name in lines[0].split("\t")]
+    if header.count("label") != 1 or header.count("text") != 1:
+        raise ConfigError(
+            f"task.path: {path}, line 1 must name the columns label and text once each, separated "
+            f"by tabs; it names {reprlib.repr(header)}"
+        )
+    label_column, text_column = header.index("label"), header.index("text")
+    rows = []
+    for number, line in enumerate(lines[1:], start=2):
+        cells = line.split("\t")
+        if len(cells) != len(header):
+            raise ConfigError(
+                f"task.path: {path}, line {number} has {len(cells)} columns where the header has "
+                f"{len(header)}: remove blank lines, and tabs and line ends within a text"
+            )
+        row = LabelledText(cells[label_column].strip(), cells[text_column].strip())
+        for name, cell in row._asdict().items():
+            if not cell:
+                raise ConfigError(
+                    f"task.path: {path}, line {number} has an empty {name}: fill it in or remove "
+                    "the line"
+                )
+        rows.append(row)
+    return rows
+
+
+def _check_counts(texts: tuple[LabelledText, ...], num_contradictory: int, path: Path) -> None:
+    found = f"task.path: {path} has {len(texts)} distinct texts"
+    if num_contradictory:
+        found += f" (besides {num_contradictory} under two labels, left out)"
+    if len(texts) < MIN_TEXTS:
+        raise ConfigError(f"{found}: give at least {MIN_TEXTS}")
+    counts = Counter(label for label, _ in texts)
+    rarest, num_rarest = counts.most_common()[-1]
+    if len(counts) < 2:
+        raise ConfigError(f"{found}, all with the label {rarest!r}: give at least two labels")
+    if num_rarest < MIN_TEXTS_PER_LABEL:
+        raise ConfigError(
+            f"{found}, {num_rarest} of them with the label {rarest!r}: give at least "
+            f"{MIN_TEXTS_PER_LABEL} of every label"
+        )

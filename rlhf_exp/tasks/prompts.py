@@ -1,0 +1,60 @@
+"""Prompt texts as batches of tokens, and an endless stream of them."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_exp.settings import ConfigError
+from rlhf_exp.types import PromptBatch
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    prepend_bos: bool,
+    device: torch.device | str = "cpu",
+) -> PromptBatch:
+    """The texts left-padded, no special tokens but the BOS that is asked for.
+
+    Raises ConfigError for a tokenizer without BOS, and for a text of no tokens.
+    """
+    if prepend_bos and tokenizer.bos_token_id is None:
+        raise ConfigError("task.prepend_bos=true, but the tokenizer has no BOS token; set it false")
+    bos = [tokenizer.bos_token_id] if prepend_bos else []
+    rows = [bos + tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    if not rows or not all(rows):
+        raise ConfigError("task: a prompt has no tokens; give it text or set task.prepend_bos=true")
+    width = max(map(len, rows))
+    tokens = torch.zeros((len(rows), width), dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        tokens[i, width - len(row) :] = torch.tensor(row)
+        mask[i, width - len(row) :] = True
+    decoded = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    return PromptBatch(
+        tokens=tokens.to(device), mask=mask.to(device), rows=tuple({"prompt": t} for t in decoded)
+    )
+
+
+def take(prompts: PromptBatch, index: torch.Tensor) -> PromptBatch:
+    """The rows at `index`, without columns that are padding in all of them."""
+    batch = prompts[index]
+    width = int(batch.mask.sum(dim=1).max())
+    return PromptBatch(
+        tokens=batch.tokens[:, -width:], mask=batch.mask[:, -width:], rows=batch.rows
+    )
+
+
+def prompt_stream(
+    prompts: PromptBatch, batch_size: int, generator: torch.Generator
+) -> Iterator[PromptBatch]:
+    """Batches without end: all prompts in a random order, then in another, batches running across
+    the seams."""
+    pending = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(pending) < batch_size:
+            pending = torch.cat([pending, torch.randperm(len(prompts.rows), generator=generator)])
+        yield take(prompts, pending[:batch_size])
+        pending = pending[batch_size:]

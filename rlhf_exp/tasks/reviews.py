@@ -1,0 +1,94 @@
+"""Short film reviews from a generated grammar: texts, labels and one prompt, without a download.
+
+It knows how many are drawn, how they are split and labelled; review_grammar knows their words.
+"""
+
+import random
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from pydantic import field_validator
+
+from rlhf_exp.settings import ConfigError, Count, Fraction, Index, Text, settings
+from rlhf_exp.tasks.protocol import LabelledText, Split
+from rlhf_exp.tasks.review_grammar import draw_review, vocabulary
+
+if TYPE_CHECKING:
+    import transformers
+
+
+@settings
+class Reviews:
+    """Film reviews of 26 to 40 tokens over a closed vocabulary, a quarter of them beginning with
+    the default prefix.
+
+    Reviews are distinct within a split; the classifier's are drawn from another stream than the
+    language model's. Held-out reviews are drawn first, so they do not depend on the counts.
+    """
+
+    prefix: Text = "this movie was really"  # words of the grammar with single spaces between
+    prepend_bos: bool = True  # whether a prompt begins with <bos>
+    num_reviews: Count = 32000  # reviews to train a language model on
+    num_labelled: Count = 6000  # positive and negative reviews to train a classifier on
+    num_held_out: Count = 1000  # reviews held out for each of the two
+    label_noise: Fraction = 0.02  # probability that a classifier's training label is flipped
+    data_seed: Index = 0  # other seeds give other reviews
+
+    @field_validator("prefix")
+    @classmethod
+    def _check_prefix(cls, prefix: str) -> str:
+        unknown = sorted(set(prefix.split(" ")) - set(vocabulary()))
+        if unknown:
+            raise ConfigError(
+                f"task.prefix={prefix!r} holds {unknown}, which no review does: use words of "
+                "rlhf_exp/tasks/review_grammar.py, lower-case, with single spaces between"
+            )
+        return prefix
+
+    def fingerprint(self) -> str:
+        """The empty string: no files are read."""
+        return ""
+
+    def train_prompts(self) -> tuple[str, ...]:
+        """The prefix alone."""
+        return (self.prefix,)
+
+    def eval_prompts(self) -> tuple[str, ...]:
+        """The prefix alone."""
+        return (self.prefix,)
+
+    def build_tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
+        """A tokenizer with one token for each word of the grammar."""
+        from rlhf_exp.tasks.tokenizers import word_tokenizer
+
+        return word_tokenizer(vocabulary())
+
+    def language_split(self) -> Split:
+        """Reviews labelled "pos", "neg" and "neutral", a third each."""
+        reviews = self._draw("language", ("pos", "neg", "neutral"))
+        held_out = tuple(islice(reviews, self.num_held_out))
+        return Split(train=tuple(islice(reviews, self.num_reviews)), held_out=held_out)
+
+    def labelled_split(self) -> Split:
+        """Reviews labelled "pos" and "neg", half each; held-out labels are always right."""
+        reviews = self._draw("labelled", ("pos", "neg"))
+        held_out = tuple(islice(reviews, self.num_held_out))
+        noise = random.Random(f"{self.data_seed} noise")
+        flipped = {"pos": "neg", "neg": "pos"}
+        train = tuple(
+            LabelledText(flipped[label] if noise.random() < self.label_noise else label, text)
+            for label, text in islice(reviews, self.num_labelled)
+        )
+        return Split(train=train, held_out=held_out)
+
+    def _draw(self, stream: str, labels: tuple[str, ...]) -> Iterator[LabelledText]:
+        """Distinct reviews without end."""
+        rng = random.Random(f"{self.data_seed} {stream}")
+        drawn: set[str] = set()
+        while True:
+            label = rng.choice(labels)
+            text = draw_review(label, rng)
+            if text not in drawn:
+                drawn.add(text)
+                yield LabelledText(label, text)

@@ -1,0 +1,55 @@
+"""Tokenizers trained from nothing on a task's own texts, as Hugging Face fast tokenizers."""
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from rlhf_exp.settings import ConfigError
+
+BOS, EOS, PAD, UNK = "<bos>", "<eos>", "<pad>", "<unk>"
+
+
+def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerBase:
+    """One token a word, words split at whitespace; others become <unk>. A word given twice is
+    one token."""
+    tokens = dict.fromkeys((PAD, BOS, EOS, UNK, *words))
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return _wrap(tokenizer)
+
+
+def byte_pair_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE trained on the texts, accents stripped.
+
+    The alphabet is that of the texts alone: with all 256 bytes in it, samples at temperature 1
+    from a small model hold stray bytes. Characters not in the texts become <unk>.
+    Raises ConfigError if the alphabet alone has more than vocab_size tokens.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token=UNK))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[PAD, BOS, EOS, UNK], show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise ConfigError(
+            f"task.vocab_size={vocab_size} is too small for the letters of the texts alone: "
+            f"set it to at least {tokenizer.get_vocab_size()}"
+        )
+    return _wrap(tokenizer)
+
+
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNK,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
