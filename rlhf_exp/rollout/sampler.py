@@ -1,0 +1,98 @@
+"""What every sampler is: its settings, and how its tokens become completions.
+
+A sampler draws from the filtered distribution and reports log-probabilities of the policy, which
+is the temperature-scaled distribution over the full vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rlhf_exp.functional.sampling import filter_logits
+from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
+from rlhf_exp.settings import Count, Positive, TopP, settings
+from rlhf_exp.types import Completions, Generation, PromptBatch
+
+
+@settings
+class Sampler(ABC):
+    """Settings that all samplers share. `top_k=1` is greedy decoding."""
+
+    gen_len: Count = 24
+    temperature: Positive = 1.0
+    top_k: Count | None = None
+    top_p: TopP = 1.0
+    stop_at_eos: bool = False
+
+    @abstractmethod
+    def __call__(
+        self, policy: TransformerWithValueHead, prompts: PromptBatch, generator: torch.Generator
+    ) -> Generation:
+        """Completions of the prompts, with what the policy computed on the way. No gradients."""
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens that the policy could emit are never sampled."""
+        return self.top_k is not None or self.top_p < 1
+
+    def full_distribution(self) -> Self:
+        """This sampler at temperature 1 without filters, as evaluations use it."""
+        return replace(self, temperature=1.0, top_k=None, top_p=1.0)  # type: ignore[type-var]
+
+    def filter(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
+        """The logits that this sampler draws from."""
+        return filter_logits(
+            logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
+        )
+
+
+def kept_mass(
+    logprobs: Float[Tensor, "batch vocab"], filtered: Float[Tensor, "batch vocab"]
+) -> Float[Tensor, " batch"]:
+    """The policy's own probability of the tokens that a filter kept."""
+    return logprobs.exp().masked_fill(filtered == -torch.inf, 0).sum(dim=-1)
+
+
+def through_first_eos(
+    tokens: Int[Tensor, "batch completion"], eos: int | None
+) -> Bool[Tensor, "batch completion"]:
+    """True through each row's first EOS, everywhere if there is none or `eos` is None."""
+    if eos is None:
+        return torch.ones_like(tokens, dtype=torch.bool)
+    is_eos = tokens == eos
+    return (is_eos.cumsum(dim=1) - is_eos.long()) == 0
+
+
+def as_completions(
+    policy: CausalTransformer,
+    prompts: PromptBatch,
+    tokens: Int[Tensor, "batch completion"],
+    mask: Bool[Tensor, "batch completion"],
+) -> Completions:
+    """The record, its texts decoded together with the prompt's last token, so that a leading space
+    or a merged character comes out as it does in the whole text."""
+    decode = policy.tokenizer.decode
+    texts = []
+    for prompt, row, real in zip(
+        prompts.tokens[:, -1].tolist(), tokens.tolist(), mask.sum(dim=1).tolist(), strict=True
+    ):
+        ids = row[:real]
+        before = decode([prompt], skip_special_tokens=True)
+        whole = decode([prompt, *ids], skip_special_tokens=True)
+        kept = whole[len(before) :] if whole.startswith(before) else None
+        texts.append(decode(ids, skip_special_tokens=True) if kept is None else kept)
+    return Completions(prompts=prompts, tokens=tokens * mask, mask=mask, texts=tuple(texts))
+
+
+def eos_token(policy: CausalTransformer, *, stop_at_eos: bool) -> int | None:
+    """The id that ends a completion, or None. Raises ValueError if one is asked for and the
+    tokenizer has none."""
+    if not stop_at_eos:
+        return None
+    if policy.tokenizer.eos_token_id is None:
+        raise ValueError("sampler.stop_at_eos=true needs a tokenizer with an end-of-sequence token")
+    return int(policy.tokenizer.eos_token_id)
