@@ -1,0 +1,20 @@
+"""How often a character occurs."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from rlhf_exp.rewards.protocol import TextReward
+from rlhf_exp.settings import settings
+
+
+@settings
+class CharCount(TextReward):
+    """Occurrences of one character in prompt and completion; with "." the reward of ARENA's
+    exercise on periods."""
+
+    character: Annotated[str, Field(min_length=1, max_length=1)] = "."
+
+    def score(self, text: str) -> float:
+        """The count."""
+        return text.count(self.character)

@@ -1,0 +1,91 @@
+"""The probability that a sequence classifier gives a label.
+
+It knows Hugging Face classifiers and texts: the classifier has its own tokenizer, and the policy's
+tokens never reach it.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import model_validator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_exp.models.loading import load_classifier
+from rlhf_exp.rewards.protocol import RewardFunction
+from rlhf_exp.settings import ConfigError, Count, Text, settings
+from rlhf_exp.types import Completions
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@settings
+class Classifier:
+    """P(label) of prompt and completion under any AutoModelForSequenceClassification.
+
+    The label is given by `label`, or by `direction` for one whose name begins with pos or neg.
+    dtype auto is fp16 on CUDA and fp32 elsewhere; scores are fp32 either way.
+    """
+
+    name: Text
+    label: str | None = None
+    direction: Literal["pos", "neg"] | None = None
+    batch_size: Count = 64
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> "Classifier":
+        if (self.label is None) == (self.direction is None):
+            raise ValueError(
+                f"set exactly one of label={self.label} and direction={self.direction}"
+            )
+        return self
+
+    def load(self, device: torch.device) -> RewardFunction:
+        """The function, the classifier on the device. Raises ConfigError if the model cannot be
+        loaded or has no such label."""
+        auto = torch.float16 if device.type == "cuda" else torch.float32
+        model, tokenizer = load_classifier(self.name, dtype=DTYPES.get(self.dtype, auto))
+        label = self._find_label(model)
+        model.to(device)
+        return lambda completions: torch.cat(
+            [
+                label_probability(model, tokenizer, batch, label)
+                for batch in _batches(completions, self.batch_size)
+            ]
+        )
+
+    def _find_label(self, model: PreTrainedModel) -> int:
+        labels = {int(i): str(label) for i, label in model.config.id2label.items()}
+        for index, label in labels.items():
+            if label == self.label or (
+                self.direction is not None and label.lower().startswith(self.direction)
+            ):
+                return index
+        asked = f"label={self.label!r}" if self.label else f"direction={self.direction!r}"
+        raise ConfigError(
+            f"reward.{asked}: the classifier {self.name!r} has no such label;"
+            f" set reward.label to one of {', '.join(labels.values())}"
+            + (" and reward.direction=null" if self.direction else "")
+        )
+
+
+def label_probability(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], label: int
+) -> torch.Tensor:
+    """P(label) of each text, fp32 [texts], truncated to what the classifier can read."""
+    limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    encoded = tokenizer(
+        texts, return_tensors="pt", padding=True, truncation=True, max_length=limit
+    ).to(model.device)
+    with torch.inference_mode():
+        logits = model(
+            input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]
+        ).logits
+        probabilities = logits.float().softmax(dim=-1)[:, label]
+    # Outside of inference mode, so that autograd may save what is computed from it.
+    return probabilities.clone()
+
+
+def _batches(completions: Completions, size: int) -> list[list[str]]:
+    texts = list(completions.full_texts)
+    return [texts[i : i + size] for i in range(0, len(texts), size)]
