@@ -1,0 +1,143 @@
+"""Logger groups: W&B beside the local files, or the local files alone.
+
+W&B never stops a run: without a key or a network it writes offline, and when it breaks it is
+dropped with one warning while metrics.jsonl goes on.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from rlhf_exp.network import reachable
+from rlhf_exp.settings import Text, settings
+from rlhf_exp.training.folder import Sink
+
+log = logging.getLogger(__name__)
+
+WANDB_URL = "https://api.wandb.ai"
+TABLE_ROWS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What a logger needs to know of a run. `shared_folder` is one for all runs of a sweep."""
+
+    name: str
+    group: str | None
+    job_type: str
+    config: Mapping[str, Any]
+    shared_folder: Path
+
+
+class Logger(Protocol):
+    """A logger group's settings."""
+
+    def open(self, info: RunInfo) -> Any:
+        """A context manager that yields the sinks beside the local files."""
+        ...
+
+
+@settings
+class LocalLogger:
+    """The run's folder and nothing else."""
+
+    @contextmanager
+    def open(self, info: RunInfo) -> Iterator[list[Sink]]:
+        """No further sinks."""
+        yield []
+
+
+@settings
+class WandbLogger:
+    """W&B. mode=auto obeys WANDB_MODE if it is set; else it is online with a key and a network,
+    and offline without."""
+
+    project: Text = "rlhf_exp"
+    entity: str | None = None
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    tags: tuple[str, ...] = ()
+
+    @contextmanager
+    def open(self, info: RunInfo) -> Iterator[list[Sink]]:
+        """A W&B run, or nothing if mode is disabled. The run is marked failed if the block raises."""
+        mode = self._resolve_mode()
+        if mode == "disabled":
+            yield []
+            return
+        # Offline from the start: otherwise W&B looks its server up before it reads its settings.
+        if mode == "offline":
+            os.environ["WANDB_MODE"] = "offline"
+        import wandb
+
+        info.shared_folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            run = stack.enter_context(
+                wandb.init(
+                    project=self.project,
+                    entity=self.entity,
+                    mode=mode,
+                    dir=info.shared_folder,
+                    name=info.name,
+                    group=info.group,
+                    job_type=info.job_type,
+                    tags=self.tags,
+                    config=dict(info.config),
+                    reinit="create_new",
+                    settings=wandb.Settings(console="off", silent=True, init_timeout=20),
+                )
+            )
+            run.define_metric("phase")
+            run.define_metric("*", step_metric="phase")
+            if mode == "offline":
+                log.info("W&B: offline, in %s; upload later with: wandb sync %s",
+                         info.shared_folder / "wandb", Path(run.dir).parent)  # fmt: skip
+            yield [_WandbSink(run)]
+
+    def _resolve_mode(self) -> Literal["online", "offline", "disabled"]:
+        asked = os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
+        if asked in ("online", "offline", "disabled"):
+            return asked  # type: ignore[return-value]
+        if not _has_key():
+            return "offline"
+        url = os.environ.get("WANDB_BASE_URL", WANDB_URL)
+        if reachable(url):
+            return "online"
+        log.warning("W&B: %s is out of reach, logging offline", url)
+        return "offline"
+
+
+def _has_key() -> bool:
+    # Asking wandb itself costs 12 s without a network; these are the two places it looks in.
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    return netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace")
+
+
+class _WandbSink:
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def log(self, row: Mapping[str, float]) -> None:
+        self._send(dict(row))
+
+    def log_samples(self, phase: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        import wandb
+
+        shown = rows[:TABLE_ROWS]
+        columns = list(shown[0]) if shown else []
+        table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in shown])
+        self._send({"phase": phase, "samples": table})
+
+    def _send(self, payload: dict[str, Any]) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.log(payload)
+        except Exception as error:
+            log.warning("W&B failed (%s); going on without it, metrics.jsonl has everything", error)
+            self._run = None

@@ -1,0 +1,152 @@
+"""Optimizer and schedule groups: AdamW over a base and a head, and the multiplier of its rates."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Annotated
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from rlhf_exp.functional.schedules import warmup_cosine, warmup_decay
+from rlhf_exp.settings import ConfigError, Fraction, Index, NonNegative, Positive, settings
+
+
+@settings
+class AdamWSettings:
+    """AdamW with one learning rate for the base model and one for the head on it.
+
+    Weight decay spares biases and layer norms (every parameter with fewer than two axes) and the
+    head.
+    """
+
+    base_lr: NonNegative = 3e-4
+    head_lr: NonNegative = 1e-3
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: Positive = 1e-5
+    weight_decay: NonNegative = 0.0
+
+    def build(self, base: nn.Module, head: nn.Module | None = None) -> torch.optim.AdamW:
+        """The optimizer; its groups carry the name "base" or "head"."""
+        taken = {id(p) for p in head.parameters()} if head is not None else set()
+        trained = [p for p in base.parameters() if p.requires_grad and id(p) not in taken]
+        groups = [
+            self._group("base", (p for p in trained if p.ndim >= 2), self.base_lr, decay=True),
+            self._group("base", (p for p in trained if p.ndim < 2), self.base_lr, decay=False),
+        ]
+        if head is not None:
+            groups.append(self._group("head", head.parameters(), self.head_lr, decay=False))
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            betas=(self.beta1, self.beta2),
+            eps=self.eps,
+        )
+
+    def _group(
+        self, name: str, parameters: Iterable[nn.Parameter], lr: float, *, decay: bool
+    ) -> dict[str, object]:
+        return {
+            "name": name,
+            "params": list(parameters),
+            "lr": lr,
+            "weight_decay": self.weight_decay if decay else 0.0,
+        }
+
+
+@settings
+class Schedule(ABC):
+    """A multiplier of the learning rates by step; a step is a phase in PPO, an update elsewhere."""
+
+    @abstractmethod
+    def multiplier(self, step: int, *, total_steps: int) -> float:
+        """The multiplier at step 0, 1, ... Raises ValueError if the schedule does not fit."""
+
+    def build(
+        self, optimizer: torch.optim.Optimizer, *, total_steps: int
+    ) -> torch.optim.lr_scheduler.LambdaLR:
+        """The scheduler; call its step() after each step. Raises ConfigError if it does not fit."""
+        try:
+            self.multiplier(0, total_steps=total_steps)
+        except ValueError as error:
+            raise ConfigError(f"schedule: {error}") from error
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.multiplier(step, total_steps=total_steps)
+        )
+
+
+@settings
+class WarmupDecay(Schedule):
+    """Linear rise over warmup_steps, then a linear fall to final_scale."""
+
+    warmup_steps: Index = 5
+    final_scale: Fraction = 0.1
+
+    def multiplier(self, step: int, *, total_steps: int) -> float:
+        """functional.schedules.warmup_decay."""
+        return warmup_decay(
+            step,
+            warmup_steps=self.warmup_steps,
+            total_steps=total_steps,
+            final_scale=self.final_scale,
+        )
+
+
+@settings
+class Cosine(Schedule):
+    """Linear rise over warmup_steps, then half a cosine down to final_scale."""
+
+    warmup_steps: Index = 5
+    final_scale: Fraction = 0.1
+
+    def multiplier(self, step: int, *, total_steps: int) -> float:
+        """functional.schedules.warmup_cosine."""
+        return warmup_cosine(
+            step,
+            warmup_steps=self.warmup_steps,
+            total_steps=total_steps,
+            final_scale=self.final_scale,
+        )
+
+
+@settings
+class Constant(Schedule):
+    """1 at every step."""
+
+    def multiplier(self, step: int, *, total_steps: int) -> float:
+        """1."""
+        return 1.0
+
+
+def check_schedule(schedule: Schedule, *, total_steps: int, field: str) -> list[str]:
+    """What is wrong with the schedule for so many steps, as messages; `field` is the stage's key
+    that sets their number."""
+    warmup = getattr(schedule, "warmup_steps", 0)
+    if warmup >= total_steps:
+        return [
+            f"schedule.warmup_steps={warmup} must be below {field}={total_steps}: lower the first"
+            " or raise the second"
+        ]
+    return []
+
+
+def clip_gradients(
+    optimizer: torch.optim.Optimizer, max_norm: float
+) -> dict[str, Float[Tensor, ""]]:
+    """Clips the gradients of all groups together and returns the norms before that, by group
+    name."""
+    by_name: dict[str, list[Tensor]] = {}
+    for group in optimizer.param_groups:
+        gradients = [p.grad for p in group["params"] if p.grad is not None]
+        by_name.setdefault(group["name"], []).extend(gradients)
+    norms = {name: torch.nn.utils.get_total_norm(grads) for name, grads in by_name.items()}
+    total = torch.stack(list(norms.values())).norm()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+    return norms
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The rate of each group, by group name."""
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}

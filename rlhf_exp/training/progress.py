@@ -1,0 +1,52 @@
+"""How far a run is: a bar on a terminal, one plain line a step elsewhere; the log file always gets
+the lines."""
+
+import logging
+import sys
+from collections.abc import Mapping
+
+from tqdm import tqdm
+
+# run.py sends this one to the log file alone when a bar is on the terminal.
+line_log = logging.getLogger("rlhf_exp.progress")
+
+SHORT = {
+    "objective/scores": "score",
+    "objective/kl": "kl",
+    "objective/entropy": "entropy",
+    "policy/clipfrac": "clipfrac",
+    "train/loss": "loss",
+    "heldout/loss": "held-out loss",
+    "heldout/accuracy": "held-out accuracy",
+}
+
+
+class Progress:
+    """Counts steps of one loop. Use as a context manager."""
+
+    def __init__(self, total: int, *, unit: str) -> None:
+        self.total, self.unit = total, unit
+        self.bar = tqdm(
+            total=total, unit=unit, leave=False, dynamic_ncols=True, disable=not on_terminal()
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def advance(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows that `step` (1, 2, ...) is done, with those of the metrics that have a short
+        name."""
+        shown = {SHORT[k]: f"{v:.3f}" for k, v in metrics.items() if k in SHORT}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(step - self.bar.n)
+        width = len(str(self.total))
+        facts = "  ".join(f"{k} {v}" for k, v in shown.items())
+        line_log.info("%s %*d/%d  %s", self.unit, width, step, self.total, facts)
+
+
+def on_terminal() -> bool:
+    """Whether standard error, where the bar goes, is a terminal."""
+    return sys.stderr.isatty()

@@ -1,0 +1,31 @@
+"""Seconds by part of a run."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Stopwatch:
+    """Adds up wall time by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Times the block; work queued on a GPU counts where it was started."""
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        elapsed = time.perf_counter() - start
+        self.seconds[part] = self.seconds.get(part, 0.0) + elapsed
+
+
+def since_process_start() -> float:
+    """Seconds since the process was started, imports included."""
+    import psutil
+
+    return time.time() - psutil.Process().create_time()
