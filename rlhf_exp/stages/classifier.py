@@ -1,0 +1,188 @@
+"""Training of a sequence classifier on a task's labelled texts, to serve as a reward.
+
+Texts are cut to random prefixes while it trains: a reward reads completions that stop anywhere.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_exp.models.scratch import ScratchClassifier
+from rlhf_exp.settings import Count, Fraction, Positive, settings
+from rlhf_exp.tasks.batches import length_bucketed, pad_right
+from rlhf_exp.tasks.protocol import CorpusTask, LabelledText
+from rlhf_exp.training.context import Context
+from rlhf_exp.training.optim import AdamWSettings, Schedule
+from rlhf_exp.training.seeding import stream, stream_seed
+from rlhf_exp.training.supervised import fit
+from rlhf_exp.training.timing import Stopwatch
+
+log = logging.getLogger(__name__)
+
+
+@settings
+class TrainClassifier:
+    """Cross-entropy on labels. `crop_fraction` of the texts are cut to a random prefix of at least
+    `crop_min_tokens`; `token_noise` of the tokens are replaced by random ones."""
+
+    epochs: Count = 3
+    batch_size: Count = 64
+    max_grad_norm: Positive = 1.0
+    crop_fraction: Fraction = 0.5
+    crop_min_tokens: Count = 10
+    token_noise: Fraction = 0.0
+    log_every: Count = 20
+
+    def check(self, *, task: Any, **_: Any) -> list[str]:
+        """What is wrong between this stage and its parts."""
+        if not isinstance(task, CorpusTask):
+            return ["stage=classifier needs labelled texts: task=reviews or task=labelled_text"]
+        return []
+
+    def run(
+        self,
+        context: Context,
+        *,
+        task: CorpusTask,
+        model: ScratchClassifier,
+        optimizer: AdamWSettings,
+        schedule: Schedule,
+    ) -> dict[str, Any]:
+        """Trains, measures held-out accuracy, saves model and tokenizer; returns the result.
+
+        Nothing is chosen by the held-out texts. Raises TrainingError naming the update if the loss
+        is not finite.
+        """
+        clock = Stopwatch()
+        with clock("load"):
+            split = task.labelled_split()
+            labels = tuple(sorted({text.label for text in split.train}))
+            tokenizer = with_leading_bos(task.build_tokenizer())
+            network = model.classifier(
+                tokenizer, labels, seed=stream_seed(context.seed, "model")
+            ).to(context.device)
+            train = encode_labelled(tokenizer, split.train, labels, limit=model.context_len)
+            held_out = encode_labelled(tokenizer, split.held_out, labels, limit=model.context_len)
+        context.folder.start()
+        log.info(
+            "training %.2f M parameters on %d texts labelled %s; %d texts held out",
+            network.num_parameters() / 1e6, len(train.rows), "/".join(labels), len(held_out.rows),
+        )  # fmt: skip
+        with clock("train"):
+            num_updates = self._num_updates(len(train.rows))
+            adamw = optimizer.build(network.base_model, _head(network))
+            network.train()
+            fit(
+                context,
+                self._losses(network, train, stream(context.seed, "minibatches")),
+                adamw,
+                schedule.build(adamw, total_steps=num_updates),
+                num_updates=num_updates,
+                max_grad_norm=self.max_grad_norm,
+                log_every=self.log_every,
+            )
+        with clock("evaluate"):
+            metrics = held_out_metrics(network, held_out, batch_size=self.batch_size)
+        context.folder.log({"phase": num_updates, **metrics})
+        log.info("held-out accuracy %.3f, loss %.3f", *metrics.values())
+        with clock("save"):
+            network.save_pretrained(context.folder.path / "model")
+            tokenizer.save_pretrained(context.folder.path / "model")
+        return {"after": metrics, "seconds": clock.seconds}
+
+    def _num_updates(self, num_texts: int) -> int:
+        return self.epochs * math.ceil(num_texts / self.batch_size)
+
+    def _losses(
+        self, network: PreTrainedModel, data: "EncodedTexts", generator: torch.Generator
+    ) -> Iterator[torch.Tensor]:
+        lengths = [*map(len, data.rows)]
+        while True:
+            for index in length_bucketed(lengths, self.batch_size, generator):
+                rows = [self._disturb(data.rows[i], network, generator) for i in index]
+                targets = torch.tensor([data.targets[i] for i in index], device=network.device)
+                yield F.cross_entropy(class_logits(network, rows), targets)
+
+    def _disturb(
+        self, row: list[int], network: PreTrainedModel, generator: torch.Generator
+    ) -> list[int]:
+        crop, where = torch.rand(2, generator=generator).tolist()
+        shortest = min(len(row), self.crop_min_tokens)
+        if crop < self.crop_fraction:
+            row = row[: shortest + int(where * (len(row) - shortest + 1))]
+        if self.token_noise:
+            ids = torch.tensor(row)
+            noise = torch.rand(len(row), generator=generator) < self.token_noise
+            random = torch.randint(network.config.vocab_size, ids.shape, generator=generator)
+            row = torch.where(noise, random, ids).tolist()
+        return row
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedTexts:
+    """Token ids of each text, BOS first, and the index of its label."""
+
+    rows: list[list[int]]
+    targets: list[int]
+
+
+def encode_labelled(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[LabelledText],
+    labels: tuple[str, ...],
+    *,
+    limit: int,
+) -> EncodedTexts:
+    """The texts cut to `limit` tokens, as the classifier's tokenizer encodes them when it is a
+    reward."""
+    encoded = tokenizer([text.text for text in texts], truncation=True, max_length=limit)
+    return EncodedTexts(
+        rows=encoded["input_ids"], targets=[labels.index(text.label) for text in texts]
+    )
+
+
+def with_leading_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer made to put BOS before every text, which the classifier reads its answer at."""
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def class_logits(
+    network: PreTrainedModel, rows: Sequence[list[int]]
+) -> Float[Tensor, "batch label"]:
+    """The classifier's logits for rows of token ids."""
+    tokens = pad_right(rows, fill=0).to(network.device)
+    mask = pad_right([[1] * len(row) for row in rows], fill=0).to(network.device)
+    return network(input_ids=tokens, attention_mask=mask).logits
+
+
+@torch.no_grad()
+def held_out_metrics(
+    network: PreTrainedModel, data: EncodedTexts, *, batch_size: int
+) -> dict[str, float]:
+    """Accuracy and mean cross-entropy in nats, dropout off."""
+    network.eval()
+    batches = [data.rows[i : i + batch_size] for i in range(0, len(data.rows), batch_size)]
+    logits = torch.cat([class_logits(network, batch) for batch in batches]).cpu()
+    targets = torch.tensor(data.targets)
+    return {
+        "heldout/accuracy": (logits.argmax(dim=-1) == targets).float().mean().item(),
+        "heldout/loss": F.cross_entropy(logits, targets).item(),
+    }
+
+
+def _head(network: PreTrainedModel) -> nn.Module:
+    return nn.ModuleList([m for m in network.children() if m is not network.base_model])

@@ -1,0 +1,84 @@
+"""Evaluation of a policy: fresh samples at temperature 1 from the full distribution."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlhf_exp.functional.masking import masked_mean
+from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
+from rlhf_exp.rewards.protocol import RewardFunction
+from rlhf_exp.rollout.measure import measure
+from rlhf_exp.rollout.sampler import Sampler
+from rlhf_exp.tasks.prompts import take
+from rlhf_exp.training.metrics import distinct_n
+from rlhf_exp.training.seeding import stream
+from rlhf_exp.types import PromptBatch, Rollout
+
+ROWS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Metrics by name, and the samples they were computed from."""
+
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]
+
+
+def evaluate(
+    policy: TransformerWithValueHead,
+    reference: CausalTransformer,
+    reward: RewardFunction,
+    sampler: Sampler,
+    prompts: PromptBatch,
+    *,
+    num_samples: int,
+    seed: int,
+) -> Evaluation:
+    """Scores, exact KL and diversity of `num_samples` completions.
+
+    The prompts are the same at every call with one seed, in the same order, repeated if there are
+    fewer of them than samples; so is the stream of random numbers, which pairs evaluations and
+    makes their differences less noisy. None of it is a rollout's.
+    """
+    device = policy.device
+    order = torch.randperm(len(prompts.rows), generator=stream(seed, "evaluation prompts"))
+    index = order.repeat(-(-num_samples // len(order)))[:num_samples]
+    generator = stream(seed, "evaluation", device)
+    full = sampler.full_distribution()
+    chunks = []
+    for rows in index.split(ROWS):
+        generation = full(policy, take(prompts, rows.to(device)), generator)
+        scores = reward(generation.completions)
+        chunks.append(measure(policy, reference, generation, scores, temperature=1.0))
+    return Evaluation(metrics=_metrics(chunks), samples=sample_rows(chunks))
+
+
+def sample_rows(rollouts: list[Rollout]) -> list[dict[str, Any]]:
+    """Prompt, completion, score and summed KL of every row, for samples.jsonl and tables."""
+    return [
+        {"prompt": prompt, "completion": text, "score": score, "kl_sum": kl_sum}
+        for r in rollouts
+        for prompt, text, score, kl_sum in zip(
+            r.completions.prompts.texts,
+            r.completions.texts,
+            r.scores.tolist(),
+            r.kl.sum(dim=1).tolist(),
+            strict=True,
+        )
+    ]
+
+
+def _metrics(chunks: list[Rollout]) -> dict[str, float]:
+    mask = torch.cat([r.completions.mask for r in chunks])
+    kl = torch.cat([r.kl for r in chunks])
+    tokens = torch.cat([r.completions.tokens for r in chunks])
+    return {
+        "eval/score": torch.cat([r.scores for r in chunks]).mean().item(),
+        "eval/kl": masked_mean(kl, mask).item(),
+        "eval/kl_sum": kl.sum(dim=1).mean().item(),
+        "eval/entropy": masked_mean(torch.cat([r.entropy for r in chunks]), mask).item(),
+        "eval/distinct_3": distinct_n(tokens, mask, n=3),
+        "eval/len_mean": mask.sum(dim=1).float().mean().item(),
+    }

@@ -1,0 +1,401 @@
+"""PPO with a KL penalty to a frozen reference, on completions of a policy with a value head.
+
+A phase is one rollout and several passes of learning over it. Everything that a restart would need
+is in TrainState; everything that a user sets is a field of PPO.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import model_validator
+from rich.console import Console
+from torch import Tensor
+
+from rlhf_exp.functional.advantages import gae, normalize_reward, terminal_rewards
+from rlhf_exp.functional.logprobs import (
+    completion_logits,
+    entropy,
+    kl_divergence,
+    kl_estimate,
+    token_logprobs,
+)
+from rlhf_exp.functional.losses import (
+    clip_fraction,
+    clipped_surrogate,
+    clipped_value_loss,
+    value_loss,
+)
+from rlhf_exp.functional.masking import masked_mean, masked_whiten
+from rlhf_exp.models.loading import ModelSettings, build_policy
+from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
+from rlhf_exp.models.saving import save_policy
+from rlhf_exp.rewards.protocol import Reward, RewardFunction
+from rlhf_exp.rollout.measure import measure
+from rlhf_exp.rollout.sampler import Sampler
+from rlhf_exp.settings import ConfigError, Count, Fraction, NonNegative, Positive, settings
+from rlhf_exp.stages.evaluation import Evaluation, evaluate
+from rlhf_exp.tasks.prompts import encode_prompts, prompt_stream
+from rlhf_exp.tasks.protocol import CorpusTask, Task
+from rlhf_exp.training.context import Context, TrainingError
+from rlhf_exp.training.curves import plot_score_and_kl, print_before_after
+from rlhf_exp.training.metrics import distinct_n, explained_variance, mean_metrics
+from rlhf_exp.training.optim import (
+    AdamWSettings,
+    Schedule,
+    check_schedule,
+    clip_gradients,
+    learning_rates,
+)
+from rlhf_exp.training.progress import Progress
+from rlhf_exp.training.seeding import stream, stream_seed
+from rlhf_exp.training.timing import Stopwatch
+from rlhf_exp.types import Completions, Experience, LossOutput, PromptBatch, Rollout
+
+log = logging.getLogger(__name__)
+
+TABLE_ROWS = 6
+
+
+@settings
+class PPO:
+    """Hyperparameters of the loop. Objective = clipped surrogate - vf_coef value loss
+    + ent_coef entropy - kl_coef exact KL, the last only with kl_penalty="loss"."""
+
+    total_phases: Count = 80
+    batch_size: Count = 32
+    num_minibatches: Count = 4
+    batches_per_learning_phase: Count = 2
+    clip_coef: Positive = 0.2
+    vf_coef: NonNegative = 0.15
+    value_clip_coef: Positive | None = None
+    ent_coef: NonNegative = 0.001
+    kl_coef: NonNegative = 0.3
+    kl_penalty: Literal["loss", "reward"] = "loss"
+    gamma: Fraction = 1.0
+    gae_lambda: Fraction = 0.95
+    normalize_reward: bool = True
+    whiten_advantages: Literal["batch", "minibatch", "none"] = "batch"
+    max_grad_norm: Positive = 1.0
+    eval_every: Count = 20
+    eval_samples: Count = 256
+
+    @model_validator(mode="after")
+    def _divides(self) -> "PPO":
+        if self.batch_size % self.num_minibatches:
+            raise ValueError(
+                f"batch_size={self.batch_size} must be a multiple of"
+                f" num_minibatches={self.num_minibatches}"
+            )
+        return self
+
+    def check(self, *, task: Task, schedule: Schedule, **_: Any) -> list[str]:
+        """What is wrong between this stage and its parts. Raises ConfigError for a task whose file
+        is missing or malformed."""
+        task.fingerprint()
+        return check_schedule(schedule, total_steps=self.total_phases, field="stage.total_phases")
+
+    def run(
+        self,
+        context: Context,
+        *,
+        task: Task,
+        model: ModelSettings,
+        reward: Reward,
+        sampler: Sampler,
+        optimizer: AdamWSettings,
+        schedule: Schedule,
+    ) -> dict[str, Any]:
+        """Trains, evaluates before, between and after, saves the policy; returns the result.
+
+        Raises ConfigError for parts that do not fit each other, before anything is written, and
+        TrainingError naming the phase if a reward or the loss is not finite.
+        """
+        clock = Stopwatch()
+        with clock("load"):
+            make_tokenizer = task.build_tokenizer if isinstance(task, CorpusTask) else None
+            policy = build_policy(
+                model,
+                make_tokenizer,
+                device=context.device,
+                seed=stream_seed(context.seed, "model"),
+            )
+            reference = policy.frozen_reference()
+            score = reward.load(context.device)
+            train_prompts, eval_prompts = (
+                _encode(policy, task, texts, sampler)
+                for texts in (task.train_prompts(), task.eval_prompts())
+            )
+            state = TrainState.start(self, policy, optimizer, schedule, seed=context.seed)
+        context.folder.start()
+        if sampler.truncates:
+            log.info(
+                "top_k/top_p: samples come from a truncated distribution while log-probs, KL and"
+                " entropy are the policy's own; sample/kept_mass is its mass on what is kept"
+            )
+        stream_of_prompts = prompt_stream(train_prompts, self.batch_size, state.prompt_generator)
+
+        def evaluation(phase: int) -> Evaluation:
+            with clock("evaluate"):
+                result = evaluate(
+                    policy, reference, score, sampler, eval_prompts,
+                    num_samples=self.eval_samples, seed=context.seed,
+                )  # fmt: skip
+            context.folder.log({"phase": phase, **result.metrics})
+            context.folder.log_samples(phase, result.samples)
+            log.info("evaluation at phase %d: %s", phase, _brief(result.metrics))
+            return result
+
+        before = after = evaluation(0)
+        with Progress(self.total_phases, unit="phase") as progress:
+            for phase in range(1, self.total_phases + 1):
+                metrics = self.phase(
+                    state, next(stream_of_prompts), reference, score, sampler, clock
+                )
+                context.folder.log({"phase": phase, **metrics})
+                progress.advance(phase, metrics)
+                if phase % self.eval_every == 0 or phase == self.total_phases:
+                    after = evaluation(phase)
+        with clock("save"):
+            save_policy(policy, context.folder.path / "model")
+        result = {"before": before.metrics, "after": after.metrics, "seconds": clock.seconds}
+        _report(context, before, after)
+        return result
+
+    def phase(
+        self,
+        state: "TrainState",
+        prompts: PromptBatch,
+        reference: CausalTransformer,
+        score: RewardFunction,
+        sampler: Sampler,
+        clock: Stopwatch,
+    ) -> dict[str, float]:
+        """One phase: rollout, experience, learning. Returns its metrics."""
+        state.phase += 1
+        lap = Stopwatch()
+        with clock("rollout"), lap("rollout"):
+            generation = sampler(state.policy, prompts, state.sample_generator)
+            scores = _finite_scores(score, generation.completions, state.phase)
+            rollout = measure(
+                state.policy, reference, generation, scores, temperature=sampler.temperature
+            )
+            experience = self.build_experience(rollout)
+        rates = learning_rates(state.optimizer)
+        with clock("learn"), lap("learn"):
+            learned = mean_metrics(
+                self.learn(state, experience, reference, temperature=sampler.temperature)
+            )
+            state.scheduler.step()
+        return {
+            **rollout_metrics(experience, truncates=sampler.truncates),
+            **learned,
+            **{f"lr/{name}": rate for name, rate in rates.items()},
+            "time/rollout_s": lap.seconds["rollout"],
+            "time/learn_s": lap.seconds["learn"],
+            "time/tokens_per_s": rollout.completions.mask.sum().item() / sum(lap.seconds.values()),
+        }
+
+    def build_experience(self, rollout: Rollout) -> Experience:
+        """Rewards, advantages and returns of a rollout. With kl_penalty="reward" each token is
+        charged kl_coef (log p - log q), the k1 estimate: the exact KL of a position does not
+        depend on the token emitted there, so it would give that token no credit."""
+        mask = rollout.completions.mask
+        scores = normalize_reward(rollout.scores) if self.normalize_reward else rollout.scores
+        rewards = terminal_rewards(scores, mask)
+        if self.kl_penalty == "reward":
+            k1 = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1")
+            rewards = rewards - self.kl_coef * k1
+        advantages = gae(
+            rollout.values, rewards, mask, gamma=self.gamma, gae_lambda=self.gae_lambda
+        )
+        returns = advantages + rollout.values
+        if self.whiten_advantages == "batch":
+            advantages = masked_whiten(advantages, mask)
+        return Experience(rollout=rollout, rewards=rewards, advantages=advantages, returns=returns)
+
+    def learn(
+        self,
+        state: "TrainState",
+        experience: Experience,
+        reference: CausalTransformer,
+        *,
+        temperature: float,
+    ) -> Iterator[Mapping[str, Tensor]]:
+        """The optimizer steps of one phase; yields the metrics of each."""
+        size = self.batch_size // self.num_minibatches
+        for _ in range(self.batches_per_learning_phase):
+            order = torch.randperm(self.batch_size, generator=state.minibatch_generator)
+            for index in order.to(state.policy.device).split(size):
+                output = self.loss(
+                    state.policy, reference, experience[index], temperature=temperature
+                )
+                _check_finite(output, state.phase)
+                state.optimizer.zero_grad(set_to_none=True)
+                output.loss.backward()
+                norms = clip_gradients(state.optimizer, self.max_grad_norm)
+                state.optimizer.step()
+                yield {**output.metrics, **{f"grad_norm/{k}": v for k, v in norms.items()}}
+
+    def loss(
+        self,
+        policy: TransformerWithValueHead,
+        reference: CausalTransformer,
+        batch: Experience,
+        *,
+        temperature: float,
+    ) -> LossOutput:
+        """Minus the objective of a minibatch, with its terms."""
+        rollout, completions = batch.rollout, batch.rollout.completions
+        mask, start = completions.mask, completions.prompt_len
+        logits, values = policy(*completions.sequences)
+        logits = completion_logits(logits, start).float() / temperature
+        values = values[:, start - 1 : -1].float()
+        logprobs = token_logprobs(logits, completions.tokens)
+        advantages = batch.advantages
+        if self.whiten_advantages == "minibatch":
+            advantages = masked_whiten(advantages, mask)
+        surrogate = clipped_surrogate(
+            logprobs, rollout.logprobs, advantages, mask, clip_coef=self.clip_coef
+        )
+        value = self._value_loss(values, batch)
+        with torch.no_grad():
+            ref_logits = reference.unembed(rollout.ref_hidden).float() / temperature
+        kl = masked_mean(kl_divergence(logits, ref_logits), mask)
+        ent = masked_mean(entropy(logits), mask)
+        kl_in_loss = self.kl_coef if self.kl_penalty == "loss" else 0.0
+        objective = surrogate - self.vf_coef * value + self.ent_coef * ent - kl_in_loss * kl
+        with torch.no_grad():
+            metrics = {
+                "loss/total": -objective.detach(),
+                "loss/policy": -surrogate.detach(),
+                "loss/value": value.detach(),
+                "loss/kl": kl.detach(),
+                "loss/entropy": ent.detach(),
+                "policy/approxkl": masked_mean(kl_estimate(rollout.logprobs, logprobs, "k2"), mask),
+                "policy/clipfrac": clip_fraction(
+                    logprobs, rollout.logprobs, mask, clip_coef=self.clip_coef
+                ),
+            }
+        return LossOutput(loss=-objective, metrics=metrics)
+
+    def _value_loss(
+        self, values: Float[Tensor, "batch completion"], batch: Experience
+    ) -> Float[Tensor, ""]:
+        mask = batch.rollout.completions.mask
+        if self.value_clip_coef is None:
+            return value_loss(values, batch.returns, mask)
+        return clipped_value_loss(
+            values, batch.rollout.values, batch.returns, mask,
+            value_clip_coef=self.value_clip_coef,
+        )  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Everything that changes from phase to phase."""
+
+    policy: TransformerWithValueHead
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    sample_generator: torch.Generator
+    minibatch_generator: torch.Generator
+    prompt_generator: torch.Generator
+    phase: int = 0
+
+    @classmethod
+    def start(
+        cls,
+        ppo: PPO,
+        policy: TransformerWithValueHead,
+        optimizer: AdamWSettings,
+        schedule: Schedule,
+        *,
+        seed: int,
+    ) -> "TrainState":
+        """The state before the first phase."""
+        adamw = optimizer.build(policy.language_model, policy.value_head)
+        return cls(
+            policy=policy,
+            optimizer=adamw,
+            scheduler=schedule.build(adamw, total_steps=ppo.total_phases),
+            sample_generator=stream(seed, "samples", policy.device),
+            minibatch_generator=stream(seed, "minibatches"),
+            prompt_generator=stream(seed, "prompts"),
+        )
+
+
+def rollout_metrics(experience: Experience, *, truncates: bool) -> dict[str, float]:
+    """What a rollout was like, before learning from it. KL is exact, of the policy that sampled."""
+    rollout, mask = experience.rollout, experience.rollout.completions.mask
+    metrics = {
+        "objective/scores": rollout.scores.mean().item(),
+        "objective/scores_std": rollout.scores.std(correction=0).item(),
+        "objective/kl": masked_mean(rollout.kl, mask).item(),
+        "objective/kl_sum": rollout.kl.sum(dim=1).mean().item(),
+        "objective/entropy": masked_mean(rollout.entropy, mask).item(),
+        "val/explained_variance": explained_variance(rollout.values, experience.returns, mask),
+        "sample/len_mean": mask.sum(dim=1).float().mean().item(),
+        "sample/distinct_3": distinct_n(rollout.completions.tokens, mask, n=3),
+    }
+    if truncates:
+        metrics["sample/kept_mass"] = masked_mean(rollout.kept_mass, mask).item()
+    return metrics
+
+
+def _encode(
+    policy: TransformerWithValueHead, task: Task, texts: tuple[str, ...], sampler: Sampler
+) -> PromptBatch:
+    prompts = encode_prompts(
+        policy.tokenizer, texts, prepend_bos=task.prepend_bos, device=policy.device
+    )
+    longest = prompts.tokens.shape[1]
+    if longest + sampler.gen_len > policy.context_len:
+        raise ConfigError(
+            f"a prompt of {longest} tokens and sampler.gen_len={sampler.gen_len} exceed the"
+            f" model's context of {policy.context_len} tokens; set sampler.gen_len to at most"
+            f" {max(0, policy.context_len - longest)} or use shorter prompts"
+        )
+    return prompts
+
+
+def _finite_scores(score: RewardFunction, completions: Completions, phase: int) -> Tensor:
+    scores = score(completions).float()
+    bad = (~scores.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise TrainingError(
+            f"phase {phase}: the reward gave {scores[bad[0]].item()} for {len(bad)} of"
+            f" {len(scores)} samples, the first: {completions.full_texts[bad[0]]!r}"
+        )
+    return scores
+
+
+def _check_finite(output: LossOutput, phase: int) -> None:
+    if not output.loss.isfinite():
+        terms = ", ".join(
+            f"{name} {value.item():g}"
+            for name, value in output.metrics.items()
+            if name.startswith("loss/")
+        )
+        raise TrainingError(
+            f"phase {phase}: the loss is not finite ({terms}); lower optimizer.base_lr and"
+            " optimizer.head_lr, or raise stage.kl_coef"
+        )
+
+
+def _brief(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{k.removeprefix('eval/')} {v:.3f}" for k, v in metrics.items())
+
+
+def _report(context: Context, before: Evaluation, after: Evaluation) -> None:
+    folder = context.folder
+    picture = plot_score_and_kl(
+        folder.rows(), folder.path / "curves.png", title="PPO: score and KL by phase"
+    )
+    print_before_after(before.samples[:TABLE_ROWS], after.samples[:TABLE_ROWS], Console())
+    log.info("before: %s", _brief(before.metrics))
+    log.info("after:  %s", _brief(after.metrics))
+    log.info("curves: %s", picture)
