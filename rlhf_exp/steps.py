@@ -1,0 +1,144 @@
+"""What an experiment stands on: its steps, and how one refers to what another made.
+
+A step is a stage with its parts as plain configuration. It knows nothing of Hydra: whoever calls
+hands in what turns configuration into objects.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from rlhf_exp.settings import ConfigError
+from rlhf_exp.training.artifacts import ArtifactStore, content_hash, source_hash
+from rlhf_exp.training.context import Context
+from rlhf_exp.training.folder import RunFolder
+
+PARTS = ("task", "model", "reward", "sampler", "optimizer", "schedule")
+ARTIFACT = "artifact:"
+
+# From a group's configuration and its path to the object, or to None with problems appended.
+Instantiate = Callable[[Mapping[str, Any], str, list[str]], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A stage and its parts. `path` is where they stand in the configuration, for messages."""
+
+    name: str
+    path: str
+    config: Mapping[str, Any]
+
+    def build(self, instantiate: Instantiate) -> tuple[Any, dict[str, Any]]:
+        """The stage and those parts that its `run` asks for. Raises ConfigError with everything
+        that is wrong with any of them."""
+        problems: list[str] = []
+        stage = self._part("stage", instantiate, problems)
+        names = PARTS if stage is None else part_names(stage)
+        parts = {name: self._part(name, instantiate, problems) for name in names}
+        if not problems:
+            problems = [f"{self.path}{problem}" for problem in stage.check(**parts)]
+        if problems:
+            raise ConfigError("\n".join(problems))
+        return stage, parts
+
+    def _part(self, part: str, instantiate: Instantiate, problems: list[str]) -> Any:
+        config = self.config.get(part)
+        if config is None:
+            problems.append(f"{self.path}{part}: is required here; choose one: {part}=...")
+            return None
+        return instantiate(config, f"{self.path}{part}", problems)
+
+    def resolved(self, models: Mapping[str, str]) -> Self:
+        """The step with each artifact:NAME replaced by what `models` has for the name."""
+        return replace(self, config=substitute(self.config, models))
+
+
+def part_names(stage: Any) -> tuple[str, ...]:
+    """The parts that a stage's `run` takes, besides the context."""
+    return tuple(name for name in inspect.signature(stage.run).parameters if name != "context")
+
+
+def read_steps(config: Mapping[str, Any]) -> list[Step]:
+    """The steps of `prepare` in their order, then the run's own.
+
+    Raises ConfigError for a reference to an artifact that no earlier step makes.
+    """
+    steps = [
+        Step(name=name, path=f"prepare.{name}.", config=step)
+        for name, step in (config["prepare"] or {}).items()
+    ]
+    steps.append(Step(name="run", path="", config={k: config[k] for k in ("stage", *PARTS)}))
+    for i, step in enumerate(steps):
+        earlier = [s.name for s in steps[:i]]
+        for where, name in _references(step.config):
+            if name not in earlier:
+                raise ConfigError(
+                    f"{step.path}{where}={ARTIFACT}{name}: no earlier step of prepare has that"
+                    f" name; there are: {', '.join(earlier) or 'none'}"
+                )
+    return steps
+
+
+def _references(config: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            yield from _references(value, f"{where}.{key}".lstrip("."))
+    elif isinstance(config, str) and config.startswith(ARTIFACT):
+        yield where, config.removeprefix(ARTIFACT)
+
+
+def substitute(config: Any, artifacts: Mapping[str, str]) -> Any:
+    """The configuration with each artifact:NAME replaced by what `artifacts` has for the name."""
+    if isinstance(config, Mapping):
+        return {key: substitute(value, artifacts) for key, value in config.items()}
+    if isinstance(config, str) and config.startswith(ARTIFACT):
+        return artifacts[config.removeprefix(ARTIFACT)]
+    return config
+
+
+def prepare(
+    steps: Sequence[Step],
+    instantiate: Instantiate,
+    *,
+    root: Path,
+    seed: int,
+    device: torch.device,
+) -> dict[str, str]:
+    """Builds the artifact of each step or reuses it; returns their model directories by name.
+
+    An artifact is known by the hash of its configuration, the hashes of the artifacts and the
+    files that go into it, the seed and the code.
+    """
+    store = ArtifactStore(root)
+    keys: dict[str, str] = {}
+    models: dict[str, str] = {}
+    for step in steps:
+        stage, parts = step.build(instantiate)
+        description = {
+            "parts": substitute({name: step.config[name] for name in ("stage", *parts)}, keys),
+            "data": parts["task"].fingerprint() if "task" in parts else "",
+            "seed": seed,
+            "code": source_hash(*_code_of(stage)),
+        }
+        key = keys[step.name] = content_hash(description)
+
+        def build(path: Path, step: Step = step, description: Any = description) -> None:
+            stage, parts = step.resolved(models).build(instantiate)
+            with RunFolder(path) as folder:
+                folder.write_json("made_of.json", description)
+                result = stage.run(Context(folder=folder, seed=seed, device=device), **parts)
+                folder.write_json("result.json", result)
+                folder.write_status("done")
+
+        models[step.name] = str(store.obtain(step.name, key, build) / "model")
+    return models
+
+
+def _code_of(stage: Any) -> list[Path]:
+    package = Path(__file__).parent
+    floors = [package / name for name in ("functional", "models", "tasks", "training")]
+    return [*floors, Path(inspect.getfile(type(stage)))]
