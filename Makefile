@@ -1,6 +1,8 @@
 # Each target first makes .venv from pyproject.toml and constraints.txt if it is missing or older than them.
 PYTHON ?= python3
 VENV := .venv
+# Waiting threads that spin make a run tens of times slower once anything else computes.
+export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 

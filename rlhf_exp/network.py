@@ -1,4 +1,4 @@
-"""Whether a host answers, found out quickly: libraries retry for half a minute before they say so."""
+"""Whether a host answers, found out quickly: libraries retry for half a minute."""
 
 import functools
 import os

@@ -1,8 +1,8 @@
 """The composition root: from a composed configuration to running stages.
 
 The only file of the package that knows Hydra and OmegaConf. All settings are built and checked
-first, which takes milliseconds; weights are loaded after that. What imports torch is imported inside
-functions, so that `--help` and `--cfg` answer at once.
+first, which takes milliseconds; weights are loaded after that. What imports torch is imported
+inside functions, so that `--help` and `--cfg` answer at once.
 """
 
 import difflib
@@ -85,6 +85,8 @@ def instantiate(
 def _field_problem(path: str, detail: Any) -> str:
     if detail["type"] == "missing":
         return f"{'.'.join((path, *map(str, detail['loc'])))}: is required"
+    if isinstance(detail.get("ctx", {}).get("error"), ConfigError):
+        return str(detail["ctx"]["error"])  # which names its field itself
     message = detail["msg"].removeprefix("Value error, ")
     if not detail["loc"]:
         return f"{path}: {message}"
@@ -123,7 +125,8 @@ def execute(cfg: DictConfig, path: Path) -> None:
             problems.append(str(error))
     logger = build(config["logger"], "logger", problems)
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    _quieten_transformers()
     models = prepare(
         steps[:-1],
         build,
@@ -133,6 +136,13 @@ def execute(cfg: DictConfig, path: Path) -> None:
     )
     stage, parts = steps[-1].resolved(models).build(build)
     _run_stage(stage, parts, config, logger, device, path)
+
+
+def _quieten_transformers() -> None:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _run_stage(
@@ -153,7 +163,7 @@ def _run_stage(
     info = RunInfo(
         name=path.name,
         group=path.parent.name if sweep else None,
-        job_type=str(hydra_config.runtime.choices.stage),
+        job_type=str(hydra_config.runtime.choices["stage"]),
         config=config,
         shared_folder=path.parent if sweep else path,
     )
@@ -183,10 +193,6 @@ def to_container(cfg: DictConfig) -> dict[str, Any]:
 def job(cfg: DictConfig) -> None:
     """One job of train.py: runs it and turns what goes wrong into a message, a status and an exit
     code."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     from rlhf_exp.training.context import TrainingError
     from rlhf_exp.training.folder import RunFolder
 
@@ -225,7 +231,9 @@ def _file_log() -> logging.Logger:
     the terminal."""
     from rlhf_exp.training.progress import line_log, on_terminal
 
-    handlers = [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]
+    handlers: list[logging.Handler] = [
+        h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)
+    ]
     file_log = logging.getLogger("rlhf_exp.file")
     for logger in (file_log, line_log) if on_terminal() else (file_log,):
         logger.handlers, logger.propagate = handlers, False

@@ -46,7 +46,7 @@ def masked_rescale(
 ) -> Tensor:
     """Whitened to unit variance with its mean kept: (x - mean) / sqrt(var + eps) + mean.
 
-    Source: lm-human-preferences, `whiten` with shift_mean=False.
+    Source: lm-human-preferences, `whiten` with shift_mean=False; here too the variance is unbiased.
     """
     return masked_fill_zero(masked_whiten(x, mask, eps=eps) + masked_mean(x, mask), mask)
 

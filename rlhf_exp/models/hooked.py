@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase, TransformerBridge
 
 T = TypeVar("T")
 
@@ -37,11 +37,14 @@ def boot_bridge(
 
 
 def _boot(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformerBridge:
+    from transformer_lens.model_bridge import TransformerBridge as Bridge
+    from transformers import AutoTokenizer
+
     # The boot reads the tokenizer anew from the directory it is given (to have it prepend BOS), so
     # it gets one that surely exists, whatever the tokenizer came from.
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        bridge = TransformerBridge.boot_transformers(
+        bridge = Bridge.boot_transformers(
             folder,
             hf_model=model,
             tokenizer=AutoTokenizer.from_pretrained(folder),

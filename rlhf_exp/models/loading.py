@@ -11,14 +11,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
+from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.models.policy import Engine, TransformerWithValueHead, initialise_value_head
 from rlhf_exp.network import reachable
 from rlhf_exp.settings import ConfigError, Text, settings
@@ -32,8 +26,15 @@ LanguageModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 class ModelSettings(Protocol):
     """What a model group offers: a language model, and how a policy is made of it."""
 
-    engine: Engine
-    value_head_init: ValueHeadInit
+    @property
+    def engine(self) -> Engine:
+        """What runs the policy."""
+        ...
+
+    @property
+    def value_head_init(self) -> ValueHeadInit:
+        """How a value head that was not saved is drawn."""
+        ...
 
     def language_model(
         self, make_tokenizer: TokenizerFactory | None, *, seed: int
@@ -109,6 +110,8 @@ def load_policy(
 def load_language_model(name: str, *, revision: str | None = None) -> LanguageModel:
     """A causal language model in fp32 and its tokenizer. Raises ConfigError if the name is neither
     a directory with a model nor known to a hub within reach."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     source = locate_model(name)
     model = _from_pretrained(
         AutoModelForCausalLM, source, "model.base_model", name, revision=revision,
@@ -128,6 +131,8 @@ def load_language_model(name: str, *, revision: str | None = None) -> LanguageMo
 def load_classifier(name: str, *, dtype: torch.dtype) -> LanguageModel:
     """A sequence classifier and its tokenizer, in evaluation mode. Raises ConfigError as
     `load_language_model` does."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
     source = locate_model(name, field="reward.name")
     model = _from_pretrained(
         AutoModelForSequenceClassification, source, "reward.name", name, dtype=dtype

@@ -10,8 +10,8 @@ from typing import Literal, Self
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_exp.hf import Cache, PreTrainedModel, PreTrainedTokenizerBase, TransformerBridge
 from rlhf_exp.models.hooked import HookedView, boot_bridge
 
 Engine = Literal["fast", "hooked"]
@@ -112,7 +112,7 @@ class TransformerWithValueHead(CausalTransformer):
         """The value head on final hidden states."""
         return self.value_head(hidden).squeeze(-1)
 
-    def hooked(self) -> "TransformerBridge":  # noqa: F821
+    def hooked(self) -> TransformerBridge:
         """A TransformerBridge over the current weights, for looking inside.
 
         It shares the policy's memory. On architectures whose adapter copies weights (GPT-NeoX) it

@@ -5,19 +5,8 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
-from transformers import (
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
+from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.models.loading import LanguageModel, TokenizerFactory, ValueHeadInit
 from rlhf_exp.models.policy import Engine
 from rlhf_exp.settings import ConfigError, Count, settings
@@ -69,6 +58,8 @@ class Scratch:
         return None
 
     def _model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        import transformers as hf
+
         common = {
             "vocab_size": len(tokenizer),
             "bos_token_id": tokenizer.bos_token_id,
@@ -76,8 +67,8 @@ class Scratch:
             "pad_token_id": tokenizer.pad_token_id,
         }
         if self.architecture == "gpt2":
-            return GPT2LMHeadModel(
-                GPT2Config(
+            return hf.GPT2LMHeadModel(
+                hf.GPT2Config(
                     n_layer=self.num_layers,
                     n_embd=self.d_model,
                     n_head=self.num_heads,
@@ -97,8 +88,9 @@ class Scratch:
             "attention_dropout": self.dropout,
         }
         if self.architecture == "llama":
-            return LlamaForCausalLM(LlamaConfig(**shape, **common))
-        return GPTNeoXForCausalLM(GPTNeoXConfig(hidden_dropout=self.dropout, **shape, **common))
+            return hf.LlamaForCausalLM(hf.LlamaConfig(**shape, **common))
+        config = hf.GPTNeoXConfig(hidden_dropout=self.dropout, **shape, **common)
+        return hf.GPTNeoXForCausalLM(config)
 
 
 @settings
@@ -119,8 +111,10 @@ class ScratchClassifier:
 
     def classifier(
         self, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...], *, seed: int
-    ) -> DistilBertForSequenceClassification:
+    ) -> PreTrainedModel:
         """The model, drawn with the seed, one output for each label."""
+        from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
         config = DistilBertConfig(
             vocab_size=len(tokenizer),
             n_layers=self.num_layers,

@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 from pydantic import model_validator
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.models.loading import load_classifier
 from rlhf_exp.rewards.protocol import RewardFunction
 from rlhf_exp.settings import ConfigError, Count, Text, settings

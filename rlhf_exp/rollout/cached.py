@@ -7,9 +7,9 @@ the batch.
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from rlhf_exp.functional.sampling import sample_tokens
+from rlhf_exp.hf import Cache
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rollout.sampler import Sampler, as_completions, eos_token, kept_mass
 from rlhf_exp.settings import settings
@@ -76,8 +76,10 @@ class _Columns:
         )
 
 
-def _prefill(policy: TransformerWithValueHead, prompts: PromptBatch) -> tuple[DynamicCache, Tensor]:
-    """The cache over the prompts and the hidden state after each; one row is run if all are equal."""
+def _prefill(policy: TransformerWithValueHead, prompts: PromptBatch) -> tuple[Cache, Tensor]:
+    """The cache over the prompts and the hidden state after each; of equal rows only one is run."""
+    from transformers import DynamicCache
+
     batch = prompts.tokens.shape[0]
     shared = bool((prompts.tokens == prompts.tokens[:1]).all() and prompts.mask.all())
     rows = 1 if shared else batch

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.models.scratch import ScratchClassifier
 from rlhf_exp.settings import Count, Fraction, Positive, settings
 from rlhf_exp.tasks.batches import length_bucketed, pad_right
@@ -152,6 +151,8 @@ def encode_labelled(
 
 def with_leading_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer made to put BOS before every text, which the classifier reads its answer at."""
+    from tokenizers.processors import TemplateProcessing
+
     bos = tokenizer.bos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]

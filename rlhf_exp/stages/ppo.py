@@ -38,11 +38,12 @@ from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.settings import ConfigError, Count, Fraction, NonNegative, Positive, settings
 from rlhf_exp.stages.evaluation import Evaluation, evaluate
+from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.tasks.prompts import encode_prompts, prompt_stream
 from rlhf_exp.tasks.protocol import CorpusTask, Task
 from rlhf_exp.training.context import Context, TrainingError
 from rlhf_exp.training.curves import plot_score_and_kl, print_before_after
-from rlhf_exp.training.metrics import distinct_n, explained_variance, mean_metrics
+from rlhf_exp.training.metrics import mean_metrics, rollout_metrics
 from rlhf_exp.training.optim import (
     AdamWSettings,
     Schedule,
@@ -51,13 +52,17 @@ from rlhf_exp.training.optim import (
     learning_rates,
 )
 from rlhf_exp.training.progress import Progress
-from rlhf_exp.training.seeding import stream, stream_seed
+from rlhf_exp.training.seeding import stream_seed
 from rlhf_exp.training.timing import Stopwatch
 from rlhf_exp.types import Completions, Experience, LossOutput, PromptBatch, Rollout
 
 log = logging.getLogger(__name__)
 
 TABLE_ROWS = 6
+TRUNCATION_NOTE = (
+    "top_k/top_p: samples come from a truncated distribution, while log-probs, KL and entropy are"
+    " the policy's own; sample/kept_mass is its mass on what is kept"
+)
 
 
 @settings
@@ -116,82 +121,75 @@ class PPO:
         """
         clock = Stopwatch()
         with clock("load"):
-            make_tokenizer = task.build_tokenizer if isinstance(task, CorpusTask) else None
-            policy = build_policy(
-                model,
-                make_tokenizer,
-                device=context.device,
-                seed=stream_seed(context.seed, "model"),
+            actors = load_actors(context, task, model, reward, sampler)
+            state = TrainState.start(
+                actors.policy,
+                optimizer,
+                schedule,
+                total_phases=self.total_phases,
+                seed=context.seed,
             )
-            reference = policy.frozen_reference()
-            score = reward.load(context.device)
-            train_prompts, eval_prompts = (
-                _encode(policy, task, texts, sampler)
-                for texts in (task.train_prompts(), task.eval_prompts())
-            )
-            state = TrainState.start(self, policy, optimizer, schedule, seed=context.seed)
         context.folder.start()
         if sampler.truncates:
-            log.info(
-                "top_k/top_p: samples come from a truncated distribution while log-probs, KL and"
-                " entropy are the policy's own; sample/kept_mass is its mass on what is kept"
-            )
-        stream_of_prompts = prompt_stream(train_prompts, self.batch_size, state.prompt_generator)
-
-        def evaluation(phase: int) -> Evaluation:
-            with clock("evaluate"):
-                result = evaluate(
-                    policy, reference, score, sampler, eval_prompts,
-                    num_samples=self.eval_samples, seed=context.seed,
-                )  # fmt: skip
-            context.folder.log({"phase": phase, **result.metrics})
-            context.folder.log_samples(phase, result.samples)
-            log.info("evaluation at phase %d: %s", phase, _brief(result.metrics))
-            return result
-
-        before = after = evaluation(0)
+            log.info(TRUNCATION_NOTE)
+        prompts = prompt_stream(actors.train_prompts, self.batch_size, state.prompt_generator)
+        before = after = self._evaluate(context, actors, 0, clock)
         with Progress(self.total_phases, unit="phase") as progress:
             for phase in range(1, self.total_phases + 1):
-                metrics = self.phase(
-                    state, next(stream_of_prompts), reference, score, sampler, clock
-                )
+                metrics = self.phase(state, next(prompts), actors, clock)
                 context.folder.log({"phase": phase, **metrics})
                 progress.advance(phase, metrics)
                 if phase % self.eval_every == 0 or phase == self.total_phases:
-                    after = evaluation(phase)
+                    after = self._evaluate(context, actors, phase, clock)
         with clock("save"):
-            save_policy(policy, context.folder.path / "model")
-        result = {"before": before.metrics, "after": after.metrics, "seconds": clock.seconds}
+            save_policy(actors.policy, context.folder.path / "model")
         _report(context, before, after)
+        return {"before": before.metrics, "after": after.metrics, "seconds": clock.seconds}
+
+    def _evaluate(
+        self, context: Context, actors: "Actors", phase: int, clock: Stopwatch
+    ) -> Evaluation:
+        with clock("evaluate"):
+            result = evaluate(
+                actors.policy,
+                actors.reference,
+                actors.score,
+                actors.sampler,
+                actors.eval_prompts,
+                num_samples=self.eval_samples,
+                seed=context.seed,
+            )
+        context.folder.log({"phase": phase, **result.metrics})
+        context.folder.log_samples(phase, result.samples)
+        log.info("evaluation at phase %d: %s", phase, _brief(result.metrics))
         return result
 
     def phase(
         self,
-        state: "TrainState",
+        state: TrainState,
         prompts: PromptBatch,
-        reference: CausalTransformer,
-        score: RewardFunction,
-        sampler: Sampler,
+        actors: "Actors",
         clock: Stopwatch,
     ) -> dict[str, float]:
         """One phase: rollout, experience, learning. Returns its metrics."""
         state.phase += 1
+        temperature = actors.sampler.temperature
         lap = Stopwatch()
         with clock("rollout"), lap("rollout"):
-            generation = sampler(state.policy, prompts, state.sample_generator)
-            scores = _finite_scores(score, generation.completions, state.phase)
+            generation = actors.sampler(state.policy, prompts, state.sample_generator)
+            scores = _finite_scores(actors.score, generation.completions, state.phase)
             rollout = measure(
-                state.policy, reference, generation, scores, temperature=sampler.temperature
+                state.policy, actors.reference, generation, scores, temperature=temperature
             )
             experience = self.build_experience(rollout)
         rates = learning_rates(state.optimizer)
         with clock("learn"), lap("learn"):
             learned = mean_metrics(
-                self.learn(state, experience, reference, temperature=sampler.temperature)
+                self.learn(state, experience, actors.reference, temperature=temperature)
             )
             state.scheduler.step()
         return {
-            **rollout_metrics(experience, truncates=sampler.truncates),
+            **rollout_metrics(experience, truncates=actors.sampler.truncates),
             **learned,
             **{f"lr/{name}": rate for name, rate in rates.items()},
             "time/rollout_s": lap.seconds["rollout"],
@@ -219,7 +217,7 @@ class PPO:
 
     def learn(
         self,
-        state: "TrainState",
+        state: TrainState,
         experience: Experience,
         reference: CausalTransformer,
         *,
@@ -294,56 +292,34 @@ class PPO:
         )  # fmt: skip
 
 
-@dataclass(kw_only=True)
-class TrainState:
-    """Everything that changes from phase to phase."""
+@dataclass(frozen=True, kw_only=True)
+class Actors:
+    """Everything that a phase runs on and that no optimizer step replaces."""
 
     policy: TransformerWithValueHead
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    sample_generator: torch.Generator
-    minibatch_generator: torch.Generator
-    prompt_generator: torch.Generator
-    phase: int = 0
-
-    @classmethod
-    def start(
-        cls,
-        ppo: PPO,
-        policy: TransformerWithValueHead,
-        optimizer: AdamWSettings,
-        schedule: Schedule,
-        *,
-        seed: int,
-    ) -> "TrainState":
-        """The state before the first phase."""
-        adamw = optimizer.build(policy.language_model, policy.value_head)
-        return cls(
-            policy=policy,
-            optimizer=adamw,
-            scheduler=schedule.build(adamw, total_steps=ppo.total_phases),
-            sample_generator=stream(seed, "samples", policy.device),
-            minibatch_generator=stream(seed, "minibatches"),
-            prompt_generator=stream(seed, "prompts"),
-        )
+    reference: CausalTransformer
+    score: RewardFunction
+    sampler: Sampler
+    train_prompts: PromptBatch
+    eval_prompts: PromptBatch
 
 
-def rollout_metrics(experience: Experience, *, truncates: bool) -> dict[str, float]:
-    """What a rollout was like, before learning from it. KL is exact, of the policy that sampled."""
-    rollout, mask = experience.rollout, experience.rollout.completions.mask
-    metrics = {
-        "objective/scores": rollout.scores.mean().item(),
-        "objective/scores_std": rollout.scores.std(correction=0).item(),
-        "objective/kl": masked_mean(rollout.kl, mask).item(),
-        "objective/kl_sum": rollout.kl.sum(dim=1).mean().item(),
-        "objective/entropy": masked_mean(rollout.entropy, mask).item(),
-        "val/explained_variance": explained_variance(rollout.values, experience.returns, mask),
-        "sample/len_mean": mask.sum(dim=1).float().mean().item(),
-        "sample/distinct_3": distinct_n(rollout.completions.tokens, mask, n=3),
-    }
-    if truncates:
-        metrics["sample/kept_mass"] = masked_mean(rollout.kept_mass, mask).item()
-    return metrics
+def load_actors(
+    context: Context, task: Task, model: ModelSettings, reward: Reward, sampler: Sampler
+) -> Actors:
+    """The policy and its frozen copy, the reward and the prompts, on the context's device. Raises
+    ConfigError for what cannot be loaded or does not fit."""
+    make_tokenizer = task.build_tokenizer if isinstance(task, CorpusTask) else None
+    seed = stream_seed(context.seed, "model")
+    policy = build_policy(model, make_tokenizer, device=context.device, seed=seed)
+    return Actors(
+        policy=policy,
+        reference=policy.frozen_reference(),
+        score=reward.load(context.device),
+        sampler=sampler,
+        train_prompts=_encode(policy, task, task.train_prompts(), sampler),
+        eval_prompts=_encode(policy, task, task.eval_prompts(), sampler),
+    )
 
 
 def _encode(

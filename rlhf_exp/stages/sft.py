@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.models.loading import ModelSettings
 from rlhf_exp.settings import ConfigError, Count, Positive, settings
 from rlhf_exp.tasks.batches import length_bucketed, pad_right

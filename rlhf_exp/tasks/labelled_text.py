@@ -9,15 +9,13 @@ import reprlib
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from pydantic import model_validator
 
+from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.settings import ConfigError, Count, Index, OpenFraction, Text, settings
 from rlhf_exp.tasks.protocol import LabelledText, Split
-
-if TYPE_CHECKING:
-    import transformers
 
 MIN_TEXTS, MIN_TEXTS_PER_LABEL = 200, 20
 
@@ -95,7 +93,7 @@ class LabelledTextFile:
         prompts = self._prompts(held_out[len(held_out) // 2 :])
         return tuple(prompt for prompt in prompts if prompt not in trained)
 
-    def build_tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
+    def build_tokenizer(self) -> PreTrainedTokenizerBase:
         """A byte-pair tokenizer trained on the training texts alone."""
         from rlhf_exp.tasks.tokenizers import byte_pair_tokenizer
 

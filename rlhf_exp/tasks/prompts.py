@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
+from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.types import PromptBatch
 

@@ -3,10 +3,9 @@
 A task knows its data; it knows no model and no tokens but for the tokenizer that it builds.
 """
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
-if TYPE_CHECKING:  # importing it takes half a second, which only a task that builds one pays
-    import transformers
+from rlhf_exp.hf import PreTrainedTokenizerBase
 
 
 class LabelledText(NamedTuple):
@@ -26,7 +25,10 @@ class Split(NamedTuple):
 class Task(Protocol):
     """Prompts for PPO. Every task is at least this."""
 
-    prepend_bos: bool
+    @property
+    def prepend_bos(self) -> bool:
+        """Whether a prompt begins with BOS."""
+        ...
 
     def fingerprint(self) -> str:
         """A hash of the files that the task reads, "" for none. Raises ConfigError for a file
@@ -47,7 +49,7 @@ class Task(Protocol):
 class CorpusTask(Task, Protocol):
     """A task that a language model and a classifier can be trained on from nothing."""
 
-    def build_tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
+    def build_tokenizer(self) -> PreTrainedTokenizerBase:
         """A tokenizer for the texts, the same one at every call. It has BOS, EOS and PAD, pads on
         the left and adds no special tokens by itself."""
         ...

@@ -6,16 +6,13 @@ It knows how many are drawn, how they are split and labelled; review_grammar kno
 import random
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from pydantic import field_validator
 
+from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.settings import ConfigError, Count, Fraction, Index, Text, settings
 from rlhf_exp.tasks.protocol import LabelledText, Split
 from rlhf_exp.tasks.review_grammar import draw_review, vocabulary
-
-if TYPE_CHECKING:
-    import transformers
 
 
 @settings
@@ -58,7 +55,7 @@ class Reviews:
         """The prefix alone."""
         return (self.prefix,)
 
-    def build_tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
+    def build_tokenizer(self) -> PreTrainedTokenizerBase:
         """A tokenizer with one token for each word of the grammar."""
         from rlhf_exp.tasks.tokenizers import word_tokenizer
 

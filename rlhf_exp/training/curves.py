@@ -4,13 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 INK, MUTED, SCORE, KL = "#222222", "#8a8a8a", "#0b6e4f", "#b3541e"
 
@@ -18,7 +14,10 @@ INK, MUTED, SCORE, KL = "#222222", "#8a8a8a", "#0b6e4f", "#b3541e"
 def plot_score_and_kl(rows: Sequence[Mapping[str, float]], path: Path, *, title: str) -> Path:
     """A PNG of score and KL by phase from rows of metrics.jsonl: rollouts as lines, evaluations as
     dots."""
-    figure, axes = plt.subplots(2, 1, figsize=(7, 5), sharex=True, layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True)
     panels = (("scores", "score", SCORE), ("kl", "KL to reference\n(nats a token)", KL))
     for axis, (metric, label, color) in zip(axes, panels, strict=True):
         rollouts = _series(rows, f"objective/{metric}")
@@ -34,7 +33,6 @@ def plot_score_and_kl(rows: Sequence[Mapping[str, float]], path: Path, *, title:
     axes[1].set_xlabel("phase", color=INK)
     axes[1].set_ylim(bottom=0)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
     return path
 
 

@@ -63,7 +63,7 @@ class WandbLogger:
 
     @contextmanager
     def open(self, info: RunInfo) -> Iterator[list[Sink]]:
-        """A W&B run, or nothing if mode is disabled. The run is marked failed if the block raises."""
+        """A W&B run, marked failed if the block raises; nothing if mode is disabled."""
         mode = self._resolve_mode()
         if mode == "disabled":
             yield []

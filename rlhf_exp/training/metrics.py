@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf_exp.functional.masking import masked_var
+from rlhf_exp.functional.masking import masked_mean, masked_var
+from rlhf_exp.types import Experience
 
 
 def distinct_n(tokens: Int[Tensor, "batch completion"], mask: Bool[Tensor, "batch completion"],
@@ -40,3 +41,21 @@ def mean_metrics(rows: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
     """The mean of each metric over rows that all have the same ones."""
     rows = list(rows)
     return {name: float(torch.stack([row[name] for row in rows]).mean()) for name in rows[0]}
+
+
+def rollout_metrics(experience: Experience, *, truncates: bool) -> dict[str, float]:
+    """What a rollout was like, before learning from it. KL is exact, of the policy that sampled."""
+    rollout, mask = experience.rollout, experience.rollout.completions.mask
+    metrics = {
+        "objective/scores": rollout.scores.mean().item(),
+        "objective/scores_std": rollout.scores.std(correction=0).item(),
+        "objective/kl": masked_mean(rollout.kl, mask).item(),
+        "objective/kl_sum": rollout.kl.sum(dim=1).mean().item(),
+        "objective/entropy": masked_mean(rollout.entropy, mask).item(),
+        "val/explained_variance": explained_variance(rollout.values, experience.returns, mask),
+        "sample/len_mean": mask.sum(dim=1).float().mean().item(),
+        "sample/distinct_3": distinct_n(rollout.completions.tokens, mask, n=3),
+    }
+    if truncates:
+        metrics["sample/kept_mass"] = masked_mean(rollout.kept_mass, mask).item()
+    return metrics

@@ -1,0 +1,15 @@
+"""Names of Hugging Face's and TransformerLens' classes, for annotations alone.
+
+Importing the classes takes seconds, and a configuration is checked without them: a bad value is
+refused before anybody waits for an import. Code that calls them imports them where it calls.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+else:
+    Cache = PreTrainedModel = PreTrainedTokenizerBase = TransformerBridge = Any
+
+__all__ = ["Cache", "PreTrainedModel", "PreTrainedTokenizerBase", "TransformerBridge"]

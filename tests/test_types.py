@@ -1,0 +1,216 @@
+import dataclasses
+import importlib.util
+import sys
+from typing import Any
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+
+from rlhf_exp import types
+from rlhf_exp.types import (
+    Completions,
+    Experience,
+    Generation,
+    LossOutput,
+    PromptBatch,
+    Rollout,
+)
+
+BATCH, PROMPT, COMPLETION, D_MODEL = 3, 2, 4, 5
+
+
+def numbered(*shape: int, start: int) -> torch.Tensor:
+    """start, start + 1, ...: no entry of a record equals another one of the same record."""
+    size = torch.Size(shape).numel()
+    return torch.arange(start, start + size, dtype=torch.float32).view(*shape)
+
+
+def prompts(**changes: Any) -> PromptBatch:
+    fields = {
+        "tokens": torch.tensor([[0, 11], [12, 13], [0, 14]]),
+        "mask": torch.tensor([[False, True], [True, True], [False, True]]),
+        "rows": tuple({"prompt": text, "label": i} for i, text in enumerate(("A ", "B ", "C "))),
+    }
+    return PromptBatch(**(fields | changes))
+
+
+def completions(**changes: Any) -> Completions:
+    fields = {
+        "prompts": prompts(),
+        "tokens": torch.tensor([[21, 22, 23, 0], [24, 0, 0, 0], [25, 26, 27, 28]]),
+        "mask": torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool),
+        "texts": ("one", "two", "three"),
+    }
+    return Completions(**(fields | changes))
+
+
+def per_token(*names: str) -> dict[str, torch.Tensor]:
+    return {name: numbered(BATCH, COMPLETION, start=100 * (i + 1)) for i, name in enumerate(names)}
+
+
+def generation(**changes: Any) -> Generation:
+    fields = {
+        "completions": completions(),
+        **per_token("logprobs", "values", "kept_mass"),
+        "hidden": numbered(BATCH, COMPLETION, D_MODEL, start=1000),
+    }
+    return Generation(**(fields | changes))
+
+
+def rollout(**changes: Any) -> Rollout:
+    fields = {
+        "completions": completions(),
+        **per_token("logprobs", "ref_logprobs", "values", "kl", "entropy", "kept_mass"),
+        "ref_hidden": numbered(BATCH, COMPLETION, D_MODEL, start=1000),
+        "scores": numbered(BATCH, start=2000),
+    }
+    return Rollout(**(fields | changes))
+
+
+def experience(**changes: Any) -> Experience:
+    fields = {"rollout": rollout(), **per_token("rewards", "advantages", "returns")}
+    return Experience(**(fields | changes))
+
+
+def leaves(record: Any, path: str = "") -> dict[str, Any]:
+    """Every tensor and tuple of a record and of those in it, by its path."""
+    found = {}
+    for field in dataclasses.fields(record):
+        value, name = getattr(record, field.name), f"{path}{field.name}"
+        nested = leaves(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
+        found |= nested
+    return found
+
+
+@pytest.mark.parametrize("build", [prompts, completions, generation, rollout, experience])
+@pytest.mark.parametrize(
+    ("index", "rows"),
+    [([2, 0], [2, 0]), ([1], [1]), ([0, 0, 2, 1], [0, 0, 2, 1]), ([-1], [2]), ([], [])],
+)
+def test_indexing_selects_rows_everywhere(build, index, rows):
+    record = build()
+    selected = record[torch.tensor(index, dtype=torch.long)]
+    assert type(selected) is type(record)
+    before, after = leaves(record), leaves(selected)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        if isinstance(value, tuple):
+            assert after[name] == tuple(value[row] for row in rows), name
+        else:
+            assert after[name].tolist() == [value.tolist()[row] for row in rows], name
+
+
+def test_a_boolean_index_selects_the_same_rows_in_tensors_and_tuples():
+    selected = completions()[torch.tensor([False, True, True])]
+    assert selected.tokens.tolist() == [[24, 0, 0, 0], [25, 26, 27, 28]]
+    assert selected.texts == ("two", "three")
+    assert selected.prompts.texts == ("B ", "C ")
+
+
+def test_indexing_leaves_the_record_alone():
+    record = experience()
+    record[torch.tensor([1])].rewards.zero_()
+    assert torch.equal(record.rewards, numbered(BATCH, COMPLETION, start=100))
+
+
+def test_texts():
+    record = completions()
+    assert record.prompts.texts == ("A ", "B ", "C ")
+    assert record.full_texts == ("A one", "B two", "C three")
+    assert record[torch.tensor([2, 1])].full_texts == ("C three", "B two")
+
+
+def test_a_missing_text_is_not_passed_over():
+    with pytest.raises(ValueError, match="shorter than"):
+        _ = completions(texts=("one", "two")).full_texts
+
+
+def test_sequences_join_prompts_and_completions():
+    record = completions()
+    tokens, mask = record.sequences
+    assert record.prompt_len == PROMPT
+    assert tokens.tolist() == [
+        [0, 11, 21, 22, 23, 0],
+        [12, 13, 24, 0, 0, 0],
+        [0, 14, 25, 26, 27, 28],
+    ]
+    assert mask.int().tolist() == [[0, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1]]
+    assert tokens[:, record.prompt_len :].tolist() == record.tokens.tolist()
+
+
+SHORT = torch.zeros(BATCH, COMPLETION - 1)
+NARROW = torch.zeros(BATCH - 1, COMPLETION)
+
+
+@pytest.mark.parametrize(
+    ("build", "changes"),
+    [
+        (prompts, {"mask": torch.ones(BATCH, PROMPT + 1, dtype=torch.bool)}),
+        (prompts, {"mask": torch.ones(BATCH, PROMPT, dtype=torch.long)}),
+        (prompts, {"tokens": torch.zeros(BATCH, PROMPT)}),
+        (prompts, {"rows": [{"prompt": "A"}]}),
+        (completions, {"tokens": torch.zeros(BATCH, COMPLETION + 1, dtype=torch.long)}),
+        (completions, {"mask": torch.ones(BATCH - 1, COMPLETION, dtype=torch.bool)}),
+        (completions, {"prompts": {}}),
+        (generation, {"logprobs": SHORT}),
+        (generation, {"values": NARROW}),
+        (generation, {"kept_mass": SHORT}),
+        (generation, {"hidden": torch.zeros(BATCH, COMPLETION)}),
+        (generation, {"hidden": torch.zeros(BATCH, COMPLETION - 1, D_MODEL)}),
+        (rollout, {"logprobs": SHORT}),
+        (rollout, {"ref_logprobs": NARROW}),
+        (rollout, {"ref_hidden": torch.zeros(BATCH, D_MODEL)}),
+        (rollout, {"values": SHORT}),
+        (rollout, {"kl": SHORT}),
+        (rollout, {"entropy": SHORT}),
+        (rollout, {"kept_mass": SHORT}),
+        (rollout, {"scores": torch.zeros(BATCH, COMPLETION)}),
+        (rollout, {"scores": torch.zeros(BATCH - 1)}),
+        (experience, {"rewards": SHORT}),
+        (experience, {"advantages": NARROW}),
+        (experience, {"returns": torch.zeros(BATCH, COMPLETION, dtype=torch.long)}),
+    ],
+)
+def test_a_field_of_another_shape_or_type_is_refused(build, changes):
+    with pytest.raises(TypeCheckError, match=next(iter(changes))):
+        build(**changes)
+
+
+def test_a_loss_is_a_scalar_with_scalar_metrics():
+    output = LossOutput(loss=torch.tensor(1.5), metrics={"kl_exact": torch.tensor(0.25)})
+    assert output.metrics["kl_exact"] == 0.25
+    with pytest.raises(TypeCheckError, match="loss"):
+        LossOutput(loss=torch.zeros(1), metrics={})
+    with pytest.raises(TypeCheckError, match="metrics"):
+        LossOutput(loss=torch.tensor(1.5), metrics={"kl_exact": torch.zeros(2)})
+
+
+def test_records_are_checked_outside_the_tests_too(monkeypatch):
+    # Under another name the module escapes the import hook that pytest sets, as it does in a run.
+    spec = importlib.util.spec_from_file_location("types_as_in_a_run", types.__file__)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    tokens = torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(TypeCheckError, match="mask"):
+        module.PromptBatch(tokens=tokens, mask=torch.ones(2, 4, dtype=torch.bool), rows=({}, {}))
+    with pytest.raises(TypeCheckError, match="loss"):
+        module.LossOutput(loss=torch.zeros(1), metrics={})
+
+
+@pytest.mark.parametrize("build", [prompts, completions, generation, rollout, experience])
+def test_records_are_frozen(build):
+    record = build()
+    name = dataclasses.fields(record)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError, match=name):
+        setattr(record, name, getattr(record, name))
+
+
+def test_records_are_complete_when_built():
+    fields = {field.name: getattr(rollout(), field.name) for field in dataclasses.fields(Rollout)}
+    del fields["scores"]
+    with pytest.raises(TypeError, match="scores"):
+        Rollout(**fields)
+    with pytest.raises(TypeError, match="positional"):
+        LossOutput(torch.tensor(1.5), {})
