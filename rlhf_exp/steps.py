@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -52,7 +52,7 @@ class Step:
             return None
         return instantiate(config, f"{self.path}{part}", problems)
 
-    def resolved(self, models: Mapping[str, str]) -> Self:
+    def resolved(self, models: Mapping[str, str]) -> "Step":
         """The step with each artifact:NAME replaced by what `models` has for the name."""
         return replace(self, config=substitute(self.config, models))
 

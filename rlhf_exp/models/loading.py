@@ -7,10 +7,12 @@ names the model and the fix.
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.models.policy import Engine, TransformerWithValueHead, initialise_value_head
@@ -23,6 +25,7 @@ TokenizerFactory = Callable[[], PreTrainedTokenizerBase]
 LanguageModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
+@runtime_checkable
 class ModelSettings(Protocol):
     """What a model group offers: a language model, and how a policy is made of it."""
 
@@ -83,7 +86,7 @@ def build_policy(
     _check_taken_apart(policy)
     saved = model.value_head_path()
     if saved is not None:
-        policy.value_head.load_state_dict(load_file(saved))
+        _load_value_head(policy, saved)
     else:
         initialise_value_head(
             policy.value_head,
@@ -113,13 +116,19 @@ def load_language_model(name: str, *, revision: str | None = None) -> LanguageMo
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = locate_model(name)
-    model = _from_pretrained(
+    model = _model_from_pretrained(
         AutoModelForCausalLM, source, "model.base_model", name, revision=revision,
         dtype=torch.float32,
     )  # fmt: skip
     tokenizer = _from_pretrained(
         AutoTokenizer, source, "model.base_model", name, revision=revision, padding_side="left"
     )
+    # Of a directory without a tokenizer transformers makes one that knows special tokens alone.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ConfigError(
+            f"model.base_model={name!r} holds no tokenizer; save the tokenizer that the model was"
+            " trained with beside it"
+        )
     if len(tokenizer) > model.config.vocab_size:
         raise ConfigError(
             f"model.base_model={name!r}: its tokenizer has {len(tokenizer)} tokens but the model"
@@ -134,7 +143,7 @@ def load_classifier(name: str, *, dtype: torch.dtype) -> LanguageModel:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     source = locate_model(name, field="reward.name")
-    model = _from_pretrained(
+    model = _model_from_pretrained(
         AutoModelForSequenceClassification, source, "reward.name", name, dtype=dtype
     )
     return model.eval(), _from_pretrained(AutoTokenizer, source, "reward.name", name)
@@ -158,12 +167,25 @@ def locate_model(name: str, *, field: str = "model.base_model") -> str:
     return name
 
 
+def _model_from_pretrained(
+    loader: Any, source: str, field: str, name: str, **options: Any
+) -> PreTrainedModel:
+    model, info = _from_pretrained(loader, source, field, name, output_loading_info=True, **options)
+    # transformers draws such weights at random and goes on.
+    if missing := sorted(info["missing_keys"]):
+        raise ConfigError(
+            f"{field}={name!r} was not saved as {type(model).__name__}: it lacks the weights"
+            f" {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
+        )
+    return model
+
+
 def _from_pretrained(loader: Any, source: str, field: str, name: str, **options: Any) -> Any:
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     local = Path(source).is_dir() or not reachable(hub)
     try:
         return loader.from_pretrained(source, local_files_only=local, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         if Path(source).is_dir():
             fix = f"{loader.__name__} must be able to open it"
@@ -174,16 +196,41 @@ def _from_pretrained(loader: Any, source: str, field: str, name: str, **options:
         raise ConfigError(f"{field}={name!r} cannot be loaded: {fix}.\n  {reason}") from error
 
 
+def _load_value_head(policy: TransformerWithValueHead, path: Path) -> None:
+    try:
+        policy.value_head.load_state_dict(load_file(path))
+    except (RuntimeError, SafetensorError) as error:
+        raise ConfigError(
+            f"{path} is not a value head of this model; delete it to have one drawn.\n  {error}"
+        ) from error
+
+
 def _check_taken_apart(policy: TransformerWithValueHead) -> None:
     """Raises ConfigError for an architecture whose logits are more than its output embedding on its
-    final hidden states (soft-capped or scaled logits), which this package does not handle."""
-    tokens = torch.zeros((1, 2), dtype=torch.long, device=policy.device)
+    final hidden states (soft-capped or scaled logits, the heads of encoders), which this package
+    does not handle."""
+    tokens = torch.arange(min(8, len(policy.tokenizer)), device=policy.device)[None]
     mask = torch.ones_like(tokens, dtype=torch.bool)
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def watch(module: Any, args: tuple[Tensor], logits: Tensor) -> Tensor:
+        # So large that a soft cap shows even where the weights were just drawn.
+        calls.append((args[0], logits + 100))
+        return calls[-1][1]
+
+    hook = policy.language_model.get_output_embeddings().register_forward_hook(watch)
+    try:
+        with torch.no_grad():
+            whole = policy.language_model(input_ids=tokens, attention_mask=mask.long()).logits
+    finally:
+        hook.remove()
     with torch.no_grad():
-        whole = policy.language_model(tokens).logits
-        parts = policy.unembed(policy.hidden_states(tokens, mask))
-    if not torch.allclose(whole, parts, rtol=1e-3, atol=1e-3):
+        hidden = policy.hidden_states(tokens, mask)
+    (unembedded, logits) = calls[-1]
+    if not (
+        torch.allclose(unembedded, hidden, rtol=1e-3, atol=1e-3) and torch.allclose(whole, logits)
+    ):
         raise ConfigError(
-            f"model: {type(policy.language_model).__name__} changes its logits after the output"
-            " embedding; this architecture is not supported"
+            f"model: {type(policy.language_model).__name__} does more than its output embedding"
+            " between final hidden states and logits; this architecture is not supported"
         )

@@ -5,7 +5,7 @@ Dropout is off, always: with it on, the first PPO ratio is not 1.
 """
 
 import copy
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,7 +26,7 @@ class CausalTransformer(nn.Module):
         self.tokenizer = tokenizer
         self.train(False)
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "CausalTransformer":
         """Sets the mode of everything but the language model, which stays in evaluation mode."""
         super().train(mode)
         self.language_model.eval()
@@ -45,9 +45,9 @@ class CausalTransformer(nn.Module):
     def hidden_states(
         self,
         tokens: Int[Tensor, "batch seq"],
-        mask: Bool[Tensor, "batch seq"],
+        mask: Bool[Tensor, "batch _"],
         cache: Cache | None = None,
-    ) -> Float[Tensor, "batch new d_model"]:
+    ) -> Float[Tensor, "batch seq d_model"]:
         """The final layer norm's output, for every token or, with a cache, for those not in it.
 
         `mask` covers the cached tokens and the new ones; `tokens` are the new ones alone.

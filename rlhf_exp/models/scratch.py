@@ -35,6 +35,12 @@ class Scratch:
     @model_validator(mode="after")
     def _divides(self) -> "Scratch":
         _check_heads(self.d_model, self.num_heads)
+        width = self.d_model // self.num_heads
+        # Rotary embeddings turn pairs; GPT-NeoX's turn a quarter of a head, which must not be none.
+        if self.architecture == "llama" and width % 2:
+            raise ValueError(f"d_model/num_heads={width} must be even for architecture=llama")
+        if self.architecture == "gpt_neox" and width < 4:
+            raise ValueError(f"d_model/num_heads={width} must be at least 4 for gpt_neox")
         return self
 
     def language_model(

@@ -17,4 +17,4 @@ class CharCount(TextReward):
 
     def score(self, text: str) -> float:
         """The count."""
-        return text.count(self.character)
+        return float(text.count(self.character))

@@ -19,4 +19,4 @@ class Keyword(TextReward):
     def score(self, text: str) -> float:
         """The capped count."""
         pattern = "|".join(rf"(?<!\w){re.escape(word)}(?!\w)" for word in self.keywords)
-        return min(self.max_count, len(re.findall(pattern, text, flags=re.IGNORECASE)))
+        return float(min(self.max_count, len(re.findall(pattern, text, flags=re.IGNORECASE))))

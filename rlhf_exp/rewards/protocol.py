@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from rlhf_exp.types import Completions
 RewardFunction = Callable[[Completions], Float[Tensor, " batch"]]
 
 
+@runtime_checkable
 class Reward(Protocol):
     """The settings of a reward group."""
 
@@ -32,5 +33,5 @@ class TextReward(ABC):
     def load(self, device: torch.device) -> RewardFunction:
         """The scores of all texts as a tensor on the device."""
         return lambda completions: torch.tensor(
-            [float(self.score(text)) for text in completions.full_texts], device=device
+            [self.score(text) for text in completions.full_texts], device=device
         )

@@ -51,7 +51,7 @@ def measure(
         completions=completions,
         logprobs=generation.logprobs,
         ref_logprobs=ref_logprobs,
-        ref_hidden=ref_hidden,
+        ref_hidden=masked_fill_zero(ref_hidden, completions.mask[..., None].expand_as(ref_hidden)),
         values=generation.values,
         kl=kl,
         entropy=ent,

@@ -6,7 +6,6 @@ is the temperature-scaled distribution over the full vocabulary.
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -39,7 +38,7 @@ class Sampler(ABC):
         """Whether tokens that the policy could emit are never sampled."""
         return self.top_k is not None or self.top_p < 1
 
-    def full_distribution(self) -> Self:
+    def full_distribution(self) -> "Sampler":
         """This sampler at temperature 1 without filters, as evaluations use it."""
         return replace(self, temperature=1.0, top_k=None, top_p=1.0)  # type: ignore[type-var]
 

@@ -91,7 +91,7 @@ class TrainClassifier:
             )
         with clock("evaluate"):
             metrics = held_out_metrics(network, held_out, batch_size=self.batch_size)
-        context.folder.log({"phase": num_updates, **metrics})
+        context.folder.log(num_updates, metrics)
         log.info("held-out accuracy %.3f, loss %.3f", *metrics.values())
         with clock("save"):
             network.save_pretrained(context.folder.path / "model")

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from rlhf_exp.functional.masking import masked_mean
 from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
@@ -11,9 +13,10 @@ from rlhf_exp.rewards.protocol import RewardFunction
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.tasks.prompts import take
+from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.metrics import distinct_n
 from rlhf_exp.training.seeding import stream
-from rlhf_exp.types import PromptBatch, Rollout
+from rlhf_exp.types import Completions, PromptBatch, Rollout
 
 ROWS = 64
 
@@ -35,12 +38,14 @@ def evaluate(
     *,
     num_samples: int,
     seed: int,
+    phase: int,
 ) -> Evaluation:
     """Scores, exact KL and diversity of `num_samples` completions.
 
     The prompts are the same at every call with one seed, in the same order, repeated if there are
     fewer of them than samples; so is the stream of random numbers, which pairs evaluations and
-    makes their differences less noisy. None of it is a rollout's.
+    makes their differences less noisy. None of it is a rollout's. Raises TrainingError naming the
+    phase for scores that are not finite.
     """
     device = policy.device
     order = torch.randperm(len(prompts.rows), generator=stream(seed, "evaluation prompts"))
@@ -50,9 +55,29 @@ def evaluate(
     chunks = []
     for rows in index.split(ROWS):
         generation = full(policy, take(prompts, rows.to(device)), generator)
-        scores = reward(generation.completions)
+        scores = checked_scores(reward, generation.completions, phase=phase)
         chunks.append(measure(policy, reference, generation, scores, temperature=1.0))
     return Evaluation(metrics=_metrics(chunks), samples=sample_rows(chunks))
+
+
+def checked_scores(
+    reward: RewardFunction, completions: Completions, *, phase: int
+) -> Float[Tensor, " batch"]:
+    """The reward's scores in fp32. Raises TrainingError naming the phase unless there is a finite
+    one for each completion."""
+    scores = reward(completions).float()
+    if scores.shape != (len(completions.texts),):
+        raise TrainingError(
+            f"phase {phase}: the reward gave scores of shape {tuple(scores.shape)} for"
+            f" {len(completions.texts)} samples; it must give one for each"
+        )
+    bad = (~scores.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise TrainingError(
+            f"phase {phase}: the reward gave {scores[bad[0]].item()} for {len(bad)} of"
+            f" {len(scores)} samples, the first: {completions.full_texts[bad[0]]!r}"
+        )
+    return scores
 
 
 def sample_rows(rollouts: list[Rollout]) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ from rlhf_exp.rewards.protocol import Reward, RewardFunction
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.settings import ConfigError, Count, Fraction, NonNegative, Positive, settings
-from rlhf_exp.stages.evaluation import Evaluation, evaluate
+from rlhf_exp.stages.evaluation import Evaluation, checked_scores, evaluate
 from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.tasks.prompts import encode_prompts, prompt_stream
 from rlhf_exp.tasks.protocol import CorpusTask, Task
@@ -54,7 +54,7 @@ from rlhf_exp.training.optim import (
 from rlhf_exp.training.progress import Progress
 from rlhf_exp.training.seeding import stream_seed
 from rlhf_exp.training.timing import Stopwatch
-from rlhf_exp.types import Completions, Experience, LossOutput, PromptBatch, Rollout
+from rlhf_exp.types import Experience, LossOutput, PromptBatch, Rollout
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class PPO:
         with Progress(self.total_phases, unit="phase") as progress:
             for phase in range(1, self.total_phases + 1):
                 metrics = self.phase(state, next(prompts), actors, clock)
-                context.folder.log({"phase": phase, **metrics})
+                context.folder.log(phase, metrics)
                 progress.advance(phase, metrics)
                 if phase % self.eval_every == 0 or phase == self.total_phases:
                     after = self._evaluate(context, actors, phase, clock)
@@ -158,8 +158,9 @@ class PPO:
                 actors.eval_prompts,
                 num_samples=self.eval_samples,
                 seed=context.seed,
+                phase=phase,
             )
-        context.folder.log({"phase": phase, **result.metrics})
+        context.folder.log(phase, result.metrics)
         context.folder.log_samples(phase, result.samples)
         log.info("evaluation at phase %d: %s", phase, _brief(result.metrics))
         return result
@@ -177,7 +178,7 @@ class PPO:
         lap = Stopwatch()
         with clock("rollout"), lap("rollout"):
             generation = actors.sampler(state.policy, prompts, state.sample_generator)
-            scores = _finite_scores(actors.score, generation.completions, state.phase)
+            scores = checked_scores(actors.score, generation.completions, phase=state.phase)
             rollout = measure(
                 state.policy, actors.reference, generation, scores, temperature=temperature
             )
@@ -336,17 +337,6 @@ def _encode(
             f" {max(0, policy.context_len - longest)} or use shorter prompts"
         )
     return prompts
-
-
-def _finite_scores(score: RewardFunction, completions: Completions, phase: int) -> Tensor:
-    scores = score(completions).float()
-    bad = (~scores.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        raise TrainingError(
-            f"phase {phase}: the reward gave {scores[bad[0]].item()} for {len(bad)} of"
-            f" {len(scores)} samples, the first: {completions.full_texts[bad[0]]!r}"
-        )
-    return scores
 
 
 def _check_finite(output: LossOutput, phase: int) -> None:

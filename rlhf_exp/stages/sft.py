@@ -90,7 +90,7 @@ class SFT:
         with clock("evaluate"):
             loss = held_out_loss(network, held_out, batch_size=self.batch_size)
         metrics = {"heldout/loss": loss, "heldout/perplexity": math.exp(loss)}
-        context.folder.log({"phase": num_updates, **metrics})
+        context.folder.log(num_updates, metrics)
         log.info("held-out loss %.3f nats a token, perplexity %.1f", loss, math.exp(loss))
         with clock("save"):
             network.save_pretrained(context.folder.path / "model")

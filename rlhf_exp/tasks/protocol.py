@@ -22,6 +22,7 @@ class Split(NamedTuple):
     held_out: tuple[LabelledText, ...]
 
 
+@runtime_checkable
 class Task(Protocol):
     """Prompts for PPO. Every task is at least this."""
 

@@ -11,7 +11,7 @@ from rich.text import Text
 INK, MUTED, SCORE, KL = "#222222", "#8a8a8a", "#0b6e4f", "#b3541e"
 
 
-def plot_score_and_kl(rows: Sequence[Mapping[str, float]], path: Path, *, title: str) -> Path:
+def plot_score_and_kl(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> Path:
     """A PNG of score and KL by phase from rows of metrics.jsonl: rollouts as lines, evaluations as
     dots."""
     from matplotlib.figure import Figure
@@ -36,7 +36,7 @@ def plot_score_and_kl(rows: Sequence[Mapping[str, float]], path: Path, *, title:
     return path
 
 
-def _series(rows: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:
+def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
     points = [(row["phase"], row[name]) for row in rows if row.get(name) is not None]
     return [x for x, _ in points], [y for _, y in points]
 

@@ -12,18 +12,19 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
 Status = Literal["running", "done", "failed", "interrupted"]
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Another place that metrics and samples go to, such as W&B."""
 
-    def log(self, row: Mapping[str, float]) -> None:
-        """One row of metrics; row["phase"] is the x axis."""
+    def log(self, phase: int, metrics: Mapping[str, float]) -> None:
+        """The metrics of a phase, or of an update in supervised stages."""
         ...
 
     def log_samples(self, phase: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -48,7 +49,7 @@ class RunFolder:
         self._stack = ExitStack()
         self._sinks: list[Sink] = []
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -60,13 +61,13 @@ class RunFolder:
         self.write_status("running")
         self.write_environment()
 
-    def log(self, row: Mapping[str, float]) -> None:
+    def log(self, phase: int, metrics: Mapping[str, float]) -> None:
         """Appends a row to metrics.jsonl, flushed, and passes it on. Non-finite numbers become
         null."""
-        finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
-        self._append("metrics.jsonl", [finite])
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self._append("metrics.jsonl", [{"phase": phase, **finite}])
         for sink in self._sinks:
-            sink.log(row)
+            sink.log(phase, metrics)
 
     def log_samples(self, phase: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends rows to samples.jsonl with their phase, and passes them on."""

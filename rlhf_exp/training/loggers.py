@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from rlhf_exp.network import reachable
 from rlhf_exp.settings import Text, settings
@@ -33,6 +33,7 @@ class RunInfo:
     shared_folder: Path
 
 
+@runtime_checkable
 class Logger(Protocol):
     """A logger group's settings."""
 
@@ -122,8 +123,8 @@ class _WandbSink:
     def __init__(self, run: Any) -> None:
         self._run = run
 
-    def log(self, row: Mapping[str, float]) -> None:
-        self._send(dict(row))
+    def log(self, phase: int, metrics: Mapping[str, float]) -> None:
+        self._send({"phase": phase, **metrics})
 
     def log_samples(self, phase: int, rows: Sequence[Mapping[str, Any]]) -> None:
         import wandb

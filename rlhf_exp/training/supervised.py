@@ -43,6 +43,6 @@ def fit(
                 metrics = {"train/loss": loss.item()}
                 metrics |= {f"grad_norm/{name}": norm.item() for name, norm in norms.items()}
                 metrics |= {f"lr/{name}": lr for name, lr in learning_rates(optimizer).items()}
-                context.folder.log({"phase": update, **metrics})
+                context.folder.log(update, metrics)
                 progress.advance(update, metrics)
             scheduler.step()
