@@ -1,5 +1,6 @@
 """A task, models and contexts small enough that a PPO run takes a second."""
 
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,13 @@ class ToyTask:
         return self.labelled_split()
 
     def labelled_split(self) -> Split:
-        texts = tuple(
-            LabelledText("low" if a < 6 else "high", f"w{a} w{b} w{(a + b) % 12}")
+        texts = [
+            LabelledText("low" if a < 6 else "high", f"w{a} w{b} w{a}")
             for a in range(12)
             for b in range(12)
-        )
-        return Split(train=texts[::2] + texts[1::4], held_out=texts[3::4])
+        ]
+        random.Random(0).shuffle(texts)
+        return Split(train=tuple(texts[36:]), held_out=tuple(texts[:36]))
 
 
 RAGGED = ToyTask(prompts=("w0", "w0 w1 w2", "w3 w4", "w5 w6 w7 w8"))
