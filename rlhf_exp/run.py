@@ -83,14 +83,17 @@ def instantiate(
 
 
 def _field_problem(path: str, detail: Any) -> str:
+    where = ".".join((path, *map(str, detail["loc"])))
     if detail["type"] == "missing":
-        return f"{'.'.join((path, *map(str, detail['loc'])))}: is required"
+        return f"{where}: is required"
+    if detail["type"] == "unexpected_keyword_argument":
+        return f"{where}: no such key of {path}"
     if isinstance(detail.get("ctx", {}).get("error"), ConfigError):
         return str(detail["ctx"]["error"])  # which names its field itself
     message = detail["msg"].removeprefix("Value error, ")
     if not detail["loc"]:
         return f"{path}: {message}"
-    return f"{'.'.join((path, *map(str, detail['loc'])))}={detail['input']!r}: {message}"
+    return f"{where}={detail['input']!r}: {message}"
 
 
 def _targets(config: Any) -> Iterator[str]:
@@ -202,7 +205,7 @@ def job(cfg: DictConfig) -> None:
     try:
         execute(cfg, path)
     except ConfigError as error:
-        log.error("%s", _bounded(str(error)))
+        log.error("error: %s", _bounded(str(error)))
         if not single:
             RunFolder(path).write_status("failed", str(error))
             raise
@@ -214,7 +217,7 @@ def job(cfg: DictConfig) -> None:
         RunFolder(path).write_status("interrupted", "KeyboardInterrupt")
         raise SystemExit(130) from None
     except TrainingError as error:
-        log.error("%s\nwhat was logged so far is in %s", error, path)
+        log.error("error: %s\nwhat was logged so far is in %s", error, path)
         file_log.exception("traceback")
         RunFolder(path).write_status("failed", str(error))
         if not single:

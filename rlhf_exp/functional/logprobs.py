@@ -1,31 +1,44 @@
 """Log-probabilities, entropy and KL divergence from logits.
 
 Knows vocabularies and tokens, not prompts: callers cut the completion out with
-`completion_logits`, the one place that knows the shift by one.
+`completion_part`, the one place that knows the shift by one.
 """
 
+import warnings
 from typing import Literal
 
 import torch
 from eindex import eindex
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from rlhf_exp.functional.masking import masked_fill_zero
 
+# eindex 0.1.2 indexes with a list where torch wants a tuple, and torch warns thrice a process. Can
+# go with an eindex that does not; that torch still reads it as meant is tested against gather.
+warnings.filterwarnings("ignore", message="Using a non-tuple sequence", module="eindex")
+
 Estimator = Literal["k1", "k2", "k3"]
 
 
-def completion_logits(logits: Float[Tensor, "batch seq vocab"], prompt_len: int) -> Tensor:
-    """The logits [batch completion vocab] from which each completion token was sampled.
+def completion_part(
+    x: Shaped[Tensor, "batch seq *rest"], prompt_len: int
+) -> Shaped[Tensor, "batch completion *rest"]:
+    """What belongs to the completion of anything computed at every position of prompt and
+    completion: position p - 1 concerns the token at position p, so the cut is [p - 1 : -1].
 
-    The logits at position p - 1 score the token at position p, so the cut is [p - 1 : -1]; it
-    serves hidden states and, with a last axis of 1, values just as well. Raises ValueError if
-    prompt_len is not in 1 .. seq.
+    Raises ValueError if prompt_len is not in 1 .. seq.
     """
-    if not 1 <= prompt_len <= logits.shape[1]:
-        raise ValueError(f"prompt_len={prompt_len} must be in 1 .. {logits.shape[1]} (seq)")
-    return logits[:, prompt_len - 1 : -1]
+    if not 1 <= prompt_len <= x.shape[1]:
+        raise ValueError(f"prompt_len={prompt_len} must be in 1 .. {x.shape[1]} (seq)")
+    return x[:, prompt_len - 1 : -1]
+
+
+def completion_logits(
+    logits: Float[Tensor, "batch seq vocab"], prompt_len: int
+) -> Float[Tensor, "batch completion vocab"]:
+    """The logits from which each completion token was sampled; `completion_part` of logits."""
+    return completion_part(logits, prompt_len)
 
 
 def token_logprobs(

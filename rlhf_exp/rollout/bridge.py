@@ -6,7 +6,7 @@ It is the oracle that the cached sampler is held against.
 import torch
 from pydantic import model_validator
 
-from rlhf_exp.functional.logprobs import completion_logits, token_logprobs
+from rlhf_exp.functional.logprobs import completion_logits, completion_part, token_logprobs
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rollout.sampler import (
     Sampler,
@@ -72,7 +72,7 @@ class BridgeSampler(Sampler):
         return Generation(
             completions=completions,
             logprobs=token_logprobs(logits / self.temperature, completions.tokens) * mask,
-            values=values[:, prompt_len - 1 : -1].float() * mask,
-            hidden=completion_logits(hidden, prompt_len) * mask[..., None],
+            values=completion_part(values, prompt_len).float() * mask,
+            hidden=completion_part(hidden, prompt_len) * mask[..., None],
             kept_mass=mass,
         )

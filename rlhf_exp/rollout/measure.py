@@ -3,7 +3,7 @@
 import torch
 
 from rlhf_exp.functional.logprobs import (
-    completion_logits,
+    completion_part,
     entropy,
     kl_divergence,
     token_logprobs,
@@ -29,7 +29,7 @@ def measure(
     """The rollout of a generation scored by `scores` [batch]. KL, entropy and log-probs are of the
     distributions at the temperature; padding holds 0."""
     completions = generation.completions
-    ref_hidden = completion_logits(
+    ref_hidden = completion_part(
         reference.hidden_states(*completions.sequences), completions.prompt_len
     )
     columns = []

@@ -18,6 +18,7 @@ from torch import Tensor
 from rlhf_exp.functional.advantages import gae, normalize_reward, terminal_rewards
 from rlhf_exp.functional.logprobs import (
     completion_logits,
+    completion_part,
     entropy,
     kl_divergence,
     kl_estimate,
@@ -252,7 +253,7 @@ class PPO:
         mask, start = completions.mask, completions.prompt_len
         logits, values = policy(*completions.sequences)
         logits = completion_logits(logits, start).float() / temperature
-        values = values[:, start - 1 : -1].float()
+        values = completion_part(values, start).float()
         logprobs = token_logprobs(logits, completions.tokens)
         advantages = batch.advantages
         if self.whiten_advantages == "minibatch":
@@ -353,7 +354,10 @@ def _check_finite(output: LossOutput, phase: int) -> None:
 
 
 def _brief(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{k.removeprefix('eval/')} {v:.3f}" for k, v in metrics.items())
+    # An exact KL of 0 may come out as -1e-8; + 0.0 takes the sign off the rounded one.
+    return "  ".join(
+        f"{k.removeprefix('eval/')} {round(v, 3) + 0.0:.3f}" for k, v in metrics.items()
+    )
 
 
 def _report(context: Context, before: Evaluation, after: Evaluation) -> None:

@@ -23,7 +23,14 @@ def plot_score_and_kl(rows: Sequence[Mapping[str, Any]], path: Path, *, title: s
         rollouts = _series(rows, f"objective/{metric}")
         evaluations = _series(rows, f"eval/{metric.removesuffix('s')}")
         axis.plot(*rollouts, color=color, linewidth=1.2, alpha=0.55, label="rollouts")
-        axis.plot(*evaluations, "o", color=color, markersize=6, label="evaluation, fresh samples")
+        axis.plot(
+            *evaluations,
+            "o",
+            color=color,
+            markersize=6,
+            clip_on=False,
+            label="evaluation, fresh samples",
+        )
         axis.set_ylabel(label, color=INK)
         axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)

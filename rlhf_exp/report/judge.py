@@ -1,0 +1,82 @@
+"""A second opinion on a run: a judge that shares no features with the reward.
+
+TF-IDF of words and word pairs with logistic regression, trained on the task's own labelled texts.
+It knows nothing of grammar or meaning; it tells whether the reward's gain shows to another eye, and
+which words carry it.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_exp.tasks.protocol import LabelledText, Split
+
+CONTAINED = 10  # a word is listed if at least so many samples hold it, before or after
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What reward and judge say of the samples before and after; shares are of samples with
+    P > .5."""
+
+    held_out_accuracy: float
+    reward: tuple[float, float]
+    judge: tuple[float, float]
+    share: tuple[float, float]
+    rising: list[tuple[str, int, int]]
+    falling: list[tuple[str, int, int]]
+
+
+def read_samples(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The samples of the first and of the last evaluation in a run's samples.jsonl."""
+    lines = (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    first, last = rows[0]["phase"], rows[-1]["phase"]
+    return [r for r in rows if r["phase"] == first], [r for r in rows if r["phase"] == last]
+
+
+def judge(
+    split: Split, label: str, before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]
+) -> Verdict:
+    """Trains the judge on the split and reads both sets of samples with it. Needs scikit-learn."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    model = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\S+"),
+        LogisticRegression(C=10.0, max_iter=1000),
+    )
+    model.fit(_texts(split.train), [text.label == label for text in split.train])
+    accuracy = model.score(_texts(split.held_out), [t.label == label for t in split.held_out])
+    sides = [[row["prompt"] + row["completion"] for row in rows] for rows in (before, after)]
+    chances = [model.predict_proba(texts)[:, 1] for texts in sides]
+    changes = _word_changes(*sides)
+    return Verdict(
+        held_out_accuracy=float(accuracy),
+        reward=(_mean_score(before), _mean_score(after)),
+        judge=(float(chances[0].mean()), float(chances[1].mean())),
+        share=(float((chances[0] > 0.5).mean()), float((chances[1] > 0.5).mean())),
+        rising=changes[:12],
+        falling=changes[::-1][:12],
+    )
+
+
+def _texts(texts: Sequence[LabelledText]) -> list[str]:
+    return [text.text for text in texts]
+
+
+def _mean_score(rows: Sequence[dict[str, Any]]) -> float:
+    return float(sum(row["score"] for row in rows) / len(rows))
+
+
+def _word_changes(before: Sequence[str], after: Sequence[str]) -> list[tuple[str, int, int]]:
+    """(word, samples that hold it before, after), those that rose most first."""
+    old, new = (
+        Counter(word for text in texts for word in set(text.split())) for texts in (before, after)
+    )
+    common = [w for w in old | new if max(old[w], new[w]) >= CONTAINED]
+    return sorted(((w, old[w], new[w]) for w in common), key=lambda x: x[1] - x[2])

@@ -1,0 +1,45 @@
+"""Asks an independent judge about a finished run of labelled_text or reviews:
+python scripts/judge.py RUN_FOLDER"""
+
+import argparse
+from pathlib import Path
+
+import yaml
+
+from rlhf_exp.report.judge import judge, read_samples
+from rlhf_exp.run import ALLOWED_TARGETS, instantiate
+from rlhf_exp.tasks.protocol import CorpusTask
+
+
+def main() -> None:
+    """Prints what the reward and the judge say of the samples before and after."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    run = parser.parse_args().run
+    if not (run / "samples.jsonl").is_file():
+        parser.error(f"{run} holds no samples.jsonl: name the folder of a finished run")
+    config = yaml.safe_load((run / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
+    problems: list[str] = []
+    task = instantiate(config["task"], "task", problems, allowed=ALLOWED_TARGETS)
+    if problems or not isinstance(task, CorpusTask):
+        parser.error("; ".join(problems) or "the run's task has no labelled texts")
+    split = task.labelled_split()
+    labels = sorted({text.label for text in split.train})
+    wanted = config["reward"].get("label") or config["reward"].get("direction") or ""
+    matching = [label for label in labels if wanted and label.lower().startswith(wanted.lower())]
+    if not matching:
+        parser.error(f"the run's reward names none of the labels {', '.join(labels)}")
+    verdict = judge(split, matching[0], *read_samples(run))
+    print(f"judge: TF-IDF logistic regression, {verdict.held_out_accuracy:.3f} on held-out texts")
+    for name, (old, new) in (
+        ("reward, mean", verdict.reward),
+        ("judge, mean", verdict.judge),
+        ("judge, share > .5", verdict.share),
+    ):
+        print(f"  {name:18} {old:.3f} -> {new:.3f}  ({new - old:+.3f})")
+    for title, words in (("rising", verdict.rising), ("falling", verdict.falling)):
+        print(f"{title}: " + ", ".join(f"{word} {old}>{new}" for word, old, new in words))
+
+
+if __name__ == "__main__":
+    main()
