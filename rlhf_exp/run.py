@@ -199,7 +199,7 @@ def job(cfg: DictConfig) -> None:
     from rlhf_exp.training.context import TrainingError
     from rlhf_exp.training.folder import RunFolder
 
-    path = Path(HydraConfig.get().runtime.output_dir)
+    path = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     single = HydraConfig.get().mode == RunMode.RUN
     file_log = _file_log()
     try:

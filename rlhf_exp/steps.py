@@ -138,7 +138,17 @@ def prepare(
     return models
 
 
+# The code besides a stage's own that decides what it builds.
+BUILDING_CODE = (
+    "functional",
+    "models",
+    "tasks",
+    "training/optim.py",
+    "training/seeding.py",
+    "training/supervised.py",
+)
+
+
 def _code_of(stage: Any) -> list[Path]:
     package = Path(__file__).parent
-    floors = [package / name for name in ("functional", "models", "tasks", "training")]
-    return [*floors, Path(inspect.getfile(type(stage)))]
+    return [*(package / name for name in BUILDING_CODE), Path(inspect.getfile(type(stage)))]

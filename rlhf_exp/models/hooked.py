@@ -42,7 +42,8 @@ def _boot(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfo
 
     # The boot reads the tokenizer anew from the directory it is given (to have it prepend BOS), so
     # it gets one that surely exists, whatever the tokenizer came from.
-    with tempfile.TemporaryDirectory() as folder:
+    # TransformerLens draws weights before it replaces them; the global generator stays out of it.
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         tokenizer.save_pretrained(folder)
         bridge = Bridge.boot_transformers(
             folder,

@@ -5,6 +5,7 @@ It knows folders, hashes and locks, not what is built. A build happens in a fold
 that is renamed when it is complete, so whatever has the final name is finished.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -27,8 +28,10 @@ def content_hash(description: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
+@functools.cache
 def source_hash(*paths: Path) -> str:
-    """Hash of the Python files at or below the paths: the version of the code that builds."""
+    """Hash of the Python files at or below the paths: the version of the code that builds. Read
+    once a process, since a process goes on with the code it began with."""
     digest = hashlib.sha256()
     files = sorted(
         {f for path in paths for f in ([path] if path.is_file() else path.rglob("*.py"))}

@@ -2,15 +2,21 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Annotated
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 
 from rlhf_exp.functional.schedules import warmup_cosine, warmup_decay
-from rlhf_exp.settings import ConfigError, Fraction, Index, NonNegative, Positive, settings
+from rlhf_exp.settings import (
+    BelowOne,
+    ConfigError,
+    Fraction,
+    Index,
+    NonNegative,
+    Positive,
+    settings,
+)
 
 
 @settings
@@ -23,8 +29,8 @@ class AdamWSettings:
 
     base_lr: NonNegative = 3e-4
     head_lr: NonNegative = 1e-3
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.999
     eps: Positive = 1e-5
     weight_decay: NonNegative = 0.0
 
