@@ -4,6 +4,7 @@ Position t is the t-th completion token: rewards[:, t] is received for emitting 
 is the value of the state before it. After the last real token the value is 0.
 """
 
+import einops
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -28,7 +29,8 @@ def terminal_rewards(
     (`sequence_lengths_p1`); equal on full ones.
     """
     last = mask & (mask.flip(1).cumsum(dim=1).flip(1) == 1)
-    return masked_fill_zero(scores[:, None].expand(mask.shape), last)
+    spread = einops.repeat(scores, "batch -> batch completion", completion=mask.shape[1])
+    return masked_fill_zero(spread, last)
 
 
 def gae(

@@ -59,6 +59,11 @@ def test_metrics_by_hand(tmp_path: Path) -> None:
         kls += kl
         entropies += [-(p[i].exp() * p[i]).sum().item() for i in range(first, first + 5)]
     assert len(kls) > 100
+    lengths = result.metrics["eval/len_mean"]
+    assert result.metrics["eval/kl"] == pytest.approx(
+        result.metrics["eval/kl_sum"] / lengths, rel=1e-4
+    )
+    assert lengths < 4.9
     # Rows with special tokens are left out here, so these two agree only roughly.
     assert result.metrics["eval/kl"] == pytest.approx(sum(kls) / len(kls), rel=0.2)
     assert result.metrics["eval/entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=0.2)

@@ -156,6 +156,20 @@ def test_lambda_zero_without_whitening_is_one_step(tmp_path: Path) -> None:
     torch.testing.assert_close(experience.returns, one_step)
 
 
+def test_scores_are_normalised_over_the_batch_when_asked(tmp_path: Path) -> None:
+    ppo, raw = PPO(batch_size=16), PPO(batch_size=16, normalize_reward=False)
+    actors, state = start(ppo, tmp_path, reward=Length(target_tokens=3), sampler=SAMPLERS[1])
+    experience = collect(ppo, actors, state)
+    scores, mask = experience.rollout.scores, experience.rollout.completions.mask
+    last = mask.sum(dim=1) - 1
+    rows = torch.arange(16)
+    normalised = (scores - scores.mean()) / (scores.std() + 1e-5)
+    torch.testing.assert_close(experience.rewards[rows, last], normalised)
+    assert torch.equal(raw.build_experience(experience.rollout).rewards[rows, last], scores)
+    assert experience.rewards.count_nonzero() == 16
+    assert scores.std() > 0.1
+
+
 def test_advantages_are_whitened_once_over_the_batch_and_returns_are_not(tmp_path: Path) -> None:
     plain, white = PPO(batch_size=16, whiten_advantages="none"), PPO(batch_size=16)
     actors, state = start(plain, tmp_path, task=RAGGED)
@@ -314,7 +328,8 @@ def test_a_run_leaves_metrics_samples_and_a_policy(tmp_path: Path) -> None:
         "time/tokens_per_s",
     ]:
         assert all(math.isfinite(row[name]) for row in phases), name
-    assert phases[0]["lr/base"] == pytest.approx(3e-3 / 2)
+    multipliers = [row["lr/base"] / 3e-3 for row in phases]
+    assert multipliers == pytest.approx([0.5, 1.0, 1.0, 1 - 0.9 / 2])
     assert phases[0]["objective/kl"] == pytest.approx(0, abs=1e-6)
     assert 0 < phases[0]["sample/kept_mass"] < 1
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
@@ -323,6 +338,34 @@ def test_a_run_leaves_metrics_samples_and_a_policy(tmp_path: Path) -> None:
     tokens = torch.tensor([[1, 4, 5, 6]])
     before, after = actors_before.policy(tokens)[0], saved(tokens)[0]
     assert (before - after).abs().max() > 1e-3
+
+
+def test_a_phase_measures_at_the_samplers_temperature(tmp_path: Path) -> None:
+    ppo = PPO(batch_size=16)
+    sampler = CachedSampler(gen_len=6, temperature=0.3, stop_at_eos=True)
+    twins = [start(ppo, tmp_path, sampler=sampler, task=RAGGED) for _ in range(2)]
+    rollout = collect(ppo, *twins[0]).rollout
+    actors, state = twins[1]
+    prompts = next(prompt_stream(actors.train_prompts, 16, state.prompt_generator))
+    metrics = ppo.phase(state, prompts, actors, Stopwatch())
+    entropy = rollout.entropy[rollout.completions.mask].mean().item()
+    assert metrics["objective/entropy"] == pytest.approx(entropy, abs=1e-6)
+    assert entropy < 2.75  # at temperature 1 it is 2.770
+
+
+def test_gradients_are_clipped_and_logged_as_they_were(tmp_path: Path) -> None:
+    moves, norms = [], []
+    for max_grad_norm in (1e9, 1e-9):
+        ppo = PPO(batch_size=16, num_minibatches=1, max_grad_norm=max_grad_norm)
+        actors, state = start(ppo, tmp_path)
+        experience = collect(ppo, actors, state)
+        before = [p.clone() for p in actors.policy.parameters()]
+        norms.append(next(ppo.learn(state, experience, actors.reference, temperature=1.0)))
+        pairs = zip(before, actors.policy.parameters(), strict=True)
+        moves.append(max((a - b).abs().max().item() for a, b in pairs))
+    assert norms[0]["grad_norm/base"] == norms[1]["grad_norm/base"] > 1e-3
+    # Adam divides by the gradient's own size, but not below its eps of 1e-5.
+    assert moves[1] < 1e-3 * moves[0]
 
 
 def test_the_reference_is_the_same_after_a_run(tmp_path: Path) -> None:

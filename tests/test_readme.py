@@ -1,0 +1,113 @@
+"""The README: its commands compose and check, its example of a reward works, its names exist."""
+
+import functools
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+
+from rlhf_exp.run import ALLOWED_TARGETS, CONF, instantiate, to_container
+from rlhf_exp.steps import read_steps
+from rlhf_exp.types import Completions, PromptBatch
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+
+
+TRAIN = [
+    line.split(" #")[0].strip()
+    for block in blocks("bash")
+    for line in block.splitlines()
+    if "train.py" in line and not line.startswith("make")
+] + re.findall(r"`((?:\.venv/bin/)?python train\.py[^`]*)`", README)
+TRAIN = [c for c in TRAIN if "exclamations" not in c]  # not in conf/: its own test is below
+MAKE = re.findall(r"^make (\w+)", "\n".join(blocks("bash")), flags=re.M)
+
+
+def sentences(path: Path) -> Path:
+    rows = [(label, f"{a} {b} {label} {c}") for label in ("pos", "neg")
+            for a in "uvwxyz" for b in "klmno" for c in "abcde"]  # fmt: skip
+    path.write_text("label\ttext\n" + "".join(f"{a}\t{b}\n" for a, b in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("command", TRAIN)
+def test_command_composes_and_passes_every_check(command: str, tmp_path: Path) -> None:
+    command = command.replace("FILE.tsv", str(sentences(tmp_path / "texts.tsv")))
+    words = [word for word in shlex.split(command)[2:] if word != "-m"]
+    flags = [word for word in words if word.startswith("--")]
+    overrides = [re.sub(r"=([^=,\[]+),.*", r"=\1", word) for word in words if "=" in word]
+    assert len(flags) + len(overrides) == len(words), "a word that is neither flag nor override"
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = to_container(hydra.compose("config", overrides=overrides))
+    build = functools.partial(instantiate, allowed=ALLOWED_TARGETS)
+    for step in read_steps(config):
+        step.build(build)
+
+
+def test_there_are_commands() -> None:
+    assert len(TRAIN) >= 8
+    assert set(MAKE) >= {"run", "test"}
+
+
+@pytest.mark.parametrize("target", MAKE)
+def test_make_target_exists(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.M)
+
+
+def test_the_example_of_a_reward_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [source] = [block for block in blocks("python") if "class Exclamations" in block]
+    [config_text] = [block for block in blocks("yaml") if "exclamations" in block]
+    (tmp_path / "exclamations.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = yaml.safe_load(config_text)
+    config["_target_"] = config["_target_"].removeprefix("rlhf_exp.rewards.")
+    problems: list[str] = []
+    assert instantiate(config, "reward", problems, allowed=ALLOWED_TARGETS) is None
+    assert "allow_targets=[exclamations]" in problems.pop()
+    reward = instantiate(config, "reward", problems, allowed=("exclamations.",))
+    ones = torch.ones(2, 1, dtype=torch.bool)
+    completions = Completions(
+        prompts=PromptBatch(
+            tokens=ones.long(), mask=ones, rows=({"prompt": "oh!"}, {"prompt": "oh"})
+        ),
+        tokens=ones.long(),
+        mask=ones,
+        texts=(" no!", " yes"),
+    )
+    assert reward.load(torch.device("cpu"))(completions).tolist() == [2.0, 0.0]
+    sys.modules.pop("exclamations")
+
+
+def test_every_metric_that_is_logged_is_in_the_glossary() -> None:
+    sources = [p.read_text() for p in (ROOT / "rlhf_exp").rglob("*.py")]
+    prefixes = "objective|policy|loss|val|sample|eval|time|heldout|train"
+    logged = {m for s in sources for m in re.findall(rf'"((?:{prefixes})/\w+)"', s)}
+    assert len(logged) > 20
+    missing = {name for name in logged if f"`{name}`" not in README}
+    assert not missing
+
+
+def test_files_and_names_that_are_mentioned_exist() -> None:
+    for path in re.findall(r"\]\((docs/[^)]+)\)|`(rlhf_exp/[\w/]+)/?`", README):
+        assert (ROOT / (path[0] or path[1])).exists(), path
+
+
+def test_interpolations_resolve_in_every_experiment() -> None:
+    for file in sorted((CONF / "experiment").glob("*.yaml")):
+        overrides: list[Any] = [f"experiment={file.stem}"]
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            config = hydra.compose("config", overrides=overrides)
+        assert config.name == file.stem
+        assert OmegaConf.is_config(config.prepare)
