@@ -8,12 +8,14 @@ inside functions, so that `--help` and `--cfg` answer at once.
 import difflib
 import functools
 import hashlib
+import inspect
 import logging
 import os
 import re
 import secrets
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from rlhf_exp.settings import ConfigError
+from rlhf_exp.settings import ConfigError, Index, Text, settings
 
 if TYPE_CHECKING:
     import torch
@@ -37,11 +39,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ALLOWED_TARGETS = ("rlhf_exp.", "torch.optim.")
-KEYS = {
-    "stage", "task", "model", "reward", "sampler", "optimizer", "schedule", "logger",
-    "prepare", "name", "seed", "prepare_seed", "device", "artifacts_dir", "allow_targets",
-}  # fmt: skip
+GROUPS = {"stage", "task", "model", "reward", "sampler", "optimizer", "schedule", "logger"}
 CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+@settings
+class RunSettings:
+    """The keys of a configuration that are not groups; conf/config.yaml says what they mean."""
+
+    name: Text
+    seed: Index
+    prepare_seed: Index
+    device: Text
+    artifacts_dir: Text
+    allow_targets: tuple[Text, ...]
+    prepare: dict[str, dict[str, Any]]
 
 
 def _slug(text: str, limit: int = 80) -> str:
@@ -62,11 +74,15 @@ def instantiate(
     config: Mapping[str, Any], path: str, problems: list[str], *, allowed: Sequence[str]
 ) -> Any:
     """The object that a group's configuration describes, or None with its problems appended."""
+    if "_target_" not in config:
+        problems.append(f"{path}: no option is chosen; choose one: {path.rpartition('.')[2]}=...")
+        return None
     for target in _targets(config):
-        if not target.startswith(tuple(allowed)):
+        module = _forbidden_module(target, tuple(allowed))
+        if module is not None:
             problems.append(
                 f"{path}._target_={target} is outside of {', '.join(allowed)}; if you trust that"
-                f" module, add it: allow_targets=[{target.rsplit('.', 1)[0]}]"
+                f" module, add it: allow_targets=[{module}]"
             )
             return None
     try:
@@ -83,17 +99,33 @@ def instantiate(
 
 
 def _field_problem(path: str, detail: Any) -> str:
-    where = ".".join((path, *map(str, detail["loc"])))
+    where = ".".join(filter(None, (path, *map(str, detail["loc"]))))
     if detail["type"] == "missing":
         return f"{where}: is required"
     if detail["type"] == "unexpected_keyword_argument":
-        return f"{where}: no such key of {path}"
+        return f"{where}: no such key" + (f" of {path}" if path else "")
     if isinstance(detail.get("ctx", {}).get("error"), ConfigError):
         return str(detail["ctx"]["error"])  # which names its field itself
     message = detail["msg"].removeprefix("Value error, ")
     if not detail["loc"]:
         return f"{path}: {message}"
     return f"{where}={detail['input']!r}: {message}"
+
+
+def _forbidden_module(target: str, allowed: tuple[str, ...]) -> str | None:
+    """The module that a target belongs to if it is not an allowed one. Names of an allowed module
+    may lead out of it again, to what it imports: rlhf_exp.run.shutil.rmtree."""
+    if not target.startswith(allowed):
+        return target.rpartition(".")[0] or target
+    if not target.startswith(ALLOWED_TARGETS):
+        return None  # the user trusts it
+    try:
+        module = inspect.getmodule(hydra.utils.get_object(target))
+    except (ImportError, ValueError):
+        return None  # there is none of that name, as who instantiates it will say
+    if module is None or f"{module.__name__}.".startswith(allowed):
+        return None
+    return module.__name__
 
 
 def _targets(config: Any) -> Iterator[str]:
@@ -113,12 +145,10 @@ def execute(cfg: DictConfig, path: Path) -> None:
     from rlhf_exp.training.context import pick_device
 
     config = to_container(cfg)
-    unknown = sorted(set(config) - KEYS)
-    if unknown:
-        raise ConfigError(f"{', '.join(unknown)}: no such key; known: {', '.join(sorted(KEYS))}")
-    allowed = (*ALLOWED_TARGETS, *(f"{module}." for module in config["allow_targets"]))
+    own = read_own_keys(config)
+    allowed = (*ALLOWED_TARGETS, *(f"{module}." for module in own.allow_targets))
     build = functools.partial(instantiate, allowed=allowed)
-    device = pick_device(config["device"])
+    device = pick_device(own.device)
     steps = read_steps(config)
     problems: list[str] = []
     for step in steps:
@@ -126,19 +156,29 @@ def execute(cfg: DictConfig, path: Path) -> None:
             step.build(build)
         except ConfigError as error:
             problems.append(str(error))
-    logger = build(config["logger"], "logger", problems)
+    logger = build(config.get("logger") or {}, "logger", problems)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     _quieten_transformers()
     models = prepare(
         steps[:-1],
         build,
-        root=Path(config["artifacts_dir"]),
-        seed=config["prepare_seed"],
+        root=Path(own.artifacts_dir),
+        seed=own.prepare_seed,
         device=device,
     )
     stage, parts = steps[-1].resolved(models).build(build)
     _run_stage(stage, parts, config, logger, device, path)
+
+
+def read_own_keys(config: Mapping[str, Any]) -> RunSettings:
+    """The configuration's keys that are not groups. Raises ConfigError with everything that is
+    wrong with them, keys that there are not included."""
+    try:
+        return RunSettings(**{key: config[key] for key in config.keys() - GROUPS})
+    except pydantic.ValidationError as error:
+        problems = sorted(_field_problem("", detail) for detail in error.errors())
+        raise ConfigError("\n".join(problems)) from error
 
 
 def _quieten_transformers() -> None:
@@ -183,14 +223,13 @@ def _run_stage(
 def to_container(cfg: DictConfig) -> dict[str, Any]:
     """The configuration resolved to plain Python. Raises ConfigError for a missing value, naming
     it, and for an interpolation that leads nowhere."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        keys = "\n".join(f"{key} is required: set {key}=..." for key in missing[:8])
-        raise ConfigError(keys)
     try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            raise ConfigError("\n".join(f"{key} is required: set {key}=..." for key in missing))
         return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
 
 
 def job(cfg: DictConfig) -> None:
@@ -290,9 +329,16 @@ def explain(error: BaseException) -> str | None:
     group = re.search(r"Could not override '([^']+)'", str(error))
     if isinstance(error, HydraException) and group:
         return f"{group[1]}: no such key or group.{_suggestion(group[1])}"
-    if isinstance(error, HydraException | OmegaConfBaseException):
+    if isinstance(error, ValueError) and "override must be a string or a list" in str(error):
+        return "a group takes one of its options, not null; leave it out with ~, as in ~experiment"
+    if isinstance(error, HydraException | OmegaConfBaseException) or _is_from_hydra(error):
         return "\n".join(line for line in str(error).splitlines() if line.strip())
     return None
+
+
+def _is_from_hydra(error: BaseException) -> bool:
+    modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(modules) and modules[-1].startswith("hydra.")
 
 
 def _missing_option(error: MissingConfigException) -> str:

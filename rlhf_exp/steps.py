@@ -40,14 +40,14 @@ class Step:
         names = PARTS if stage is None else part_names(stage)
         parts = {name: self._part(name, instantiate, problems) for name in names}
         if not problems:
-            problems = [f"{self.path}{problem}" for problem in stage.check(**parts)]
+            problems = [f"{self.path}{p}" for p in _misfits(stage, parts) or stage.check(**parts)]
         if problems:
             raise ConfigError("\n".join(problems))
         return stage, parts
 
     def _part(self, part: str, instantiate: Instantiate, problems: list[str]) -> Any:
         config = self.config.get(part)
-        if config is None:
+        if not config:
             problems.append(f"{self.path}{part}: is required here; choose one: {part}=...")
             return None
         return instantiate(config, f"{self.path}{part}", problems)
@@ -62,17 +62,32 @@ def part_names(stage: Any) -> tuple[str, ...]:
     return tuple(name for name in inspect.signature(stage.run).parameters if name != "context")
 
 
+def _misfits(stage: Any, parts: Mapping[str, Any]) -> list[str]:
+    """The parts of another kind than the stage's `run` takes, but for the task, of which the
+    stage's own check says more."""
+    kinds = inspect.signature(stage.run).parameters
+    return [
+        f"{name}: {type(part).__name__} is not for this stage, {type(stage).__name__}, which takes"
+        f" a {kinds[name].annotation.__name__}; choose another {name}=..."
+        for name, part in parts.items()
+        if name != "task" and not isinstance(part, kinds[name].annotation)
+    ]
+
+
 def read_steps(config: Mapping[str, Any]) -> list[Step]:
     """The steps of `prepare` in their order, then the run's own.
 
-    Raises ConfigError for a reference to an artifact that no earlier step makes.
+    Raises ConfigError for a key that a step does not have and for a reference to an artifact that
+    no earlier step makes.
     """
     steps = [
         Step(name=name, path=f"prepare.{name}.", config=step)
-        for name, step in (config["prepare"] or {}).items()
+        for name, step in config["prepare"].items()
     ]
-    steps.append(Step(name="run", path="", config={k: config[k] for k in ("stage", *PARTS)}))
+    steps.append(Step(name="run", path="", config={k: config.get(k) for k in ("stage", *PARTS)}))
     for i, step in enumerate(steps):
+        for key in step.config.keys() - {"stage", *PARTS}:
+            raise ConfigError(f"{step.path}{key}: no such key; known: stage, {', '.join(PARTS)}")
         earlier = [s.name for s in steps[:i]]
         for where, name in _references(step.config):
             if name not in earlier:

@@ -13,7 +13,6 @@ def save_policy(policy: TransformerWithValueHead, path: str | Path) -> Path:
     directory, and returns it. A reload gives bit-equal logits and values."""
     path = Path(path)
     policy.language_model.save_pretrained(path)
-    policy.language_model.generation_config.save_pretrained(path)
     policy.tokenizer.save_pretrained(path)
     head = {name: tensor.contiguous() for name, tensor in policy.value_head.state_dict().items()}
     save_file(head, path / VALUE_HEAD_FILE, metadata={"format": "pt"})

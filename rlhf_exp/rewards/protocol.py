@@ -31,7 +31,9 @@ class TextReward(ABC):
         """The score of one text, the prompt with its completion."""
 
     def load(self, device: torch.device) -> RewardFunction:
-        """The scores of all texts as a tensor on the device."""
+        """The scores of all texts as an fp32 tensor on the device."""
         return lambda completions: torch.tensor(
-            [self.score(text) for text in completions.full_texts], device=device
+            [self.score(text) for text in completions.full_texts],
+            dtype=torch.float32,
+            device=device,
         )

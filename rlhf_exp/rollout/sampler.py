@@ -72,18 +72,23 @@ def as_completions(
     tokens: Int[Tensor, "batch completion"],
     mask: Bool[Tensor, "batch completion"],
 ) -> Completions:
-    """The record, its texts decoded together with the prompt's last token, so that a leading space
-    or a merged character comes out as it does in the whole text."""
-    decode = policy.tokenizer.decode
+    """The record, its texts decoded together with their prompts, so that a leading space or a
+    merged character comes out as it does in the whole text."""
     texts = []
-    for prompt, row, real in zip(
-        prompts.tokens[:, -1].tolist(), tokens.tolist(), mask.sum(dim=1).tolist(), strict=True
+    for before, prompt, start, row, length in zip(
+        prompts.texts,
+        prompts.tokens.tolist(),
+        (~prompts.mask).sum(dim=1).tolist(),
+        tokens.tolist(),
+        mask.sum(dim=1).tolist(),
+        strict=True,
     ):
-        ids = row[:real]
-        before = decode([prompt], skip_special_tokens=True)
-        whole = decode([prompt, *ids], skip_special_tokens=True)
-        kept = whole[len(before) :] if whole.startswith(before) else None
-        texts.append(decode(ids, skip_special_tokens=True) if kept is None else kept)
+        ids = row[:length]
+        whole = policy.tokenizer.decode([*prompt[start:], *ids], skip_special_tokens=True)
+        if whole.startswith(before):
+            texts.append(whole[len(before) :])
+        else:  # the prompt ends within a character
+            texts.append(policy.tokenizer.decode(ids, skip_special_tokens=True))
     return Completions(prompts=prompts, tokens=tokens * mask, mask=mask, texts=tuple(texts))
 
 

@@ -4,8 +4,10 @@ the lines."""
 import logging
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 # run.py sends this one to the log file alone when a bar is on the terminal.
 line_log = logging.getLogger("rlhf_exp.progress")
@@ -26,15 +28,19 @@ class Progress:
 
     def __init__(self, total: int, *, unit: str) -> None:
         self.total, self.unit = total, unit
+        self._stack = ExitStack()
         self.bar = tqdm(
             total=total, unit=unit, leave=False, dynamic_ncols=True, disable=not on_terminal()
         )
 
     def __enter__(self) -> "Progress":
+        if not self.bar.disable:  # else log lines would break the bar
+            self._stack.enter_context(logging_redirect_tqdm())
         return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
+        self._stack.close()
 
     def advance(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows that `step` (1, 2, ...) is done, with those of the metrics that have a short

@@ -1,0 +1,305 @@
+"""Whole commands, small: what they leave behind, that they repeat, and how they are stopped."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlhf_exp.models.loading import build_policy, load_policy
+from rlhf_exp.models.saving import save_policy
+from rlhf_exp.models.scratch import Scratch, ScratchClassifier
+from rlhf_exp.tasks.tokenizers import word_tokenizer
+from tests.test_run import OFFLINE, TINY, TRAIN, Outcome, train, written
+
+# The default experiment, every number in it small.
+SMALL = (
+    "task.num_reviews=600", "task.num_labelled=300", "task.num_held_out=100", "sampler.gen_len=8",
+    "prepare.base.schedule.warmup_steps=2", "prepare.classifier.schedule.warmup_steps=2",
+    "prepare.base.stage.log_every=5", "stage.total_phases=3", "schedule.warmup_steps=1",
+    "stage.batch_size=8", "stage.eval_every=2", "stage.eval_samples=16",
+)  # fmt: skip
+EVALUATED = {"eval/score", "eval/kl", "eval/kl_sum", "eval/entropy", "eval/distinct_3"}
+LOGGED = {
+    "objective/scores", "objective/kl", "objective/kl_sum", "objective/entropy",
+    "policy/approxkl", "policy/clipfrac", "loss/policy", "loss/value", "val/explained_variance",
+    "grad_norm/base", "grad_norm/head", "lr/base", "lr/head", "sample/len_mean",
+    "sample/distinct_3", "time/rollout_s", "time/learn_s", "time/tokens_per_s",
+}  # fmt: skip
+
+
+def environment(folder: Path, **more: str) -> dict[str, str]:
+    wandb = {f"WANDB_{n}": str(folder) for n in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR")}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    return {**kept, **OFFLINE, **wandb, "OMP_NUM_THREADS": "1", **more}
+
+
+def start(folder: Path, *arguments: str, **more: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(TRAIN), *arguments],
+        cwd=folder,
+        env=environment(folder / "of wandb", **more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def status(folder: Path) -> str:
+    return json.loads((folder / "status.json").read_text())["status"]
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a first run, W&B offline, in a process of its own, and what it said."""
+    folder = tmp_path_factory.mktemp("reviews")
+    with start(folder, *SMALL, WANDB_MODE="offline") as process:
+        said = process.stdout.read()
+    assert process.returncode == 0, said
+    [path] = (folder / "outputs" / "reviews").iterdir()
+    return path, said
+
+
+def again(first: tuple[Path, str], folder: Path, *more: str, flags: Sequence[str] = ()) -> Outcome:
+    """The same command in this process, in another folder but on the same artifacts."""
+    return train(folder, *flags, *SMALL, f"artifacts_dir={artifacts_of(first)}", *more)
+
+
+def artifacts_of(first: tuple[Path, str]) -> Path:
+    return first[0].parents[1] / "artifacts"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["--help"], ["python train.py -m stage.kl_coef=", "experiment: imdb_sentiment, "]),
+        (["--cfg", "job"], ["  total_phases: 100\n", "base_model: artifact:base\n"]),
+    ],
+)
+def test_a_question_is_answered_without_torch(tmp_path, arguments, answer):
+    script = (
+        "import atexit, runpy, sys\n"
+        f"sys.argv = {['train.py', *arguments]}\n"
+        "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
+        f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "False\n")
+    for words in answer:
+        assert words in done.stdout
+    assert written(tmp_path) == []
+
+
+def test_a_run_leaves_all_that_it_promises(first):
+    folder, _ = first
+    assert {path.name for path in folder.iterdir()} >= {
+        ".hydra", "train.log", "status.json", "environment.txt", "metrics.jsonl", "samples.jsonl",
+        "result.json", "curves.png", "model",
+    }  # fmt: skip
+    assert {path.name for path in (folder / ".hydra").iterdir()} == {
+        "config.yaml", "hydra.yaml", "overrides.yaml",
+    }  # fmt: skip
+    assert status(folder) == "done"
+    assert (folder / "environment.txt").read_text().startswith("commit ")
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    [offline] = (folder / "wandb").glob("offline-run-*")
+    assert [*offline.glob("*.wandb")]
+    assert not (folder.parents[2] / "wandb").exists()
+
+    result = json.loads((folder / "result.json").read_text())
+    assert result.keys() == {"before", "after", "seconds"}
+    assert result["before"].keys() == result["after"].keys() >= EVALUATED
+    assert result["seconds"].keys() >= {"load", "rollout", "learn", "evaluate", "save", "total"}
+    assert all(0 <= value < 600 for value in result["seconds"].values())
+
+    samples = json_lines(folder / "samples.jsonl")
+    assert [row["phase"] for row in samples] == [0] * 16 + [2] * 16 + [3] * 16
+    for row in samples:
+        assert row["prompt"] == "this movie was really"
+        assert row["completion"].startswith(" ")
+        assert 0 <= row["score"] <= 1
+    last = [row["score"] for row in samples[-16:]]
+    assert result["after"]["eval/score"] == pytest.approx(sum(last) / 16)
+
+
+def test_metrics_are_one_row_a_phase_and_one_an_evaluation(first):
+    rows = json_lines(first[0] / "metrics.jsonl")
+    evaluations = [row for row in rows if "eval/score" in row]
+    phases = [row for row in rows if "eval/score" not in row]
+    assert [row["phase"] for row in evaluations] == [0, 2, 3]
+    assert [row["phase"] for row in phases] == [1, 2, 3]
+    for row in phases:
+        assert row.keys() >= LOGGED
+    for row in evaluations:
+        assert row.keys() >= EVALUATED
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert evaluations[0]["eval/kl"] == pytest.approx(0, abs=1e-6)
+    assert evaluations[-1]["eval/kl"] > 1e-4
+    # Half of its rate in the phase of warm-up, its whole one after it, then half way to a tenth.
+    assert [row["lr/base"] / phases[1]["lr/base"] for row in phases] == pytest.approx([1, 1, 0.55])
+
+
+def test_what_is_said_is_a_plain_line_a_phase_and_a_table(first):
+    _, said = first
+    lines = said.splitlines()
+    for phase in (1, 2, 3):
+        assert len([line for line in lines if line.startswith(f"phase {phase}/3  score ")]) == 1
+    assert "\r" not in said
+    assert "\x1b" not in said
+    assert "Warning" not in said
+    for step in ("base", "classifier"):
+        assert f"{step}: building" in lines
+    assert "held-out accuracy" in said
+    assert "before and after" in said
+    assert re.search(r"this movie was really \w+", said)
+    for word in ("before: score", "after:  score", "curves: outputs", "run folder: outputs"):
+        assert any(line.startswith(word) for line in lines), word
+    log = (first[0] / "train.log").read_text()
+    assert "phase 3/3  score" in log
+    assert "INFO] run folder: " in log
+
+
+def test_the_model_of_a_run_opens_again(first):
+    folder, _ = first
+    policy = load_policy(folder)
+    tokens = policy.tokenizer("this movie was really", return_tensors="pt")["input_ids"]
+    other = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert torch.equal(policy(tokens)[0], other(tokens).logits)
+    base = load_policy(next(artifacts_of(first).glob("base-*")))
+    assert not torch.equal(policy(tokens)[0], base(tokens)[0])
+    assert (folder / "model" / "value_head.safetensors").is_file()
+
+
+def test_a_second_run_reuses_the_artifacts_and_repeats_the_first(first, tmp_path):
+    outcome = again(first, tmp_path, "logger=local")
+    assert (outcome.code, outcome.raised) == (0, None)
+    for step in ("base", "classifier"):
+        assert re.search(rf"^{step}: reusing ", outcome.out, re.MULTILINE)
+    assert "building" not in outcome.out
+    [folder] = tmp_path.glob("outputs/reviews/*")
+
+    def untimed(path: Path) -> list[dict[str, Any]]:
+        return [
+            {k: v for k, v in row.items() if not k.startswith("time/")} for row in json_lines(path)
+        ]
+
+    assert untimed(folder / "metrics.jsonl") == untimed(first[0] / "metrics.jsonl")
+    assert json_lines(folder / "samples.jsonl") == json_lines(first[0] / "samples.jsonl")
+    assert not (folder / "wandb").exists()
+
+
+def test_a_sweep_goes_on_past_the_job_that_fails(first, tmp_path):
+    outcome = again(
+        first, tmp_path, "stage.kl_coef=0.1,1", "sampler.gen_len=500,8", "stage.total_phases=2",
+        flags=["-m"],
+    )  # fmt: skip
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.out + outcome.err
+    [sweep] = tmp_path.glob("outputs/reviews/sweeps/*")
+    jobs = sorted(path for path in sweep.iterdir() if path.is_dir())
+    assert [path.name[:2] for path in jobs] == ["0_", "1_", "2_", "3_"]
+    assert max(len(path.name) for path in jobs) <= 82
+    found = {}
+    for path in jobs:
+        chosen = (path / ".hydra" / "overrides.yaml").read_text()
+        [kl_coef] = re.findall(r"stage\.kl_coef=(\S+)", chosen)
+        [gen_len] = re.findall(r"sampler\.gen_len=(\S+)", chosen)
+        found[kl_coef, gen_len] = status(path)
+        if gen_len == "8":
+            result = json.loads((path / "result.json").read_text())
+            assert "total" not in result["seconds"]
+            assert len(json_lines(path / "metrics.jsonl")) == 4
+        else:
+            assert written(path) == [
+                ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml",
+                "status.json", "train.log",
+            ]  # fmt: skip
+    assert found == {
+        ("0.1", "500"): "failed", ("0.1", "8"): "done", ("1", "500"): "failed", ("1", "8"): "done",
+    }  # fmt: skip
+    assert outcome.out.count("sampler.gen_len=500 exceed the model's context") == 2
+
+
+def test_control_c_while_it_learns_ends_a_run_in_a_line(first, tmp_path):
+    more = [f"artifacts_dir={artifacts_of(first)}", "stage.total_phases=100000"]
+    with start(tmp_path, *SMALL, *more, WANDB_MODE="offline") as process:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("phase "):
+                break
+        process.send_signal(signal.SIGINT)
+        said += process.stdout.readlines()
+    assert process.returncode == 130, said
+    assert "Traceback" not in "".join(said)
+    assert said[-1].startswith("interrupted; what was logged so far is in outputs/reviews/")
+    [folder] = tmp_path.glob("outputs/reviews/*")
+    assert status(folder) == "interrupted"
+    assert len(json_lines(folder / "metrics.jsonl")) >= 2
+
+
+def test_the_hooked_engine_and_the_bridge_run_the_same_experiment(first, tmp_path):
+    outcome = again(
+        first, tmp_path, "model.engine=hooked", "sampler=bridge", "stage.total_phases=2",
+        "stage.batches_per_learning_phase=1",
+    )  # fmt: skip
+    assert (outcome.code, outcome.raised) == (0, None)
+    [folder] = tmp_path.glob("outputs/reviews/*")
+    assert status(folder) == "done"
+    before, hooked = (json.loads((f / "result.json").read_text())["before"]
+                      for f in (first[0], folder))  # fmt: skip
+    # The same policy: the entropy over its vocabulary of 500 words is that of other samples.
+    assert hooked["eval/entropy"] == pytest.approx(before["eval/entropy"], rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory) -> dict[str, Path]:
+    """A policy and a classifier of the classes that gpt2-medium and distilbert-imdb have."""
+    folder = tmp_path_factory.mktemp("local")
+    words = ["This", "is", "movie", "was", "really", "good", "bad", ".", "a"]
+    model = Scratch(num_layers=1, d_model=16, num_heads=2, context_len=64)
+    tokenizer = word_tokenizer(words)
+    policy = build_policy(model, lambda: tokenizer, device=torch.device("cpu"), seed=0)
+    save_policy(policy, folder / "policy")
+    classifier = ScratchClassifier(d_model=16, num_heads=2, context_len=64)
+    labels = ("NEGATIVE", "POSITIVE")
+    classifier.classifier(tokenizer, labels, seed=0).save_pretrained(folder / "classifier")
+    tokenizer.save_pretrained(folder / "classifier")
+    return {name: folder / name for name in ("policy", "classifier")}
+
+
+@pytest.mark.parametrize("name", ["periods", "imdb_sentiment"])
+def test_experiments_of_the_hub_run_on_local_directories(directories, tmp_path, name):
+    given = [f"experiment={name}", "model=local", f"model.base_model={directories['policy']}"]
+    if name == "imdb_sentiment":
+        given.append(f"reward.name={directories['classifier']}")
+    small = [word for word in TINY if word.startswith(("stage.", "schedule.", "sampler."))]
+    outcome = train(tmp_path, *given, *small)
+    assert (outcome.code, outcome.raised) == (0, None)
+    [folder] = tmp_path.glob(f"outputs/{name}/*")
+    assert status(folder) == "done"
+    rows = json_lines(folder / "samples.jsonl")
+    prompt = {"periods": "This is", "imdb_sentiment": "This movie was really"}[name]
+    assert {row["prompt"] for row in rows} == {prompt}
+    if name == "periods":
+        assert all(row["score"] == (prompt + row["completion"]).count(".") for row in rows)
+    else:
+        # Seed A's top_k, which evaluations do without.
+        assert "truncated distribution" in outcome.out
+        phases = [r for r in json_lines(folder / "metrics.jsonl") if "eval/score" not in r]
+        assert all(0 < row["sample/kept_mass"] <= 1 for row in phases)

@@ -1,0 +1,189 @@
+"""Every file in conf/ composes, builds what it names, and says what its keys mean."""
+
+import dataclasses
+import functools
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf_exp import run
+from rlhf_exp.rollout.bridge import BridgeSampler
+from rlhf_exp.steps import read_steps
+from rlhf_exp.tasks.reviews import Reviews
+
+CONF = Path(run.CONF)
+OPTIONS = sorted(
+    path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml")
+)
+PARTS = [option for option in OPTIONS if not option.startswith(("experiment/", "sweep/"))]
+EXPERIMENTS = [option.partition("/")[2] for option in OPTIONS if option.startswith("experiment/")]
+SWEEPS = [option.partition("/")[2] for option in OPTIONS if option.startswith("sweep/")]
+
+# Keys that a file gives another value than the class, and why a class may have none of its own.
+OTHER_THAN_DEFAULT = {
+    "model/gpt2": {"base_model"},
+    "model/gpt2_medium": {"base_model"},
+    "model/pythia_160m": {"base_model"},
+    "model/local": {"base_model"},
+    "model/small": {"num_layers", "d_model", "context_len", "dropout"},
+    "reward/classifier": {"name", "direction"},
+    "reward/keyword": {"keywords"},
+    "reward/sum": {"terms"},
+    "task/labelled_text": {"path"},
+}
+# What a user has to give.
+GIVEN = {"model.base_model": "DIRECTORY", "reward.name": "DIRECTORY", "task.path": "FILE.tsv"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def composing() -> Iterator[None]:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory) -> Path:
+    """A file of labelled sentences."""
+    rows = Reviews(num_labelled=300, num_held_out=1).labelled_split().train
+    path = tmp_path_factory.mktemp("data") / "FILE.tsv"
+    path.write_text("label\ttext\n" + "".join(f"{label}\t{text}\n" for label, text in rows))
+    return path
+
+
+def compose(*overrides: str) -> DictConfig:
+    return hydra.compose("config", overrides=list(overrides))
+
+
+def build_all(overrides: Sequence[str]) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Each step's stage and parts, by the step's name."""
+    config = run.to_container(compose(*overrides))
+    run.read_own_keys(config)
+    build = functools.partial(run.instantiate, allowed=run.ALLOWED_TARGETS)
+    return {step.name: step.build(build) for step in read_steps(config)}
+
+
+def load(option: str) -> dict[str, Any]:
+    """The file's own keys."""
+    content = OmegaConf.to_container(OmegaConf.load(CONF / f"{option}.yaml"))
+    return {key: value for key, value in content.items() if key not in ("_target_", "defaults")}
+
+
+def plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize("option", PARTS)
+def test_an_option_builds_the_class_whose_fields_are_its_keys(option):
+    group, name = option.split("/")
+    cfg = compose("~experiment", f"{group}={name}")
+    for key in OmegaConf.missing_keys(cfg):
+        OmegaConf.update(cfg, key, GIVEN[key])
+    problems: list[str] = []
+    built = run.instantiate(
+        run.to_container(cfg)[group], group, problems, allowed=run.ALLOWED_TARGETS
+    )
+    assert problems == []
+    fields = {field.name: field for field in dataclasses.fields(built)}
+    keys = load(option)
+    assert keys.keys() == fields.keys()
+    different = {key for key, value in keys.items() if value != plain(fields[key].default)}
+    assert different == OTHER_THAN_DEFAULT.get(option, set())
+
+
+@pytest.mark.parametrize("group", sorted({option.partition("/")[0] for option in OPTIONS}))
+def test_every_group_has_a_default_that_exists(group):
+    defaults = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
+    chosen = {key: value for entry in defaults if entry != "_self_" for key, value in entry.items()}
+    assert group in chosen
+    assert chosen[group] is None or f"{group}/{chosen[group]}" in OPTIONS
+
+
+def test_the_default_is_the_reviews_experiment():
+    assert compose() == compose("experiment=reviews")
+
+
+def test_the_keys_that_are_not_groups_are_read_and_described():
+    config = run.to_container(compose("~experiment"))
+    own = run.read_own_keys(config)
+    assert {field.name for field in dataclasses.fields(own)} | run.GROUPS == config.keys()
+    assert (own.seed, own.prepare_seed, own.allow_targets) == (1, 0, ())
+
+
+@pytest.mark.parametrize("option", [*PARTS, "config"])
+def test_every_key_has_a_comment(option):
+    lines = (CONF / f"{option}.yaml").read_text().splitlines()
+    assert re.match(r"# .*[.!]", lines[0]), "the first line says what it is"
+    if option == "config":
+        lines = lines[lines.index("  - _self_") : lines.index("hydra:")]
+    for line in lines:
+        if re.match(r"\s*\w+: ", line) and not line.lstrip().startswith("_target_"):
+            assert re.search(r"\S\s+# \S", line), line
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_fits_the_slow_engine_and_sampler_too(name, sentences):
+    given = [f"task.path={sentences}"] if name == "labelled_text" else []
+    chosen = [f"experiment={name}", "model.engine=hooked", "sampler=bridge"]
+    _, parts = build_all([*chosen, *given])["run"]
+    assert parts["model"].engine == "hooked"
+    assert isinstance(parts["sampler"], BridgeSampler)
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The overrides of the commands that a file's header gives."""
+    found = []
+    for line in path.read_text().splitlines():
+        match = re.match(r"# python train\.py((?: \S+)*)", line)
+        if match:
+            found.append([word for word in shlex.split(match[1]) if word != "-m"])
+    return found
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_fits_together_by_the_commands_that_it_gives(name, sentences, monkeypatch):
+    monkeypatch.chdir(sentences.parent)
+    found = commands(CONF / "experiment" / f"{name}.yaml")
+    assert found
+    for overrides in found:
+        assert f"experiment={name}" in overrides or name == "reviews"
+        assert [*build_all(overrides)][-1] == "run"
+    assert load(f"experiment/{name}")["name"] == name
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_names_keys_that_there_are_and_values_that_they_take(name):
+    assert [f"sweep={name}"] in commands(CONF / "sweep" / f"{name}.yaml")
+    params = load(f"sweep/{name}")["hydra"]["sweeper"]["params"]
+    assert params
+    values = {key: str(value).split(",") for key, value in params.items()}
+    for i in (0, -1):
+        overrides = [f"{key}={value[i]}" for key, value in values.items()]
+        cfg = compose(f"sweep={name}", *overrides)
+        assert [OmegaConf.select(cfg, key) for key in values] == [
+            float(value[i]) for value in values.values()
+        ]
+        build_all(overrides)
+
+
+def test_imdb_sentiment_has_the_hyperparameters_of_the_notebook():
+    # Its RLHFArgs, and for what is not in there the defaults of torch.optim.AdamW.
+    stage, parts = build_all(["experiment=imdb_sentiment"])["run"]
+    assert (stage.total_phases, stage.batch_size, stage.num_minibatches) == (200, 32, 4)
+    assert (stage.batches_per_learning_phase, stage.max_grad_norm) == (2, 1.0)
+    assert (stage.clip_coef, stage.vf_coef, stage.ent_coef) == (0.2, 0.15, 0.001)
+    assert (stage.kl_coef, stage.kl_penalty, stage.normalize_reward) == (2.5, "loss", True)
+    optimizer, schedule, sampler = (parts[p] for p in ("optimizer", "schedule", "sampler"))
+    assert (optimizer.base_lr, optimizer.head_lr) == (2e-5, 5e-4)
+    assert (optimizer.eps, optimizer.weight_decay) == (1e-8, 0.01)
+    assert (schedule.warmup_steps, schedule.final_scale) == (20, 0.1)
+    assert (sampler.gen_len, sampler.temperature, sampler.top_k) == (50, 1.0, 10)
+    assert (parts["task"].prefix, parts["task"].prepend_bos) == ("This movie was really", True)
+    assert parts["model"].base_model == "gpt2-medium"
+    assert (parts["reward"].name, parts["reward"].direction) == ("lvwerra/distilbert-imdb", "pos")

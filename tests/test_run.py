@@ -1,0 +1,486 @@
+"""train.py in this process: what it says and leaves behind when its input is bad or a run stops."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import re
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf_exp import run
+from rlhf_exp.models.scratch import ScratchClassifier
+from rlhf_exp.settings import ConfigError
+from rlhf_exp.tasks.reviews import Reviews
+from rlhf_exp.training.progress import line_log
+from tests.builders import build_tokenizer
+
+TRAIN = Path(run.CONF).parent / "train.py"
+# A run of a second that stands on nothing.
+TINY = (
+    "~experiment", "model.num_layers=1", "model.d_model=16", "sampler.gen_len=6",
+    "stage.total_phases=2", "schedule.warmup_steps=1", "stage.batch_size=8", "stage.eval_samples=8",
+    "stage.num_minibatches=1", "stage.batches_per_learning_phase=1",
+)  # fmt: skip
+OFFLINE = {
+    "HYDRA_FULL_ERROR": "",
+    "WANDB_MODE": "disabled",
+    "WANDB_ERROR_REPORTING": "false",
+    "HF_HUB_OFFLINE": "1",
+    "HF_ENDPOINT": "http://127.0.0.1:9",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended: its exit code or what it raised, and what it said."""
+
+    code: int | None
+    raised: Exception | None
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        return (self.out + self.err).splitlines()
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def train(folder: Path, *arguments: str, terminal: bool = False) -> Outcome:
+    """`python train.py ARGUMENTS` in the folder, as if it were a process of its own."""
+    out, err = io.StringIO(), Terminal() if terminal else io.StringIO()
+    code, raised = 0, None
+    with pytest.MonkeyPatch.context() as patch, kept_logging(), one_thread():
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["train.py", *arguments])
+        for name, value in OFFLINE.items():
+            patch.setenv(name, value)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path(str(TRAIN), run_name="__main__")
+            except SystemExit as stop:
+                code = stop.code
+            except Exception as error:
+                raised = error
+    return Outcome(None if raised else code, raised, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Several would take longer over models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def kept_logging() -> Iterator[None]:
+    """Puts back what Hydra and the run do to the loggers, and closes their files."""
+    loggers = [logging.getLogger(), line_log, logging.getLogger("rlhf_exp.file")]
+    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    try:
+        yield
+    finally:
+        for handler in {h for logger in loggers for h in logger.handlers}:
+            if isinstance(handler, logging.FileHandler):
+                handler.close()
+        for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)
+
+
+def written(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def run_folder(folder: Path) -> Path:
+    """The folder of the only run."""
+    [log] = folder.glob("outputs/*/*/train.log")
+    return log.parent
+
+
+def assert_refused(outcome: Outcome, *messages: str) -> None:
+    assert (outcome.code, outcome.raised) == (2, None)
+    text = outcome.out + outcome.err
+    assert len(outcome.lines) <= 10, text
+    assert "Traceback" not in text
+    for message in messages:
+        assert re.search(message, text), text
+
+
+# --- what Hydra refuses while it composes: nothing is written at all ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (
+            "stage.kl_ceof=1",
+            [r"^error: stage\.kl_ceof: no such key\. Did you mean stage\.kl_coef\?"],
+        ),
+        ("kl_coef=1", [r"kl_coef: no such key.* Did you mean stage\.kl_coef\?"]),
+        ("zzzzz=1", [r"zzzzz: no such key", r"python train\.py --cfg job"]),
+        ("stag=ppo", [r"stag: no such key.* Did you mean stage\?"]),
+        (
+            "experiment=revews",
+            [r"experiment=revews: no such option\. Did you mean experiment=reviews\?", "periods"],
+        ),
+        ("reward=null", [r"not null; leave it out with ~"]),
+        ("stage.kl_coef=0.1,0.2", ["Ambiguous value", "--multirun"]),
+        ("stage.kl_coef=[1", ["error: no viable alternative"]),
+        ("--cfg job -m", ["Only one of"]),
+        ("-m stage.kl_coef=0.1,0.2 experiment=revews", ["Did you mean experiment=reviews"]),
+    ],
+)
+def test_what_does_not_compose_is_explained(tmp_path, arguments, messages):
+    outcome = train(tmp_path, *arguments.split(" "))
+    assert_refused(outcome)
+    for message in messages:
+        assert re.search(message, outcome.err, re.MULTILINE), outcome.err
+    assert written(tmp_path) == []
+
+
+# --- what the run refuses before anything is loaded: only the log is written ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (
+            "stage.kl_coef=-1 stage.clip_coef=abc prepare.base.stage.epochs=0",
+            [r"^error: prepare\.base\.stage\.epochs=0", r"clip_coef='abc'", r"kl_coef=-1"],
+        ),
+        ("experiment=labelled_text", [r"error: task\.path is required: set task\.path=\.\.\.$"]),
+    ],
+)
+def test_a_bad_value_leaves_nothing_but_the_log(tmp_path, arguments, messages):
+    assert_refused(train(tmp_path, *arguments.split(" ")), *messages)
+    folder = run_folder(tmp_path)
+    assert written(tmp_path) == [f"{folder.relative_to(tmp_path).as_posix()}/train.log"]
+    assert not (folder / ".hydra").exists()
+    assert re.search(messages[-1], (folder / "train.log").read_text())
+
+
+def test_more_is_wrong_than_fits_ten_lines(tmp_path):
+    ppo = ["total_phases", "batch_size", "num_minibatches", "clip_coef", "vf_coef", "ent_coef"]
+    bad = [f"stage.{name}=-1" for name in [*ppo, "kl_coef", "gamma", "gae_lambda", "eval_every"]]
+    outcome = train(tmp_path, *bad)
+    assert_refused(outcome, "stage.total_phases=-1", r"\.\.\. and 2 more$")
+    assert len(outcome.lines) == 9
+
+
+REFUSED = {
+    "several fields at once": (
+        "stage.kl_coef=-1 stage.clip_coef=abc stage.total_phases=1.5 sampler.top_p=0"
+        " prepare.base.stage.epochs=0",
+        [
+            r"stage\.kl_coef=-1: .* greater than or equal to 0",
+            r"stage\.clip_coef='abc': .* valid number",
+            r"stage\.total_phases=1\.5: .* valid integer",
+            r"sampler\.top_p=0: .* greater than 0",
+            r"prepare\.base\.stage\.epochs=0: .* greater than or equal to 1",
+        ],
+    ),
+    "nan": ("stage.kl_coef=nan optimizer.eps=inf", [r"stage\.kl_coef=nan", r"optimizer\.eps=inf"]),
+    "a bool": ("stage.gamma=true optimizer.beta1=false", [r"gamma=True", r"beta1=False"]),
+    "no multiple": ("stage.batch_size=30", [r"stage: batch_size=30 .* num_minibatches=4"]),
+    "no multiple of heads": ("prepare.base.model.d_model=30", [r"base\.model: d_model=30"]),
+    "warm-up": (
+        "schedule.warmup_steps=100",
+        [r"schedule\.warmup_steps=100 must be below stage\.total_phases=100: lower"],
+    ),
+    "no such file": (
+        "experiment=labelled_text task.path=x.tsv",
+        [r"task\.path: cannot read .*x\.tsv"],
+    ),
+    "an artifact": (
+        "model.base_model=artifact:bsae",
+        [r"model\.base_model=artifact:bsae: .*; there are: base, classifier"],
+    ),
+    "a key with ++": ("++stage.kl_ceof=1", [r"stage\.kl_ceof: no such key of stage"]),
+    "a key with +": ("+foo=1 +bar=2", [r"bar: no such key", r"foo: no such key"]),
+    "a key of a step": ("+prepare.base.modle=1", [r"prepare\.base\.modle: no such key; known"]),
+    "own keys": (
+        "seed=abc prepare_seed=-1 device=null artifacts_dir=null name=''",
+        [r"seed='abc'", r"prepare_seed=-1", r"device=None", r"artifacts_dir=None", r"name=''"],
+    ),
+    "a list": ("allow_targets=foo", [r"allow_targets='foo'"]),
+    "a device": ("device=gpu", [r"device=gpu: use auto, cpu, cuda"]),
+    "no step": ("prepare.base=null", [r"prepare\.base=None"]),
+    "no part": ("prepare.base.model=null", [r"prepare\.base\.model: is required here"]),
+    "no reward": ("~experiment ~reward", [r"reward: is required here; choose one: reward="]),
+    "no logger": ("~logger", [r"logger: no option is chosen; choose one: logger="]),
+    "an interpolation": ("task.prefix=a${nothing}", [r"task\.prefix: Interpolation key 'nothing'"]),
+    "another kind of model": (
+        "~experiment model=tiny_classifier",
+        [r"model: ScratchClassifier is not for this stage, PPO"],
+    ),
+    "a foreign target": (
+        "reward._target_=shutil.rmtree",
+        [r"reward\._target_=shutil\.rmtree is outside of rlhf_exp\., .* allow_targets=\[shutil\]"],
+    ),
+    "a foreign target by a detour": (
+        "reward._target_=rlhf_exp.run.shutil.rmtree optimizer._target_=torch.optim.adam.torch.load",
+        [r"allow_targets=\[shutil\]", r"allow_targets=\[torch\.serialization\]"],
+    ),
+    "a foreign target below": (
+        "~experiment reward=sum reward.terms.length.reward._target_=os.getcwd",
+        [r"_target_=os\.getcwd is outside"],
+    ),
+    "no such target": ("stage._target_=rlhf_exp.stages.ppo.Foo", [r"stage: Error locating target"]),
+    "a dangerous target that is allowed": (
+        "allow_targets=[os] reward._target_=os.system",
+        [r"reward: Target 'os.system' is blocklisted"],
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def config_of() -> Iterator[Callable[..., DictConfig]]:
+    with hydra.initialize_config_dir(str(run.CONF), version_base="1.3"):
+        yield lambda *overrides: hydra.compose("config", overrides=list(overrides))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_bad_value_is_refused_by_name_before_anything_is_loaded(
+    tmp_path, monkeypatch, config_of, case
+):
+    arguments, messages = REFUSED[case]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        run.execute(config_of(*arguments.split(" ")), tmp_path / "run")
+    for message in messages:
+        assert re.search(message, str(caught.value)), caught.value
+    assert written(tmp_path) == []
+
+
+# --- what shows when the parts are loaded ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("sampler.gen_len=500", r"prompt of 5 tokens and sampler\.gen_len=500 exceed .* most 59"),
+        ("task=prefix", r"model: one built from nothing needs a task with texts"),
+        ("model=gpt2", r"model\.base_model='gpt2' cannot be loaded: .* is out of reach"),
+        ("model=local model.base_model=./x", r"model\.base_model='\./x': no such directory"),
+        ("reward=classifier reward.name=a/b", r"reward\.name='a/b' cannot be loaded: .* local dir"),
+        ("reward=classifier reward.name={} reward.direction=neg", r"no such label.* positive, meh"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_by_name(tmp_path, arguments, message):
+    saved = tmp_path / "classifier"
+    model = ScratchClassifier(d_model=16, num_heads=2).classifier(
+        build_tokenizer(), ("positive", "meh"), seed=0
+    )
+    model.save_pretrained(saved)
+    build_tokenizer().save_pretrained(saved)
+    overrides = [word.format(saved) for word in arguments.split(" ")]
+    tiny = [word for word in TINY if not (word.startswith("model.") and "model=" in arguments)]
+    outcome = train(tmp_path, *tiny, *overrides)
+    assert_refused(outcome, message)
+    assert written(run_folder(tmp_path)) == ["train.log"]
+
+
+# --- rewards of a user's own ---
+
+REWARDS = """
+import torch
+from rlhf_exp.rewards.protocol import TextReward
+from rlhf_exp.settings import settings
+
+
+@settings
+class Vowels(TextReward):
+    per: int = 1
+
+    def score(self, text):
+        return sum(text.count(vowel) for vowel in "aeiou") / self.per
+
+
+@settings
+class Broken(TextReward):
+    after: int = 0
+
+    def score(self, text):
+        Broken_seen.append(text)
+        return float("nan") if len(Broken_seen) > self.after else 1.0
+
+
+Broken_seen = []
+
+
+@settings
+class Bug(TextReward):
+    def score(self, text):
+        return 1 / 0
+
+
+@settings
+class Stop(TextReward):
+    def score(self, text):
+        raise KeyboardInterrupt
+"""
+
+
+@pytest.fixture
+def my_rewards(tmp_path, monkeypatch) -> str:
+    """The name of a module of rewards outside of the package."""
+    name = f"rewards_of_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / f"{name}.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    return name
+
+
+def own(module: str, name: str, *arguments: str) -> list[str]:
+    return [*TINY, f"allow_targets=[{module}]", "~reward.character",
+            f"reward._target_={module}.{name}", *arguments]  # fmt: skip
+
+
+def status(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "status.json").read_text())
+
+
+def test_a_reward_from_a_module_that_is_allowed_is_used(tmp_path, my_rewards):
+    outcome = train(tmp_path, *own(my_rewards, "Vowels", "+reward.per=2"))
+    assert (outcome.code, outcome.raised) == (0, None)
+    folder = run_folder(tmp_path)
+    assert status(folder) == {"status": "done", "error": None}
+    lines = [json.loads(x) for x in (folder / "samples.jsonl").read_text().splitlines()]
+    for row in lines:
+        text = row["prompt"] + row["completion"]
+        assert row["score"] == sum(text.count(vowel) for vowel in "aeiou") / 2
+    assert [line for line in outcome.lines if line.startswith("phase ")][1].startswith("phase 2/2")
+
+
+def test_a_reward_that_is_not_finite_stops_the_run_by_phase_and_cause(tmp_path, my_rewards):
+    # 8 scores of the evaluation before and 8 of the first phase are finite.
+    outcome = train(tmp_path, *own(my_rewards, "Broken", "+reward.after=16"))
+    assert (outcome.code, outcome.raised) == (1, None)
+    assert re.search(r"error: phase 2: the reward gave nan for 8 of 8 samples", outcome.out)
+    assert "Traceback" not in outcome.out + outcome.err
+    folder = run_folder(tmp_path)
+    assert status(folder)["status"] == "failed"
+    assert "phase 2" in status(folder)["error"]
+    assert "Traceback" in (folder / "train.log").read_text()
+    phases = [json.loads(x)["phase"] for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert phases == [0, 1]
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, my_rewards):
+    outcome = train(tmp_path, *own(my_rewards, "Bug"))
+    assert isinstance(outcome.raised, ZeroDivisionError)
+    folder = run_folder(tmp_path)
+    assert status(folder) == {"status": "failed", "error": "ZeroDivisionError: division by zero"}
+    assert "ZeroDivisionError" in (folder / "train.log").read_text()
+
+
+def test_an_interrupt_ends_the_run_with_a_line_and_130(tmp_path, my_rewards):
+    outcome = train(tmp_path, *own(my_rewards, "Stop"))
+    assert outcome.code == 130
+    assert "interrupted; what was logged so far is in outputs/run/" in outcome.out
+    assert "Traceback" not in outcome.out + outcome.err
+    assert status(run_folder(tmp_path))["status"] == "interrupted"
+
+
+def test_on_a_terminal_the_lines_of_the_phases_are_in_the_log_alone(tmp_path):
+    outcome = train(tmp_path, *TINY, terminal=True)
+    assert outcome.code == 0
+    assert "phase 1/2" not in outcome.out
+    assert "phase 1/2" in (run_folder(tmp_path) / "train.log").read_text()
+    assert "2/2" in outcome.err, "the bar"
+    assert "evaluation at phase 2" in outcome.out
+
+
+# --- pieces ---
+
+
+def test_an_error_that_is_not_hydras_is_left_alone():
+    assert run.explain(ValueError("mine")) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYDRA_FULL_ERROR", "")
+        with pytest.raises(ZeroDivisionError):
+            run.guard(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ConfigError("said already"), 2), (KeyboardInterrupt(), 130)]
+)
+def test_a_guard_turns_errors_into_exit_codes(error, code, monkeypatch, capsys):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
+
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run.guard(main)
+    assert caught.value.code == code
+    assert capsys.readouterr() == ("", "")
+
+
+def test_full_errors_are_there_for_the_asking(monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "argv", ["train.py", "stage.kl_ceof=1"])
+    with pytest.raises(hydra.errors.ConfigCompositionException):
+        runpy.run_path(str(TRAIN), run_name="__main__")
+
+
+def test_all_that_is_missing_is_named(config_of):
+    cfg = config_of("~experiment", "task=labelled_text", "model=local", "reward=classifier")
+    with pytest.raises(ConfigError) as caught:
+        run.to_container(cfg)
+    assert str(caught.value).splitlines() == [
+        f"{key} is required: set {key}=..."
+        for key in ("model.base_model", "reward.name", "task.path")
+    ]
+
+
+def slug(text: str) -> str:
+    return OmegaConf.create({"text": text, "slug": "${slug:${text}}"}).slug
+
+
+def test_a_job_is_a_folder_name():
+    assert slug("stage.kl_coef=0.1,model.base_model=a/b c") == (
+        "stage.kl_coef=0.1,model.base_model=a-b-c"
+    )
+    assert slug("/") == "default"
+    long = [slug("x" * 100 + end) for end in ("a", "b")]
+    assert len({*long}) == 2
+    assert all(len(name) == 80 and name.startswith("x" * 71) for name in long)
+
+
+def test_every_run_has_an_id_of_its_own(config_of):
+    ids = [OmegaConf.create({"a": "${run_id:}", "b": "${run_id:}"}) for _ in range(2)]
+    assert ids[0].a == ids[0].b
+    assert re.fullmatch("[0-9a-f]{6}", ids[0].a)
+    assert ids[0].a != ids[1].a
+
+
+def test_what_is_allowed_is_instantiated_with_plain_values():
+    problems: list[str] = []
+    config = {"_target_": "rlhf_exp.tasks.reviews.Reviews", "num_reviews": 12}
+    built = run.instantiate(config, "task", problems, allowed=run.ALLOWED_TARGETS)
+    assert built == Reviews(num_reviews=12)
+    assert problems == []
+    torch_optimizer = {"_target_": "torch.optim.SGD", "_partial_": True}
+    assert run.instantiate(torch_optimizer, "x", problems, allowed=run.ALLOWED_TARGETS)
+    assert os.environ.get("HYDRA_FULL_ERROR") != "1", "a run in this process left it behind"

@@ -1,0 +1,145 @@
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_exp.training.folder import RunFolder, environment
+
+
+class Recorder:
+    """A sink that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.samples: list[tuple[int, list[Mapping[str, Any]]]] = []
+        self.closed_by: list[type[BaseException] | None] = []
+
+    def log(self, phase: int, metrics: Mapping[str, float]) -> None:
+        self.rows.append((phase, dict(metrics)))
+
+    def log_samples(self, phase: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.samples.append((phase, list(rows)))
+
+    @contextmanager
+    def open(self) -> Iterator[list["Recorder"]]:
+        try:
+            yield [self]
+        except BaseException as error:
+            self.closed_by.append(type(error))
+            raise
+        self.closed_by.append(None)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def test_nothing_is_created_before_the_first_write(tmp_path):
+    recorder = Recorder()
+    with RunFolder(tmp_path / "run", recorder.open) as folder:
+        assert not folder.path.exists()
+    assert not folder.path.exists()
+    assert recorder.closed_by == []
+    folder.log(1, {"a": 1.0})
+    assert [path.name for path in folder.path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_start_opens_the_sinks_and_writes_status_and_environment(tmp_path):
+    recorder = Recorder()
+    with RunFolder(tmp_path / "run", recorder.open) as folder:
+        folder.start()
+        assert json.loads((folder.path / "status.json").read_text())["status"] == "running"
+        folder.log(0, {"a": 1.0})
+    assert (folder.path / "environment.txt").read_text().splitlines() == environment()
+    assert recorder.rows == [(0, {"a": 1.0})]
+    assert recorder.closed_by == [None]
+
+
+def test_what_ends_the_run_reaches_the_sinks_and_the_caller(tmp_path):
+    recorder = Recorder()
+    with pytest.raises(KeyboardInterrupt), RunFolder(tmp_path, recorder.open) as folder:  # noqa: PT012
+        folder.start()
+        raise KeyboardInterrupt
+    assert recorder.closed_by == [KeyboardInterrupt]
+
+
+def test_metrics_are_on_disk_after_every_call(tmp_path):
+    folder = RunFolder(tmp_path)
+    for phase in range(3):
+        folder.log(phase, {"a": phase / 8, "b/c": -1.0})
+        text = (tmp_path / "metrics.jsonl").read_text()
+        assert text.count("\n") == phase + 1
+        assert text.endswith("\n")
+    assert read_lines(tmp_path / "metrics.jsonl")[2] == {"phase": 2, "a": 0.25, "b/c": -1.0}
+    assert folder.rows() == read_lines(tmp_path / "metrics.jsonl")
+
+
+def test_what_is_not_finite_becomes_null_on_disk_alone(tmp_path):
+    recorder = Recorder()
+    with RunFolder(tmp_path, recorder.open) as folder:
+        folder.start()
+        folder.log(1, {"nan": math.nan, "up": math.inf, "down": -math.inf, "fine": 1.5})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == '{"phase": 1, "nan": null, "up": null, "down": null, "fine": 1.5}\n'
+    [(phase, seen)] = recorder.rows
+    assert phase == 1
+    assert math.isnan(seen["nan"])
+    assert seen["down"] == -math.inf
+
+
+def test_samples_have_their_phase_and_any_text(tmp_path):
+    recorder = Recorder()
+    rows = [{"prompt": "é\u2028", "score": 0.5}, {"prompt": 'a "b"\n', "score": 1.0}]
+    with RunFolder(tmp_path, recorder.open) as folder:
+        folder.start()
+        folder.log_samples(3, rows)
+        folder.log_samples(4, rows[:1])
+    assert read_lines(tmp_path / "samples.jsonl") == [
+        {"phase": 3, **rows[0]},
+        {"phase": 3, **rows[1]},
+        {"phase": 4, **rows[0]},
+    ]
+    assert recorder.samples == [(3, rows), (4, rows[:1])]
+
+
+def test_json_is_replaced_whole(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.write_json("result.json", {"score": "¡sí!"})
+    path = folder.path / "result.json"
+    assert path.read_text(encoding="utf-8") == '{\n  "score": "¡sí!"\n}\n'
+    with path.open(encoding="utf-8") as reader:
+        folder.write_json("result.json", {"score": 2})
+        # Whoever has the old file open goes on reading the old one.
+        assert json.load(reader) == {"score": "¡sí!"}
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        folder.write_json("result.json", {"score": object()})
+    assert json.loads(path.read_text()) == {"score": 2}
+    assert os.listdir(folder.path) == ["result.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("done",), {"status": "done", "error": None}),
+        (("failed", "phase 3: ..."), {"status": "failed", "error": "phase 3: ..."}),
+    ],
+)
+def test_a_status_is_read_back(tmp_path, arguments, expected):
+    RunFolder(tmp_path).write_status(*arguments)
+    assert json.loads((tmp_path / "status.json").read_text()) == expected
+
+
+def test_the_environment_names_commit_threads_and_versions():
+    lines = environment()
+    assert lines[0].startswith("commit ")
+    assert lines[1].startswith("python 3.")
+    assert f"{torch.get_num_threads()} threads" in lines[2]
+    assert any(line.startswith("torch==2.") for line in lines)
+    packages = lines[4:]
+    assert packages == sorted(set(packages))
+    assert all("==" in line for line in packages)

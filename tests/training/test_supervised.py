@@ -1,0 +1,109 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rlhf_exp.training.context import Context, TrainingError
+from rlhf_exp.training.folder import RunFolder
+from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
+from rlhf_exp.training.supervised import fit
+
+
+def train(
+    path: Path,
+    *,
+    num_updates: int = 5,
+    log_every: int = 2,
+    max_grad_norm: float = 1e9,
+    seed: int = 1,
+    dropout: float = 0.0,
+    broken_at: int | None = None,
+) -> tuple[nn.Module, list[int]]:
+    """A linear model fitted to y = sum(x); returns it and the updates whose loss was asked for."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Dropout(dropout), nn.Linear(3, 1))
+    asked: list[int] = []
+
+    def losses():
+        generator = torch.Generator().manual_seed(3)
+        while True:
+            asked.append(len(asked) + 1)
+            x = torch.rand(8, 3, generator=generator)
+            loss = (model(x)[:, 0] - x.sum(dim=1)).square().mean()
+            yield loss * math.nan if asked[-1] == broken_at else loss
+
+    adamw = AdamWSettings(base_lr=0.1).build(model)
+    context = Context(folder=RunFolder(path), seed=seed, device=torch.device("cpu"))
+    fit(
+        context,
+        losses(),
+        adamw,
+        WarmupDecay(warmup_steps=2, final_scale=0.0).build(adamw, total_steps=num_updates),
+        num_updates=num_updates,
+        max_grad_norm=max_grad_norm,
+        log_every=log_every,
+    )
+    return model, asked
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_so_many_updates_are_made_and_some_logged(tmp_path):
+    _, asked = train(tmp_path)
+    assert asked == [1, 2, 3, 4, 5]
+    logged = rows(tmp_path)
+    assert [row["phase"] for row in logged] == [2, 4, 5]
+    assert set(logged[0]) == {"phase", "train/loss", "grad_norm/base", "lr/base"}
+    # Multipliers of updates 1 to 5: 1/2, 1, 1, 2/3, 1/3.
+    assert [row["lr/base"] for row in logged] == pytest.approx([0.1, 0.1 * 2 / 3, 0.1 / 3])
+
+
+def test_the_loss_falls(tmp_path):
+    train(tmp_path, num_updates=60, log_every=1)
+    logged = [row["train/loss"] for row in rows(tmp_path)]
+    assert logged[0] > 1
+    assert logged[-1] < 0.05
+
+
+def test_gradients_are_clipped_after_their_norm_is_logged(tmp_path):
+    # AdamW's first steps are lr * g / (|g| + eps) whatever the gradient's size, so it takes a norm
+    # below eps = 1e-5 to see them shrink.
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Dropout(), nn.Linear(3, 1))[1].weight
+    moved = train(tmp_path / "a", num_updates=3, log_every=1)[0][1].weight
+    assert not torch.equal(moved, start)
+    clipped = train(tmp_path / "b", num_updates=3, log_every=1, max_grad_norm=1e-6)[0][1].weight
+    assert (clipped - start).abs().max() < (moved - start).abs().max() / 5
+    first, clipped_first = rows(tmp_path / "a")[0], rows(tmp_path / "b")[0]
+    assert first["grad_norm/base"] == clipped_first["grad_norm/base"] > 0.1
+
+
+@pytest.mark.parametrize("update", [1, 4])
+def test_a_loss_that_is_not_finite_stops_the_run_naming_the_update(tmp_path, update):
+    with pytest.raises(TrainingError, match=rf"update {update}: the loss is nan; lower optimizer"):
+        train(tmp_path, broken_at=update, log_every=1)
+    done = rows(tmp_path) if update > 1 else []
+    assert [row["phase"] for row in done] == list(range(1, update))
+
+
+def test_a_run_repeats_and_dropout_draws_from_its_seed_alone(tmp_path):
+    first = train(tmp_path / "a", dropout=0.5)[0][1].weight
+    torch.rand(7)
+    again = train(tmp_path / "b", dropout=0.5)[0][1].weight
+    assert torch.equal(first, again)
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    other = train(tmp_path / "c", dropout=0.5, seed=2)[0][1].weight
+    assert not torch.equal(first, other)
+
+
+def test_the_global_generator_is_left_as_it_was(tmp_path):
+    train(tmp_path / "a", dropout=0.5)
+    expected = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    nn.Linear(3, 1)  # what `train` itself draws
+    assert torch.equal(torch.random.get_rng_state(), expected)
