@@ -232,6 +232,11 @@ def to_container(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
 
 
+class AlreadySaid(Exception):
+    """Ends a job of a sweep that has said what is wrong, so that the other jobs run; its argument
+    is the exit code."""
+
+
 def job(cfg: DictConfig) -> None:
     """One job of train.py: runs it and turns what goes wrong into a message, a status and an exit
     code."""
@@ -247,7 +252,7 @@ def job(cfg: DictConfig) -> None:
         log.error("error: %s", _bounded(str(error)))
         if not single:
             RunFolder(path).write_status("failed", str(error))
-            raise
+            raise AlreadySaid(2) from error
         # Nothing ran, so nothing but the log is left behind.
         shutil.rmtree(path / ".hydra", ignore_errors=True)
         raise SystemExit(2) from None
@@ -260,7 +265,7 @@ def job(cfg: DictConfig) -> None:
         file_log.exception("traceback")
         RunFolder(path).write_status("failed", str(error))
         if not single:
-            raise
+            raise AlreadySaid(1) from error
         raise SystemExit(1) from None
     except Exception as error:
         file_log.exception("traceback")
@@ -300,8 +305,8 @@ def guard(main: Callable[[], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises in place of printing
     try:
         main()
-    except ConfigError:
-        sys.exit(2)  # a job of a sweep, which said it already
+    except AlreadySaid as failed:
+        sys.exit(failed.args[0])
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

@@ -386,6 +386,15 @@ def test_a_reward_that_is_not_finite_stops_the_run_by_phase_and_cause(tmp_path, 
     assert phases == [0, 1]
 
 
+def test_a_job_of_a_sweep_that_stops_leaves_the_others_and_its_code(tmp_path, my_rewards):
+    broken = own(my_rewards, "Broken", "+reward.after=8,1000")
+    outcome = train(tmp_path, "-m", *broken)
+    assert (outcome.code, outcome.raised) == (1, None)
+    assert "Traceback" not in outcome.out + outcome.err
+    jobs = sorted(tmp_path.glob("outputs/run/sweeps/*/*/status.json"))
+    assert [json.loads(path.read_text())["status"] for path in jobs] == ["failed", "done"]
+
+
 def test_a_bug_keeps_its_traceback(tmp_path, my_rewards):
     outcome = train(tmp_path, *own(my_rewards, "Bug"))
     assert isinstance(outcome.raised, ZeroDivisionError)
@@ -423,7 +432,8 @@ def test_an_error_that_is_not_hydras_is_left_alone():
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(ConfigError("said already"), 2), (KeyboardInterrupt(), 130)]
+    ("error", "code"),
+    [(run.AlreadySaid(2), 2), (run.AlreadySaid(1), 1), (KeyboardInterrupt(), 130)],
 )
 def test_a_guard_turns_errors_into_exit_codes(error, code, monkeypatch, capsys):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")
