@@ -6,8 +6,9 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf_exp.models.loading import load_classifier
 from rlhf_exp.models.scratch import ScratchClassifier
-from rlhf_exp.rewards.classifier import Classifier
+from rlhf_exp.rewards.classifier import Classifier, label_probability
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.stages.classifier import with_leading_bos
 from tests.builders import build_tokenizer, completions, stretch
@@ -176,3 +177,6 @@ def test_scores_can_stand_in_a_loss(name):
     weight = torch.ones(len(TEXTS), requires_grad=True)
     (weight * ours).sum().backward()
     assert torch.equal(weight.grad, ours)
+    batch = label_probability(*load_classifier(name, dtype=torch.float32), TEXTS, 2)
+    assert torch.equal(batch, ours)
+    assert not batch.is_inference()

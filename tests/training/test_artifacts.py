@@ -55,6 +55,8 @@ def test_an_artifact_is_built_once_and_reused(tmp_path, caplog):
     store = ArtifactStore(tmp_path / "not" / "there" / "yet")
     path = store.obtain("base", "0123", fill)
     assert path == store.folder("base", "0123")
+    # The build's own folder was renamed: a copy could be seen half made.
+    assert [p for p in store.root.iterdir() if p.is_dir()] == [path]
     assert path.name == "base-0123"
     assert (path / "model").read_text() == "weights"
     assert [m.split(maxsplit=1)[1].split()[0] for m in caplog.messages] == ["building", "built"]

@@ -137,11 +137,12 @@ def test_without_a_key_the_mode_is_what_is_asked_for_or_offline(
     assert opens(WandbLogger(mode=mode), tmp_path) == expected
 
 
-def test_a_key_in_the_netrc_counts_if_it_is_the_servers(tmp_path, monkeypatch, server):
+def test_a_key_in_the_netrc_counts_if_it_is_the_servers(tmp_path, monkeypatch, server, caplog):
     netrc = tmp_path / "netrc"
     netrc.write_text(f"machine github.com\n login wandb\n password {KEY}\n")
     assert opens(WandbLogger(), tmp_path / "a") == "offline"
     assert server == []
+    assert "refuses" not in caplog.text
     host = os.environ["WANDB_BASE_URL"].removeprefix("http://")
     monkeypatch.delenv("WANDB_MODE")
     netrc.write_text(f"machine {host}\n login user\n password {KEY}\n")
@@ -182,17 +183,19 @@ def test_a_server_that_refuses_is_an_error_where_online_is_asked_for(
 
 def test_runs_of_one_process_stay_apart_and_hold_what_they_were_given(tmp_path, caplog, capfd):
     logger = WandbLogger(mode="offline", project="films", tags=("first",))
+    # The second begins before the first is over, as after a job that could not end its run.
     with pytest.raises(KeyboardInterrupt), logger.open(info(tmp_path, "job 0")) as sinks:  # noqa: PT012
         sinks[0].log(1, {"eval/score": 0.125})
+        with logger.open(info(tmp_path, "job 1", group="sweep")) as [sink]:
+            assert isinstance(sink, Sink)
+            sink.log(1, {"eval/score": 0.25})
+            sink.log(2, {"eval/score": 0.75, "lr/base": 1e-4})
+            sink.log_samples(2, [{**ROW, "score": i} for i in range(40)])
         raise KeyboardInterrupt
-    with logger.open(info(tmp_path, "job 1", group="sweep")) as sinks:
-        [sink] = sinks
-        assert isinstance(sink, Sink)
-        sink.log(1, {"eval/score": 0.25})
-        sink.log(2, {"eval/score": 0.75, "lr/base": 1e-4})
-        sink.log_samples(2, [{**ROW, "score": i} for i in range(40)])
     assert "Traceback" not in capfd.readouterr().err
-    failed, run = sorted(offline_runs(tmp_path), key=lambda path: path.stat().st_mtime)
+    # Both began within the same second, so their names do not tell them apart.
+    [run] = {path.parents[3] for path in (tmp_path / "shared").rglob("*.table.json")}
+    [failed] = {*offline_runs(tmp_path)} - {run}
     assert any(f"wandb sync {run}" in message for message in caplog.messages)
     with ThreadPoolExecutor() as pool:
         first, second, records = pool.map(
