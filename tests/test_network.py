@@ -50,7 +50,7 @@ def test_a_silent_host_is_given_up_after_the_timeout():
             waiting.append(client)
         start = time.monotonic()
         assert not reachable(f"http://127.0.0.1:{address[1]}", timeout_s=0.3)
-        assert 0.25 < time.monotonic() - start < 2
+        assert 0.25 < time.monotonic() - start < 5
         for client in waiting:
             client.close()
 

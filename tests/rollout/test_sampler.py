@@ -349,8 +349,10 @@ def test_a_prompt_may_end_within_a_letter():
     tokenizer = byte_tokenizer()
     tokens = tokenizer("日 x")["input_ids"]
     assert len(tokens) == 5
-    # The letter is cut in two, and what follows it is whole.
-    assert texts_of(tokenizer, tokens[:2], tokens[2:]).endswith(" x")
+    # Nothing joins the two halves of the letter; what follows it is whole.
+    separate = tokenizer.decode(tokens[:2]) + tokenizer.decode(tokens[2:])
+    assert separate.endswith("\ufffd x")
+    assert texts_of(tokenizer, tokens[:2], tokens[2:]) == separate
 
 
 def test_a_space_that_decoding_drops_at_the_start_is_kept():

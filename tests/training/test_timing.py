@@ -15,8 +15,8 @@ def test_a_stopwatch_adds_up_by_part():
     with clock("nothing"):
         pass
     assert list(clock.seconds) == ["sleep", "nothing"]
-    assert 0.04 <= clock.seconds["sleep"] < 1
-    assert clock.seconds["nothing"] < 0.02
+    assert 0.04 <= clock.seconds["sleep"] < 5
+    assert clock.seconds["nothing"] < clock.seconds["sleep"]
 
 
 def test_a_block_that_raises_is_not_counted():
