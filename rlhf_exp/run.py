@@ -358,7 +358,11 @@ def _suggestion(key: str) -> str:
     """ " Did you mean ...?" from the keys and groups that there are, or nothing."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        known = list(_paths(OmegaConf.to_container(hydra.compose("config"))))
+        try:
+            config = hydra.compose("config", overrides=_group_choices())
+        except (HydraException, OmegaConfBaseException):  # the choices are what is wrong
+            config = hydra.compose("config")
+        known = list(_paths(OmegaConf.to_container(config)))
     known += [group.name for group in CONF.iterdir() if group.is_dir()]
     by_last = {path.rpartition(".")[2]: path for path in reversed(known)}
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
@@ -367,6 +371,11 @@ def _suggestion(key: str) -> str:
         for name in difflib.get_close_matches(key.rpartition(".")[2], by_last, n=1, cutoff=0.7)
     ]
     return f" Did you mean {close[0]}?" if close else " See: python train.py --cfg job"
+
+
+def _group_choices() -> list[str]:
+    groups = {group.name for group in CONF.iterdir() if group.is_dir()}
+    return [word for word in sys.argv[1:] if word.partition("=")[0] in groups and "," not in word]
 
 
 def _paths(config: Any, prefix: str = "") -> Iterator[str]:

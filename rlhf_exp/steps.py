@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -22,6 +22,15 @@ ARTIFACT = "artifact:"
 
 # From a group's configuration and its path to the object, or to None with problems appended.
 Instantiate = Callable[[Mapping[str, Any], str, list[str]], Any]
+
+
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """A part that reads files, which its configuration only names."""
+
+    def fingerprint(self) -> str:
+        """A hash of the files, "" for none."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +144,11 @@ def prepare(
         stage, parts = step.build(instantiate)
         description = {
             "parts": substitute({name: step.config[name] for name in ("stage", *parts)}, keys),
-            "data": parts["task"].fingerprint() if "task" in parts else "",
+            "data": {
+                name: part.fingerprint()
+                for name, part in parts.items()
+                if isinstance(part, Fingerprinted)
+            },
             "seed": seed,
             "code": source_hash(*_code_of(stage)),
         }

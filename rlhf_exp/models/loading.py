@@ -4,6 +4,7 @@ It knows Hugging Face's formats and what goes wrong with them: every failure is 
 names the model and the fix.
 """
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,15 @@ class Pretrained:
         """The model and the tokenizer that its directory holds; the task's is not used."""
         return load_language_model(self.base_model, revision=self.revision)
 
+    def fingerprint(self) -> str:
+        """A hash of names, sizes and times of the directory's files, "" for a hub name."""
+        source = Path(locate_model(self.base_model))
+        digest = hashlib.sha256()
+        for file in sorted(source.rglob("*")) if source.is_dir() else []:
+            stat = file.stat()
+            digest.update(f"{file.relative_to(source)} {stat.st_size} {stat.st_mtime_ns}".encode())
+        return digest.hexdigest() if source.is_dir() else ""
+
     def value_head_path(self) -> Path | None:
         """`value_head.safetensors` in the model's directory, if it is there."""
         path = Path(locate_model(self.base_model)) / VALUE_HEAD_FILE
@@ -112,10 +122,14 @@ def load_policy(
 
 def load_language_model(name: str, *, revision: str | None = None) -> LanguageModel:
     """A causal language model in fp32 and its tokenizer. Raises ConfigError if the name is neither
-    a directory with a model nor known to a hub within reach."""
+    a directory with a model nor known to a hub within reach, and for a revision of a directory."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = locate_model(name)
+    if revision is not None and Path(source).is_dir():
+        raise ConfigError(
+            f"model.revision={revision} is for hub names; {name!r} is a directory: set it null"
+        )
     model = _model_from_pretrained(
         AutoModelForCausalLM, source, "model.base_model", name, revision=revision,
         dtype=torch.float32,

@@ -1,17 +1,15 @@
 """Small models built from nothing, of the same Hugging Face classes as the real ones."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.models.loading import LanguageModel, TokenizerFactory, ValueHeadInit
 from rlhf_exp.models.policy import Engine
-from rlhf_exp.settings import ConfigError, Count, settings
-
-Dropout = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+from rlhf_exp.settings import BelowOne, ConfigError, Count, settings
 
 
 def _check_heads(d_model: int, num_heads: int) -> None:
@@ -28,7 +26,7 @@ class Scratch:
     d_model: Count = 64
     num_heads: Count = 4
     context_len: Count = 64
-    dropout: Dropout = 0.0
+    dropout: BelowOne = 0.0
     engine: Engine = "fast"
     value_head_init: ValueHeadInit = "default"
 
@@ -107,8 +105,8 @@ class ScratchClassifier:
     d_model: Count = 64
     num_heads: Count = 2
     context_len: Count = 64
-    dropout: Dropout = 0.1
-    head_dropout: Dropout = 0.2
+    dropout: BelowOne = 0.1
+    head_dropout: BelowOne = 0.2
 
     @model_validator(mode="after")
     def _divides(self) -> "ScratchClassifier":

@@ -269,3 +269,21 @@ def test_settings_are_checked():
         Pretrained(base_model="")
     with pytest.raises(ValidationError, match="'fast' or 'hooked'"):
         Pretrained(base_model="gpt2", engine="slow")
+
+
+def test_fingerprint_follows_the_files_of_a_directory(tmp_path: Path) -> None:
+    model = Pretrained(base_model=str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "weights").write_text("a")
+    first = model.fingerprint()
+    assert first == model.fingerprint() != ""
+    (tmp_path / "weights").write_text("ab")
+    assert model.fingerprint() != first
+    assert Pretrained(base_model="gpt2").fingerprint() == ""
+    assert Pretrained(base_model="artifact:base").fingerprint() == ""
+
+
+def test_a_revision_of_a_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"model\.revision=main is for hub names"):
+        load_language_model(str(tmp_path), revision="main")
