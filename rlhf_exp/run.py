@@ -6,6 +6,7 @@ inside functions, so that `--help` and `--cfg` answer at once.
 """
 
 import difflib
+import errno
 import functools
 import hashlib
 import inspect
@@ -29,17 +30,19 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from rlhf_exp.settings import ConfigError, Index, Text, settings
+from rlhf_exp.settings import ConfigError, FolderName, Index, Text, settings
 
 if TYPE_CHECKING:
     import torch
 
+    from rlhf_exp.steps import Prepared
     from rlhf_exp.training.loggers import Logger
 
 log = logging.getLogger(__name__)
 
 ALLOWED_TARGETS = ("rlhf_exp.", "torch.optim.")
 GROUPS = {"stage", "task", "model", "reward", "sampler", "optimizer", "schedule", "logger"}
+UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR}
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
@@ -47,7 +50,7 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 class RunSettings:
     """The keys of a configuration that are not groups; conf/config.yaml says what they mean."""
 
-    name: Text
+    name: FolderName
     seed: Index
     prepare_seed: Index
     device: Text
@@ -94,7 +97,8 @@ def instantiate(
         elif isinstance(cause, ConfigError):
             problems.append(f"{path}: {cause}")
         else:
-            problems.append(f"{path}: {str(error).splitlines()[0]}")
+            reason = f" {cause}" if cause else ""
+            problems.append(f"{path}: {str(error).splitlines()[0]}{reason}")
         return None
 
 
@@ -153,22 +157,23 @@ def execute(cfg: DictConfig, path: Path) -> None:
     problems: list[str] = []
     for step in steps:
         try:
-            step.build(build)
+            _, run_parts = step.build(build)
         except ConfigError as error:
             problems.append(str(error))
     logger = build(config.get("logger") or {}, "logger", problems)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     _quieten_transformers()
-    models = prepare(
+    prepared = prepare(
         steps[:-1],
         build,
+        run_parts=run_parts,
         root=Path(own.artifacts_dir),
         seed=own.prepare_seed,
         device=device,
     )
-    stage, parts = steps[-1].resolved(models).build(build)
-    _run_stage(stage, parts, config, logger, device, path)
+    stage, parts = steps[-1].resolved(prepared.models).build(build)
+    _run_stage(stage, parts, prepared, config, logger, device, path)
 
 
 def read_own_keys(config: Mapping[str, Any]) -> RunSettings:
@@ -191,6 +196,7 @@ def _quieten_transformers() -> None:
 def _run_stage(
     stage: Any,
     parts: Mapping[str, Any],
+    prepared: "Prepared",
     config: Mapping[str, Any],
     logger: "Logger",
     device: "torch.device",
@@ -212,7 +218,10 @@ def _run_stage(
     )
     with RunFolder(path, lambda: logger.open(info)) as folder:
         result = stage.run(Context(folder=folder, seed=config["seed"], device=device), **parts)
-        if not sweep:
+        result["prepare"] = prepared.results
+        result["seconds"] = {**prepared.seconds, **result["seconds"]}
+        result["seconds"]["total"] = sum(result["seconds"].values())
+        if not sweep:  # then imports and checks belong to this run alone
             result["seconds"]["total"] = since_process_start()
         folder.write_json("result.json", result)
         folder.write_status("done")
@@ -334,6 +343,11 @@ def explain(error: BaseException) -> str | None:
     group = re.search(r"Could not override '([^']+)'", str(error))
     if isinstance(error, HydraException) and group:
         return f"{group[1]}: no such key or group.{_suggestion(group[1])}"
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        return (
+            f"cannot write {error.filename}: {error.strerror}; name other folders with"
+            " hydra.run.dir=... and artifacts_dir=..."
+        )
     if isinstance(error, ValueError) and "override must be a string or a list" in str(error):
         return "a group takes one of its options, not null; leave it out with ~, as in ~experiment"
     if isinstance(error, HydraException | OmegaConfBaseException) or _is_from_hydra(error):

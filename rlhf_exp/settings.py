@@ -29,9 +29,12 @@ Real = Annotated[float, _number, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, _number, Field(ge=0, le=1, allow_inf_nan=False)]
 OpenFraction = Annotated[float, _number, Field(gt=0, lt=1, allow_inf_nan=False)]
 BelowOne = Annotated[float, _number, Field(ge=0, lt=1, allow_inf_nan=False)]
+# Below a thousandth the logits overflow; greedy decoding is top_k=1.
+Temperature = Annotated[float, _number, Field(ge=1e-3, allow_inf_nan=False)]
 TopP = Annotated[float, _number, Field(gt=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, _number, Field(ge=1)]
 Index = Annotated[int, _number, Field(ge=0)]
+FolderName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 Text = Annotated[str, Field(min_length=1)]
 
 

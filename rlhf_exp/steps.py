@@ -5,6 +5,8 @@ hands in what turns configuration into objects.
 """
 
 import inspect
+import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +15,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.stages.foresight import foresee
 from rlhf_exp.training.artifacts import ArtifactStore, content_hash, source_hash
 from rlhf_exp.training.context import Context
 from rlhf_exp.training.folder import RunFolder
+from rlhf_exp.training.timing import Stopwatch
+
+log = logging.getLogger(__name__)
 
 PARTS = ("task", "model", "reward", "sampler", "optimizer", "schedule")
 ARTIFACT = "artifact:"
@@ -30,6 +36,15 @@ class Fingerprinted(Protocol):
 
     def fingerprint(self) -> str:
         """A hash of the files, "" for none."""
+        ...
+
+
+@runtime_checkable
+class ReadsTexts(Protocol):
+    """A stage that has more to check once a task's texts are read, which takes a second."""
+
+    def check_texts(self, **parts: Any) -> list[str]:
+        """What is wrong between the stage and the number of texts."""
         ...
 
 
@@ -124,46 +139,91 @@ def substitute(config: Any, artifacts: Mapping[str, str]) -> Any:
     return config
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What the steps of `prepare` left: model directories, results and seconds, by name."""
+
+    models: dict[str, str]
+    results: dict[str, Any]
+    seconds: dict[str, float]
+
+
 def prepare(
     steps: Sequence[Step],
     instantiate: Instantiate,
     *,
+    run_parts: Mapping[str, Any],
     root: Path,
     seed: int,
     device: torch.device,
-) -> dict[str, str]:
-    """Builds the artifact of each step or reuses it; returns their model directories by name.
+) -> Prepared:
+    """Builds the artifact of each step of `prepare` or reuses it; `run_parts` are the parts of the
+    run that stands on them.
 
     An artifact is known by the hash of its configuration, the hashes of the artifacts and the
-    files that go into it, the seed and the code.
+    files that go into it, the seed and the code. Before anything is built, everything that can be
+    known of the steps and of the run on top of them is checked: raises ConfigError.
     """
     store = ArtifactStore(root)
+    built = {step.name: step.build(instantiate) for step in steps}
+    descriptions: dict[str, Any] = {}
     keys: dict[str, str] = {}
-    models: dict[str, str] = {}
     for step in steps:
-        stage, parts = step.build(instantiate)
-        description = {
-            "parts": substitute({name: step.config[name] for name in ("stage", *parts)}, keys),
-            "data": {
-                name: part.fingerprint()
-                for name, part in parts.items()
-                if isinstance(part, Fingerprinted)
-            },
-            "seed": seed,
-            "code": source_hash(*_code_of(stage)),
-        }
-        key = keys[step.name] = content_hash(description)
+        descriptions[step.name] = _description(step, *built[step.name], keys, seed)
+        keys[step.name] = content_hash(descriptions[step.name])
+    missing = [s for s in steps if not store.folder(s.name, keys[s.name]).is_dir()]
+    if missing:
+        _check_before_building(missing, run_parts, built)
+    models: dict[str, str] = {}
+    results: dict[str, Any] = {}
+    clock = Stopwatch()
+    for step in steps:
 
-        def build(path: Path, step: Step = step, description: Any = description) -> None:
+        def build(path: Path, step: Step = step) -> None:
             stage, parts = step.resolved(models).build(instantiate)
             with RunFolder(path) as folder:
-                folder.write_json("made_of.json", description)
+                folder.write_json("made_of.json", descriptions[step.name])
                 result = stage.run(Context(folder=folder, seed=seed, device=device), **parts)
                 folder.write_json("result.json", result)
                 folder.write_status("done")
 
-        models[step.name] = str(store.obtain(step.name, key, build) / "model")
-    return models
+        with clock(f"prepare.{step.name}"):
+            folder = store.obtain(step.name, keys[step.name], build)
+        models[step.name] = str(folder / "model")
+        results[step.name] = json.loads((folder / "result.json").read_text())["after"]
+        facts = "  ".join(f"{name} {value:.3f}" for name, value in results[step.name].items())
+        log.info("%s: %s", step.name, facts)
+    return Prepared(models=models, results=results, seconds=clock.seconds)
+
+
+def _description(
+    step: Step, stage: Any, parts: Mapping[str, Any], keys: Mapping[str, str], seed: int
+) -> dict[str, Any]:
+    return {
+        "parts": substitute({name: step.config[name] for name in ("stage", *parts)}, keys),
+        "data": {
+            name: part.fingerprint()
+            for name, part in parts.items()
+            if isinstance(part, Fingerprinted)
+        },
+        "seed": seed,
+        "code": source_hash(*_code_of(stage)),
+    }
+
+
+def _check_before_building(
+    missing: Sequence[Step],
+    run_parts: Mapping[str, Any],
+    built: Mapping[str, tuple[Any, Mapping[str, Any]]],
+) -> None:
+    problems = []
+    for step in missing:
+        stage, parts = built[step.name]
+        if isinstance(stage, ReadsTexts):
+            problems += [f"{step.path}{problem}" for problem in stage.check_texts(**parts)]
+    problems += foresee(run_parts, built, prefix=ARTIFACT)
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 # The code besides a stage's own that decides what it builds.

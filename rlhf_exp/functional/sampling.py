@@ -6,12 +6,12 @@ from torch import Tensor
 
 
 def filter_logits(
-    logits: Float[Tensor, "batch vocab"],
+    logits: Float[Tensor, "*batch vocab"],
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
-) -> Float[Tensor, "batch vocab"]:
+) -> Float[Tensor, "*batch vocab"]:
     """logits / temperature with -inf for the tokens that are never to be sampled.
 
     top_k keeps exactly that many (all, if the vocabulary is smaller; None keeps all); top_p then

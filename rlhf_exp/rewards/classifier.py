@@ -4,6 +4,7 @@ It knows Hugging Face classifiers and texts: the classifier has its own tokenize
 tokens never reach it.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -36,7 +37,8 @@ class Classifier:
     def _one_choice(self) -> "Classifier":
         if (self.label is None) == (self.direction is None):
             raise ValueError(
-                f"set exactly one of label={self.label} and direction={self.direction}"
+                f"label={self.label} and direction={self.direction}: set exactly one, the other"
+                " null"
             )
         return self
 
@@ -45,7 +47,9 @@ class Classifier:
         loaded or has no such label."""
         auto = torch.float16 if device.type == "cuda" else torch.float32
         model, tokenizer = load_classifier(self.name, dtype=DTYPES.get(self.dtype, auto))
-        label = self._find_label(model)
+        _check_usable(self.name, model, tokenizer)
+        labels = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+        label = self.find_label(labels)
         model.to(device)
         return lambda completions: torch.cat(
             [
@@ -54,9 +58,10 @@ class Classifier:
             ]
         )
 
-    def _find_label(self, model: PreTrainedModel) -> int:
-        labels = {int(i): str(label) for i, label in model.config.id2label.items()}
-        for index, label in labels.items():
+    def find_label(self, labels: Sequence[str]) -> int:
+        """The index of the asked label among the classifier's. Raises ConfigError with all of them
+        if it is not there."""
+        for index, label in enumerate(labels):
             if label == self.label or (
                 self.direction is not None and label.lower().startswith(self.direction)
             ):
@@ -64,16 +69,36 @@ class Classifier:
         asked = f"label={self.label!r}" if self.label else f"direction={self.direction!r}"
         raise ConfigError(
             f"reward.{asked}: the classifier {self.name!r} has no such label;"
-            f" set reward.label to one of {', '.join(labels.values())}"
+            f" set reward.label to one of {', '.join(labels)}"
             + (" and reward.direction=null" if self.direction else "")
         )
+
+
+def _check_usable(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError for a model whose outputs are not probabilities of classes; gives one
+    without padding token (GPT-2) its EOS for that."""
+    if model.config.num_labels < 2 or model.config.problem_type == "multi_label_classification":
+        raise ConfigError(
+            f"reward.name={name!r}: it has {model.config.num_labels} output(s) and"
+            f" problem_type={model.config.problem_type}; reward=classifier needs one of two or"
+            " more exclusive labels"
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(
+                f"reward.name={name!r}: its tokenizer has no padding and no EOS token"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def label_probability(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], label: int
 ) -> torch.Tensor:
     """P(label) of each text, fp32 [texts], truncated to what the classifier can read."""
-    limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    positions = model.config.to_dict().get("max_position_embeddings")
+    limit = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
     encoded = tokenizer(
         texts, return_tensors="pt", padding=True, truncation=True, max_length=limit
     ).to(model.device)

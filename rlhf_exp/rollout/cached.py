@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_exp.functional.sampling import sample_tokens
 from rlhf_exp.hf import Cache
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.rollout.sampler import Sampler, as_completions, eos_token, kept_mass
+from rlhf_exp.rollout.sampler import Sampler, as_completions, check_logits, eos_token, kept_mass
 from rlhf_exp.settings import settings
 from rlhf_exp.types import Generation, PromptBatch
 
@@ -33,6 +33,7 @@ class CachedSampler(Sampler):
         active = torch.arange(batch, device=hidden.device)
         for t in range(self.gen_len):
             logits = policy.unembed(hidden).float()
+            check_logits(logits)
             filtered = self.filter(logits)
             tokens = sample_tokens(filtered, generator)
             logprobs = (logits / self.temperature).log_softmax(dim=-1)

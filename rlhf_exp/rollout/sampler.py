@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rlhf_exp.functional.sampling import filter_logits
 from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
-from rlhf_exp.settings import Count, Positive, TopP, settings
+from rlhf_exp.settings import ConfigError, Count, Temperature, TopP, settings
+from rlhf_exp.training.context import TrainingError
 from rlhf_exp.types import Completions, Generation, PromptBatch
 
 
@@ -22,7 +23,7 @@ class Sampler(ABC):
     """Settings that all samplers share. `top_k=1` is greedy decoding."""
 
     gen_len: Count = 24
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     top_k: Count | None = None
     top_p: TopP = 1.0
     stop_at_eos: bool = False
@@ -92,11 +93,22 @@ def as_completions(
     return Completions(prompts=prompts, tokens=tokens * mask, mask=mask, texts=tuple(texts))
 
 
+def check_logits(logits: Float[Tensor, "batch vocab"]) -> None:
+    """Raises TrainingError if the policy cannot be sampled from, its weights having diverged."""
+    if not logits.isfinite().all():
+        raise TrainingError(
+            "the policy's logits are not finite: its weights have diverged; lower"
+            " optimizer.base_lr or stage.max_grad_norm, or raise stage.kl_coef"
+        )
+
+
 def eos_token(policy: CausalTransformer, *, stop_at_eos: bool) -> int | None:
-    """The id that ends a completion, or None. Raises ValueError if one is asked for and the
+    """The id that ends a completion, or None. Raises ConfigError if one is asked for and the
     tokenizer has none."""
     if not stop_at_eos:
         return None
     if policy.tokenizer.eos_token_id is None:
-        raise ValueError("sampler.stop_at_eos=true needs a tokenizer with an end-of-sequence token")
+        raise ConfigError(
+            "sampler.stop_at_eos=true needs a tokenizer with an end-of-sequence token"
+        )
     return int(policy.tokenizer.eos_token_id)

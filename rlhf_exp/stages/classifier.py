@@ -20,7 +20,7 @@ from rlhf_exp.settings import Count, Fraction, Positive, settings
 from rlhf_exp.tasks.batches import length_bucketed, pad_right
 from rlhf_exp.tasks.protocol import CorpusTask, LabelledText
 from rlhf_exp.training.context import Context
-from rlhf_exp.training.optim import AdamWSettings, Schedule
+from rlhf_exp.training.optim import AdamWSettings, Schedule, check_schedule
 from rlhf_exp.training.seeding import stream, stream_seed
 from rlhf_exp.training.supervised import fit
 from rlhf_exp.training.timing import Stopwatch
@@ -46,6 +46,12 @@ class TrainClassifier:
         if not isinstance(task, CorpusTask):
             return ["stage=classifier needs labelled texts: task=reviews or task=labelled_text"]
         return []
+
+    def check_texts(self, *, task: CorpusTask, schedule: Schedule, **_: Any) -> list[str]:
+        """What is wrong between the schedule and the number of updates that the texts give."""
+        updates = self._num_updates(len(task.labelled_split().train))
+        field = "the number of updates (stage.epochs x texts / stage.batch_size)"
+        return check_schedule(schedule, total_steps=updates, field=field)
 
     def run(
         self,

@@ -16,7 +16,7 @@ from rlhf_exp.tasks.prompts import take
 from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.metrics import distinct_n
 from rlhf_exp.training.seeding import stream
-from rlhf_exp.types import Completions, PromptBatch, Rollout
+from rlhf_exp.types import Completions, Generation, PromptBatch, Rollout
 
 ROWS = 64
 
@@ -45,7 +45,7 @@ def evaluate(
     The prompts are the same at every call with one seed, in the same order, repeated if there are
     fewer of them than samples; so is the stream of random numbers, which pairs evaluations and
     makes their differences less noisy. None of it is a rollout's. Raises TrainingError naming the
-    phase for scores that are not finite.
+    phase for scores or logits that are not finite.
     """
     device = policy.device
     order = torch.randperm(len(prompts.rows), generator=stream(seed, "evaluation prompts"))
@@ -54,10 +54,26 @@ def evaluate(
     full = sampler.full_distribution()
     chunks = []
     for rows in index.split(ROWS):
-        generation = full(policy, take(prompts, rows.to(device)), generator)
+        generation = sample(full, policy, take(prompts, rows.to(device)), generator, phase=phase)
         scores = checked_scores(reward, generation.completions, phase=phase)
         chunks.append(measure(policy, reference, generation, scores, temperature=1.0))
     return Evaluation(metrics=_metrics(chunks), samples=sample_rows(chunks))
+
+
+def sample(
+    sampler: Sampler,
+    policy: TransformerWithValueHead,
+    prompts: PromptBatch,
+    generator: torch.Generator,
+    *,
+    phase: int,
+) -> Generation:
+    """The sampler's generation. Raises TrainingError naming the phase if the policy has
+    diverged."""
+    try:
+        return sampler(policy, prompts, generator)
+    except TrainingError as error:
+        raise TrainingError(f"phase {phase}: {error}") from error
 
 
 def checked_scores(

@@ -36,9 +36,9 @@ from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.rewards.protocol import Reward, RewardFunction
 from rlhf_exp.rollout.measure import measure
-from rlhf_exp.rollout.sampler import Sampler
+from rlhf_exp.rollout.sampler import Sampler, eos_token
 from rlhf_exp.settings import ConfigError, Count, Fraction, NonNegative, Positive, settings
-from rlhf_exp.stages.evaluation import Evaluation, checked_scores, evaluate
+from rlhf_exp.stages.evaluation import Evaluation, checked_scores, evaluate, sample
 from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.tasks.prompts import encode_prompts, prompt_stream
 from rlhf_exp.tasks.protocol import CorpusTask, Task
@@ -71,7 +71,7 @@ class PPO:
     """Hyperparameters of the loop. Objective = clipped surrogate - vf_coef value loss
     + ent_coef entropy - kl_coef exact KL, the last only with kl_penalty="loss"."""
 
-    total_phases: Count = 80
+    total_phases: Count = 100
     batch_size: Count = 32
     num_minibatches: Count = 4
     batches_per_learning_phase: Count = 2
@@ -79,15 +79,15 @@ class PPO:
     vf_coef: NonNegative = 0.15
     value_clip_coef: Positive | None = None
     ent_coef: NonNegative = 0.001
-    kl_coef: NonNegative = 0.3
+    kl_coef: NonNegative = 0.2
     kl_penalty: Literal["loss", "reward"] = "loss"
     gamma: Fraction = 1.0
     gae_lambda: Fraction = 0.95
     normalize_reward: bool = True
     whiten_advantages: Literal["batch", "minibatch", "none"] = "batch"
     max_grad_norm: Positive = 1.0
-    eval_every: Count = 20
-    eval_samples: Count = 256
+    eval_every: Count = 25
+    eval_samples: Count = 512
 
     @model_validator(mode="after")
     def _divides(self) -> "PPO":
@@ -178,7 +178,9 @@ class PPO:
         temperature = actors.sampler.temperature
         lap = Stopwatch()
         with clock("rollout"), lap("rollout"):
-            generation = actors.sampler(state.policy, prompts, state.sample_generator)
+            generation = sample(
+                actors.sampler, state.policy, prompts, state.sample_generator, phase=state.phase
+            )
             scores = checked_scores(actors.score, generation.completions, phase=state.phase)
             rollout = measure(
                 state.policy, actors.reference, generation, scores, temperature=temperature
@@ -314,6 +316,7 @@ def load_actors(
     make_tokenizer = task.build_tokenizer if isinstance(task, CorpusTask) else None
     seed = stream_seed(context.seed, "model")
     policy = build_policy(model, make_tokenizer, device=context.device, seed=seed)
+    eos_token(policy, stop_at_eos=sampler.stop_at_eos)  # raises here rather than while sampling
     return Actors(
         policy=policy,
         reference=policy.frozen_reference(),

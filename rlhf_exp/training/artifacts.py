@@ -19,8 +19,6 @@ from filelock import FileLock, Timeout
 
 log = logging.getLogger(__name__)
 
-PREFIX = "artifact:"
-
 
 def content_hash(description: Mapping[str, Any]) -> str:
     """Hash of anything JSON can hold, key order ignored; 12 hex digits."""

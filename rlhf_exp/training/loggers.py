@@ -97,25 +97,23 @@ class WandbLogger:
             return self._init(info, "offline")
 
     def _init(self, info: RunInfo, mode: Literal["online", "offline"]) -> Any:
-        # Offline from the start: otherwise W&B looks its server up before it reads its settings.
-        if mode == "offline":
-            os.environ["WANDB_MODE"] = "offline"
         import wandb
 
         info.shared_folder.mkdir(parents=True, exist_ok=True)
-        run = wandb.init(
-            project=self.project,
-            entity=self.entity,
-            mode=mode,
-            dir=info.shared_folder,
-            name=info.name,
-            group=info.group,
-            job_type=info.job_type,
-            tags=self.tags,
-            config=dict(info.config),
-            reinit="create_new",
-            settings=wandb.Settings(console="off", silent=True, init_timeout=20),
-        )
+        with _environment("WANDB_MODE", mode):
+            run = wandb.init(
+                project=self.project,
+                entity=self.entity,
+                mode=mode,
+                dir=info.shared_folder,
+                name=info.name,
+                group=info.group,
+                job_type=info.job_type,
+                tags=self.tags,
+                config=dict(info.config),
+                reinit="create_new",
+                settings=wandb.Settings(console="off", silent=True, init_timeout=20),
+            )
         run.define_metric("phase")
         run.define_metric("*", step_metric="phase")
         if mode == "offline":
@@ -135,6 +133,20 @@ class WandbLogger:
             return "online"
         log.warning("W&B: %s is out of reach, logging offline", urls[0])
         return "offline"
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    # W&B looks its server up before it reads its settings, but not before it reads this.
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _has_key(urls: Sequence[str]) -> bool:

@@ -45,7 +45,7 @@ class Progress:
     def advance(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows that `step` (1, 2, ...) is done, with those of the metrics that have a short
         name."""
-        shown = {SHORT[k]: f"{v:.3f}" for k, v in metrics.items() if k in SHORT}
+        shown = {SHORT[k]: f"{round(v, 3) + 0.0:.3f}" for k, v in metrics.items() if k in SHORT}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(step - self.bar.n)
         width = len(str(self.total))
