@@ -15,6 +15,7 @@ RANGES = {
     "Fraction": ([0, 0.5, 1], [-1e-9, 1 + 1e-9]),
     "OpenFraction": ([1e-9, 0.5, 1 - 1e-9], [0, 1]),
     "BelowOne": ([0, 0.5, 1 - 1e-9], [-1e-9, 1]),
+    "Temperature": ([1e-3, 5], [0, 1e-4]),
     "TopP": ([1e-9, 1], [0, 1 + 1e-9]),
     "Count": ([1, 10**9], [0, -1, 1.5]),
     "Index": ([0, 10**9], [-1, 0.5]),
@@ -48,7 +49,14 @@ def test_no_range_takes_what_is_not_a_finite_number(name, value):
 
 def test_every_range_is_tested():
     annotated = {name for name, value in vars(module).items() if hasattr(value, "__metadata__")}
-    assert annotated == {*RANGES, "Text"}
+    assert annotated == {*RANGES, "Text", "FolderName"}
+
+
+def test_a_folder_name_stays_in_its_folder():
+    assert holder("FolderName")(x="reviews-2.b").x == "reviews-2.b"
+    for wrong in ("", "..", "a/b", "../a", ".hidden", "a b"):
+        with pytest.raises(ValidationError, match="should match pattern"):
+            holder("FolderName")(x=wrong)
 
 
 @pytest.mark.parametrize("value", ["", None, 3])

@@ -100,9 +100,16 @@ def steps(tmp_path) -> dict[str, Any]:
 def made(config: Mapping[str, Any], root: Path, seed: int = 0) -> dict[str, Path]:
     """The model directories of the steps of `prepare`, by name."""
     found = prepare(
-        read_steps(config)[:-1], build, root=root, seed=seed, device=torch.device("cpu")
+        read_steps(config)[:-1],
+        build,
+        run_parts={},
+        root=root,
+        seed=seed,
+        device=torch.device("cpu"),
     )
-    return {name: Path(path) for name, path in found.items()}
+    assert found.results.keys() == found.models.keys()
+    assert {f"prepare.{name}" for name in found.models} == found.seconds.keys()
+    return {name: Path(path) for name, path in found.models.items()}
 
 
 def keys(config: Mapping[str, Any], root: Path, seed: int = 0) -> tuple[str, ...]:

@@ -79,7 +79,7 @@ def test_a_task_without_texts_is_refused():
         ({"context_len": 0}, "greater than or equal to 1"),
         ({"dropout": 1.0}, "less than 1"),
         ({"dropout": -0.1}, "greater than or equal to 0"),
-        ({"dropout": float("nan")}, "finite number"),
+        ({"dropout": float("nan")}, "greater than or equal to 0"),
         ({"engine": "slow"}, "'fast' or 'hooked'"),
         ({"value_head_init": "ones"}, "'default' or 'zero'"),
         ({"n_layer": 2}, "n_layer"),

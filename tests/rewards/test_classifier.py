@@ -136,8 +136,11 @@ def test_a_direction_that_no_label_has_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({}, "set exactly one of label=None and direction=None"),
-        ({"label": "pos", "direction": "pos"}, "exactly one of label=pos and direction=pos"),
+        ({}, "label=None and direction=None: set exactly one"),
+        (
+            {"label": "pos", "direction": "pos"},
+            "label=pos and direction=pos: set exactly one, the other null",
+        ),
         ({"direction": "up"}, "'pos' or 'neg'"),
         ({"label": "pos", "batch_size": 0}, "greater than or equal to 1"),
         ({"label": "pos", "dtype": "int8"}, "'auto', 'fp32', 'fp16' or 'bf16'"),

@@ -247,7 +247,7 @@ def test_stopping_at_an_eos_that_does_not_exist_is_refused(cls):
     [
         ({"gen_len": 0}, "greater than or equal to 1"),
         ({"gen_len": 2.5}, "integer"),
-        ({"temperature": 0.0}, "greater than 0"),
+        ({"temperature": 0.0}, r"greater than or equal to 0\.001"),
         ({"temperature": float("inf")}, "finite"),
         ({"top_k": 0}, "greater than or equal to 1"),
         ({"top_p": 0.0}, "greater than 0"),

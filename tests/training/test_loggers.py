@@ -144,7 +144,6 @@ def test_a_key_in_the_netrc_counts_if_it_is_the_servers(tmp_path, monkeypatch, s
     assert server == []
     assert "refuses" not in caplog.text
     host = os.environ["WANDB_BASE_URL"].removeprefix("http://")
-    monkeypatch.delenv("WANDB_MODE")
     netrc.write_text(f"machine {host}\n login user\n password {KEY}\n")
     assert opens(WandbLogger(), tmp_path / "b") == "offline"
     assert server != []
