@@ -198,3 +198,19 @@ def test_imdb_sentiment_has_the_hyperparameters_of_the_notebook():
     assert (parts["task"].prefix, parts["task"].prepend_bos) == ("This movie was really", True)
     assert parts["model"].base_model == "gpt2-medium"
     assert (parts["reward"].name, parts["reward"].direction) == ("lvwerra/distilbert-imdb", "pos")
+
+
+@pytest.mark.parametrize("option", [o for o in PARTS if o.startswith(("reward/", "sampler/"))])
+@pytest.mark.parametrize("experiment", ["reviews", "labelled_text", "periods", "imdb_sentiment"])
+def test_a_reward_or_sampler_can_be_swapped_under_any_experiment(experiment, option, sentences):
+    group, name = option.split("/")
+    given = [f"task.path={sentences}"] if experiment == "labelled_text" else []
+    if option == "reward/classifier":
+        given.append("reward.name=DIRECTORY")
+    if option == "reward/artifact_classifier" and experiment in ("periods", "imdb_sentiment"):
+        return  # these train no classifier
+    steps = build_all([f"experiment={experiment}", f"{group}={name}", *given])
+    chosen = run.to_container(compose("~experiment", f"{group}={name}", *given[1:], *(
+        ["reward.name=DIRECTORY"] if option == "reward/classifier" else []
+    )))[group]["_target_"]  # fmt: skip
+    assert type(steps["run"][1][group]).__name__ == chosen.rpartition(".")[2]

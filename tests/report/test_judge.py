@@ -1,0 +1,48 @@
+"""The judge: it follows the label, counts words by sample, and reads a run's first and last."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_exp.report.judge import judge, read_samples
+from rlhf_exp.tasks.reviews import Reviews
+
+
+def rows(texts: list[str], score: float) -> list[dict[str, object]]:
+    return [{"prompt": "this film", "completion": f" {t}", "score": score} for t in texts]
+
+
+def test_it_sees_the_shift_that_the_samples_make_and_no_other() -> None:
+    split = Reviews(num_labelled=1500, num_held_out=300).labelled_split()
+    texts = {
+        label: [t.text for t in split.held_out if t.label == label][:60] for label in ("pos", "neg")
+    }
+    before, after = rows(texts["neg"], 0.25), rows(texts["pos"], 0.75)
+    verdict = judge(split, "pos", before, after)
+    assert verdict.held_out_accuracy > 0.95
+    assert verdict.reward == (0.25, 0.75)
+    assert verdict.judge[0] < 0.2
+    assert verdict.judge[1] > 0.8
+    assert verdict.share == (0.0, 1.0)
+    back = judge(split, "neg", before, after)
+    assert back.judge == pytest.approx(tuple(1 - x for x in verdict.judge), abs=0.02)
+    same = judge(split, "pos", before, before)
+    assert same.judge[0] == same.judge[1]
+
+
+def test_words_are_counted_once_a_sample_and_the_rare_are_left_out() -> None:
+    split = Reviews(num_labelled=300, num_held_out=50).labelled_split()
+    before = rows(["dull dull"] * 12 + ["odd"], 0.0)
+    after = rows(["fine fine fine"] * 11 + ["dull"] * 2, 1.0)
+    verdict = judge(split, "pos", before, after)
+    assert verdict.rising[0] == ("fine", 0, 11)
+    assert verdict.falling[0] == ("dull", 12, 2)
+    assert "odd" not in {word for word, _, _ in verdict.rising}
+
+
+def test_samples_are_those_of_the_first_and_the_last_evaluation(tmp_path: Path) -> None:
+    lines = [{"phase": phase, "n": n} for phase in (0, 25, 40) for n in range(2)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before, after = read_samples(tmp_path)
+    assert [row["phase"] for row in before + after] == [0, 0, 40, 40]
