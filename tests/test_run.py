@@ -1,6 +1,7 @@
 """train.py in this process: what it says and leaves behind when its input is bad or a run stops."""
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -494,3 +495,12 @@ def test_what_is_allowed_is_instantiated_with_plain_values():
     torch_optimizer = {"_target_": "torch.optim.SGD", "_partial_": True}
     assert run.instantiate(torch_optimizer, "x", problems, allowed=run.ALLOWED_TARGETS)
     assert os.environ.get("HYDRA_FULL_ERROR") != "1", "a run in this process left it behind"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_folder_that_cannot_be_written_is_named_with_the_fix(number):
+    message = run.explain(OSError(number, os.strerror(number), "/somewhere/outputs"))
+    assert "/somewhere/outputs" in message
+    assert os.strerror(number) in message
+    assert "hydra.run.dir=" in message
+    assert run.explain(OSError(errno.ECONNRESET, "reset")) is None
