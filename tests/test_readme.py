@@ -111,3 +111,7 @@ def test_interpolations_resolve_in_every_experiment() -> None:
             config = hydra.compose("config", overrides=overrides)
         assert config.name == file.stem
         assert OmegaConf.is_config(config.prepare)
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    assert not re.findall(r"@[A-Z]\w*@|TODO|TBD", README)
