@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 # Waiting threads that spin make a run tens of times slower once anything else computes.
 export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 1000
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
