@@ -8,7 +8,7 @@ import yaml
 
 from rlhf_exp.report.judge import judge, read_samples
 from rlhf_exp.run import ALLOWED_TARGETS, instantiate
-from rlhf_exp.tasks.protocol import CorpusTask
+from rlhf_exp.tasks.protocol import LabelledTask
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     config = yaml.safe_load((run / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
     problems: list[str] = []
     task = instantiate(config["task"], "task", problems, allowed=ALLOWED_TARGETS)
-    if problems or not isinstance(task, CorpusTask):
+    if problems or not isinstance(task, LabelledTask):
         parser.error("; ".join(problems) or "the run's task has no labelled texts")
     split = task.labelled_split()
     labels = sorted({text.label for text in split.train})

@@ -64,7 +64,7 @@ class LabelledTextFile:
         fewer than 20 of a label, or leaves too few to train on or to take prompts from.
         """
         labels = {label for label, _ in self._contents.texts}
-        split = self.language_split()
+        split = self.labelled_split()
         for name, texts in (("train", split.train), ("held-out", split.held_out)):
             missing = sorted(labels - {label for label, _ in texts})
             if missing:
@@ -83,12 +83,12 @@ class LabelledTextFile:
 
     def train_prompts(self) -> tuple[str, ...]:
         """The first words of one half of the held-out texts, those that the text goes on after."""
-        held_out = self.language_split().held_out
+        held_out = self.labelled_split().held_out
         return self._prompts(held_out[: len(held_out) // 2])
 
     def eval_prompts(self) -> tuple[str, ...]:
         """The first words of the other half, without those that are also training prompts."""
-        held_out = self.language_split().held_out
+        held_out = self.labelled_split().held_out
         trained = set(self.train_prompts())
         prompts = self._prompts(held_out[len(held_out) // 2 :])
         return tuple(prompt for prompt in prompts if prompt not in trained)
@@ -97,19 +97,19 @@ class LabelledTextFile:
         """A byte-pair tokenizer trained on the training texts alone."""
         from rlhf_exp.tasks.tokenizers import byte_pair_tokenizer
 
-        texts = (text for _, text in self.language_split().train)
-        return byte_pair_tokenizer(texts, vocab_size=self.vocab_size)
+        return byte_pair_tokenizer(self.language_split().train, vocab_size=self.vocab_size)
 
-    def language_split(self) -> Split:
+    def language_split(self) -> Split[str]:
+        """The texts of `labelled_split`."""
+        train, held_out = self.labelled_split()
+        return Split(tuple(t.text for t in train), tuple(t.text for t in held_out))
+
+    def labelled_split(self) -> Split[LabelledText]:
         """The texts of the file in random order, `held_out_fraction` of them held out."""
         texts = list(self._contents.texts)
         random.Random(self.data_seed).shuffle(texts)
         num_held_out = round(self.held_out_fraction * len(texts))
         return Split(train=tuple(texts[num_held_out:]), held_out=tuple(texts[:num_held_out]))
-
-    def labelled_split(self) -> Split:
-        """The same as `language_split`."""
-        return self.language_split()
 
     def _prompts(self, texts: tuple[LabelledText, ...]) -> tuple[str, ...]:
         prompts = []

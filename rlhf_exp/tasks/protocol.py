@@ -1,11 +1,16 @@
-"""What a task offers to the stages: prompts, and where it has them, texts and labels.
+"""What a task offers to the stages: prompts, and where it has them, texts, labels, demonstrations,
+exact answers or preference pairs.
 
 A task knows its data; it knows no model and no tokens but for the tokenizer that it builds.
 """
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from rlhf_exp.hf import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 
 class LabelledText(NamedTuple):
@@ -15,11 +20,39 @@ class LabelledText(NamedTuple):
     text: str
 
 
-class Split(NamedTuple):
-    """Labelled texts to train on and texts that no stage trains on, disjoint."""
+class Demonstration(NamedTuple):
+    """A prompt and the answer to imitate, which begins with whatever separates it from the prompt
+    and does not hold the end-of-sequence token."""
 
-    train: tuple[LabelledText, ...]
-    held_out: tuple[LabelledText, ...]
+    prompt: str
+    response: str
+
+
+class Pair(NamedTuple):
+    """Two answers to one prompt, the better one first, as text without special tokens.
+
+    The rewards are None where only the order is known. An answer that was cut off before its
+    end-of-sequence token has not ended.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str
+    chosen_reward: float | None = None
+    rejected_reward: float | None = None
+    chosen_ended: bool = True
+    rejected_ended: bool = True
+
+
+@dataclass(frozen=True)
+class Split(Generic[T]):
+    """What is trained on and what no stage trains on, disjoint; unpacks as these two."""
+
+    train: tuple[T, ...]
+    held_out: tuple[T, ...]
+
+    def __iter__(self) -> Iterator[tuple[T, ...]]:
+        return iter((self.train, self.held_out))
 
 
 @runtime_checkable
@@ -48,17 +81,59 @@ class Task(Protocol):
 
 @runtime_checkable
 class CorpusTask(Task, Protocol):
-    """A task that a language model and a classifier can be trained on from nothing."""
+    """A task that a language model can be trained on from nothing."""
 
     def build_tokenizer(self) -> PreTrainedTokenizerBase:
-        """A tokenizer for the texts, the same one at every call. It has BOS, EOS and PAD, pads on
-        the left and adds no special tokens by itself."""
+        """A tokenizer for the texts, the same one at every call. It has EOS and PAD, and BOS if
+        prompts begin with it; it pads on the left and adds no special tokens by itself."""
         ...
 
-    def language_split(self) -> Split:
+    def language_split(self) -> Split[str]:
         """The texts that a language model is trained on, and held-out ones."""
         ...
 
-    def labelled_split(self) -> Split:
+
+@runtime_checkable
+class LabelledTask(CorpusTask, Protocol):
+    """A task that a classifier can be trained on."""
+
+    def labelled_split(self) -> Split[LabelledText]:
         """The texts that a classifier is trained on, and held-out ones."""
+        ...
+
+
+@runtime_checkable
+class DemonstrationTask(Task, Protocol):
+    """A task with answers to imitate."""
+
+    def demonstration_split(self) -> Split[Demonstration]:
+        """The demonstrations that a language model is trained on, and held-out ones, whose prompts
+        are neither in the first nor in `eval_prompts`."""
+        ...
+
+
+@runtime_checkable
+class AnswerTask(Task, Protocol):
+    """A task that knows the one exact answer to each of its prompts, and how good another is."""
+
+    def answer(self, prompt: str) -> str:
+        """The exact answer, as a demonstration's response."""
+        ...
+
+    def true_reward(self, prompt: str, completion: str) -> float:
+        """How good a completion is; the highest for the exact answer."""
+        ...
+
+
+@runtime_checkable
+class PairTask(Task, Protocol):
+    """A task with preference pairs."""
+
+    def pair_split(self) -> Split[Pair]:
+        """The pairs that a reward model is trained on, and held-out ones; no prompt is in both
+        unless there are too few prompts."""
+        ...
+
+    def sources(self) -> Split[str]:
+        """Where each pair of `pair_split` comes from, for messages."""
         ...

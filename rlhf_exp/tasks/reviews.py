@@ -61,13 +61,14 @@ class Reviews:
 
         return word_tokenizer(vocabulary())
 
-    def language_split(self) -> Split:
-        """Reviews labelled "pos", "neg" and "neutral", a third each."""
-        reviews = self._draw("language", ("pos", "neg", "neutral"))
+    def language_split(self) -> Split[str]:
+        """Positive, negative and neutral reviews, a third each."""
+        drawn = self._draw("language", ("pos", "neg", "neutral"))
+        reviews = (review.text for review in drawn)
         held_out = tuple(islice(reviews, self.num_held_out))
         return Split(train=tuple(islice(reviews, self.num_reviews)), held_out=held_out)
 
-    def labelled_split(self) -> Split:
+    def labelled_split(self) -> Split[LabelledText]:
         """Reviews labelled "pos" and "neg", half each; held-out labels are always right."""
         reviews = self._draw("labelled", ("pos", "neg"))
         held_out = tuple(islice(reviews, self.num_held_out))

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from rlhf_exp.settings import ConfigError
 
 BOS, EOS, PAD, UNK = "<bos>", "<eos>", "<pad>", "<unk>"
+_SPECIAL = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": UNK}
 
 
 def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerBase:
@@ -17,7 +18,16 @@ def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerBase:
     vocab = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return _wrap(tokenizer)
+    return _wrap(tokenizer, **_SPECIAL)
+
+
+def closed_word_tokenizer(words: Iterable[str], *, pad: str, eos: str) -> PreTrainedTokenizerBase:
+    """One token a word, words split at whitespace, and no other text can be encoded: the tokenizer
+    raises for it. It has no BOS."""
+    tokens = dict.fromkeys((pad, eos, *words))
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return _wrap(tokenizer, pad_token=pad, eos_token=eos)
 
 
 def byte_pair_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -40,16 +50,13 @@ def byte_pair_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedT
             f"task.vocab_size={vocab_size} is too small for the letters of the texts alone: "
             f"set it to at least {tokenizer.get_vocab_size()}"
         )
-    return _wrap(tokenizer)
+    return _wrap(tokenizer, **_SPECIAL)
 
 
-def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
+def _wrap(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        unk_token=UNK,
+        **special,
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )

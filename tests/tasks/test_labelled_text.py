@@ -33,8 +33,10 @@ def path(tmp_path):
 def test_the_splits_are_one_and_hold_every_text_once(path):
     task = LabelledTextFile(path=path, held_out_fraction=0.2)
     assert isinstance(task, CorpusTask)
-    split = task.language_split()
-    assert task.labelled_split() == split
+    split = task.labelled_split()
+    language = task.language_split()
+    for labelled, texts in zip(split, language, strict=True):
+        assert texts == tuple(text for _, text in labelled)
     assert len(split.held_out) == 60
     assert sorted(split.train + split.held_out) == sorted(ROWS)
     assert split.train[:10] != ROWS[:10]
@@ -51,7 +53,7 @@ def test_prompts_are_first_words_of_the_two_held_out_halves(path):
     task = LabelledTextFile(
         path=path, held_out_fraction=0.5, prompt_words_min=3, prompt_words_max=5
     )
-    held_out = [text for _, text in task.language_split().held_out]
+    held_out = task.language_split().held_out
     halves = held_out[:75], held_out[75:]
     train, evaluation = task.train_prompts(), task.eval_prompts()
     assert len(train) == 75
@@ -71,7 +73,7 @@ def test_a_prompt_of_both_halves_is_trained_on_alone(path):
         path=path, held_out_fraction=0.5, prompt_words_min=1, prompt_words_max=1
     )
     halves = task.language_split().held_out[:75], task.language_split().held_out[75:]
-    first = [[text.split()[0] for _, text in half] for half in halves]
+    first = [[text.split()[0] for text in half] for half in halves]
     assert list(task.train_prompts()) == first[0]
     assert list(task.eval_prompts()) == [word for word in first[1] if word not in first[0]]
 
@@ -81,7 +83,7 @@ def test_texts_no_longer_than_the_prompt_give_none(tmp_path):
     task = LabelledTextFile(
         path=write(tmp_path / "t.tsv", lines_of(rows)), prompt_words_min=3, prompt_words_max=3
     )
-    longer = [text for _, text in task.language_split().held_out if len(text.split()) > 3]
+    longer = [text for text in task.language_split().held_out if len(text.split()) > 3]
     prompts = task.train_prompts() + task.eval_prompts()
     assert list(prompts) == [" ".join(text.split()[:3]) for text in longer]
 
@@ -89,14 +91,14 @@ def test_texts_no_longer_than_the_prompt_give_none(tmp_path):
 def test_the_tokenizer_is_trained_on_training_texts_alone(tmp_path):
     rows = [("pos" if i % 2 else "neg", f"it is text {i} of many") for i in range(200)]
     task = LabelledTextFile(path=write(tmp_path / "t.tsv", lines_of(rows)), vocab_size=100)
-    odd = task.language_split().held_out[0]
+    odd = task.labelled_split().held_out[0]
     rows[rows.index(odd)] = (odd.label, "zzzz zzzz zzzz zzzz")
     task = LabelledTextFile(path=write(tmp_path / "t.tsv", lines_of(rows)), vocab_size=100)
-    assert "zzzz zzzz zzzz zzzz" in [text for _, text in task.language_split().held_out]
+    assert "zzzz zzzz zzzz zzzz" in task.language_split().held_out
     tokenizer = task.build_tokenizer()
     assert len(tokenizer) <= 100
     assert not any("z" in token for token in tokenizer.get_vocab())
-    text = task.language_split().train[0].text
+    text = task.language_split().train[0]
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
@@ -124,13 +126,13 @@ def test_bom_line_ends_quotes_and_line_separators_of_unicode_are_taken_as_they_a
     contents = "\r\n".join(["label\ttext", *lines, "", ""])
     (tmp_path / "t.tsv").write_bytes(contents.encode("utf-8-sig"))
     split = LabelledTextFile(path=str(tmp_path / "t.tsv")).language_split()
-    assert sorted(text for _, text in split.train + split.held_out) == sorted(texts)
+    assert sorted(split.train + split.held_out) == sorted(texts)
 
 
 def test_repeated_texts_count_once_and_contradictory_ones_not_at_all(tmp_path):
     extra = [ROWS[0], ROWS[0], LabelledText("other", ROWS[1].text)]
     task = LabelledTextFile(path=write(tmp_path / "t.tsv", lines_of([*ROWS, *extra])))
-    split = task.language_split()
+    split = task.labelled_split()
     assert sorted(split.train + split.held_out) == sorted({*ROWS} - {ROWS[1]})
     assert task.num_contradictory == 1
 

@@ -32,6 +32,20 @@ def language():
 
 
 @pytest.fixture(scope="module")
+def labels(language):
+    """The label that each text of the language split was drawn under."""
+
+    def labelled_draw(label, rng):
+        return f"{label}|{draw_review(label, rng)}"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlhf_exp.tasks.reviews.draw_review", labelled_draw)
+        drawn = [text.split("|") for text in SMALL.language_split().train]
+    assert [text for _, text in drawn] == list(language.train)
+    return [label for label, _ in drawn]
+
+
+@pytest.fixture(scope="module")
 def labelled():
     return SMALL.labelled_split()
 
@@ -76,12 +90,12 @@ def test_a_prefix_with_other_words_is_refused(prefix, unknown):
         Reviews(prefix=prefix)
 
 
-def test_counts_and_labels(language, labelled):
+def test_counts_and_labels(language, labels, labelled):
     assert len(language.train) == 6000
     assert len(labelled.train) == 2000
     assert len(language.held_out) == len(labelled.held_out) == 500
     # Four standard errors of a binomial share: sqrt(2/9/6000) and sqrt(1/4/2000).
-    shares = Counter(label for label, _ in language.train)
+    shares = Counter(labels)
     assert shares.keys() == {"pos", "neg", "neutral"}
     assert all(abs(count / 6000 - 1 / 3) < 0.024 for count in shares.values())
     shares = Counter(label for label, _ in labelled.train)
@@ -90,11 +104,13 @@ def test_counts_and_labels(language, labelled):
 
 
 def test_texts_are_distinct_and_held_out_ones_are_never_trained_on(language, labelled):
-    for split in (language, labelled):
-        both = texts(split.train) + texts(split.held_out)
+    for both in (
+        language.train + language.held_out,
+        texts(labelled.train) + texts(labelled.held_out),
+    ):
         assert len(set(both)) == len(both)
     # The two streams may meet by chance, on few of the texts.
-    both = {*texts(language.train)} & {*texts(labelled.train)}
+    both = {*language.train} & {*texts(labelled.train)}
     assert len(both) < 5
 
 
@@ -102,8 +118,8 @@ def test_repeated_draws_are_left_out(monkeypatch):
     drawn = iter(["good", "good", "bad", "good", "bad", "fine"])
     monkeypatch.setattr("rlhf_exp.tasks.reviews.draw_review", lambda label, rng: next(drawn))
     split = Reviews(num_reviews=2, num_held_out=1).language_split()
-    assert texts(split.held_out) == ["good"]
-    assert texts(split.train) == ["bad", "fine"]
+    assert split.held_out == ("good",)
+    assert split.train == ("bad", "fine")
 
 
 def test_another_seed_draws_other_reviews(language, labelled):
@@ -115,10 +131,10 @@ def test_another_seed_draws_other_reviews(language, labelled):
 def test_the_draw_does_not_depend_on_the_process(language):
     code = (
         "from rlhf_exp.tasks.reviews import Reviews\n"
-        "print(Reviews(num_reviews=1, num_held_out=1).language_split().held_out[0].text)"
+        "print(Reviews(num_reviews=1, num_held_out=1).language_split().held_out[0])"
     )
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert run.stdout.strip() == language.held_out[0].text
+    assert run.stdout.strip() == language.held_out[0]
 
 
 def test_the_same_seed_draws_the_same_and_other_counts_only_cut_it_short(language, labelled):
@@ -140,20 +156,20 @@ def test_label_noise_flips_its_share_of_the_training_labels_alone():
     assert all(a.label != b.label for a, b in zip(clean.train, wrong.train, strict=True))
 
 
-def test_a_quarter_begins_with_the_default_prefix(language):
+def test_a_quarter_begins_with_the_default_prefix(language, labels):
     for label in ("pos", "neg", "neutral"):
-        reviews = [text for kind, text in language.train if kind == label]
+        reviews = [t for t, kind in zip(language.train, labels, strict=True) if kind == label]
         prefixed = sum(text.startswith("this movie was really ") for text in reviews)
         # Four standard errors of a share of 1/4 in about 2000 reviews.
         assert abs(prefixed / len(reviews) - 1 / 4) < 0.04
 
 
-def test_openings_and_positive_continuations_are_many(language):
-    openings = {tuple(text.split()[:4]) for text in texts(language.train)}
+def test_openings_and_positive_continuations_are_many(language, labels):
+    openings = {tuple(text.split()[:4]) for text in language.train}
     assert len(openings) > 1000
     continuations = [
         text.split()[:29]
-        for label, text in language.train
+        for text, label in zip(language.train, labels, strict=True)
         if label == "pos" and text.startswith("this movie was really ")
     ][:256]
     trigrams = [
@@ -165,8 +181,8 @@ def test_openings_and_positive_continuations_are_many(language):
 def test_the_words_of_the_reviews_are_the_vocabulary(language):
     assert 300 <= len(vocabulary()) <= 500
     assert list(vocabulary()) == sorted(set(vocabulary()))
-    assert {word for text in texts(language.train) for word in text.split()} == set(vocabulary())
-    assert all(MIN_TOKENS <= len(text.split()) <= MAX_TOKENS for text in texts(language.train))
+    assert {word for text in language.train for word in text.split()} == set(vocabulary())
+    assert all(MIN_TOKENS <= len(text.split()) <= MAX_TOKENS for text in language.train)
 
 
 def test_every_symbol_of_the_grammar_is_defined():
@@ -178,7 +194,7 @@ def test_every_symbol_of_the_grammar_is_defined():
 
 
 def test_reviews_are_spelled_and_punctuated_as_sentences(language):
-    for text in texts(language.train):
+    for text in language.train:
         words = text.split(" ")
         pairs = list(pairwise(words))
         assert words[-1] == "."
@@ -225,7 +241,7 @@ def test_sentiment_is_learnable_from_words_and_labels_are_right(labelled):
 def test_the_tokenizer_knows_every_review(language):
     tokenizer = SMALL.build_tokenizer()
     assert len(tokenizer) == len(vocabulary()) + 4
-    for text in [*texts(language.held_out), SMALL.prefix]:
+    for text in [*language.held_out, SMALL.prefix]:
         ids = tokenizer(text)["input_ids"]
         assert len(ids) == len(text.split())
         assert tokenizer.unk_token_id not in ids

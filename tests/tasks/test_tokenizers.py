@@ -2,7 +2,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.tasks.tokenizers import byte_pair_tokenizer, word_tokenizer
+from rlhf_exp.tasks.tokenizers import byte_pair_tokenizer, closed_word_tokenizer, word_tokenizer
 
 TEXTS = [
     "the plot's twists -- all of them -- are \"clever\" ; it isn't long .",
@@ -85,3 +85,40 @@ def test_byte_pairs_keep_to_the_vocabulary_size_or_refuse_it():
         ConfigError, match=rf"task\.vocab_size={alphabet + 3} .* at least {alphabet + 4}"
     ):
         byte_pair_tokenizer(TEXTS, vocab_size=alphabet + 3)
+
+
+def closed():
+    return closed_word_tokenizer(["<SEP>", "b", "a", "b", "12"], pad="<PAD>", eos="<EOS>")
+
+
+def test_a_closed_vocabulary_is_padding_eos_and_the_words_once_each():
+    tokenizer = closed()
+    assert tokenizer.get_vocab() == {"<PAD>": 0, "<EOS>": 1, "<SEP>": 2, "b": 3, "a": 4, "12": 5}
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+    assert (tokenizer.bos_token_id, tokenizer.unk_token_id) == (None, None)
+    assert tokenizer("a  b 12 <SEP>\n<EOS>")["input_ids"] == [4, 3, 5, 2, 1]
+    assert tokenizer(["a b", "b"], padding=True)["input_ids"] == [[4, 3], [0, 3]]
+    assert tokenizer.decode([4, 3, 2, 5, 1, 0], skip_special_tokens=True) == "a b <SEP> 12"
+
+
+@pytest.mark.parametrize("text", ["a c", "ab", "1", "a.", "A", "<UNK>"])
+def test_a_closed_vocabulary_refuses_any_other_word(text):
+    with pytest.raises(Exception, match="WordLevel error: Missing \\[UNK\\] token"):
+        closed()(text)
+    with pytest.raises(Exception, match="WordLevel error: Missing \\[UNK\\] token"):
+        closed()(["a", text])
+
+
+def test_a_closed_vocabulary_is_the_same_one_when_loaded(tmp_path):
+    tokenizer = closed()
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert loaded.special_tokens_map == tokenizer.special_tokens_map
+    assert (loaded.bos_token_id, loaded.unk_token_id) == (None, None)
+    texts = ["a b 12", "b <SEP>", "<EOS>"]
+    assert loaded(texts, padding=True) == tokenizer(texts, padding=True)
+    ids = tokenizer(texts)["input_ids"]
+    assert loaded.batch_decode(ids) == tokenizer.batch_decode(ids)
+    with pytest.raises(Exception, match="WordLevel error: Missing \\[UNK\\] token"):
+        loaded("a c")

@@ -1,0 +1,36 @@
+"""Texts as token ids, and the errors of tokenizers that refuse what they do not know."""
+
+from collections.abc import Callable, Sequence
+
+from rlhf_exp.hf import PreTrainedTokenizerBase
+from rlhf_exp.settings import ConfigError
+from rlhf_exp.tasks.protocol import CorpusTask, Task
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The token ids of each text, no special tokens. Raises ConfigError for a text that a closed
+    vocabulary does not hold."""
+    try:
+        return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    except Exception as error:  # tokenizers raises this very class for a word that it does not know
+        for text in texts:
+            if not can_encode(tokenizer, text):
+                raise ConfigError(
+                    f"task: the model's vocabulary does not hold every word of {text[:60]!r}: use"
+                    " the task that the model was trained on"
+                ) from error
+        raise
+
+
+def can_encode(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether the tokenizer takes the text at all."""
+    try:
+        tokenizer(text, add_special_tokens=False)
+    except Exception:  # as above
+        return False
+    return True
+
+
+def tokenizer_factory(task: Task) -> Callable[[], PreTrainedTokenizerBase] | None:
+    """What builds the task's tokenizer, None if it has no texts to make one from."""
+    return task.build_tokenizer if isinstance(task, CorpusTask) else None
