@@ -1,7 +1,7 @@
 """Small models built from nothing, of the same Hugging Face classes as the real ones."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import model_validator
@@ -27,6 +27,7 @@ class Scratch:
     num_heads: Count = 4
     context_len: Count = 64
     dropout: BelowOne = 0.0
+    tie_embeddings: bool | None = None  # None: as the architecture does, GPT-2 yes, the others no
     engine: Engine = "fast"
     value_head_init: ValueHeadInit = "default"
 
@@ -64,12 +65,14 @@ class Scratch:
     def _model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         import transformers as hf
 
-        common = {
+        common: dict[str, Any] = {
             "vocab_size": len(tokenizer),
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
+        if self.tie_embeddings is not None:
+            common["tie_word_embeddings"] = self.tie_embeddings
         if self.architecture == "gpt2":
             return hf.GPT2LMHeadModel(
                 hf.GPT2Config(

@@ -4,7 +4,6 @@ Texts are cut to random prefixes while it trains: a reward reads completions tha
 """
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,48 +15,44 @@ from torch import Tensor, nn
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.models.scratch import ScratchClassifier
-from rlhf_exp.settings import Count, Fraction, Positive, settings
+from rlhf_exp.settings import Count, Fraction, settings
 from rlhf_exp.tasks.batches import length_bucketed, pad_right
-from rlhf_exp.tasks.protocol import CorpusTask, LabelledText
+from rlhf_exp.tasks.protocol import LabelledTask, LabelledText
 from rlhf_exp.training.context import Context
-from rlhf_exp.training.optim import AdamWSettings, Schedule, check_schedule
+from rlhf_exp.training.optim import AdamWSettings, Schedule
 from rlhf_exp.training.seeding import stream, stream_seed
-from rlhf_exp.training.supervised import fit
+from rlhf_exp.training.supervised import Supervised
 from rlhf_exp.training.timing import Stopwatch
 
 log = logging.getLogger(__name__)
 
 
 @settings
-class TrainClassifier:
+class TrainClassifier(Supervised):
     """Cross-entropy on labels. `crop_fraction` of the texts are cut to a random prefix of at least
     `crop_min_tokens`; `token_noise` of the tokens are replaced by random ones."""
 
     epochs: Count = 3
-    batch_size: Count = 64
-    max_grad_norm: Positive = 1.0
+    log_every: Count = 20
     crop_fraction: Fraction = 0.5
     crop_min_tokens: Count = 10
     token_noise: Fraction = 0.0
-    log_every: Count = 20
 
     def check(self, *, task: Any, **_: Any) -> list[str]:
         """What is wrong between this stage and its parts."""
-        if not isinstance(task, CorpusTask):
+        if not isinstance(task, LabelledTask):
             return ["stage=classifier needs labelled texts: task=reviews or task=labelled_text"]
         return []
 
-    def check_texts(self, *, task: CorpusTask, schedule: Schedule, **_: Any) -> list[str]:
+    def check_texts(self, *, task: LabelledTask, schedule: Schedule, **_: Any) -> list[str]:
         """What is wrong between the schedule and the number of updates that the texts give."""
-        updates = self._num_updates(len(task.labelled_split().train))
-        field = "the number of updates (stage.epochs x texts / stage.batch_size)"
-        return check_schedule(schedule, total_steps=updates, field=field)
+        return self.check_updates(schedule, len(task.labelled_split().train))
 
     def run(
         self,
         context: Context,
         *,
-        task: CorpusTask,
+        task: LabelledTask,
         model: ScratchClassifier,
         optimizer: AdamWSettings,
         schedule: Schedule,
@@ -83,17 +78,15 @@ class TrainClassifier:
             network.num_parameters() / 1e6, len(train.rows), "/".join(labels), len(held_out.rows),
         )  # fmt: skip
         with clock("train"):
-            num_updates = self._num_updates(len(train.rows))
+            num_updates = self.num_updates(len(train.rows))
             adamw = optimizer.build(network.base_model, _head(network))
             network.train()
-            fit(
+            self.fit(
                 context,
                 self._losses(network, train, stream(context.seed, "minibatches")),
                 adamw,
                 schedule.build(adamw, total_steps=num_updates),
                 num_updates=num_updates,
-                max_grad_norm=self.max_grad_norm,
-                log_every=self.log_every,
             )
         with clock("evaluate"):
             metrics = held_out_metrics(network, held_out, batch_size=self.batch_size)
@@ -103,9 +96,6 @@ class TrainClassifier:
             network.save_pretrained(context.folder.path / "model")
             tokenizer.save_pretrained(context.folder.path / "model")
         return {"after": metrics, "seconds": clock.seconds}
-
-    def _num_updates(self, num_texts: int) -> int:
-        return self.epochs * math.ceil(num_texts / self.batch_size)
 
     def _losses(
         self, network: PreTrainedModel, data: "EncodedTexts", generator: torch.Generator

@@ -1,65 +1,104 @@
-"""Supervised training of a language model on a task's texts: pretraining from nothing, or
-fine-tuning."""
+"""Supervised training of a language model on a task's texts (pretraining from nothing) or on its
+demonstrations (fine-tuning on answers to prompts)."""
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import model_validator
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.models.loading import ModelSettings
-from rlhf_exp.settings import ConfigError, Count, Positive, settings
-from rlhf_exp.tasks.batches import length_bucketed, pad_right
-from rlhf_exp.tasks.protocol import CorpusTask, LabelledText
+from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.settings import ConfigError, Count, OpenFraction, Positive, settings
+from rlhf_exp.stages.held_out import BestKept, HeldOut, next_token_loss
+from rlhf_exp.tasks.batches import length_bucketed, shuffled
+from rlhf_exp.tasks.encoding import tokenizer_factory
+from rlhf_exp.tasks.examples import (
+    Example,
+    encode_demonstrations,
+    encode_texts,
+    pack,
+    pad,
+)
+from rlhf_exp.tasks.protocol import AnswerTask, CorpusTask, DemonstrationTask, Split, Task
 from rlhf_exp.training.context import Context
-from rlhf_exp.training.optim import AdamWSettings, Schedule, check_schedule
+from rlhf_exp.training.curves import plot_supervised
+from rlhf_exp.training.metrics import describe
+from rlhf_exp.training.optim import AdamWSettings, Schedule
+from rlhf_exp.training.precision import Dtype, autocast
 from rlhf_exp.training.seeding import stream, stream_seed
-from rlhf_exp.training.supervised import fit
+from rlhf_exp.training.supervised import Supervised
 from rlhf_exp.training.timing import Stopwatch
 
 log = logging.getLogger(__name__)
 
-IGNORED = -100  # the label that transformers leaves out of the loss
-
 
 @settings
-class SFT:
-    """Next-token prediction over whole texts, BOS before and EOS after each."""
+class SFT(Supervised):
+    """Next-token prediction over whole texts, or over the answers of demonstrations.
 
-    epochs: Count = 1
-    batch_size: Count = 64
-    max_grad_norm: Positive = 1.0
-    log_every: Count = 50
+    With eval_every the model is measured as it trains and the best one is kept: by the exact-match
+    rate of answers sampled at temperature 1 if the task knows exact answers, else by the held-out
+    loss. Training ends at the first measured exact-match rate of at least stop_at.
+    """
+
+    data: Literal["texts", "demonstrations"] = "texts"
+    layout: Literal["pad", "pack"] = "pad"
+    max_updates: Count | None = None
+    max_seconds: Positive | None = None
+    eval_every: Count | None = None
+    eval_samples: Count = 512
+    stop_at: OpenFraction | None = None
+    dtype: Dtype = "fp32"
+
+    @model_validator(mode="after")
+    def _can_stop(self) -> "SFT":
+        if self.stop_at is not None and (self.eval_every is None or self.data == "texts"):
+            raise ValueError(
+                f"stop_at={self.stop_at} is a measured exact-match rate: set eval_every to the"
+                " updates between measurements, and data=demonstrations"
+            )
+        return self
+
+    def num_updates(self, num_examples: int) -> int:
+        """Updates in all epochs, at most max_updates."""
+        updates = super().num_updates(num_examples)
+        return updates if self.max_updates is None else min(updates, self.max_updates)
 
     def check(self, *, task: Any, model: ModelSettings, **_: Any) -> list[str]:
         """What is wrong between this stage and its parts."""
-        problems = [] if isinstance(task, CorpusTask) else [
-            "stage=sft needs a task with texts: task=reviews or task=labelled_text"
-        ]  # fmt: skip
+        problems = []
+        if self.data == "texts" and not isinstance(task, CorpusTask):
+            problems.append(
+                "stage=sft needs a task with texts: task=reviews, task=labelled_text or"
+                " task=arithmetic"
+            )
+        if self.data == "demonstrations" and not isinstance(task, DemonstrationTask):
+            problems.append("stage.data=demonstrations needs a task with answers: task=arithmetic")
+        if self.stop_at is not None and not isinstance(task, AnswerTask):
+            problems.append("stage.stop_at needs a task with exact answers: task=arithmetic")
         if model.engine != "fast":
             problems.append(
                 "model.engine=hooked is for stage=ppo; stage=sft trains with engine=fast"
             )
         return problems
 
-    def check_texts(self, *, task: CorpusTask, schedule: Schedule, **_: Any) -> list[str]:
+    def check_texts(self, *, task: Any, schedule: Schedule, **_: Any) -> list[str]:
         """What is wrong between the schedule and the number of updates that the texts give."""
-        updates = self._num_updates(len(task.language_split().train))
-        field = "the number of updates (stage.epochs x texts / stage.batch_size)"
-        return check_schedule(schedule, total_steps=updates, field=field)
+        return self.check_updates(schedule, len(self._split(task).train))
 
     def run(
         self,
         context: Context,
         *,
-        task: CorpusTask,
+        task: Task,
         model: ModelSettings,
         optimizer: AdamWSettings,
         schedule: Schedule,
     ) -> dict[str, Any]:
-        """Trains, measures the held-out loss, saves model and tokenizer; returns the result.
+        """Trains, measures on held-out texts, saves model and tokenizer; returns the result.
 
         The phase of its metrics is the number of updates. Raises TrainingError naming the update
         if the loss is not finite.
@@ -67,83 +106,91 @@ class SFT:
         clock = Stopwatch()
         with clock("load"):
             network, tokenizer = model.language_model(
-                task.build_tokenizer, seed=stream_seed(context.seed, "model")
+                tokenizer_factory(task), seed=stream_seed(context.seed, "model")
             )
-            if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-                raise ConfigError("stage=sft needs a tokenizer with BOS and EOS tokens")
+            if tokenizer.eos_token_id is None:
+                raise ConfigError("stage=sft needs a tokenizer with an EOS token")
             limit = int(network.config.max_position_embeddings)
-            split = task.language_split()
-            train = encode_texts(tokenizer, split.train, limit=limit)
-            held_out = encode_texts(tokenizer, split.held_out, limit=limit)
-            network.to(context.device).train()
-            num_updates = self._num_updates(len(train))
+            train, held_out = (self._encode(task, tokenizer, part, limit=limit)
+                               for part in self._split(task))  # fmt: skip
+            measured = self._held_out(context, task, network, tokenizer, held_out)
         context.folder.start()
         log.info(
-            "training %.2f M parameters on %d texts, %d tokens; %d texts held out",
+            "training %.2f M parameters on %d examples, %d tokens; %d examples held out",
             network.num_parameters() / 1e6, len(train), sum(map(len, train)), len(held_out),
         )  # fmt: skip
+        num_updates = self.num_updates(len(train))
         with clock("train"):
             adamw = optimizer.build(network)
-            fit(
+            best = BestKept(
                 context,
-                self._losses(network, train, stream(context.seed, "minibatches")),
+                measured,
+                eval_every=self.eval_every,
+                stop_at=self.stop_at,
+                max_seconds=self.max_seconds,
+            )
+            network.train()
+            self.fit(
+                context,
+                self._losses(context, network, train),
                 adamw,
                 schedule.build(adamw, total_steps=num_updates),
                 num_updates=num_updates,
-                max_grad_norm=self.max_grad_norm,
-                log_every=self.log_every,
+                stop=best,
             )
         with clock("evaluate"):
-            loss = held_out_loss(network, held_out, batch_size=self.batch_size)
-        metrics = {"heldout/loss": loss, "heldout/perplexity": math.exp(loss)}
-        context.folder.log(num_updates, metrics)
-        log.info("held-out loss %.3f nats a token, perplexity %.1f", loss, math.exp(loss))
+            best.restore()
+            metrics = measured.final()
+        context.folder.log(best.update, metrics)
+        log.info("%s", describe(metrics))
         with clock("save"):
             network.save_pretrained(context.folder.path / "model")
             tokenizer.save_pretrained(context.folder.path / "model")
+            folder = context.folder
+            plot_supervised(folder.rows(), folder.path / "loss.png", title="language model")
         return {"after": metrics, "seconds": clock.seconds}
 
-    def _num_updates(self, num_texts: int) -> int:
-        return self.epochs * math.ceil(num_texts / self.batch_size)
+    def _split(self, task: Any) -> Split[Any]:
+        return task.language_split() if self.data == "texts" else task.demonstration_split()
+
+    def _encode(
+        self, task: Task, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Any], *, limit: int
+    ) -> list[Example]:
+        if self.data == "texts":
+            return encode_texts(tokenizer, examples, limit=limit)
+        return encode_demonstrations(tokenizer, examples, prepend_bos=task.prepend_bos, limit=limit)
+
+    def _held_out(
+        self,
+        context: Context,
+        task: Task,
+        network: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: list[Example],
+    ) -> HeldOut:
+        held_out = HeldOut(
+            TransformerWithValueHead(network.to(context.device), tokenizer),
+            examples,
+            num_samples=self.eval_samples,
+            batch_size=self.batch_size,
+            seed=context.seed,
+        )
+        if isinstance(task, AnswerTask) and self.data == "demonstrations":
+            held_out.with_answers(task, [d.prompt for d in self._split(task).held_out])
+        return held_out
 
     def _losses(
-        self, network: PreTrainedModel, rows: Sequence[list[int]], generator: torch.Generator
+        self, context: Context, network: PreTrainedModel, examples: Sequence[Example]
     ) -> Iterator[torch.Tensor]:
+        generator = stream(context.seed, "minibatches")
+        lengths = [*map(len, examples)]
+        limit = int(network.config.max_position_embeddings)
+        # Padding asks for texts of like length together; packing does without.
+        batches = length_bucketed if self.layout == "pad" else shuffled
         while True:
-            for index in length_bucketed([*map(len, rows)], self.batch_size, generator):
-                yield next_token_loss(network, [rows[i] for i in index])
-
-
-def encode_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[LabelledText], *, limit: int
-) -> list[list[int]]:
-    """BOS, the text's tokens, EOS; texts longer than `limit` tokens are cut, and their number is
-    logged."""
-    encoded = tokenizer([text.text for text in texts], add_special_tokens=False)["input_ids"]
-    too_long = sum(len(ids) > limit - 2 for ids in encoded)
-    if too_long:
-        log.info("%d of %d texts are cut to %d tokens", too_long, len(encoded), limit)
-    return [[tokenizer.bos_token_id, *ids[: limit - 2], tokenizer.eos_token_id] for ids in encoded]
-
-
-def next_token_loss(network: PreTrainedModel, rows: Sequence[list[int]]) -> torch.Tensor:
-    """Mean cross-entropy over every token but each row's first, in nats.
-
-    No mask is needed: rows are padded on the right, where causal attention never looks.
-    """
-    tokens = pad_right(rows, fill=0).to(network.device)
-    labels = pad_right(rows, fill=IGNORED).to(network.device)
-    return network(input_ids=tokens, labels=labels).loss
-
-
-@torch.no_grad()
-def held_out_loss(network: PreTrainedModel, rows: Sequence[list[int]], *, batch_size: int) -> float:
-    """Mean cross-entropy a token, dropout off, every token weighing the same."""
-    network.eval()
-    total, count = 0.0, 0
-    for i in range(0, len(rows), batch_size):
-        batch = rows[i : i + batch_size]
-        tokens = sum(map(len, batch)) - len(batch)
-        total += next_token_loss(network, batch).item() * tokens
-        count += tokens
-    return total / count
+            for index in batches(lengths, self.batch_size, generator):
+                chosen = [examples[i] for i in index]
+                batch = pad(chosen) if self.layout == "pad" else pack(chosen, limit=limit)
+                with autocast(self.dtype, context.device):
+                    loss = next_token_loss(network, batch)
+                yield loss

@@ -26,7 +26,26 @@ def length_bucketed(
         yield batches[i]
 
 
-def pad_right(rows: Sequence[Sequence[int]], *, fill: int) -> Int[Tensor, "batch seq"]:
-    """The rows as one tensor, shorter ones filled up on the right."""
-    width = max(map(len, rows))
+def shuffled(
+    lengths: Sequence[int], batch_size: int, generator: torch.Generator
+) -> Iterator[list[int]]:
+    """Batches of indices, one epoch of all of them in random order whatever their lengths.
+
+    The last batch may be smaller.
+    """
+    for index in torch.randperm(len(lengths), generator=generator).split(batch_size):
+        yield index.tolist()
+
+
+def pad_right(
+    rows: Sequence[Sequence[int]], *, fill: int, width: int | None = None
+) -> Int[Tensor, "batch seq"]:
+    """The rows as one tensor, shorter ones filled up on the right to the longest, or to `width`."""
+    width = max(map(len, rows)) if width is None else width
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
+
+
+def pad_left(rows: Sequence[Sequence[int]], *, fill: int) -> Int[Tensor, "batch seq"]:
+    """The rows as one tensor, shorter ones filled up on the left."""
+    width = max(map(len, rows))
+    return torch.tensor([[*[fill] * (width - len(row)), *row] for row in rows])

@@ -6,6 +6,8 @@ import torch
 
 from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.tasks.batches import pad_left
+from rlhf_exp.tasks.encoding import encode
 from rlhf_exp.types import PromptBatch
 
 
@@ -23,15 +25,11 @@ def encode_prompts(
     if prepend_bos and tokenizer.bos_token_id is None:
         raise ConfigError("task.prepend_bos=true, but the tokenizer has no BOS token; set it false")
     bos = [tokenizer.bos_token_id] if prepend_bos else []
-    rows = [bos + tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    rows = [bos + ids for ids in encode(tokenizer, texts)] if texts else []
     if not rows or not all(rows):
         raise ConfigError("task: a prompt has no tokens; give it text or set task.prepend_bos=true")
-    width = max(map(len, rows))
-    tokens = torch.zeros((len(rows), width), dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for i, row in enumerate(rows):
-        tokens[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = True
+    tokens = pad_left(rows, fill=0)
+    mask = pad_left([[1] * len(row) for row in rows], fill=0).bool()
     decoded = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
     return PromptBatch(
         tokens=tokens.to(device), mask=mask.to(device), rows=tuple({"prompt": t} for t in decoded)

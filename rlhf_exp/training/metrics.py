@@ -10,6 +10,12 @@ from rlhf_exp.functional.masking import masked_mean, masked_var
 from rlhf_exp.types import Experience
 
 
+def describe(metrics: Mapping[str, float]) -> str:
+    """The metrics as one line."""
+    # An exact KL of 0 may come out as -1e-8; + 0.0 takes the sign off the rounded one.
+    return "  ".join(f"{name} {round(value, 3) + 0.0:.3f}" for name, value in metrics.items())
+
+
 def distinct_n(tokens: Int[Tensor, "batch completion"], mask: Bool[Tensor, "batch completion"],
                *, n: int) -> float:  # fmt: skip
     """Distinct n-grams of tokens divided by all of them, over the whole batch; 0 if there are none.

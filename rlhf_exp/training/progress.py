@@ -20,6 +20,9 @@ SHORT = {
     "train/loss": "loss",
     "heldout/loss": "held-out loss",
     "heldout/accuracy": "held-out accuracy",
+    "pairs/tie_fraction": "ties",
+    "pairs/chosen_reward": "chosen",
+    "pairs/rejected_reward": "rejected",
 }
 
 
@@ -56,3 +59,15 @@ class Progress:
 def on_terminal() -> bool:
     """Whether standard error, where the bar goes, is a terminal."""
     return sys.stderr.isatty()
+
+
+def file_log() -> logging.Logger:
+    """A logger that writes to train.log alone. The progress lines go there too while a bar is on
+    the terminal."""
+    handlers: list[logging.Handler] = [
+        h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)
+    ]
+    own = logging.getLogger("rlhf_exp.file")
+    for logger in (own, line_log) if on_terminal() else (own,):
+        logger.handlers, logger.propagate = handlers, False
+    return own

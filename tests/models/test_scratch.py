@@ -1,6 +1,7 @@
 import pytest
 import torch
 from pydantic import ValidationError
+from transformers import AutoModelForCausalLM
 
 from rlhf_exp.models.scratch import Scratch, ScratchClassifier
 from rlhf_exp.settings import ConfigError
@@ -59,6 +60,23 @@ def test_dropout_reaches_the_model(architecture, dropout):
     assert set(rates) == {dropout}
 
 
+@pytest.mark.parametrize("tied", [None, True, False])
+def test_embeddings_are_tied_as_asked_or_as_the_architecture_does(architecture, tied, tmp_path):
+    asked = {} if tied is None else {"tie_embeddings": tied}
+    model = model_of(architecture, **asked)
+    expected = architecture == "gpt2" if tied is None else tied
+    unembedding = model.get_output_embeddings().weight
+    assert (unembedding is model.get_input_embeddings().weight) == expected
+    # One that is tied is counted once, and comes back tied.
+    names = {name for name, parameter in model.named_parameters() if parameter is unembedding}
+    assert len(names) == 1
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    both = loaded.get_output_embeddings().weight, loaded.get_input_embeddings().weight
+    assert (both[0] is both[1]) == expected
+    assert torch.equal(both[0], unembedding)
+
+
 def test_nothing_was_saved_with_it():
     assert Scratch().value_head_path() is None
 
@@ -80,6 +98,7 @@ def test_a_task_without_texts_is_refused():
         ({"dropout": 1.0}, "less than 1"),
         ({"dropout": -0.1}, "greater than or equal to 0"),
         ({"dropout": float("nan")}, "greater than or equal to 0"),
+        ({"tie_embeddings": "some"}, "valid boolean"),
         ({"engine": "slow"}, "'fast' or 'hooked'"),
         ({"value_head_init": "ones"}, "'default' or 'zero'"),
         ({"n_layer": 2}, "n_layer"),

@@ -1,5 +1,8 @@
-"""A task, models and contexts small enough that a PPO run takes a second."""
+"""Tasks, models and contexts small enough that a run takes a second."""
 
+import functools
+import itertools
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,16 +11,27 @@ from typing import Any
 import torch
 
 from rlhf_exp.hf import PreTrainedTokenizerBase
+from rlhf_exp.models.loading import Pretrained, build_policy
+from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rewards.keyword import Keyword
+from rlhf_exp.rewards.protocol import RewardFunction
 from rlhf_exp.rollout.cached import CachedSampler
-from rlhf_exp.stages.ppo import PPO, Actors, load_actors
+from rlhf_exp.settings import settings
+from rlhf_exp.stages.actors import Actors, load_actors
+from rlhf_exp.stages.held_out import next_token_loss
+from rlhf_exp.stages.ppo import PPO
+from rlhf_exp.stages.sft import SFT
 from rlhf_exp.stages.train_state import TrainState
-from rlhf_exp.tasks.protocol import LabelledText, Split
+from rlhf_exp.tasks.examples import encode_demonstrations, pad
+from rlhf_exp.tasks.protocol import Demonstration, LabelledText, Pair, Split
 from rlhf_exp.tasks.tokenizers import word_tokenizer
 from rlhf_exp.training.context import Context
 from rlhf_exp.training.folder import RunFolder
 from rlhf_exp.training.optim import AdamWSettings, Constant
+from rlhf_exp.types import Completions
+
+from ..builders import stretch
 
 WORDS = [f"w{i}" for i in range(12)]
 
@@ -42,7 +56,7 @@ class ToyTask:
         return word_tokenizer(WORDS)
 
     def language_split(self) -> Split:
-        return self.labelled_split()
+        return Split(*(tuple(text.text for text in part) for part in self.labelled_split()))
 
     def labelled_split(self) -> Split:
         texts = [
@@ -52,6 +66,82 @@ class ToyTask:
         ]
         random.Random(0).shuffle(texts)
         return Split(train=tuple(texts[36:]), held_out=tuple(texts[:36]))
+
+
+@dataclass(frozen=True)
+class EchoTask(ToyTask):
+    """The answer to two words is the first of them, twice after a high second word. Of all 144
+    prompts 96 are trained on, 24 held out and 24 evaluated on."""
+
+    def train_prompts(self) -> tuple[str, ...]:
+        return self._every()[:96]
+
+    def eval_prompts(self) -> tuple[str, ...]:
+        return self._every()[120:]
+
+    def demonstration_split(self) -> Split[Demonstration]:
+        every = tuple(Demonstration(prompt, self.answer(prompt)) for prompt in self._every())
+        return Split(every[:96], every[96:120])
+
+    def answer(self, prompt: str) -> str:
+        first, second = prompt.split()
+        return f" {first}" * (2 if int(second[1:]) >= 6 else 1)
+
+    def true_reward(self, prompt: str, completion: str) -> float:
+        """The share of the positions of both that are right."""
+        pairs = [*itertools.zip_longest(self.answer(prompt).split(), completion.split())]
+        return sum(a == b for a, b in pairs) / len(pairs)
+
+    def _every(self) -> tuple[str, ...]:
+        every = [f"{a} {b}" for a in WORDS for b in WORDS]
+        random.Random(0).shuffle(every)
+        return tuple(every)
+
+
+@settings
+class Echoed:
+    """The true reward of EchoTask."""
+
+    def load(self, device: torch.device) -> RewardFunction:
+        def score(completions: Completions) -> torch.Tensor:
+            pairs = zip(completions.prompts.texts, completions.texts, strict=True)
+            return torch.tensor([EchoTask().true_reward(*pair) for pair in pairs], device=device)
+
+        return score
+
+
+@dataclass(frozen=True)
+class ToyPairs(ToyTask):
+    """Answers of one to four words to prompts of one or two, 40 prompts trained on and 20 held out.
+    The reward counts the low words, as the sum of a score a word does."""
+
+    count: int = 240
+    rewarded: bool = True
+
+    def pair_split(self) -> Split[Pair]:
+        rng = random.Random(1)
+        starts = [f"w{a}" for a in range(12)] + [f"w{a} w{b}" for a in range(12) for b in range(4)]
+        pairs: list[Pair] = []
+        while len(pairs) < self.count:
+            answers = [" ".join(rng.choices(WORDS, k=rng.randint(1, 4))) for _ in range(2)]
+            chosen, rejected = sorted(answers, key=self.reward, reverse=True)
+            rewards = self.reward(chosen), self.reward(rejected)
+            if rewards[0] > rewards[1]:
+                ended = rng.random() < 0.5, rng.random() < 0.5
+                known = rewards if self.rewarded else (None, None)
+                prompt = starts[len(pairs) % 60]
+                pairs.append(Pair(prompt, f" {chosen}", f" {rejected}", *known, *ended))
+        return Split(
+            tuple(pair for pair in pairs if starts.index(pair.prompt) < 40),
+            tuple(pair for pair in pairs if starts.index(pair.prompt) >= 40),
+        )
+
+    def sources(self) -> Split[str]:
+        return Split(*(tuple(f"row {i}" for i in range(len(p))) for p in self.pair_split()))
+
+    @staticmethod
+    def reward(text: str) -> float:
+        return float(sum(int(word[1:]) < 6 for word in text.split()))
 
 
 RAGGED = ToyTask(prompts=("w0", "w0 w1 w2", "w3 w4", "w5 w6 w7 w8"))
@@ -82,3 +172,50 @@ def start(ppo: PPO, path: Path, **replaced: Any) -> tuple[Actors, TrainState]:
         actors.policy, p["optimizer"], p["schedule"], total_phases=ppo.total_phases, seed=1
     )
     return actors, state
+
+
+HALF = 30  # updates of echo_policy
+ECHO = Scratch(num_layers=2, d_model=32, num_heads=2, context_len=16)
+
+
+def train_echo(path: Path, *, seed: int = 1, **options: Any) -> dict[str, Any]:
+    """The result of SFT on the demonstrations of EchoTask."""
+    defaults: dict[str, Any] = {"data": "demonstrations", "epochs": 30, "batch_size": 16}
+    return SFT(**{**defaults, **options}).run(
+        context(path, seed),
+        task=EchoTask(),
+        model=ECHO,
+        optimizer=AdamWSettings(base_lr=1e-2),
+        schedule=Constant(),
+    )
+
+
+@functools.cache
+def echo_policy() -> TransformerWithValueHead:
+    """A policy that gives some of EchoTask's answers; copy it to change it."""
+    policy = build_policy(ECHO, EchoTask().build_tokenizer, device=torch.device("cpu"), seed=0)
+    demonstrations = encode_demonstrations(
+        policy.tokenizer, EchoTask().demonstration_split().train, prepend_bos=True, limit=16
+    )
+    adamw = AdamWSettings(base_lr=1e-2).build(policy.language_model)
+    for _ in range(HALF):
+        loss = next_token_loss(policy.language_model, pad(demonstrations))
+        loss.backward()
+        adamw.step()
+        adamw.zero_grad()
+    return policy
+
+
+def saved_model(path: Path, **shape: Any) -> Pretrained:
+    """A language model with weights far from their small initial ones, in a directory."""
+    model = Scratch(**{"num_layers": 2, "d_model": 16, "num_heads": 2, "context_len": 16, **shape})
+    network, tokenizer = model.language_model(ToyTask().build_tokenizer, seed=0)
+    stretch(network, seed=0)
+    network.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return Pretrained(base_model=str(path))
+
+
+def rows(path: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """What a run wrote, line by line."""
+    return [json.loads(line) for line in (path / name).read_text().splitlines()]

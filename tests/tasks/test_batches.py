@@ -1,8 +1,8 @@
-"""Batches of texts: every text once an epoch, like lengths together, padding on the right."""
+"""Batches of texts: every text once an epoch, like lengths together or any, padding on one side."""
 
 import torch
 
-from rlhf_exp.tasks.batches import BUCKET, length_bucketed, pad_right
+from rlhf_exp.tasks.batches import BUCKET, length_bucketed, pad_left, pad_right, shuffled
 
 
 def test_every_text_comes_once_an_epoch_in_another_order_each_time() -> None:
@@ -27,3 +27,28 @@ def test_texts_of_a_batch_are_of_like_length() -> None:
 
 def test_padding_is_on_the_right() -> None:
     assert pad_right([[1, 2], [3]], fill=9).tolist() == [[1, 2], [3, 9]]
+
+
+def test_padding_goes_to_the_width_that_is_asked_for() -> None:
+    assert pad_right([[1, 2], [3]], fill=9, width=4).tolist() == [[1, 2, 9, 9], [3, 9, 9, 9]]
+    assert pad_right([[1, 2], []], fill=9, width=2).tolist() == [[1, 2], [9, 9]]
+    assert pad_right([[1, 2], [3]], fill=9).dtype == torch.long
+
+
+def test_padding_on_the_left() -> None:
+    assert pad_left([[1, 2, 3], [4], []], fill=9).tolist() == [[1, 2, 3], [9, 9, 4], [9, 9, 9]]
+    assert pad_left([[1], [2]], fill=9).tolist() == [[1], [2]]
+
+
+def test_shuffled_batches_hold_every_text_once_an_epoch_whatever_its_length() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = list(range(400))
+    first, second = ([*shuffled(lengths, 8, generator)] for _ in range(2))
+    assert sorted(i for batch in first for i in batch) == lengths
+    assert list(map(len, first)) == [8] * 50
+    assert first != second
+    assert first == [*shuffled(lengths, 8, torch.Generator().manual_seed(0))]
+    assert list(map(len, shuffled(lengths[:19], 8, generator))) == [8, 8, 3]
+    # Not sorted by length: eight of 0 to 399 at random spread over 311 on average.
+    spreads = [max(batch) - min(batch) for batch in first]
+    assert sum(spreads) / len(spreads) > 250

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from rlhf_exp.training.metrics import (
+    describe,
     distinct_n,
     explained_variance,
     mean_metrics,
@@ -113,3 +114,12 @@ def test_one_sample_has_no_spread():
     assert rollout_metrics(experience()[torch.tensor([1])], truncates=False)[
         "objective/scores_std"
     ] == pytest.approx(0)
+
+
+def test_metrics_are_described_in_a_line():
+    assert describe({"eval/kl": 0.12345, "b": -2.0, "c": 100.0}) == (
+        "eval/kl 0.123  b -2.000  c 100.000"
+    )
+    assert describe({"kl": -1e-8}) == "kl 0.000"
+    assert describe({"x": NAN, "y": -0.0006}) == "x nan  y -0.001"
+    assert describe({}) == ""

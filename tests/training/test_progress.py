@@ -3,7 +3,7 @@ import logging
 import pytest
 from tqdm import tqdm
 
-from rlhf_exp.training.progress import Progress, line_log, on_terminal
+from rlhf_exp.training.progress import SHORT, Progress, file_log, line_log, on_terminal
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +51,41 @@ def test_a_bar_on_a_terminal_and_the_same_lines_in_the_log(caplog, monkeypatch):
     assert "3/4" in terminal.text
     assert "loss=1.250" in terminal.text
     assert caplog.messages == ["update 3/4  loss 1.250"]
+
+
+@pytest.fixture
+def log_file(tmp_path):
+    """train.log as the only file that the root logger writes to."""
+    handler = logging.FileHandler(tmp_path / "train.log")
+    own = logging.getLogger("rlhf_exp.file")
+    before = own.handlers, own.propagate, logging.getLogger("rlhf_exp").level
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("rlhf_exp").setLevel(logging.INFO)
+    yield tmp_path / "train.log"
+    logging.getLogger().removeHandler(handler)
+    handler.close()
+    own.handlers, own.propagate = before[:2]
+    logging.getLogger("rlhf_exp").setLevel(before[2])
+
+
+def test_the_file_log_writes_to_the_file_alone(log_file, caplog):
+    file_log().info("only here")
+    line_log.info("here and there")
+    assert log_file.read_text().splitlines() == ["only here", "here and there"]
+    assert caplog.messages == ["here and there"]
+
+
+def test_while_a_bar_is_on_the_terminal_lines_go_to_the_file_alone(log_file, caplog, monkeypatch):
+    monkeypatch.setattr("sys.stderr", Terminal())
+    own = file_log()
+    line_log.info("update 1/4")
+    own.info("the rest")
+    assert log_file.read_text().splitlines() == ["update 1/4", "the rest"]
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("name", sorted(SHORT))
+def test_every_short_name_is_shown(name, caplog):
+    with Progress(1, unit="pair") as progress:
+        progress.advance(1, {name: 0.25, "unknown": 1.0})
+    assert caplog.messages == [f"pair 1/1  {SHORT[name]} 0.250"]

@@ -8,8 +8,8 @@ from torch import nn
 
 from rlhf_exp.training.context import Context, TrainingError
 from rlhf_exp.training.folder import RunFolder
-from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
-from rlhf_exp.training.supervised import fit
+from rlhf_exp.training.optim import AdamWSettings, Constant, WarmupDecay
+from rlhf_exp.training.supervised import Supervised
 
 
 def train(
@@ -21,6 +21,7 @@ def train(
     seed: int = 1,
     dropout: float = 0.0,
     broken_at: int | None = None,
+    stop=lambda update: False,
 ) -> tuple[nn.Module, list[int]]:
     """A linear model fitted to y = sum(x); returns it and the updates whose loss was asked for."""
     torch.manual_seed(0)
@@ -37,14 +38,13 @@ def train(
 
     adamw = AdamWSettings(base_lr=0.1).build(model)
     context = Context(folder=RunFolder(path), seed=seed, device=torch.device("cpu"))
-    fit(
+    Supervised(max_grad_norm=max_grad_norm, log_every=log_every).fit(
         context,
         losses(),
         adamw,
         WarmupDecay(warmup_steps=2, final_scale=0.0).build(adamw, total_steps=num_updates),
         num_updates=num_updates,
-        max_grad_norm=max_grad_norm,
-        log_every=log_every,
+        stop=stop,
     )
     return model, asked
 
@@ -107,3 +107,51 @@ def test_the_global_generator_is_left_as_it_was(tmp_path):
     torch.manual_seed(0)
     nn.Linear(3, 1)  # what `train` itself draws
     assert torch.equal(torch.random.get_rng_state(), expected)
+
+
+def test_it_is_asked_after_each_update_whether_it_was_the_last(tmp_path):
+    done = []
+
+    def third(update):
+        done.append(update)
+        return update == 3
+
+    _, asked = train(tmp_path, log_every=1, stop=third)
+    assert done == asked == [1, 2, 3]
+    assert [row["phase"] for row in rows(tmp_path)] == [1, 2, 3]
+
+
+def test_a_stop_sees_the_weights_after_the_update(tmp_path):
+    """A run that is stopped is as far as one that was to be so long, but for its schedule."""
+    stopped = train(tmp_path / "a", num_updates=9, log_every=9, stop=lambda update: update == 2)
+    assert not (tmp_path / "a").exists()  # neither the last update nor one to log
+    whole = train(tmp_path / "b", num_updates=9, log_every=1, stop=lambda update: update == 2)
+    assert torch.equal(stopped[0][1].weight, whole[0][1].weight)
+    shorter = train(tmp_path / "c", num_updates=9, log_every=1, stop=lambda update: update == 1)
+    assert not torch.equal(stopped[0][1].weight, shorter[0][1].weight)
+
+
+def test_what_a_stop_draws_changes_no_dropout_if_its_generator_is_its_own(tmp_path):
+    def draws(update):
+        torch.rand(3, generator=torch.Generator().manual_seed(update))
+        return False
+
+    plain = train(tmp_path / "a", dropout=0.5)[0][1].weight
+    drawn = train(tmp_path / "b", dropout=0.5, stop=draws)[0][1].weight
+    assert torch.equal(plain, drawn)
+
+
+def test_the_last_batch_of_an_epoch_counts_as_an_update():
+    assert Supervised(epochs=3, batch_size=10).num_updates(20) == 6
+    assert Supervised(epochs=3, batch_size=10).num_updates(21) == 9
+    assert Supervised(epochs=3, batch_size=10).num_updates(1) == 3
+
+
+def test_a_schedule_must_be_shorter_than_the_updates():
+    stage = Supervised(epochs=3, batch_size=10)
+    assert stage.check_updates(WarmupDecay(warmup_steps=8), 21) == []
+    assert stage.check_updates(Constant(), 1) == []
+    assert stage.check_updates(WarmupDecay(warmup_steps=9), 21) == [
+        "schedule.warmup_steps=9 must be below the number of updates (stage.epochs x examples /"
+        " stage.batch_size)=9: lower the first or raise the second"
+    ]

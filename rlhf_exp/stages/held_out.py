@@ -1,0 +1,178 @@
+"""A language model measured on held-out examples while it trains, and its best weights kept."""
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+
+from rlhf_exp.hf import PreTrainedModel
+from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.stages.answers import exact_match, greedy
+from rlhf_exp.tasks.examples import Example, ExampleBatch, pad
+from rlhf_exp.tasks.prompts import encode_prompts
+from rlhf_exp.tasks.protocol import AnswerTask
+from rlhf_exp.training.context import Context, TrainingError
+from rlhf_exp.training.metrics import describe
+from rlhf_exp.training.seeding import stream
+from rlhf_exp.types import PromptBatch
+
+log = logging.getLogger(__name__)
+
+MAX_EXPONENT = 700.0  # a float overflows soon after
+EXACT, LOSS = "heldout/exact_match", "heldout/loss"
+
+
+class HeldOut:
+    """Held-out examples in random order. The first `num_samples` of them measure the model while it
+    trains; what is chosen by those is measured at the end on others."""
+
+    def __init__(
+        self,
+        policy: TransformerWithValueHead,
+        examples: Sequence[Example],
+        *,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        order = torch.randperm(len(examples), generator=stream(seed, "held-out")).tolist()
+        self.policy, self.seed, self.batch_size = policy, seed, batch_size
+        self.examples = [examples[i] for i in order]
+        self.num_samples = num_samples
+        self._order = order
+        self._answers: tuple[AnswerTask, PromptBatch] | None = None
+
+    def with_answers(self, task: AnswerTask, prompts: Sequence[str]) -> "HeldOut":
+        """This one, measuring exact matches too; `prompts` are those of the examples."""
+        encoded = encode_prompts(
+            self.policy.tokenizer, prompts, prepend_bos=task.prepend_bos, device=self.policy.device
+        )
+        self._answers = task, encoded[torch.tensor(self._order, device=self.policy.device)]
+        return self
+
+    def during(self) -> dict[str, float]:
+        """Loss, and the exact-match rate of answers sampled at temperature 1."""
+        chosen = slice(0, self.num_samples)
+        metrics = self._loss(self.examples[chosen])
+        return metrics | self._exact_match(chosen, ("sampled",))
+
+    def final(self) -> dict[str, float]:
+        """Loss over all examples; exact-match rates, sampled and greedy, of examples that
+        `during` does not see, or of the same ones if there are no others."""
+        others = slice(self.num_samples, 3 * self.num_samples)
+        metrics = self._loss(self.examples)
+        metrics["heldout/perplexity"] = math.exp(min(metrics[LOSS], MAX_EXPONENT))
+        unseen = others if len(self.examples) > self.num_samples else slice(None)
+        return metrics | self._exact_match(unseen, ("sampled", "greedy"))
+
+    def _loss(self, examples: Sequence[Example]) -> dict[str, float]:
+        network = self.policy.language_model.eval()
+        return {LOSS: held_out_loss(network, examples, batch_size=self.batch_size)}
+
+    def _exact_match(self, chosen: slice, kinds: Sequence[str]) -> dict[str, float]:
+        if self._answers is None:
+            return {}
+        task, prompts = self._answers
+        longest = max(len(example) - example.start for example in self.examples)
+        room = self.policy.context_len - prompts.tokens.shape[1]
+        sampler = CachedSampler(gen_len=min(longest, room), stop_at_eos=True)
+        samplers = {"sampled": sampler, "greedy": greedy(sampler)}
+        names = {"sampled": EXACT, "greedy": "heldout/greedy_exact_match"}
+        rows = prompts[torch.arange(len(prompts.rows), device=self.policy.device)[chosen]]
+        generator = stream(self.seed, "held-out samples", self.policy.device)
+        return {
+            names[kind]: exact_match(self.policy, task, rows, samplers[kind], generator)
+            for kind in kinds
+        }
+
+
+class BestKept:
+    """Asked after each update whether to stop; measures every `eval_every` updates and keeps a copy
+    of the weights that measured best."""
+
+    def __init__(
+        self,
+        context: Context,
+        held_out: HeldOut,
+        *,
+        eval_every: int | None,
+        stop_at: float | None,
+        max_seconds: float | None,
+    ) -> None:
+        self.context, self.held_out = context, held_out
+        self.eval_every, self.stop_at = eval_every, stop_at
+        self.deadline = time.monotonic() + (math.inf if max_seconds is None else max_seconds)
+        self.update, self.best = 0, (-math.inf, -math.inf)
+        self._weights: dict[str, torch.Tensor] | None = None
+
+    def __call__(self, update: int) -> bool:
+        """Whether that was the last update."""
+        self.update = update
+        reached = self.eval_every is not None and update % self.eval_every == 0 and self._measure()
+        late = time.monotonic() > self.deadline
+        if late and not reached:
+            log.info("stage.max_seconds is over at update %d", update)
+        return reached or late
+
+    def restore(self) -> None:
+        """Puts the best weights back. Raises TrainingError if none could be measured."""
+        if self.eval_every is None:
+            return
+        if self.update % self.eval_every:
+            self._measure()
+        if self.stop_at is not None and self.best[0] < self.stop_at:
+            log.warning(
+                "stage.stop_at=%g was not reached: the best exact-match rate is %.3f after %d"
+                " updates; raise stage.epochs or the caps on updates and seconds",
+                self.stop_at, self.best[0], self.update,
+            )  # fmt: skip
+        if self._weights is None:
+            raise TrainingError(
+                f"update {self.update}: no held-out loss was finite; lower optimizer.base_lr"
+            )
+        self.held_out.policy.language_model.load_state_dict(self._weights)
+
+    def _measure(self) -> bool:
+        """Measures, keeps the weights if they are the best; whether `stop_at` is reached."""
+        metrics = self.held_out.during()
+        network = self.held_out.policy.language_model
+        network.train()
+        self.context.folder.log(self.update, metrics)
+        log.info("update %d: %s", self.update, describe(metrics))
+        exact = metrics.get(EXACT)
+        # Of equal rates, such as 0 for a while, the one with the lower loss is the better.
+        merit = (0.0 if exact is None else exact, -metrics[LOSS])
+        if math.isfinite(metrics[LOSS]) and merit > self.best:
+            self.best = merit
+            self._weights = copy.deepcopy(network.state_dict())
+        return self.stop_at is not None and exact is not None and exact >= self.stop_at
+
+
+def next_token_loss(network: PreTrainedModel, batch: ExampleBatch) -> torch.Tensor:
+    """Mean cross-entropy over the learned tokens, in nats."""
+    positions = None if batch.positions is None else batch.positions.to(network.device)
+    return network(
+        input_ids=batch.tokens.to(network.device),
+        labels=batch.labels.to(network.device),
+        position_ids=positions,
+        use_cache=False,
+    ).loss
+
+
+@torch.no_grad()
+def held_out_loss(
+    network: PreTrainedModel, examples: Sequence[Example], *, batch_size: int
+) -> float:
+    """Mean cross-entropy a token, every token weighing the same. The network must be in evaluation
+    mode."""
+    losses, counts = [], []
+    for i in range(0, len(examples), batch_size):
+        batch = pad(examples[i : i + batch_size])
+        losses.append(next_token_loss(network, batch).cpu())
+        counts.append(batch.num_learned)
+    weights = torch.tensor(counts, dtype=torch.float32)
+    return float((torch.stack(losses) * weights).sum() / weights.sum())

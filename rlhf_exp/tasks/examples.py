@@ -1,0 +1,135 @@
+"""Token sequences for next-token prediction, and batches of them: padded, or packed into rows.
+
+Both layouts compute the same loss. In a packed row each example has positions from 0 on, by which
+transformers keeps its attention within it.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Int
+from torch import Tensor
+
+from rlhf_exp.hf import PreTrainedTokenizerBase
+from rlhf_exp.settings import ConfigError
+from rlhf_exp.tasks.batches import pad_right
+from rlhf_exp.tasks.encoding import encode
+from rlhf_exp.tasks.protocol import Demonstration
+from rlhf_exp.types import record
+
+log = logging.getLogger(__name__)
+
+IGNORED = -100  # the label that transformers leaves out of the loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """Token ids, and the index of the first of them that is learned; at least 1, since nothing
+    predicts the first token."""
+
+    tokens: list[int]
+    start: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def labels(self) -> list[int]:
+        """The tokens, those before `start` left out of the loss."""
+        return [IGNORED] * self.start + self.tokens[self.start :]
+
+
+@record
+class ExampleBatch:
+    """Examples side by side, or one after another with `positions` that begin at 0 in each. Labels
+    are not shifted: transformers does it. No mask is needed: rows are padded on the right, where
+    causal attention never looks."""
+
+    tokens: Int[Tensor, "batch seq"]
+    labels: Int[Tensor, "batch seq"]
+    positions: Int[Tensor, "batch seq"] | None = None
+
+    @property
+    def num_learned(self) -> int:
+        """Tokens that the loss is a mean over."""
+        return int((self.labels != IGNORED).sum())
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, limit: int
+) -> list[Example]:
+    """BOS if the tokenizer has one, the text's tokens, EOS; every token but the first is learned.
+
+    Texts longer than `limit` tokens are cut and still end with EOS; their number is logged.
+    """
+    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    room = limit - len(before) - 1
+    encoded = encode(tokenizer, texts)
+    too_long = sum(len(ids) > room for ids in encoded)
+    if too_long:
+        log.info("%d of %d texts are cut to %d tokens", too_long, len(encoded), limit)
+    return [
+        Example(tokens=[*before, *ids[:room], tokenizer.eos_token_id], start=1) for ids in encoded
+    ]
+
+
+def encode_demonstrations(
+    tokenizer: PreTrainedTokenizerBase,
+    demonstrations: Sequence[Demonstration],
+    *,
+    prepend_bos: bool,
+    limit: int,
+) -> list[Example]:
+    """The prompt's tokens, the response's, EOS; only the response and EOS are learned.
+
+    Raises ConfigError for one without a prompt, and for one that is longer than `limit` tokens:
+    cut, it would teach an answer that does not end.
+    """
+    before = [tokenizer.bos_token_id] if prepend_bos else []
+    prompts, responses = (encode(tokenizer, [d[i] for d in demonstrations]) for i in (0, 1))
+    examples = [
+        Example(tokens=[*before, *p, *r, tokenizer.eos_token_id], start=len(before) + len(p))
+        for p, r in zip(prompts, responses, strict=True)
+    ]
+    for demonstration, example in zip(demonstrations, examples, strict=True):
+        if not example.start:
+            raise ConfigError(
+                f"task: the answer {demonstration.response[:60]!r} has a prompt of no tokens; give"
+                " it text or set task.prepend_bos=true"
+            )
+        if len(example) > limit:
+            raise ConfigError(
+                f"model: a demonstration of {len(example)} tokens exceeds the model's context of"
+                f" {limit}; use a model with a longer one. It begins:"
+                f" {demonstration.prompt[:60]!r}"
+            )
+    return examples
+
+
+def pad(examples: Sequence[Example]) -> ExampleBatch:
+    """One example a row."""
+    return ExampleBatch(
+        tokens=pad_right([e.tokens for e in examples], fill=0),
+        labels=pad_right([e.labels for e in examples], fill=IGNORED),
+    )
+
+
+def pack(examples: Sequence[Example], *, limit: int) -> ExampleBatch:
+    """Several examples a row where they fit into `limit` tokens, the longest placed first."""
+    rows: list[list[Example]] = []
+    free: list[int] = []
+    for example in sorted(examples, key=len, reverse=True):
+        for i, room in enumerate(free):
+            if len(example) <= room:
+                rows[i].append(example)
+                free[i] -= len(example)
+                break
+        else:
+            rows.append([example])
+            free.append(limit - len(example))
+    return ExampleBatch(
+        tokens=pad_right([[t for e in row for t in e.tokens] for row in rows], fill=0),
+        labels=pad_right([[t for e in row for t in e.labels] for row in rows], fill=IGNORED),
+        positions=pad_right([[i for e in row for i in range(len(e))] for row in rows], fill=0),
+    )
