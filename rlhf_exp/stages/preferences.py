@@ -1,0 +1,204 @@
+"""Preference pairs from a policy's own answers: two are sampled to each prompt, and a reward says
+which is better."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rlhf_exp.hf import PreTrainedTokenizerBase
+from rlhf_exp.models.loading import ModelSettings
+from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.rewards.protocol import Reward, RewardFunction
+from rlhf_exp.rollout.sampler import Sampler
+from rlhf_exp.settings import Count, settings
+from rlhf_exp.stages.actors import fitting_prompts, load_reward, load_sampled_policy
+from rlhf_exp.stages.evaluation import checked_scores, sample
+from rlhf_exp.tasks.hashing import hash_fraction
+from rlhf_exp.tasks.pairs import FOLDER, Format, write_pairs
+from rlhf_exp.tasks.prompts import prompt_stream
+from rlhf_exp.tasks.protocol import DemonstrationTask, Pair, Task
+from rlhf_exp.training.context import Context, TrainingError
+from rlhf_exp.training.precision import Dtype, autocast
+from rlhf_exp.training.progress import Progress
+from rlhf_exp.training.seeding import stream
+from rlhf_exp.training.timing import Stopwatch
+from rlhf_exp.types import Completions, PromptBatch
+
+log = logging.getLogger(__name__)
+# Sampling goes on until there are enough pairs, but not where next to all of them are ties.
+MIN_USABLE, MIN_TRIED = 0.01, 2000
+LOGGED = 64
+BOTH = ("chosen", "rejected")
+
+
+@settings
+class Preferences:
+    """Sampling of `num_pairs` pairs to train on and `num_held_out` held-out ones.
+
+    The better answer is chosen; ties are dropped and counted. Held-out pairs have prompts that no
+    other pair has, and that the policy was not trained on if the task holds demonstrations out.
+    """
+
+    num_pairs: Count = 10000
+    num_held_out: Count = 1000
+    batch_size: Count = 256
+    format: Format = "jsonl"
+    dtype: Dtype = "fp32"
+
+    def check(self, *, task: Task, sampler: Sampler, **_: Any) -> list[str]:
+        """What is wrong between this stage and its parts. Raises ConfigError for a task whose file
+        is missing or malformed."""
+        task.fingerprint()
+        if sampler.stop_at_eos:
+            return []
+        return ["stage=preferences writes answers that end: set sampler.stop_at_eos=true"]
+
+    def run(
+        self,
+        context: Context,
+        *,
+        task: Task,
+        model: ModelSettings,
+        reward: Reward,
+        sampler: Sampler,
+    ) -> dict[str, Any]:
+        """Samples, writes pairs/train and pairs/test below the run's folder; returns the result.
+
+        Raises TrainingError if hardly a prompt's two answers differ in reward.
+        """
+        clock = Stopwatch()
+        share = self.num_held_out / (self.num_pairs + self.num_held_out)
+        with clock("load"):
+            policy = load_sampled_policy(context, task, model, sampler)
+            prompts = [
+                fitting_prompts(policy, task, texts, sampler)
+                for texts in split_prompts(task, share)
+            ]
+            score = load_reward(context, reward, policy, task, sampler, prompts)
+        context.folder.start()
+        source = _PairSource(policy, sampler, score, context, self)
+        with clock("sample"), Progress(self.num_pairs + self.num_held_out, unit="pair") as progress:
+            train = source.take(prompts[0], self.num_pairs, progress)
+            held_out = source.take(prompts[1], self.num_held_out, progress)
+        with clock("save"):
+            for name, pairs in (("train", train), ("test", held_out)):
+                write_pairs(pairs, context.folder.path / FOLDER / f"{name}.{self.format}")
+        context.folder.log(source.num_prompts, source.metrics())
+        context.folder.log_samples(0, [pair._asdict() for pair in held_out[:LOGGED]])
+        log.info(
+            "%d and %d held-out pairs kept of %d sampled, of which %d are ties; mean reward of the"
+            " better answers %.2f, of the others %.2f",
+            len(train), len(held_out), source.num_prompts, source.num_ties,
+            *(source.metrics()[f"pairs/{name}_reward"] for name in BOTH),
+        )  # fmt: skip
+        return {"after": source.metrics(), "seconds": clock.seconds}
+
+
+class _PairSource:
+    """Samples pairs, and counts what it sampled."""
+
+    def __init__(
+        self,
+        policy: TransformerWithValueHead,
+        sampler: Sampler,
+        score: RewardFunction,
+        context: Context,
+        stage: Preferences,
+    ) -> None:
+        self.policy, self.sampler, self.score, self.stage = policy, sampler, score, stage
+        self.order = stream(context.seed, "prompts")
+        self.generator = stream(context.seed, "sampling", context.device)
+        self.num_prompts = self.num_ties = 0
+        self.sums = dict.fromkeys(BOTH, 0.0)
+
+    def take(self, prompts: PromptBatch, count: int, progress: Progress) -> list[Pair]:
+        """So many pairs of the prompts, in the order in which they were sampled."""
+        pairs: list[Pair] = []
+        tried = 0
+        for batch in prompt_stream(prompts, self.stage.batch_size, self.order):
+            pairs += self._pairs(batch)
+            tried += self.stage.batch_size
+            progress.advance(min(progress.total, self.num_prompts - self.num_ties), self.metrics())
+            if len(pairs) >= count:
+                break
+            if tried >= MIN_TRIED and len(pairs) < MIN_USABLE * tried:
+                raise TrainingError(
+                    f"of {tried} prompts only {len(pairs)} gave two answers of different reward;"
+                    " raise sampler.temperature or choose another reward or model"
+                )
+        return pairs[:count]
+
+    def _pairs(self, prompts: PromptBatch) -> list[Pair]:
+        twice = torch.arange(len(prompts.rows), device=self.policy.device).repeat_interleave(2)
+        with autocast(self.stage.dtype, self.policy.device):
+            generation = sample(
+                self.sampler, self.policy, prompts[twice], self.generator, phase=self.num_prompts
+            )
+        completions = generation.completions
+        scores = checked_scores(self.score, completions, phase=self.num_prompts).tolist()
+        answers = [*zip(completions.texts, scores, have_ended(completions, self.policy.tokenizer),
+                        strict=True)]  # fmt: skip
+        pairs = [
+            as_pair(prompt, answers[2 * i], answers[2 * i + 1])
+            for i, prompt in enumerate(prompts.texts)
+        ]
+        usable = [pair for pair in pairs if pair is not None]
+        self.num_prompts += len(pairs)
+        self.num_ties += len(pairs) - len(usable)
+        for name in BOTH:
+            self.sums[name] += sum(getattr(pair, f"{name}_reward") for pair in usable)
+        return usable
+
+    def metrics(self) -> dict[str, float]:
+        """What was sampled so far."""
+        usable = max(1, self.num_prompts - self.num_ties)
+        return {
+            "pairs/prompts": float(self.num_prompts),
+            "pairs/ties": float(self.num_ties),
+            "pairs/tie_fraction": self.num_ties / max(1, self.num_prompts),
+            "pairs/chosen_reward": self.sums["chosen"] / usable,
+            "pairs/rejected_reward": self.sums["rejected"] / usable,
+        }
+
+
+def as_pair(
+    prompt: str, first: tuple[str, float, bool], second: tuple[str, float, bool]
+) -> Pair | None:
+    """The two answers (text, reward, whether it ended) as a pair, or None for a tie: equal rewards
+    or equal texts."""
+    if first[1] < second[1]:
+        first, second = second, first
+    if first[1] == second[1] or first[0] == second[0]:
+        return None
+    return Pair(
+        prompt=prompt,
+        chosen=first[0],
+        rejected=second[0],
+        chosen_reward=first[1],
+        rejected_reward=second[1],
+        chosen_ended=first[2],
+        rejected_ended=second[2],
+    )
+
+
+def have_ended(completions: Completions, tokenizer: PreTrainedTokenizerBase) -> list[bool]:
+    """Whether the last real token of each completion is EOS."""
+    last = completions.mask.sum(dim=1, keepdim=True) - 1
+    ends = completions.tokens.gather(1, last).squeeze(1)
+    return [token == tokenizer.eos_token_id for token in ends.tolist()]
+
+
+def split_prompts(task: Task, share: float) -> tuple[Sequence[str], Sequence[str]]:
+    """Prompts to sample from for training and for held-out pairs: those of held-out demonstrations
+    if the task has any, else a `share` of the training prompts, at least one, chosen by their hash.
+    Both are the same if there is only one prompt."""
+    prompts = task.train_prompts()
+    if isinstance(task, DemonstrationTask):
+        return prompts, [d.prompt for d in task.demonstration_split().held_out]
+    if len(prompts) == 1:
+        return prompts, prompts
+    ordered = sorted(prompts, key=hash_fraction)
+    count = min(max(1, round(share * len(prompts))), len(prompts) - 1)
+    return ordered[count:], ordered[:count]

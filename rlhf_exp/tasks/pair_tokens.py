@@ -1,0 +1,147 @@
+"""Preference pairs as tokens, and batches of their answers in the form that samples have."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rlhf_exp.hf import PreTrainedTokenizerBase
+from rlhf_exp.settings import ConfigError
+from rlhf_exp.tasks.batches import pad_left, pad_right
+from rlhf_exp.tasks.encoding import can_encode, encode
+from rlhf_exp.tasks.protocol import Pair
+from rlhf_exp.types import Completions, PromptBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPair:
+    """A pair with the token ids of its prompt and answers; an answer that ended holds EOS."""
+
+    pair: Pair
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    sources: Sequence[str],
+    *,
+    prepend_bos: bool,
+    limit: int,
+) -> list[EncodedPair]:
+    """The pairs as tokens, no special tokens but the BOS that is asked for and the answers' EOS.
+
+    Raises ConfigError naming the source and the field of a text that holds what the vocabulary does
+    not, or whose prompt and answer exceed `limit` tokens.
+    """
+    if prepend_bos and tokenizer.bos_token_id is None:
+        raise ConfigError("task.prepend_bos=true, but the tokenizer has no BOS token; set it false")
+    columns = {
+        name: _encode(tokenizer, [getattr(pair, name) for pair in pairs], name, sources)
+        for name in ("prompt", "chosen", "rejected")
+    }
+    before = [tokenizer.bos_token_id] if prepend_bos else []
+    encoded = []
+    for i, (pair, source) in enumerate(zip(pairs, sources, strict=True)):
+        answers = {
+            name: columns[name][i] + ([tokenizer.eos_token_id] if ended else [])
+            for name, ended in (("chosen", pair.chosen_ended), ("rejected", pair.rejected_ended))
+        }
+        prompt = before + columns["prompt"][i]
+        for name, answer in answers.items():
+            if not answer:
+                raise ConfigError(f"task.path: {source}, field {name} is blank and has not ended")
+            if len(prompt) + len(answer) > limit:
+                raise ConfigError(
+                    f"task.path: {source}, field {name} has {len(answer)} tokens after a prompt of"
+                    f" {len(prompt)}, more than the model's context of {limit}: shorten it, or use"
+                    " a model with a longer context"
+                )
+        encoded.append(EncodedPair(pair=pair, prompt=prompt, **answers))
+    return encoded
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], field: str, sources: Sequence[str]
+) -> list[list[int]]:
+    try:
+        rows = encode(tokenizer, texts)
+    except ConfigError:
+        for text, source in zip(texts, sources, strict=True):
+            _check_words(tokenizer, text, field, source)
+        raise
+    unknown = tokenizer.unk_token_id
+    for row, text, source in zip(rows, texts, sources, strict=True):
+        # Of byte-level tokenizers UNK is EOS, which stands for nothing unknown.
+        if unknown is not None and unknown != tokenizer.eos_token_id and unknown in row:
+            _check_words(tokenizer, text, field, source)
+            raise ConfigError(
+                f"task.path: {source}, field {field} holds characters between its words that are"
+                " not in the model's vocabulary: correct it, or use the model whose answers these"
+                " are"
+            )
+        if tokenizer.eos_token_id in row:
+            raise ConfigError(
+                f"task.path: {source}, field {field} holds {tokenizer.eos_token!r}: leave it out,"
+                " an answer ends with it unless chosen_ended or rejected_ended is false"
+            )
+        if field == "prompt" and not row:
+            raise ConfigError(f"task.path: {source}, field {field} has no tokens: {text!r}")
+    return rows
+
+
+def _check_words(tokenizer: PreTrainedTokenizerBase, text: str, field: str, source: str) -> None:
+    """Raises ConfigError naming the first word of the text that the vocabulary does not hold."""
+    for word in text.split():
+        known = can_encode(tokenizer, word)
+        if known and tokenizer.unk_token_id is not None:
+            known = tokenizer.unk_token_id not in encode(tokenizer, [word])[0]
+        if not known:
+            raise ConfigError(
+                f"task.path: {source}, field {field} holds {word!r}, which is not in the model's"
+                " vocabulary: correct it, or use the model whose answers these are"
+            )
+
+
+def collate(
+    pairs: Sequence[EncodedPair], *, width: int, device: torch.device | str = "cpu"
+) -> Completions:
+    """The chosen answers of all pairs, then the rejected ones in the same order, padded to `width`
+    tokens."""
+    return written_completions(
+        [pair.prompt for pair in pairs] * 2,
+        [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs],
+        texts=[pair.pair.chosen for pair in pairs] + [pair.pair.rejected for pair in pairs],
+        prompt_texts=[pair.pair.prompt for pair in pairs] * 2,
+        width=width,
+        device=device,
+    )
+
+
+def written_completions(
+    prompts: Sequence[list[int]],
+    answers: Sequence[list[int]],
+    *,
+    prompt_texts: Sequence[str],
+    texts: Sequence[str],
+    width: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Completions:
+    """Prompts and answers that were not sampled, as token ids, in the form that samples have; the
+    answers padded to `width` tokens, or to the longest."""
+
+    def real(ids: Sequence[list[int]]) -> list[list[int]]:
+        return [[1] * len(row) for row in ids]
+
+    return Completions(
+        prompts=PromptBatch(
+            tokens=pad_left(prompts, fill=0).to(device),
+            mask=pad_left(real(prompts), fill=0).bool().to(device),
+            rows=tuple({"prompt": text} for text in prompt_texts),
+        ),
+        tokens=pad_right(answers, fill=0, width=width).to(device),
+        mask=pad_right(real(answers), fill=0, width=width).bool().to(device),
+        texts=tuple(texts),
+    )

@@ -1,0 +1,279 @@
+"""Preference pairs from a file, and pairs written to files that `datasets` and TRL read.
+
+It knows the columns and refuses a row that it would have to guess at, naming file, row and field.
+"""
+
+import hashlib
+import json
+import reprlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from rlhf_exp.settings import ConfigError, Index, OpenFraction, Text, is_reference, settings
+from rlhf_exp.tasks.hashing import hash_fraction
+from rlhf_exp.tasks.protocol import Pair, Split
+
+TEXTS, REWARDS = ("prompt", "chosen", "rejected"), ("chosen_reward", "rejected_reward")
+FORMATS = ("jsonl", "parquet")
+Format = Literal["jsonl", "parquet"]
+FOLDER = "pairs"
+MIN_PAIRS, MANY_PROMPTS = 20, 10
+
+
+T = TypeVar("T")
+
+
+class SourcedPair(NamedTuple):
+    """A pair and the file and row that it came from, for messages."""
+
+    pair: Pair
+    file: Path
+    row: int
+
+
+class _Contents(NamedTuple):
+    sha256: str
+    split: Split[SourcedPair]
+
+
+@settings
+class PairsFile:
+    """Pairs from a JSON Lines or Parquet file with the columns prompt, chosen and rejected, and
+    chosen_reward and rejected_reward where rewards are known: what TRL's RewardTrainer reads.
+
+    A folder that holds train and test files, or the folder of a run of stage=preferences, is split
+    as its files are; of a single file `held_out_fraction` of the prompts are held out. Further
+    columns are not read. An answer ends with EOS unless chosen_ended or rejected_ended is false.
+    """
+
+    path: Text  # the file or folder, relative to the working directory or absolute
+    prepend_bos: bool = False  # whether a prompt begins with BOS
+    held_out_fraction: OpenFraction = 0.1  # of the prompts of a single file
+    data_seed: Index = 0  # other seeds hold out other prompts
+
+    def fingerprint(self) -> str:
+        """The SHA-256 of the files as hexadecimal digits; "" for what an earlier step will make.
+
+        Raises ConfigError if they cannot be read as described or hold fewer than 20 pairs.
+        """
+        return "" if is_reference(self.path) else self._contents.sha256
+
+    def train_prompts(self) -> tuple[str, ...]:
+        """The distinct prompts of the pairs that are trained on."""
+        return tuple(dict.fromkeys(pair.prompt for pair in self.pair_split().train))
+
+    def eval_prompts(self) -> tuple[str, ...]:
+        """The distinct prompts of the held-out pairs."""
+        return tuple(dict.fromkeys(pair.prompt for pair in self.pair_split().held_out))
+
+    def pair_split(self) -> Split[Pair]:
+        """Pairs to train on and held-out ones. No prompt is in both if a single file has at least
+        ten; with fewer, pairs are held out whatever their prompt."""
+        return Split(*(tuple(s.pair for s in part) for part in self._contents.split))
+
+    def sources(self) -> Split[str]:
+        """Where each pair of `pair_split` stands, as "FILE, row N"."""
+        return Split(*(tuple(f"{s.file}, row {s.row}" for s in part)
+                       for part in self._contents.split))  # fmt: skip
+
+    @cached_property
+    def _contents(self) -> _Contents:
+        files = locate_pairs(self.path)
+        read = [[SourcedPair(p, file, row) for row, p in read_pairs(file)] for file in files]
+        every = [sourced for part in read for sourced in part]
+        if len(every) < MIN_PAIRS:
+            raise ConfigError(
+                f"task.path: {self.path} holds {len(every)} pairs: give at least {MIN_PAIRS}"
+            )
+        _check_alike(every)
+        if len(files) == 1:
+            split = hold_out(
+                every,
+                fraction=self.held_out_fraction,
+                salt=str(self.data_seed),
+                prompt_of=lambda sourced: sourced.pair.prompt,
+            )
+        else:
+            split = Split(tuple(read[0]), tuple(read[1]))
+        for name, part in zip(("train on", "hold out"), split, strict=True):
+            if not part:
+                raise ConfigError(
+                    f"task.path: {self.path} leaves no pairs to {name}: move"
+                    f" task.held_out_fraction={self.held_out_fraction} or give more pairs"
+                )
+        digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+        return _Contents(digest.hexdigest(), split)
+
+
+def hold_out(
+    items: Sequence[T], *, fraction: float, salt: str, prompt_of: Callable[[T], str]
+) -> Split[T]:
+    """The items split by a hash of salt and prompt, about `fraction` of the prompts in the second
+    part; with fewer than ten prompts, each item by itself. Splits of a split need other salts."""
+    prompts = [prompt_of(item) for item in items]
+    by_prompt = len(set(prompts)) >= MANY_PROMPTS
+    parts: tuple[list[T], list[T]] = ([], [])
+    for i, (item, prompt) in enumerate(zip(items, prompts, strict=True)):
+        key = f"{salt} {prompt}" if by_prompt else f"{salt} {i} {prompt}"
+        parts[hash_fraction(key) < fraction].append(item)
+    return Split(tuple(parts[0]), tuple(parts[1]))
+
+
+def locate_pairs(path: str) -> list[Path]:
+    """The file itself, or the train and test files of a folder or of its `pairs` folder. Raises
+    ConfigError if there are none."""
+    source = Path(path).expanduser()
+    if source.is_file():
+        return [source]
+    for folder in (source, source / FOLDER):
+        for ending in FORMATS:
+            files = [folder / f"{name}.{ending}" for name in ("train", "test")]
+            if all(file.is_file() for file in files):
+                return files
+    raise ConfigError(
+        f"task.path={path}: no such file, and no folder with train and test files of pairs"
+        f" ({' or '.join(FORMATS)}) in it or in its {FOLDER}/"
+    )
+
+
+def read_pairs(file: Path) -> Iterator[tuple[int, Pair]]:
+    """The pairs of a file with the number of their row, from 1. Raises ConfigError naming file, row
+    and field for one that is malformed."""
+    rows = _parquet_rows(file) if file.suffix.lower() == ".parquet" else _json_rows(file)
+    for number, row in rows:
+        yield number, _pair(row, f"task.path: {file}, row {number}")
+
+
+def write_pairs(pairs: Iterable[Pair], file: Path) -> None:
+    """Writes a .jsonl or .parquet file with a column for each field of the pairs."""
+    rows = [pair._asdict() for pair in pairs]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix.lower() == ".parquet":
+        from pyarrow import Table, parquet
+
+        parquet.write_table(Table.from_pylist(rows), file)
+    else:
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.write_text("".join(lines), encoding="utf-8")
+
+
+def _json_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"task.path: {file} is not UTF-8: save it as UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"task.path: cannot read {file} ({error.strerror})") from error
+    if not any(line.strip() for line in lines):
+        raise ConfigError(
+            f"task.path: {file} is empty: give a JSON object a line with {', '.join(TEXTS)}"
+        )
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"task.path: {file}, row {number} is not JSON ({error.msg}): give one object a line"
+            ) from error
+        if not isinstance(row, dict):
+            raise ConfigError(
+                f"task.path: {file}, row {number} is a {type(row).__name__}: give one object a line"
+            )
+        yield number, row
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    from pyarrow import ArrowInvalid, parquet
+
+    try:
+        table = parquet.read_table(file)
+    except (ArrowInvalid, OSError) as error:
+        raise ConfigError(
+            f"task.path: {file} cannot be read as Parquet: {str(error).splitlines()[0]}"
+        ) from error
+    if not table.num_rows:
+        raise ConfigError(f"task.path: {file} is empty: give rows with {', '.join(TEXTS)}")
+    names = [name for name in Pair._fields if name in table.column_names]
+    yield from enumerate(table.select(names).to_pylist(), start=1)
+
+
+def _pair(row: Mapping[str, Any], where: str) -> Pair:
+    for name in TEXTS:
+        if row.get(name) is None:
+            raise ConfigError(
+                f"{where} has no field {name}: pairs need {', '.join(TEXTS)}; it has"
+                f" {', '.join(map(str, row)) or 'none'}"
+            )
+        if not isinstance(row[name], str):
+            raise ConfigError(
+                f"{where}, field {name} is a {type(row[name]).__name__}, not a text: apply the chat"
+                " template to conversations first"
+            )
+        if name == "prompt" and not row[name].strip():
+            raise ConfigError(f"{where}, field {name} is blank: fill it in or remove the row")
+        try:
+            row[name].encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"{where}, field {name} is no Unicode text: {error.reason}"
+            ) from error
+    if row["chosen"] == row["rejected"]:
+        raise ConfigError(
+            f"{where}, field rejected equals chosen: two equal texts have no order; remove the row"
+        )
+    chosen_reward, rejected_reward = _rewards(row, where) or (None, None)
+    return Pair(
+        prompt=row["prompt"],
+        chosen=row["chosen"],
+        rejected=row["rejected"],
+        chosen_reward=chosen_reward,
+        rejected_reward=rejected_reward,
+        chosen_ended=_ended(row, "chosen_ended", where),
+        rejected_ended=_ended(row, "rejected_ended", where),
+    )
+
+
+def _rewards(row: Mapping[str, Any], where: str) -> tuple[float, float] | None:
+    """Both rewards, None if the row has neither."""
+    values = [row.get(name) for name in REWARDS]
+    if values == [None, None]:
+        return None
+    for name, value in zip(REWARDS, values, strict=True):
+        if value is None:
+            raise ConfigError(f"{where} has no field {name} beside the other reward: give both")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not abs(value) < sys.float_info.max:  # false for NaN too
+            raise ConfigError(
+                f"{where}, field {name} is {reprlib.repr(value)}: give a finite number"
+            )
+    chosen, rejected = (float(value) for value in values if value is not None)
+    if chosen <= rejected:
+        raise ConfigError(
+            f"{where}, field chosen_reward is {chosen:g}, not above rejected_reward {rejected:g}:"
+            " swap the answers, or remove a tie"
+        )
+    return chosen, rejected
+
+
+def _ended(row: Mapping[str, Any], name: str, where: str) -> bool:
+    value = row.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"{where}, field {name} is {value!r}: give true or false")
+    return value is None or value
+
+
+def _check_alike(pairs: Sequence[SourcedPair]) -> None:
+    """Raises ConfigError unless all pairs have rewards or none has."""
+    first = pairs[0].pair.chosen_reward is None
+    for pair, file, row in pairs:
+        if (pair.chosen_reward is None) != first:
+            has, others = ("no", "have them") if not first else ("a", "have none")
+            raise ConfigError(
+                f"task.path: {file}, row {row} has {has} chosen_reward where earlier rows {others}:"
+                " give rewards for all pairs or for none"
+            )

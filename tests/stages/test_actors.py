@@ -1,0 +1,120 @@
+"""What samples and what scores: loaded as asked, and refused where it does not fit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_exp.hf import PreTrainedTokenizerBase
+from rlhf_exp.models.scratch import Scratch
+from rlhf_exp.rewards.protocol import RewardFunction
+from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.settings import ConfigError, settings
+from rlhf_exp.stages.actors import Actors, load_actors, load_sampled_policy
+from rlhf_exp.types import Completions
+
+from .toy import RAGGED, EchoTask, ToyTask, context, parts
+
+
+def loaded(path: Path, **replaced: object) -> Actors:
+    p = parts(**replaced)
+    return load_actors(context(path), p["task"], p["model"], p["reward"], p["sampler"])
+
+
+def test_prompts_are_the_tasks_and_answers_are_where_it_knows_them(tmp_path: Path) -> None:
+    actors = loaded(tmp_path, task=EchoTask())
+    assert actors.answers == EchoTask()
+    assert actors.train_prompts.texts == EchoTask().train_prompts()
+    assert actors.eval_prompts.texts == EchoTask().eval_prompts()
+    assert set(actors.train_prompts.tokens[:, 0].tolist()) == {1}
+    without = loaded(tmp_path, task=ToyTask(prepend_bos=False))
+    assert without.answers is None
+    assert without.train_prompts.tokens.tolist() == [[4, 5]]
+
+
+def test_the_reference_is_a_frozen_copy(tmp_path: Path) -> None:
+    actors = loaded(tmp_path)
+    own = dict(actors.policy.language_model.named_parameters())
+    for name, parameter in actors.reference.language_model.named_parameters():
+        assert torch.equal(parameter, own[name])
+        assert not parameter.requires_grad
+        assert parameter.data_ptr() != own[name].data_ptr()
+
+
+def test_the_model_is_drawn_from_the_runs_seed(tmp_path: Path) -> None:
+    p = parts()
+    first, again, other = (
+        load_sampled_policy(context(tmp_path, seed), p["task"], p["model"], p["sampler"])
+        for seed in (1, 1, 2)
+    )
+    for a, b, c in zip(*(m.parameters() for m in (first, again, other)), strict=True):
+        assert torch.equal(a, b)
+        assert a.ndim < 2 or not torch.equal(a, c)
+
+
+@settings
+class Reads:
+    """A reward that reads tokens, and refuses a policy whose prompts begin as it says."""
+
+    refused: bool
+
+    def check_policy(
+        self, tokenizer: PreTrainedTokenizerBase, *, prepend_bos: bool, num_tokens: int
+    ) -> None:
+        assert num_tokens > 1
+        if prepend_bos == self.refused:
+            raise ConfigError(f"reward: BOS {prepend_bos}, {tokenizer.eos_token}")
+
+    def load(self, device: torch.device) -> RewardFunction:
+        def score(completions: Completions) -> torch.Tensor:
+            return completions.tokens[:, 0].float()
+
+        return score
+
+
+@pytest.mark.parametrize("prepend_bos", [True, False])
+def test_a_reward_that_reads_tokens_is_asked_whether_it_can(
+    tmp_path: Path, prepend_bos: bool
+) -> None:
+    task = ToyTask(prepend_bos=prepend_bos)
+    with pytest.raises(ConfigError, match=f"reward: BOS {prepend_bos}, <eos>"):
+        loaded(tmp_path, task=task, reward=Reads(refused=prepend_bos))
+    actors = loaded(tmp_path, task=task, reward=Reads(refused=not prepend_bos))
+    generation = actors.sampler(actors.policy, actors.train_prompts, torch.Generator())
+    first = generation.completions.tokens[:, 0]
+    assert actors.score(generation.completions).tolist() == first.tolist()
+
+
+@pytest.mark.parametrize("gen_len", [11, 12])
+def test_the_longest_prompt_and_its_completion_fill_the_context_at_most(
+    tmp_path: Path, gen_len: int
+) -> None:
+    sampler = CachedSampler(gen_len=gen_len)
+    if gen_len == 11:  # BOS and four words before
+        assert loaded(tmp_path, task=RAGGED, sampler=sampler).train_prompts.tokens.shape[1] == 5
+        return
+    message = (
+        r"a prompt of 5 tokens and sampler.gen_len=12 exceed the model's context of 16 tokens;"
+        r" set sampler.gen_len to at most 11 or"
+    )
+    with pytest.raises(ConfigError, match=message):
+        loaded(tmp_path, task=RAGGED, sampler=sampler)
+
+
+def test_a_long_prompt_among_those_of_the_evaluation_is_refused_too(tmp_path: Path) -> None:
+    class LongEvaluation(ToyTask):
+        def eval_prompts(self) -> tuple[str, ...]:
+            return ("w0 " * 20,)
+
+    with pytest.raises(ConfigError, match=r"a prompt of 21 tokens .* to at most 0 or"):
+        loaded(tmp_path, task=LongEvaluation())
+
+
+def test_a_model_from_nothing_needs_the_tasks_tokenizer(tmp_path: Path) -> None:
+    class PromptsAlone:
+        prepend_bos = True
+        fingerprint = staticmethod(str)
+        train_prompts = eval_prompts = staticmethod(lambda: ("w0",))
+
+    with pytest.raises(ConfigError, match="one built from nothing needs a task with texts"):
+        loaded(tmp_path, task=PromptsAlone(), model=Scratch())
