@@ -12,7 +12,8 @@ import resource
 import statistics
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py does
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 
@@ -72,6 +73,7 @@ def actors_of(shape: Shape, device: torch.device) -> Actors:
         sampler=CachedSampler(gen_len=shape.gen_len),
         train_prompts=prompts,
         eval_prompts=prompts,
+        answers=None,
     )
 
 

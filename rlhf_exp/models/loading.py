@@ -69,17 +69,24 @@ class Pretrained:
 
     def fingerprint(self) -> str:
         """A hash of names, sizes and times of the directory's files, "" for a hub name."""
-        source = Path(locate_model(self.base_model))
-        digest = hashlib.sha256()
-        for file in sorted(source.rglob("*")) if source.is_dir() else []:
-            stat = file.stat()
-            digest.update(f"{file.relative_to(source)} {stat.st_size} {stat.st_mtime_ns}".encode())
-        return digest.hexdigest() if source.is_dir() else ""
+        return directory_hash(locate_model(self.base_model))
 
     def value_head_path(self) -> Path | None:
         """`value_head.safetensors` in the model's directory, if it is there."""
         path = Path(locate_model(self.base_model)) / VALUE_HEAD_FILE
         return path if path.is_file() else None
+
+
+def directory_hash(path: str) -> str:
+    """A hash of names, sizes and times of the files below a directory, "" if it is none."""
+    source = Path(path)
+    if not source.is_dir():
+        return ""
+    digest = hashlib.sha256()
+    for file in sorted(source.rglob("*")):
+        stat = file.stat()
+        digest.update(f"{file.relative_to(source)} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()
 
 
 def build_policy(
@@ -120,35 +127,57 @@ def load_policy(
     return build_policy(model, None, device=torch.device(device), seed=seed)
 
 
-def load_language_model(name: str, *, revision: str | None = None) -> LanguageModel:
+def load_language_model(
+    name: str, *, revision: str | None = None, field: str = "model.base_model"
+) -> LanguageModel:
     """A causal language model in fp32 and its tokenizer. Raises ConfigError if the name is neither
     a directory with a model nor known to a hub within reach, and for a revision of a directory."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    source = locate_model(name)
+    source = locate_model(name, field=field)
     if revision is not None and Path(source).is_dir():
         raise ConfigError(
             f"model.revision={revision} is for hub names; {name!r} is a directory: set it null"
         )
     model = _model_from_pretrained(
-        AutoModelForCausalLM, source, "model.base_model", name, revision=revision,
-        dtype=torch.float32,
-    )  # fmt: skip
+        AutoModelForCausalLM, source, field, name, revision=revision, dtype=torch.float32
+    )
+    tokenizer = load_tokenizer(name, revision=revision, field=field)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ConfigError(
+            f"{field}={name!r}: its tokenizer has {len(tokenizer)} tokens but the model"
+            f" only {model.config.vocab_size}; save the tokenizer that the model was trained with"
+        )
+    return model, tokenizer
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, field: str = "model.base_model"
+) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, padding on the left. Raises ConfigError as `load_language_model`
+    does."""
+    from transformers import AutoTokenizer
+
+    source = locate_model(name, field=field)
     tokenizer = _from_pretrained(
-        AutoTokenizer, source, "model.base_model", name, revision=revision, padding_side="left"
+        AutoTokenizer, source, field, name, revision=revision, padding_side="left"
     )
     # Of a directory without a tokenizer transformers makes one that knows special tokens alone.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ConfigError(
-            f"model.base_model={name!r} holds no tokenizer; save the tokenizer that the model was"
+            f"{field}={name!r} holds no tokenizer; save the tokenizer that the model was"
             " trained with beside it"
         )
-    if len(tokenizer) > model.config.vocab_size:
-        raise ConfigError(
-            f"model.base_model={name!r}: its tokenizer has {len(tokenizer)} tokens but the model"
-            f" only {model.config.vocab_size}; save the tokenizer that the model was trained with"
-        )
-    return model, tokenizer
+    return tokenizer
+
+
+def load_context_len(name: str, *, field: str = "model.base_model") -> int:
+    """Tokens that a model can attend to, from its configuration alone. Raises ConfigError as
+    `load_language_model` does."""
+    from transformers import AutoConfig
+
+    config = _from_pretrained(AutoConfig, locate_model(name, field=field), field, name)
+    return int(config.max_position_embeddings)
 
 
 def load_classifier(name: str, *, dtype: torch.dtype) -> LanguageModel:

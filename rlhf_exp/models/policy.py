@@ -62,6 +62,19 @@ class CausalTransformer(nn.Module):
         )
         return output.last_hidden_state
 
+    def last_layers(
+        self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], count: int
+    ) -> tuple[Float[Tensor, "batch seq d_model"], ...]:
+        """The outputs of the last `count` blocks, the final one's after the final layer norm."""
+        output = self.language_model.base_model(
+            input_ids=tokens,
+            attention_mask=mask.long(),
+            position_ids=position_ids(mask),
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        return (*output.hidden_states[-count:-1], output.last_hidden_state)
+
     def unembed(self, hidden: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes vocab"]:
         """Logits from final hidden states."""
         return self.language_model.get_output_embeddings()(hidden)
@@ -135,15 +148,21 @@ def position_ids(mask: Bool[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
 def initialise_value_head(
     value_head: nn.Sequential, *, generator: torch.Generator, zero_last: bool
 ) -> None:
-    """Draws the value head's weights anew from the generator, with PyTorch's distribution of
-    nn.Linear (uniform within 1/sqrt(inputs)); zero_last makes every value start at exactly 0."""
+    """Draws the value head's weights anew from the generator; zero_last makes every value start at
+    exactly 0."""
     linears = [layer for layer in value_head if isinstance(layer, nn.Linear)]
+    for linear in linears:
+        draw_linear(linear, generator)
+    if zero_last:
+        nn.init.zeros_(linears[-1].weight)
+        nn.init.zeros_(linears[-1].bias)
+
+
+def draw_linear(linear: nn.Linear, generator: torch.Generator) -> None:
+    """Draws weight and bias anew from the generator, which is a CPU's, with PyTorch's distribution
+    of nn.Linear: uniform within 1/sqrt(inputs)."""
+    bound = linear.in_features**-0.5
     with torch.no_grad():
-        for linear in linears:
-            bound = linear.in_features**-0.5
-            for parameter in (linear.weight, linear.bias):
-                drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
-                parameter.copy_(drawn)
-        if zero_last:
-            linears[-1].weight.zero_()
-            linears[-1].bias.zero_()
+        for parameter in (linear.weight, linear.bias):
+            drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+            parameter.copy_(drawn)

@@ -11,7 +11,7 @@ import torch
 from pydantic import model_validator
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
-from rlhf_exp.models.loading import load_classifier
+from rlhf_exp.models.loading import directory_hash, load_classifier, locate_model
 from rlhf_exp.rewards.protocol import RewardFunction
 from rlhf_exp.settings import ConfigError, Count, Text, settings
 from rlhf_exp.types import Completions
@@ -41,6 +41,11 @@ class Classifier:
                 " null"
             )
         return self
+
+    def fingerprint(self) -> str:
+        """A hash of names, sizes and times of the directory's files, "" for a hub name and for what
+        an earlier step will make."""
+        return directory_hash(locate_model(self.name, field="reward.name"))
 
     def load(self, device: torch.device) -> RewardFunction:
         """The function, the classifier on the device. Raises ConfigError if the model cannot be

@@ -1,12 +1,14 @@
 """Several rewards as one."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 
-from rlhf_exp.rewards.protocol import RewardFunction
-from rlhf_exp.settings import Real, settings
+from rlhf_exp.hf import PreTrainedTokenizerBase
+from rlhf_exp.rewards.protocol import ReadsPrompts, ReadsTokens, RewardFunction
+from rlhf_exp.settings import Fingerprinted, Real, settings
 from rlhf_exp.types import Completions
 
 
@@ -23,6 +25,26 @@ class WeightedSum:
     """The sum of each term's reward times its weight."""
 
     terms: Annotated[dict[str, Term], Field(min_length=1)]
+
+    def fingerprint(self) -> str:
+        """A hash of the files that the terms read, "" for none."""
+        rewards = [term.reward for term in self.terms.values()]
+        hashes = [r.fingerprint() for r in rewards if isinstance(r, Fingerprinted)]
+        return " ".join(filter(None, hashes))
+
+    def check_policy(
+        self, tokenizer: PreTrainedTokenizerBase, *, prepend_bos: bool, num_tokens: int
+    ) -> None:
+        """Raises ConfigError if one of the terms cannot read what the policy writes."""
+        for term in self.terms.values():
+            if isinstance(term.reward, ReadsTokens):
+                term.reward.check_policy(tokenizer, prepend_bos=prepend_bos, num_tokens=num_tokens)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises ConfigError if one of the terms cannot read the prompts."""
+        for term in self.terms.values():
+            if isinstance(term.reward, ReadsPrompts):
+                term.reward.check_prompts(prompts)
 
     def load(self, device: torch.device) -> RewardFunction:
         """The sum's function, every term loaded."""

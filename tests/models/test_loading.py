@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -13,9 +14,11 @@ from rlhf_exp.models.loading import (
     VALUE_HEAD_FILE,
     Pretrained,
     build_policy,
+    directory_hash,
     load_classifier,
     load_language_model,
     load_policy,
+    load_tokenizer,
     locate_model,
 )
 from rlhf_exp.models.saving import save_policy
@@ -150,7 +153,9 @@ def test_other_architectures_run_on_both_engines(config, tmp_path):
         assert_near(one[MASK], other[MASK])
 
 
-@pytest.mark.parametrize("load", [load_policy, load_language_model], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "load", [load_policy, load_language_model, load_tokenizer], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("name", ["./missing", "/missing", "~/missing", "outputs/missing/run"])
 def test_a_path_that_does_not_exist_is_refused(load, name):
     with pytest.raises(ConfigError, match=rf"model\.base_model='{name}': no such directory"):
@@ -250,6 +255,20 @@ def test_a_model_without_a_tokenizer_is_refused(without, tmp_path):
         path.unlink()
     with pytest.raises(ConfigError, match="holds no tokenizer; save the tokenizer"):
         load_policy(tmp_path)
+    with pytest.raises(ConfigError, match=r"^reward\.path=.* holds no tokenizer; save the token"):
+        load_tokenizer(str(tmp_path), field="reward.path")
+
+
+def test_a_tokenizer_is_loaded_by_itself_and_pads_on_the_left(tmp_path):
+    policy = tiny_policy()
+    policy.tokenizer.padding_side = "right"
+    save_policy(policy, tmp_path / "run" / "model")
+    (tmp_path / "run" / "model" / "model.safetensors").unlink()
+    tokenizer = load_tokenizer(str(tmp_path / "run"))
+    assert tokenizer.get_vocab() == policy.tokenizer.get_vocab()
+    assert tokenizer(["one two", "two"], padding=True)["input_ids"] == [[5, 6], [0, 6]]
+    with pytest.raises(ConfigError, match=r"^reward\.path='/missing': no such directory"):
+        load_tokenizer("/missing", field="reward.path")
 
 
 @pytest.mark.parametrize("broken", ["cut off", "another shape"])
@@ -281,6 +300,27 @@ def test_fingerprint_follows_the_files_of_a_directory(tmp_path: Path) -> None:
     assert model.fingerprint() != first
     assert Pretrained(base_model="gpt2").fingerprint() == ""
     assert Pretrained(base_model="artifact:base").fingerprint() == ""
+
+
+def test_the_hash_of_a_directory_follows_names_sizes_and_times_below_it(tmp_path: Path) -> None:
+    def at(folder: Path, name: str, text: str, time: int) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+        os.utime(folder / name, (time, time))
+
+    folders = [tmp_path / str(i) for i in range(5)]
+    for i, folder in enumerate(folders):
+        at(folder, "config.yaml" if i == 2 else "config.json", "{}", 1)
+        at(folder, "deep/weights", "longer" if i == 3 else "ab", 7 if i == 4 else 5)
+        os.utime(folder / "deep", (1, 1))
+    hashes = [directory_hash(str(folder)) for folder in folders]
+    assert hashes[0] == hashes[1]  # wherever the directory is
+    assert len(set(hashes)) == 4
+    assert len(hashes[0]) == 64
+    at(folders[1], "deep/more", "", 1)
+    assert directory_hash(str(folders[1])) != hashes[1]
+    assert directory_hash(str(tmp_path / "nowhere")) == directory_hash("artifact:x") == ""
+    assert directory_hash(str(folders[0] / "config.json")) == ""
 
 
 def test_a_revision_of_a_directory_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from rlhf_exp.models.policy import (
     CausalTransformer,
     TransformerWithValueHead,
+    draw_linear,
     initialise_value_head,
     position_ids,
 )
@@ -169,6 +170,27 @@ def test_hidden_states_are_the_final_ones(architecture):
     assert_near(policy.values(ours)[mask], values[mask])
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_last_layers_are_the_blocks_outputs_and_the_final_norms(architecture, count):
+    policy = tiny_policy(architecture)
+    tokens, mask = ragged_tokens()
+    base = policy.language_model.base_model
+    name = {"gpt2": "h.0", "llama": "layers.0", "gpt_neox": "layers.0"}[architecture]
+    outputs = []
+    hook = base.get_submodule(name).register_forward_hook(
+        lambda module, args, output: outputs.append(output)
+    )
+    final = policy.hidden_states(tokens, mask)
+    hook.remove()
+    [first] = outputs
+    first = first[0] if isinstance(first, tuple) else first
+    layers = policy.last_layers(tokens, mask, count)
+    assert len(layers) == count
+    for ours, expected in zip(layers, [first, final][-count:], strict=True):
+        assert_near(ours[mask], expected[mask], tolerance=1e-6)
+    assert (first - final)[mask].abs().max() > 0.1
+
+
 def test_hidden_states_in_pieces_over_a_cache(architecture):
     policy = tiny_policy(architecture)
     tokens, mask = ragged_tokens(batch=3, seq=7)
@@ -261,6 +283,26 @@ def test_the_value_head_is_drawn_by_the_seed():
             assert tensor.max() > 0.8 * bound
             assert tensor.min() < -0.8 * bound
     assert first["0.weight"].std() == pytest.approx(1 / 4 / 3**0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_layer_is_drawn_as_pytorch_draws_it(dtype):
+    linear = torch.nn.Linear(25, 400, dtype=dtype)
+    parameters = [linear.weight, linear.bias]
+    before = torch.get_rng_state()
+    draw_linear(linear, torch.Generator().manual_seed(3))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert linear.weight is parameters[0]  # an optimizer may hold it
+    generator = torch.Generator().manual_seed(3)
+    for parameter in parameters:
+        uniform = torch.rand(parameter.shape, generator=generator) * 2 - 1
+        # Bits: seven after the leading one of a bfloat16.
+        torch.testing.assert_close(
+            parameter.detach(), (uniform / 5).to(dtype), rtol=1e-2, atol=1e-6
+        )
+        assert parameter.requires_grad
+        assert 0.19 < parameter.max() <= 0.2
+        assert -0.2 <= parameter.min() < -0.19
 
 
 @pytest.mark.parametrize("engine", ENGINES)

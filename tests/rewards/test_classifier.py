@@ -6,7 +6,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_exp.models.loading import load_classifier
+from rlhf_exp.models.loading import directory_hash, load_classifier
 from rlhf_exp.models.scratch import ScratchClassifier
 from rlhf_exp.rewards.classifier import Classifier, label_probability
 from rlhf_exp.settings import ConfigError
@@ -183,3 +183,16 @@ def test_scores_can_stand_in_a_loss(name):
     batch = label_probability(*load_classifier(name, dtype=torch.float32), TEXTS, 2)
     assert torch.equal(batch, ours)
     assert not batch.is_inference()
+
+
+def test_the_fingerprint_follows_the_files_of_the_classifier(tmp_path):
+    path = save(tmp_path / "run" / "model", ("neg", "pos"))
+    reward = Classifier(name=str(tmp_path / "run"), direction="pos")
+    first = reward.fingerprint()
+    assert first == reward.fingerprint() == directory_hash(path) != ""
+    save(tmp_path / "run" / "model", ("neg", "neutral", "pos"))
+    assert reward.fingerprint() != first
+    assert Classifier(name="artifact:classifier", direction="pos").fingerprint() == ""
+    assert Classifier(name="lvwerra/distilbert-imdb", direction="pos").fingerprint() == ""
+    with pytest.raises(ConfigError, match=r"^reward\.name='/missing': no such directory"):
+        Classifier(name="/missing", direction="pos").fingerprint()

@@ -1,0 +1,105 @@
+"""The score of a reward model trained by stage=reward_model.
+
+It reads the policy's own tokens, so policy and reward model must share a tokenizer.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf_exp.hf import PreTrainedTokenizerBase
+from rlhf_exp.models.loading import directory_hash, load_context_len, load_tokenizer, locate_model
+from rlhf_exp.models.reward_model import RewardModel, load_reward_model, read_head_shape
+from rlhf_exp.rewards.protocol import RewardFunction
+from rlhf_exp.settings import ConfigError, Count, Text, settings
+from rlhf_exp.tasks.encoding import encode
+from rlhf_exp.tasks.pair_tokens import written_completions
+from rlhf_exp.types import Completions
+
+
+@settings
+class LearnedReward:
+    """The reward model in a directory or a run's folder, `batch_size` completions at a time."""
+
+    path: Text
+    batch_size: Count = 256
+
+    def fingerprint(self) -> str:
+        """A hash of names, sizes and times of the directory's files, "" for what an earlier step
+        will make."""
+        return directory_hash(locate_model(self.path, field="reward.path"))
+
+    def check_policy(
+        self, tokenizer: PreTrainedTokenizerBase, *, prepend_bos: bool, num_tokens: int
+    ) -> None:
+        """Raises ConfigError unless the vocabularies are equal, prompts begin as those that the
+        reward model was trained on, and so many tokens fit into its context."""
+        directory = Path(locate_model(self.path, field="reward.path"))
+        shape = read_head_shape(directory)
+        own = load_tokenizer(str(directory), field="reward.path").get_vocab()
+        theirs = tokenizer.get_vocab()
+        if own != theirs:
+            either = sorted(own.keys() | theirs.keys())
+            first = next(token for token in either if own.get(token) != theirs.get(token))
+            raise ConfigError(
+                f"reward.path={self.path}: its tokenizer differs from the policy's: token {first!r}"
+                f" is {own.get(first, 'none')} there and {theirs.get(first, 'none')} in the policy."
+                " Train the reward model on the model that the policy starts from"
+            )
+        if shape.prepend_bos != prepend_bos:
+            raise ConfigError(
+                f"reward.path={self.path} was trained with task.prepend_bos={shape.prepend_bos},"
+                f" but the policy's prompts have task.prepend_bos={prepend_bos}: make them equal"
+            )
+        context_len = load_context_len(str(directory), field="reward.path")
+        if num_tokens > context_len:
+            raise ConfigError(
+                f"reward.path={self.path} reads {context_len} tokens, fewer than the {num_tokens}"
+                " of the longest prompt with sampler.gen_len: lower that, or train the reward model"
+                " on a model with a longer context"
+            )
+
+    def load(self, device: torch.device) -> RewardFunction:
+        """The function, the model on the device. Raises ConfigError if there is none."""
+        model = load_reward_model(self.path, device=device)
+
+        @torch.no_grad()
+        def score(completions: Completions) -> torch.Tensor:
+            rows = torch.arange(len(completions.texts), device=device).split(self.batch_size)
+            return torch.cat([model(completions[index]) for index in rows])
+
+        return score
+
+
+@torch.no_grad()
+def score_answers(
+    model: RewardModel, prompts: Sequence[str], answers: Sequence[str]
+) -> Float[Tensor, " batch"]:
+    """The scores of answers given as texts, each to the prompt at its place and ended by EOS. An
+    answer begins with whatever separates it from the prompt. Raises ConfigError for a text that
+    the vocabulary does not hold or that is too long, and unless there are as many answers as
+    prompts, at least one."""
+    if len(prompts) != len(answers) or not prompts:
+        raise ConfigError(f"{len(prompts)} prompts and {len(answers)} answers: give equally many")
+    tokenizer = model.backbone.tokenizer
+    before = [tokenizer.bos_token_id] if model.shape.prepend_bos else []
+    rows = [before + ids for ids in encode(tokenizer, prompts)]
+    ended = [[*ids, tokenizer.eos_token_id] for ids in encode(tokenizer, answers)]
+    longest = max(map(len, rows)) + max(map(len, ended))
+    if longest > model.backbone.context_len:
+        raise ConfigError(
+            f"prompts and answers of up to {longest} tokens exceed the reward model's context of"
+            f" {model.backbone.context_len}: shorten them"
+        )
+    return model(
+        written_completions(
+            rows,
+            ended,
+            prompt_texts=prompts,
+            texts=answers,
+            device=model.backbone.device,
+        )
+    )

@@ -1,0 +1,217 @@
+"""Encoded pairs with the scores that a reward model gives them, measured and reported."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from rlhf_exp.functional.losses import pairwise_rank_loss, reward_mse
+from rlhf_exp.models.reward_model import RewardFeatures, RewardModel
+from rlhf_exp.tasks.pair_tokens import EncodedPair, collate
+from rlhf_exp.training.context import Context, TrainingError
+from rlhf_exp.training.precision import Dtype, autocast
+
+ROWS = 256  # pairs whose features or scores are computed at once, without gradients
+
+Scores = tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]  # of the chosen, of the rejected
+
+
+class PairData:
+    """Pairs, their rewards if they are known, and their scores under a model: from features that
+    are computed once and kept, or from the whole model at every call."""
+
+    def __init__(
+        self,
+        model: RewardModel,
+        pairs: Sequence[EncodedPair],
+        *,
+        keep_features: bool,
+        dtype: Dtype,
+    ) -> None:
+        self.model, self.pairs, self.dtype = model, pairs, dtype
+        self.device = model.backbone.device
+        self._width = max(max(len(p.chosen), len(p.rejected)) for p in pairs)
+        self.rewards: Scores | None = None
+        if pairs[0].pair.chosen_reward is not None:
+            known = [(p.pair.chosen_reward, p.pair.rejected_reward) for p in pairs]
+            chosen, rejected = torch.tensor(known, device=self.device).unbind(dim=1)
+            self.rewards = chosen, rejected
+        self._kept = self._compute() if keep_features else None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def multiplications(self, num_pairs: int) -> int:
+        """About as many as the scores of so many pairs take."""
+        computed = self.model if self._kept is None else self.model.head
+        states = self._width if self._kept is None else self._kept.states.shape[1]
+        return 2 * num_pairs * states * sum(p.numel() for p in computed.parameters())
+
+    def scores(self, index: Tensor) -> Scores:
+        """Scores of the pairs at `index`."""
+        if self._kept is None:
+            features = self._features([self.pairs[i] for i in index.tolist()])
+        else:
+            features = self._kept[torch.cat([index, index + len(self)])]
+        chosen, rejected = self.model.head(features).float().chunk(2)
+        return chosen, rejected
+
+    @torch.no_grad()
+    def all_scores(self) -> Scores:
+        """Scores of all pairs, without gradients."""
+        index = torch.arange(len(self), device=self.device).split(ROWS)
+        chosen, rejected = zip(*map(self.scores, index), strict=True)
+        return torch.cat(chosen), torch.cat(rejected)
+
+    def _features(self, pairs: Sequence[EncodedPair]) -> RewardFeatures:
+        completions = collate(pairs, width=self._width, device=self.device)
+        with autocast(self.dtype, self.device):
+            features = self.model.features(completions)
+        return self.model.head.condense(features)
+
+    @torch.no_grad()
+    def _compute(self) -> RewardFeatures:
+        parts = [self._features(self.pairs[i : i + ROWS]) for i in range(0, len(self), ROWS)]
+        halves = [
+            [part[torch.arange(len(part.last), device=self.device).chunk(2)[half]]
+             for part in parts] for half in (0, 1)
+        ]  # fmt: skip
+        every = halves[0] + halves[1]
+        return RewardFeatures(
+            states=torch.cat([part.states for part in every]),
+            logprobs=torch.cat([part.logprobs for part in every]),
+            mask=torch.cat([part.mask for part in every]),
+            last=torch.cat([part.last for part in every]),
+        )
+
+
+class BestScorer:
+    """Asked after each update whether to stop. It measures a loss every `eval_every` updates, keeps
+    the trained weights that measured best, and stops after `patience` measurements without a better
+    one."""
+
+    def __init__(
+        self,
+        model: RewardModel,
+        measure: Callable[[], float],
+        context: Context,
+        *,
+        eval_every: int,
+        patience: int,
+    ) -> None:
+        self.model, self.measure, self.context = model, measure, context
+        self.eval_every, self.patience = eval_every, patience
+        self.update = self.worse = 0
+        self.best = math.inf
+        self._weights: dict[str, Tensor] = {}
+
+    def __call__(self, update: int) -> bool:
+        """Whether that was the last update."""
+        self.update = update
+        if update % self.eval_every == 0:
+            self._measure()
+        return self.worse >= self.patience
+
+    def restore(self) -> None:
+        """Puts the best weights back. Raises TrainingError if none could be measured."""
+        if self.update % self.eval_every:
+            self._measure()
+        if not self._weights:
+            raise TrainingError(
+                f"update {self.update}: no held-out loss was finite; lower optimizer.head_lr and"
+                " optimizer.base_lr"
+            )
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if name in self._weights:
+                    parameter.copy_(self._weights[name])
+
+    def _measure(self) -> None:
+        loss = self.measure()
+        self.context.folder.log(self.update, {"heldout/loss": loss})
+        self.worse += 1
+        if loss < self.best:
+            self.best, self.worse = loss, 0
+            trained = ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+            self._weights = {name: copy.deepcopy(p.detach()) for name, p in trained}
+
+
+def pair_loss(scores: Scores, rewards: Scores | None, *, rank_coef: float) -> Float[Tensor, ""]:
+    """Mean squared error of both answers' scores plus rank_coef times the rank loss; without
+    rewards the rank loss alone."""
+    rank = pairwise_rank_loss(*scores)
+    if rewards is None:
+        return rank
+    return reward_mse(torch.cat(scores), torch.cat(rewards)) + rank_coef * rank
+
+
+def pair_metrics(scores: Scores, rewards: Scores | None) -> dict[str, float]:
+    """How well the scores order the pairs, and all answers if rewards are known: Spearman's rank
+    correlation."""
+    from scipy.stats import spearmanr
+
+    chosen, rejected = scores
+    metrics = {
+        "heldout/pair_accuracy": (chosen > rejected).float().mean().item(),
+        "heldout/rank_loss": pairwise_rank_loss(chosen, rejected).item(),
+    }
+    if rewards is not None:
+        predicted, true = torch.cat(scores), torch.cat(rewards)
+        metrics["heldout/spearman"] = float(spearmanr(predicted.cpu(), true.cpu()).statistic)
+    return metrics
+
+
+def error_metrics(scores: Scores, rewards: Scores) -> dict[str, float]:
+    """How near the scores are to the rewards: the squared error beside the rewards' variance, which
+    is that of the best constant."""
+    true = torch.cat(rewards)
+    return {
+        "heldout/mse": reward_mse(torch.cat(scores), true).item(),
+        "heldout/reward_variance": true.var(correction=0).item(),
+    }
+
+
+def score_rows(data: PairData, scores: Scores) -> list[dict[str, object]]:
+    """A row a pair for samples.jsonl and tables: texts, scores, and rewards if known."""
+    rows = []
+    for i, (encoded, chosen, rejected) in enumerate(
+        zip(data.pairs, *(s.tolist() for s in scores), strict=True)
+    ):
+        row = {
+            "prompt": encoded.pair.prompt,
+            "chosen": encoded.pair.chosen,
+            "rejected": encoded.pair.rejected,
+            "chosen_score": chosen,
+            "rejected_score": rejected,
+        }
+        if data.rewards is not None:
+            row["chosen_reward"] = data.rewards[0][i].item()
+            row["rejected_reward"] = data.rewards[1][i].item()
+        rows.append(row)
+    return rows
+
+
+def print_pairs(rows: Sequence[dict[str, object]], console: Console) -> None:
+    """A table of held-out pairs: each answer with its reward and what the model predicts."""
+    table = Table(title="held-out pairs, rewards and predictions", expand=True)
+    table.add_column("prompt, chosen and rejected answer", ratio=1)
+    table.add_column("reward", justify="right", no_wrap=True)
+    table.add_column("predicted", justify="right", no_wrap=True)
+    for row in rows:
+        # Text, not markup: an answer may hold anything.
+        table.add_row(Text(str(row["prompt"]), style="dim"))
+        for name in ("chosen", "rejected"):
+            reward = row.get(f"{name}_reward")
+            table.add_row(
+                Text(str(row[name]).strip()),
+                "" if reward is None else f"{reward:.2f}",
+                f"{row[f'{name}_score']:.2f}",
+                end_section=name == "rejected",
+            )
+    console.print(table)

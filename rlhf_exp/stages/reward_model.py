@@ -1,0 +1,240 @@
+"""Training of a reward model on preference pairs: features of a frozen language model, computed
+once, and a head on them."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import model_validator
+from rich.console import Console
+from torch import Tensor
+
+from rlhf_exp.models.loading import ModelSettings
+from rlhf_exp.models.policy import CausalTransformer
+from rlhf_exp.models.reward_model import HeadKind, HeadShape, RewardModel, save_reward_model
+from rlhf_exp.settings import ConfigError, Count, Index, NonNegative, settings
+from rlhf_exp.stages.pair_data import (
+    BestScorer,
+    PairData,
+    Scores,
+    error_metrics,
+    pair_loss,
+    pair_metrics,
+    print_pairs,
+    score_rows,
+)
+from rlhf_exp.tasks.pair_tokens import EncodedPair, encode_pairs
+from rlhf_exp.tasks.pairs import hold_out
+from rlhf_exp.tasks.protocol import PairTask
+from rlhf_exp.training.context import Context
+from rlhf_exp.training.curves import plot_margins, plot_predictions, plot_supervised
+from rlhf_exp.training.metrics import describe
+from rlhf_exp.training.optim import AdamWSettings, Schedule
+from rlhf_exp.training.precision import Dtype
+from rlhf_exp.training.seeding import stream, stream_seed
+from rlhf_exp.training.supervised import Supervised
+from rlhf_exp.training.threads import threads_for
+from rlhf_exp.training.timing import Stopwatch
+
+log = logging.getLogger(__name__)
+
+
+@settings
+class TrainRewardModel(Supervised):
+    """Squared error of the rewards plus rank_coef times the rank loss of each pair, or with
+    loss="rank" the rank loss alone, for pairs whose order is all that is known.
+
+    The head that measured best on one half of the held-out prompts is kept; what is reported is
+    measured on the other half. With unfreeze_layers the last blocks are trained with the head.
+    """
+
+    epochs: Count = 25
+    batch_size: Count = 100
+    head: HeadKind = "token_sum"
+    width: Count = 192
+    read_layers: Count = 2
+    loss: Literal["mse_rank", "rank"] = "mse_rank"
+    rank_coef: NonNegative = 0.1
+    unfreeze_layers: Index = 0
+    keep_features: bool = True
+    eval_every: Count = 100
+    patience: Count = 5
+    num_examples: Count = 3
+    dtype: Dtype = "fp32"
+
+    @model_validator(mode="after")
+    def _can_keep(self) -> "TrainRewardModel":
+        if self.unfreeze_layers and self.keep_features:
+            raise ValueError(
+                f"unfreeze_layers={self.unfreeze_layers} changes the features: set"
+                " keep_features=false"
+            )
+        return self
+
+    def check(self, *, task: Any, model: ModelSettings, **_: Any) -> list[str]:
+        """What is wrong between this stage and its parts. Raises ConfigError for pairs that are
+        missing or malformed."""
+        problems = []
+        if not isinstance(task, PairTask):
+            problems.append("stage=reward_model needs preference pairs: task=pairs task.path=FILE")
+        else:
+            task.fingerprint()
+        if model.engine != "fast":
+            problems.append(
+                "model.engine=hooked is for stage=ppo; stage=reward_model trains with engine=fast"
+            )
+        return problems
+
+    def check_texts(self, *, task: PairTask, schedule: Schedule, **_: Any) -> list[str]:
+        """What is wrong between this stage and the pairs."""
+        train = task.pair_split().train
+        problems = self.check_updates(schedule, len(train))
+        if self.loss == "mse_rank" and train[0].chosen_reward is None:
+            problems.append(
+                "stage.loss=mse_rank needs the columns chosen_reward and rejected_reward, which the"
+                " pairs do not have: set stage.loss=rank"
+            )
+        return problems
+
+    def run(
+        self,
+        context: Context,
+        *,
+        task: PairTask,
+        model: ModelSettings,
+        optimizer: AdamWSettings,
+        schedule: Schedule,
+    ) -> dict[str, Any]:
+        """Trains, measures on held-out pairs, saves the reward model; returns the result.
+
+        Raises ConfigError for pairs that the model or the loss cannot read, and TrainingError
+        naming the update if the loss is not finite.
+        """
+        clock = Stopwatch()
+        with clock("load"):
+            if problems := self.check_texts(task=task, schedule=schedule):
+                raise ConfigError("\n".join(problems))
+            scorer, parts = self._load(context, task, model)
+        context.folder.start()
+        log.info(
+            "training a %s head of %.2f M parameters on %d pairs; %d held out to stop by, %d to"
+            " report", self.head, sum(p.numel() for p in scorer.parameters() if p.requires_grad)
+            / 1e6, *map(len, parts),
+        )  # fmt: skip
+        with clock("features"):
+            train, stop_by, report = (
+                PairData(scorer, part, keep_features=self.keep_features, dtype=self.dtype)
+                for part in parts
+            )
+        with clock("train"), threads_for(train.multiplications(self.batch_size)):
+            last = self._train(context, scorer, train, stop_by, optimizer, schedule)
+        with clock("evaluate"):
+            scores = report.all_scores()
+            metrics = pair_metrics(scores, report.rewards)
+            if report.rewards is not None and self.loss == "mse_rank":
+                metrics |= error_metrics(scores, report.rewards)
+        context.folder.log(last, metrics)
+        with clock("save"):
+            save_reward_model(scorer, context.folder.path / "model")
+            self._report(context, report, scores)
+        log.info("%s", describe(metrics))
+        return {"after": metrics, "seconds": clock.seconds}
+
+    def _load(
+        self, context: Context, task: PairTask, model: ModelSettings
+    ) -> tuple[RewardModel, tuple[Sequence[EncodedPair], ...]]:
+        """The model with a fresh head, and the pairs to train on, to stop by and to report."""
+        network, tokenizer = model.language_model(None, seed=stream_seed(context.seed, "model"))
+        if tokenizer.eos_token_id is None:
+            raise ConfigError("stage=reward_model needs a tokenizer with an EOS token")
+        backbone = CausalTransformer(network.to(context.device), tokenizer)
+        shape = HeadShape(
+            kind=self.head,
+            width=self.width,
+            read_layers=self.read_layers,
+            prepend_bos=task.prepend_bos,
+        )
+        try:
+            scorer = RewardModel(backbone, shape)
+            scorer.unfreeze(self.unfreeze_layers)
+        except ValueError as error:
+            raise ConfigError(f"stage: {error}") from error
+        encoded = [
+            encode_pairs(
+                tokenizer, pairs, sources,
+                prepend_bos=task.prepend_bos, limit=backbone.context_len,
+            )
+            for pairs, sources in zip(task.pair_split(), task.sources(), strict=True)
+        ]  # fmt: skip
+        halves = hold_out(
+            encoded[1], fraction=0.5, salt=f"stop {context.seed}", prompt_of=lambda e: e.pair.prompt
+        )
+        if not all(halves):
+            raise ConfigError(
+                f"task.path: {len(encoded[1])} held-out pairs are too few to stop by one half and"
+                " report the other: raise task.held_out_fraction or give more pairs"
+            )
+        return scorer, (encoded[0], *halves)
+
+    def _train(
+        self,
+        context: Context,
+        scorer: RewardModel,
+        train: PairData,
+        stop_by: PairData,
+        optimizer: AdamWSettings,
+        schedule: Schedule,
+    ) -> int:
+        """Trains the head and restores its best; returns the number of updates."""
+        known = train.rewards if self.loss == "mse_rank" else None
+        mean = 0.0 if known is None else torch.cat(known).mean().item()
+        scorer.initialise_head(stream(context.seed, "head"), bias=mean)
+        adamw = optimizer.build(scorer.backbone, scorer.head)
+        num_updates = self.num_updates(len(train))
+
+        def held_out_loss() -> float:
+            return self._loss(stop_by.all_scores(), stop_by.rewards).item()
+
+        best = BestScorer(
+            scorer, held_out_loss, context, eval_every=self.eval_every, patience=self.patience
+        )
+        self.fit(
+            context,
+            self._losses(context, train),
+            adamw,
+            schedule.build(adamw, total_steps=num_updates),
+            num_updates=num_updates,
+            stop=best,
+        )
+        best.restore()
+        if known is None:  # an order leaves the scale's zero open
+            scorer.shift(-torch.cat(train.all_scores()).mean().item())
+        return best.update
+
+    def _losses(self, context: Context, train: PairData) -> Iterator[Tensor]:
+        generator = stream(context.seed, "minibatches")
+        while True:
+            order = torch.randperm(len(train), generator=generator).to(context.device)
+            for index in order.split(self.batch_size):
+                rewards = train.rewards
+                if rewards is not None:
+                    rewards = rewards[0][index], rewards[1][index]
+                yield self._loss(train.scores(index), rewards)
+
+    def _loss(self, scores: Scores, rewards: Scores | None) -> Tensor:
+        known = rewards if self.loss == "mse_rank" else None
+        return pair_loss(scores, known, rank_coef=self.rank_coef)
+
+    def _report(self, context: Context, report: PairData, scores: Scores) -> None:
+        folder = context.folder
+        rows = score_rows(report, scores)
+        folder.log_samples(0, rows)
+        plot_supervised(folder.rows(), folder.path / "loss.png", title="reward model")
+        path, title = folder.path / "held_out.png", "reward model on held-out pairs"
+        if report.rewards is None or self.loss == "rank":
+            plot_margins((scores[0] - scores[1]).tolist(), path, title=title)
+        else:
+            true = torch.cat(report.rewards).tolist()
+            plot_predictions(true, torch.cat(scores).tolist(), path, title=title)
+        print_pairs(rows[: self.num_examples], Console())
