@@ -12,7 +12,9 @@ from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
 from rlhf_exp.rewards.protocol import RewardFunction
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import Sampler
+from rlhf_exp.stages.answers import exact_match, greedy, judge_answers
 from rlhf_exp.tasks.prompts import take
+from rlhf_exp.tasks.protocol import AnswerTask
 from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.metrics import distinct_n
 from rlhf_exp.training.seeding import stream
@@ -39,8 +41,10 @@ def evaluate(
     num_samples: int,
     seed: int,
     phase: int,
+    answers: AnswerTask | None = None,
 ) -> Evaluation:
-    """Scores, exact KL and diversity of `num_samples` completions.
+    """Scores, exact KL and diversity of `num_samples` completions; with the task that knows exact
+    `answers` also exact-match rates, sampled and greedy, and the true reward.
 
     The prompts are the same at every call with one seed, in the same order, repeated if there are
     fewer of them than samples; so is the stream of random numbers, which pairs evaluations and
@@ -57,7 +61,23 @@ def evaluate(
         generation = sample(full, policy, take(prompts, rows.to(device)), generator, phase=phase)
         scores = checked_scores(reward, generation.completions, phase=phase)
         chunks.append(measure(policy, reference, generation, scores, temperature=1.0))
-    return Evaluation(metrics=_metrics(chunks), samples=sample_rows(chunks))
+    metrics, samples = _metrics(chunks), sample_rows(chunks)
+    if answers is not None:
+        judged = [judge_answers(answers, policy.tokenizer, chunk.completions) for chunk in chunks]
+        exact = torch.cat([j.exact for j in judged])
+        true = torch.cat([j.true_rewards for j in judged])
+        distinct = take(prompts, order[:num_samples].to(device))
+        metrics |= {
+            "eval/true_reward": true.mean().item(),
+            "eval/reward_gap": metrics["eval/score"] - true.mean().item(),
+            "eval/exact_match": exact.float().mean().item(),
+            "eval/greedy_exact_match": exact_match(
+                policy, answers, distinct, greedy(full), generator
+            ),
+        }
+        for row, value, is_exact in zip(samples, true.tolist(), exact.tolist(), strict=True):
+            row |= {"true_reward": value, "exact": is_exact}
+    return Evaluation(metrics=metrics, samples=samples)
 
 
 def sample(

@@ -6,7 +6,6 @@ is in TrainState; everything that a user sets is a field of PPO.
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -31,20 +30,21 @@ from rlhf_exp.functional.losses import (
     value_loss,
 )
 from rlhf_exp.functional.masking import masked_mean, masked_whiten
-from rlhf_exp.models.loading import ModelSettings, build_policy
+from rlhf_exp.models.loading import ModelSettings
 from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
 from rlhf_exp.models.saving import save_policy
-from rlhf_exp.rewards.protocol import Reward, RewardFunction
+from rlhf_exp.rewards.protocol import Reward
 from rlhf_exp.rollout.measure import measure
-from rlhf_exp.rollout.sampler import Sampler, eos_token
-from rlhf_exp.settings import ConfigError, Count, Fraction, NonNegative, Positive, settings
+from rlhf_exp.rollout.sampler import Sampler
+from rlhf_exp.settings import Count, Fraction, NonNegative, Positive, settings
+from rlhf_exp.stages.actors import Actors, load_actors
 from rlhf_exp.stages.evaluation import Evaluation, checked_scores, evaluate, sample
 from rlhf_exp.stages.train_state import TrainState
-from rlhf_exp.tasks.prompts import encode_prompts, prompt_stream
-from rlhf_exp.tasks.protocol import CorpusTask, Task
+from rlhf_exp.tasks.prompts import prompt_stream
+from rlhf_exp.tasks.protocol import AnswerTask, Task
 from rlhf_exp.training.context import Context, TrainingError
-from rlhf_exp.training.curves import plot_score_and_kl, print_before_after
-from rlhf_exp.training.metrics import mean_metrics, rollout_metrics
+from rlhf_exp.training.curves import plot_ppo, print_before_after
+from rlhf_exp.training.metrics import describe, mean_metrics, rollout_metrics
 from rlhf_exp.training.optim import (
     AdamWSettings,
     Schedule,
@@ -53,7 +53,6 @@ from rlhf_exp.training.optim import (
     learning_rates,
 )
 from rlhf_exp.training.progress import Progress
-from rlhf_exp.training.seeding import stream_seed
 from rlhf_exp.training.timing import Stopwatch
 from rlhf_exp.types import Experience, LossOutput, PromptBatch, Rollout
 
@@ -98,11 +97,16 @@ class PPO:
             )
         return self
 
-    def check(self, *, task: Task, schedule: Schedule, **_: Any) -> list[str]:
+    def check(self, *, task: Task, sampler: Sampler, schedule: Schedule, **_: Any) -> list[str]:
         """What is wrong between this stage and its parts. Raises ConfigError for a task whose file
         is missing or malformed."""
         task.fingerprint()
-        return check_schedule(schedule, total_steps=self.total_phases, field="stage.total_phases")
+        problems = check_schedule(
+            schedule, total_steps=self.total_phases, field="stage.total_phases"
+        )
+        if isinstance(task, AnswerTask) and not sampler.stop_at_eos:
+            problems.append("the task has exact answers, which end: set sampler.stop_at_eos=true")
+        return problems
 
     def run(
         self,
@@ -148,7 +152,7 @@ class PPO:
         return {"before": before.metrics, "after": after.metrics, "seconds": clock.seconds}
 
     def _evaluate(
-        self, context: Context, actors: "Actors", phase: int, clock: Stopwatch
+        self, context: Context, actors: Actors, phase: int, clock: Stopwatch
     ) -> Evaluation:
         with clock("evaluate"):
             result = evaluate(
@@ -160,6 +164,7 @@ class PPO:
                 num_samples=self.eval_samples,
                 seed=context.seed,
                 phase=phase,
+                answers=actors.answers,
             )
         context.folder.log(phase, result.metrics)
         context.folder.log_samples(phase, result.samples)
@@ -170,7 +175,7 @@ class PPO:
         self,
         state: TrainState,
         prompts: PromptBatch,
-        actors: "Actors",
+        actors: Actors,
         clock: Stopwatch,
     ) -> dict[str, float]:
         """One phase: rollout, experience, learning. Returns its metrics."""
@@ -296,53 +301,6 @@ class PPO:
         )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Actors:
-    """Everything that a phase runs on and that no optimizer step replaces."""
-
-    policy: TransformerWithValueHead
-    reference: CausalTransformer
-    score: RewardFunction
-    sampler: Sampler
-    train_prompts: PromptBatch
-    eval_prompts: PromptBatch
-
-
-def load_actors(
-    context: Context, task: Task, model: ModelSettings, reward: Reward, sampler: Sampler
-) -> Actors:
-    """The policy and its frozen copy, the reward and the prompts, on the context's device. Raises
-    ConfigError for what cannot be loaded or does not fit."""
-    make_tokenizer = task.build_tokenizer if isinstance(task, CorpusTask) else None
-    seed = stream_seed(context.seed, "model")
-    policy = build_policy(model, make_tokenizer, device=context.device, seed=seed)
-    eos_token(policy, stop_at_eos=sampler.stop_at_eos)  # raises here rather than while sampling
-    return Actors(
-        policy=policy,
-        reference=policy.frozen_reference(),
-        score=reward.load(context.device),
-        sampler=sampler,
-        train_prompts=_encode(policy, task, task.train_prompts(), sampler),
-        eval_prompts=_encode(policy, task, task.eval_prompts(), sampler),
-    )
-
-
-def _encode(
-    policy: TransformerWithValueHead, task: Task, texts: tuple[str, ...], sampler: Sampler
-) -> PromptBatch:
-    prompts = encode_prompts(
-        policy.tokenizer, texts, prepend_bos=task.prepend_bos, device=policy.device
-    )
-    longest = prompts.tokens.shape[1]
-    if longest + sampler.gen_len > policy.context_len:
-        raise ConfigError(
-            f"a prompt of {longest} tokens and sampler.gen_len={sampler.gen_len} exceed the"
-            f" model's context of {policy.context_len} tokens; set sampler.gen_len to at most"
-            f" {max(0, policy.context_len - longest)} or use shorter prompts"
-        )
-    return prompts
-
-
 def _check_finite(output: LossOutput, phase: int) -> None:
     if not output.loss.isfinite():
         terms = ", ".join(
@@ -357,17 +315,12 @@ def _check_finite(output: LossOutput, phase: int) -> None:
 
 
 def _brief(metrics: Mapping[str, float]) -> str:
-    # An exact KL of 0 may come out as -1e-8; + 0.0 takes the sign off the rounded one.
-    return "  ".join(
-        f"{k.removeprefix('eval/')} {round(v, 3) + 0.0:.3f}" for k, v in metrics.items()
-    )
+    return describe({name.removeprefix("eval/"): value for name, value in metrics.items()})
 
 
 def _report(context: Context, before: Evaluation, after: Evaluation) -> None:
     folder = context.folder
-    picture = plot_score_and_kl(
-        folder.rows(), folder.path / "curves.png", title="PPO: score and KL by phase"
-    )
+    picture = plot_ppo(folder.rows(), folder.path / "curves.png", title="PPO by phase")
     print_before_after(before.samples[:TABLE_ROWS], after.samples[:TABLE_ROWS], Console())
     log.info("before: %s", _brief(before.metrics))
     log.info("after:  %s", _brief(after.metrics))

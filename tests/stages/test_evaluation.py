@@ -1,16 +1,21 @@
 """Evaluation: fresh samples from the full distribution, paired between calls."""
 
+import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from rlhf_exp.rewards.length import Length
 from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.rollout.sampler import Sampler
+from rlhf_exp.stages.answers import exact_match, greedy
 from rlhf_exp.stages.evaluation import Evaluation, evaluate
 from rlhf_exp.stages.ppo import PPO, Actors
 
-from .toy import RAGGED, start
+from .toy import RAGGED, Echoed, EchoTask, echo_policy, start
 
 
 def run(actors: Actors, *, num_samples: int = 6, seed: int = 1) -> Evaluation:
@@ -23,6 +28,7 @@ def run(actors: Actors, *, num_samples: int = 6, seed: int = 1) -> Evaluation:
         num_samples=num_samples,
         seed=seed,
         phase=0,
+        answers=actors.answers,
     )
 
 
@@ -103,3 +109,109 @@ def test_filters_and_temperature_of_the_sampler_are_left_out(tmp_path: Path) -> 
 def test_an_untouched_policy_has_no_kl(tmp_path: Path) -> None:
     actors, _ = start(PPO(), tmp_path)
     assert abs(run(actors).metrics["eval/kl"]) < 1e-6
+
+
+def echo_actors(path: Path, *, reward: object, sampler: Sampler) -> Actors:
+    """Actors of EchoTask whose policy gives some answers right."""
+    actors, _ = start(PPO(), path, task=EchoTask(), reward=reward, sampler=sampler)
+    policy = copy.deepcopy(echo_policy())
+    with torch.no_grad():  # else there would be no KL
+        for parameter in policy.parameters():
+            parameter.mul_(1.05)
+    return replace(actors, policy=policy, reference=echo_policy().frozen_reference())
+
+
+@pytest.mark.parametrize("stop_at_eos", [True, False])
+def test_answers_are_measured_beside_the_score(tmp_path: Path, stop_at_eos: bool) -> None:
+    sampler = CachedSampler(gen_len=3, stop_at_eos=stop_at_eos, temperature=0.4)
+    reward = Length(target_tokens=2)
+    actors = echo_actors(tmp_path, reward=reward, sampler=sampler)
+    result = run(actors, num_samples=200)
+    metrics, task = result.metrics, EchoTask()
+    true = [task.true_reward(s["prompt"], s["completion"]) for s in result.samples]
+    assert [s["true_reward"] for s in result.samples] == pytest.approx(true)
+    assert metrics["eval/true_reward"] == pytest.approx(sum(true) / 200)
+    assert metrics["eval/reward_gap"] == pytest.approx(
+        metrics["eval/score"] - metrics["eval/true_reward"]
+    )
+    assert abs(metrics["eval/reward_gap"]) > 0.05
+    exact = [s["exact"] for s in result.samples]
+    assert metrics["eval/exact_match"] == pytest.approx(sum(exact) / 200)
+    # What is exact reads as the answer, but what reads as the answer may not have ended.
+    assert all(task.answer(s["prompt"]) == s["completion"] for s in result.samples if s["exact"])
+    if stop_at_eos:
+        assert 10 < sum(exact) < 190
+        assert metrics["eval/len_mean"] < 3
+    else:  # then an answer of one token and EOS goes on
+        assert 0 < sum(exact) < 190
+        assert all(len(s["completion"].split()) == 2 for s in result.samples if s["exact"])
+
+
+def test_each_prompt_is_answered_greedily_once(tmp_path: Path) -> None:
+    sampler = CachedSampler(gen_len=3, stop_at_eos=True, top_k=7)
+    actors = echo_actors(tmp_path, reward=Echoed(), sampler=sampler)
+    everything = exact_match(
+        actors.policy, EchoTask(), actors.eval_prompts, greedy(sampler), torch.Generator()
+    )
+    assert 0 < everything < 1
+    for num_samples in (24, 100):
+        metrics = run(actors, num_samples=num_samples).metrics
+        assert metrics["eval/greedy_exact_match"] == pytest.approx(everything)
+    some = run(actors, num_samples=6)
+    prompts = [s["prompt"] for s in some.samples]
+    chosen = [actors.eval_prompts.texts.index(prompt) for prompt in prompts]
+    greedily = exact_match(
+        actors.policy,
+        EchoTask(),
+        actors.eval_prompts[torch.tensor(chosen)],
+        greedy(sampler),
+        torch.Generator(),
+    )
+    assert some.metrics["eval/greedy_exact_match"] == pytest.approx(greedily)
+
+
+def test_the_true_reward_as_reward_leaves_no_gap(tmp_path: Path) -> None:
+    sampler = CachedSampler(gen_len=3, stop_at_eos=True)
+    actors = echo_actors(tmp_path, reward=Echoed(), sampler=sampler)
+    result = run(actors, num_samples=30)
+    assert result.metrics["eval/reward_gap"] == pytest.approx(0, abs=1e-6)
+    assert [s["score"] for s in result.samples] == [s["true_reward"] for s in result.samples]
+
+
+def test_answers_change_no_sample_and_no_other_metric(tmp_path: Path) -> None:
+    sampler = CachedSampler(gen_len=3, stop_at_eos=True)
+    actors = echo_actors(tmp_path, reward=Echoed(), sampler=sampler)
+    plain = run(replace(actors, answers=None))
+    judged = run(actors)
+    assert plain.metrics == {name: judged.metrics[name] for name in plain.metrics}
+    assert set(judged.metrics) - set(plain.metrics) == {
+        "eval/true_reward", "eval/reward_gap", "eval/exact_match", "eval/greedy_exact_match",
+    }  # fmt: skip
+    for a, b in zip(plain.samples, judged.samples, strict=True):
+        assert a == {name: b[name] for name in a}
+        assert set(b) - set(a) == {"true_reward", "exact"}
+
+
+def test_what_comes_after_eos_costs_nothing(tmp_path: Path) -> None:
+    actors = echo_actors(
+        tmp_path, reward=Echoed(), sampler=CachedSampler(gen_len=9, stop_at_eos=True)
+    )
+    result = run(actors, num_samples=80)
+    tokenizer = actors.policy.tokenizer
+    # Only of an exact answer all tokens are known: its words, then EOS.
+    exact = [sample for sample in result.samples if sample["exact"]]
+    assert len(exact) > 20
+    for sample in exact:
+        words = tokenizer(sample["completion"], add_special_tokens=False)["input_ids"]
+        prompt = [1, *tokenizer(sample["prompt"], add_special_tokens=False)["input_ids"]]
+        ids = torch.tensor([[*prompt, *words, 2]])
+        with torch.no_grad():
+            p, q = (m.language_model(input_ids=ids).logits[0].double().log_softmax(-1)
+                    for m in (actors.policy, actors.reference))  # fmt: skip
+        kl = (p.exp() * (p - q)).sum(dim=-1)[len(prompt) - 1 : -1].sum().item()
+        assert sample["kl_sum"] == pytest.approx(kl, abs=1e-5)
+    assert max(sample["kl_sum"] for sample in exact) > 1e-3
+    total = sum(sample["kl_sum"] for sample in result.samples)
+    length = result.metrics["eval/len_mean"]
+    assert length < 8
+    assert result.metrics["eval/kl"] == pytest.approx(total / (80 * length), rel=1e-4)

@@ -18,16 +18,18 @@ from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.settings import ConfigError, settings
+from rlhf_exp.stages.actors import Actors
 from rlhf_exp.stages.evaluation import checked_scores
-from rlhf_exp.stages.ppo import PPO, Actors
+from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.stages.train_state import TrainState
+from rlhf_exp.tasks.labelled_text import LabelledTextFile
 from rlhf_exp.tasks.prompts import prompt_stream
 from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
 from rlhf_exp.training.timing import Stopwatch
 from rlhf_exp.types import Completions, Experience
 
-from .toy import RAGGED, ToyTask, context, parts, start
+from .toy import RAGGED, Echoed, EchoTask, ToyTask, context, parts, rows, start
 
 
 def collect(ppo: PPO, actors: Actors, state: TrainState) -> Experience:
@@ -444,9 +446,37 @@ def test_prompt_and_completion_must_fit_the_context(tmp_path: Path) -> None:
 
 
 def test_schedule_must_fit_the_phases() -> None:
-    problems = PPO(total_phases=5).check(task=ToyTask(), schedule=WarmupDecay(warmup_steps=5))
+    problems = PPO(total_phases=5).check(
+        task=ToyTask(), sampler=CachedSampler(), schedule=WarmupDecay(warmup_steps=5)
+    )
     assert problems == [
         "schedule.warmup_steps=5 must be below stage.total_phases=5: lower the first or raise the"
         " second"
     ]
-    assert not PPO(total_phases=6).check(task=ToyTask(), schedule=WarmupDecay(warmup_steps=5))
+    assert not PPO(total_phases=6).check(
+        task=ToyTask(), sampler=CachedSampler(), schedule=WarmupDecay(warmup_steps=5)
+    )
+
+
+def test_a_task_that_knows_answers_is_measured_by_them(tmp_path: Path) -> None:
+    ppo = PPO(total_phases=2, eval_every=1, eval_samples=30)
+    sampler = CachedSampler(gen_len=3, stop_at_eos=True)
+    result = ppo.run(context(tmp_path), **parts(task=EchoTask(), reward=Echoed(), sampler=sampler))
+    evaluations = [row for row in rows(tmp_path) if "eval/score" in row]
+    assert [row["phase"] for row in evaluations] == [0, 1, 2]
+    for row in evaluations:
+        assert row["eval/true_reward"] == pytest.approx(row["eval/score"])
+        assert {"eval/reward_gap", "eval/exact_match", "eval/greedy_exact_match"} < set(row)
+    assert result["before"] == {k: v for k, v in evaluations[0].items() if k != "phase"}
+    assert result["after"] == {k: v for k, v in evaluations[-1].items() if k != "phase"}
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert {"true_reward", "exact"} < set(rows(tmp_path, "samples.jsonl")[0])
+
+
+def test_a_task_whose_file_is_missing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nowhere"):
+        PPO().check(
+            task=LabelledTextFile(path="nowhere.jsonl"),
+            schedule=WarmupDecay(),
+            sampler=CachedSampler(),
+        )
