@@ -12,4 +12,18 @@ if TYPE_CHECKING:
 else:
     Cache = PreTrainedModel = PreTrainedTokenizerBase = TransformerBridge = Any
 
-__all__ = ["Cache", "PreTrainedModel", "PreTrainedTokenizerBase", "TransformerBridge"]
+__all__ = [
+    "Cache",
+    "PreTrainedModel",
+    "PreTrainedTokenizerBase",
+    "TransformerBridge",
+    "quieten_transformers",
+]
+
+
+def quieten_transformers() -> None:
+    """Silences transformers' warnings and progress bars; what matters of them is an error here."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

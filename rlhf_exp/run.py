@@ -30,12 +30,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from rlhf_exp.settings import ConfigError, FolderName, Index, Text, settings
+from rlhf_exp.hf import quieten_transformers
+from rlhf_exp.settings import ConfigError, FolderName, Index, Text, field_problem, settings
 
 if TYPE_CHECKING:
     import torch
 
-    from rlhf_exp.steps import Prepared
+    from rlhf_exp.steps import Prepared, Step
     from rlhf_exp.training.loggers import Logger
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class RunSettings:
     artifacts_dir: Text
     allow_targets: tuple[Text, ...]
     prepare: dict[str, dict[str, Any]]
+    until: Text | None
 
 
 def _slug(text: str, limit: int = 80) -> str:
@@ -93,27 +95,13 @@ def instantiate(
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, pydantic.ValidationError):
-            problems += [_field_problem(path, detail) for detail in cause.errors()]
+            problems += [field_problem(path, detail) for detail in cause.errors()]
         elif isinstance(cause, ConfigError):
             problems.append(f"{path}: {cause}")
         else:
             reason = f" {cause}" if cause else ""
             problems.append(f"{path}: {str(error).splitlines()[0]}{reason}")
         return None
-
-
-def _field_problem(path: str, detail: Any) -> str:
-    where = ".".join(filter(None, (path, *map(str, detail["loc"]))))
-    if detail["type"] == "missing":
-        return f"{where}: is required"
-    if detail["type"] == "unexpected_keyword_argument":
-        return f"{where}: no such key" + (f" of {path}" if path else "")
-    if isinstance(detail.get("ctx", {}).get("error"), ConfigError):
-        return str(detail["ctx"]["error"])  # which names its field itself
-    message = detail["msg"].removeprefix("Value error, ")
-    if not detail["loc"]:
-        return f"{path}: {message}"
-    return f"{where}={detail['input']!r}: {message}"
 
 
 def _forbidden_module(target: str, allowed: tuple[str, ...]) -> str | None:
@@ -154,6 +142,7 @@ def execute(cfg: DictConfig, path: Path) -> None:
     build = functools.partial(instantiate, allowed=allowed)
     device = pick_device(own.device)
     steps = read_steps(config)
+    last = _last_to_prepare(steps, own.until)
     problems: list[str] = []
     for step in steps:
         try:
@@ -163,17 +152,45 @@ def execute(cfg: DictConfig, path: Path) -> None:
     logger = build(config.get("logger") or {}, "logger", problems)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-    _quieten_transformers()
+    quieten_transformers()
     prepared = prepare(
-        steps[:-1],
+        steps[:last],
         build,
-        run_parts=run_parts,
+        run_parts={} if own.until else run_parts,
         root=Path(own.artifacts_dir),
         seed=own.prepare_seed,
         device=device,
     )
-    stage, parts = steps[-1].resolved(prepared.models).build(build)
+    if own.until is not None:
+        _stop_early(prepared, path)
+        return
+    stage, parts = steps[-1].resolved(prepared.folders).build(build)
     _run_stage(stage, parts, prepared, config, logger, device, path)
+
+
+def _last_to_prepare(steps: "Sequence[Step]", until: str | None) -> int:
+    """How many of the steps are prepared. Raises ConfigError if none has the name `until`."""
+    names = [step.name for step in steps[:-1]]
+    if until is None:
+        return len(names)
+    if until not in names:
+        raise ConfigError(
+            f"until={until}: no step of prepare has that name; there are:"
+            f" {', '.join(names) or 'none'}"
+        )
+    return names.index(until) + 1
+
+
+def _stop_early(prepared: "Prepared", path: Path) -> None:
+    from rlhf_exp.training.folder import RunFolder
+
+    with RunFolder(path) as folder:
+        folder.write_json("result.json", {"prepare": prepared.results, "seconds": prepared.seconds})
+        prepared.copy_figures(path)
+        folder.write_status("done")
+    for name, made in prepared.folders.items():
+        log.info("%s: %s", name, made)
+    log.info("run folder: %s", path)
 
 
 def read_own_keys(config: Mapping[str, Any]) -> RunSettings:
@@ -182,15 +199,8 @@ def read_own_keys(config: Mapping[str, Any]) -> RunSettings:
     try:
         return RunSettings(**{key: config[key] for key in config.keys() - GROUPS})
     except pydantic.ValidationError as error:
-        problems = sorted(_field_problem("", detail) for detail in error.errors())
+        problems = sorted(field_problem("", detail) for detail in error.errors())
         raise ConfigError("\n".join(problems)) from error
-
-
-def _quieten_transformers() -> None:
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _run_stage(
@@ -224,6 +234,7 @@ def _run_stage(
         if not sweep:  # then imports and checks belong to this run alone
             result["seconds"]["total"] = since_process_start()
         folder.write_json("result.json", result)
+        prepared.copy_figures(path)
         folder.write_status("done")
     log.info("seconds: %s", "  ".join(f"{k} {v:.1f}" for k, v in result["seconds"].items()))
     log.info("run folder: %s", path)
@@ -251,10 +262,11 @@ def job(cfg: DictConfig) -> None:
     code."""
     from rlhf_exp.training.context import TrainingError
     from rlhf_exp.training.folder import RunFolder
+    from rlhf_exp.training.progress import file_log
 
     path = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     single = HydraConfig.get().mode == RunMode.RUN
-    file_log = _file_log()
+    file = file_log()
     try:
         execute(cfg, path)
     except ConfigError as error:
@@ -271,29 +283,15 @@ def job(cfg: DictConfig) -> None:
         raise SystemExit(130) from None
     except TrainingError as error:
         log.error("error: %s\nwhat was logged so far is in %s", error, path)
-        file_log.exception("traceback")
+        file.exception("traceback")
         RunFolder(path).write_status("failed", str(error))
         if not single:
             raise AlreadySaid(1) from error
         raise SystemExit(1) from None
     except Exception as error:
-        file_log.exception("traceback")
+        file.exception("traceback")
         RunFolder(path).write_status("failed", f"{type(error).__name__}: {error}")
         raise
-
-
-def _file_log() -> logging.Logger:
-    """A logger that writes to train.log alone. The progress lines go there too while a bar is on
-    the terminal."""
-    from rlhf_exp.training.progress import line_log, on_terminal
-
-    handlers: list[logging.Handler] = [
-        h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)
-    ]
-    file_log = logging.getLogger("rlhf_exp.file")
-    for logger in (file_log, line_log) if on_terminal() else (file_log,):
-        logger.handlers, logger.propagate = handlers, False
-    return file_log
 
 
 def _bounded(message: str, limit: int = 9) -> str:

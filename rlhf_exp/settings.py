@@ -3,7 +3,7 @@
 It knows pydantic and nothing of Hydra: the classes are as usable from Python as from a YAML file.
 """
 
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -11,8 +11,26 @@ from pydantic.dataclasses import dataclass
 T = TypeVar("T")
 
 
+# A value artifact:NAME stands for what the step NAME of `prepare` will make.
+REFERENCE = "artifact:"
+
+
 class ConfigError(ValueError):
     """The user's mistake in a configuration or a file: the message names the field and the fix."""
+
+
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """A part that reads files, which its configuration only names."""
+
+    def fingerprint(self) -> str:
+        """A hash of the files, "" for none."""
+        ...
+
+
+def is_reference(text: str) -> bool:
+    """Whether a value stands for what an earlier step makes, which may not be there yet."""
+    return text.startswith(REFERENCE)
 
 
 def _refuse_bool(value: Any) -> Any:
@@ -47,3 +65,18 @@ def settings(cls: type[T]) -> type[T]:
     """
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
     return dataclass(frozen=True, kw_only=True, config=config)(cls)  # type: ignore[return-value]
+
+
+def field_problem(path: str, detail: Any) -> str:
+    """One of pydantic's complaints as a line that names the field below `path`."""
+    where = ".".join(filter(None, (path, *map(str, detail["loc"]))))
+    if detail["type"] == "missing":
+        return f"{where}: is required"
+    if detail["type"] == "unexpected_keyword_argument":
+        return f"{where}: no such key" + (f" of {path}" if path else "")
+    if isinstance(detail.get("ctx", {}).get("error"), ConfigError):
+        return str(detail["ctx"]["error"])  # which names its field itself
+    message = detail["msg"].removeprefix("Value error, ")
+    if not detail["loc"]:
+        return f"{path}: {message}"
+    return f"{where}={detail['input']!r}: {message}"

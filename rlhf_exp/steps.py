@@ -7,36 +7,29 @@ hands in what turns configuration into objects.
 import inspect
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from rlhf_exp.settings import ConfigError
+from rlhf_exp.settings import REFERENCE, ConfigError, Fingerprinted
 from rlhf_exp.stages.foresight import foresee
 from rlhf_exp.training.artifacts import ArtifactStore, content_hash, source_hash
 from rlhf_exp.training.context import Context
 from rlhf_exp.training.folder import RunFolder
+from rlhf_exp.training.metrics import describe
+from rlhf_exp.training.precision import computes_bf16
 from rlhf_exp.training.timing import Stopwatch
 
 log = logging.getLogger(__name__)
 
 PARTS = ("task", "model", "reward", "sampler", "optimizer", "schedule")
-ARTIFACT = "artifact:"
 
 # From a group's configuration and its path to the object, or to None with problems appended.
 Instantiate = Callable[[Mapping[str, Any], str, list[str]], Any]
-
-
-@runtime_checkable
-class Fingerprinted(Protocol):
-    """A part that reads files, which its configuration only names."""
-
-    def fingerprint(self) -> str:
-        """A hash of the files, "" for none."""
-        ...
 
 
 @runtime_checkable
@@ -76,9 +69,14 @@ class Step:
             return None
         return instantiate(config, f"{self.path}{part}", problems)
 
-    def resolved(self, models: Mapping[str, str]) -> "Step":
-        """The step with each artifact:NAME replaced by what `models` has for the name."""
-        return replace(self, config=substitute(self.config, models))
+    def resolved(self, folders: Mapping[str, str]) -> "Step":
+        """The step with each artifact:NAME replaced by what `folders` has for the name."""
+        return replace(self, config=substitute(self.config, folders))
+
+    @property
+    def reads_made_task(self) -> bool:
+        """Whether the task is data that an earlier step makes, so that it may not be there yet."""
+        return any(where.startswith("task.") for where, _ in _references(self.config))
 
 
 def part_names(stage: Any) -> tuple[str, ...]:
@@ -116,7 +114,7 @@ def read_steps(config: Mapping[str, Any]) -> list[Step]:
         for where, name in _references(step.config):
             if name not in earlier:
                 raise ConfigError(
-                    f"{step.path}{where}={ARTIFACT}{name}: no earlier step of prepare has that"
+                    f"{step.path}{where}={REFERENCE}{name}: no earlier step of prepare has that"
                     f" name; there are: {', '.join(earlier) or 'none'}"
                 )
     return steps
@@ -126,26 +124,32 @@ def _references(config: Any, where: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(config, Mapping):
         for key, value in config.items():
             yield from _references(value, f"{where}.{key}".lstrip("."))
-    elif isinstance(config, str) and config.startswith(ARTIFACT):
-        yield where, config.removeprefix(ARTIFACT)
+    elif isinstance(config, str) and config.startswith(REFERENCE):
+        yield where, config.removeprefix(REFERENCE)
 
 
 def substitute(config: Any, artifacts: Mapping[str, str]) -> Any:
     """The configuration with each artifact:NAME replaced by what `artifacts` has for the name."""
     if isinstance(config, Mapping):
         return {key: substitute(value, artifacts) for key, value in config.items()}
-    if isinstance(config, str) and config.startswith(ARTIFACT):
-        return artifacts[config.removeprefix(ARTIFACT)]
+    if isinstance(config, str) and config.startswith(REFERENCE):
+        return artifacts[config.removeprefix(REFERENCE)]
     return config
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What the steps of `prepare` left: model directories, results and seconds, by name."""
+    """What the steps of `prepare` left: folders, results and seconds, by name."""
 
-    models: dict[str, str]
+    folders: dict[str, str]
     results: dict[str, Any]
     seconds: dict[str, float]
+
+    def copy_figures(self, path: Path) -> None:
+        """Copies the steps' figures to a run's folder as STEP_FIGURE.png."""
+        for name, folder in self.folders.items():
+            for figure in sorted(Path(folder).glob("*.png")):
+                shutil.copyfile(figure, path / f"{name}_{figure.name}")
 
 
 def prepare(
@@ -161,26 +165,27 @@ def prepare(
     run that stands on them.
 
     An artifact is known by the hash of its configuration, the hashes of the artifacts and the
-    files that go into it, the seed and the code. Before anything is built, everything that can be
-    known of the steps and of the run on top of them is checked: raises ConfigError.
+    files that go into it, the seed, and the code of its stage and parts with all that they import.
+    Before anything is built, everything that can be known of the steps and of the run on top of
+    them is checked: raises ConfigError.
     """
     store = ArtifactStore(root)
     built = {step.name: step.build(instantiate) for step in steps}
     descriptions: dict[str, Any] = {}
     keys: dict[str, str] = {}
     for step in steps:
-        descriptions[step.name] = _description(step, *built[step.name], keys, seed)
+        descriptions[step.name] = _description(step, *built[step.name], keys, seed, device)
         keys[step.name] = content_hash(descriptions[step.name])
     missing = [s for s in steps if not store.folder(s.name, keys[s.name]).is_dir()]
     if missing:
         _check_before_building(missing, run_parts, built)
-    models: dict[str, str] = {}
+    folders: dict[str, str] = {}
     results: dict[str, Any] = {}
     clock = Stopwatch()
     for step in steps:
 
         def build(path: Path, step: Step = step) -> None:
-            stage, parts = step.resolved(models).build(instantiate)
+            stage, parts = step.resolved(folders).build(instantiate)
             with RunFolder(path) as folder:
                 folder.write_json("made_of.json", descriptions[step.name])
                 result = stage.run(Context(folder=folder, seed=seed, device=device), **parts)
@@ -189,15 +194,20 @@ def prepare(
 
         with clock(f"prepare.{step.name}"):
             folder = store.obtain(step.name, keys[step.name], build)
-        models[step.name] = str(folder / "model")
+        folders[step.name] = str(folder)
         results[step.name] = json.loads((folder / "result.json").read_text())["after"]
-        facts = "  ".join(f"{name} {value:.3f}" for name, value in results[step.name].items())
-        log.info("%s: %s", step.name, facts)
-    return Prepared(models=models, results=results, seconds=clock.seconds)
+        if step not in missing:  # else its stage has just said so
+            log.info("%s: %s", step.name, describe(results[step.name]))
+    return Prepared(folders=folders, results=results, seconds=clock.seconds)
 
 
 def _description(
-    step: Step, stage: Any, parts: Mapping[str, Any], keys: Mapping[str, str], seed: int
+    step: Step,
+    stage: Any,
+    parts: Mapping[str, Any],
+    keys: Mapping[str, str],
+    seed: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     return {
         "parts": substitute({name: step.config[name] for name in ("stage", *parts)}, keys),
@@ -207,8 +217,23 @@ def _description(
             if isinstance(part, Fingerprinted)
         },
         "seed": seed,
-        "code": source_hash(*_code_of(stage)),
+        # Where dtype is auto, the machine decides it.
+        "bf16": step.config["stage"].get("dtype") == "auto" and computes_bf16(device),
+        "code": source_hash(
+            *(Path(inspect.getfile(kind)) for kind in classes_of([stage, *parts.values()]))
+        ),
     }
+
+
+def classes_of(value: Any) -> set[type]:
+    """The classes of settings and of those in their fields, lists and mappings."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return set().union(*map(classes_of, value))
+    if not is_dataclass(value):
+        return set()
+    return {type(value)} | classes_of([getattr(value, f.name) for f in fields(value)])
 
 
 def _check_before_building(
@@ -219,24 +244,9 @@ def _check_before_building(
     problems = []
     for step in missing:
         stage, parts = built[step.name]
-        if isinstance(stage, ReadsTexts):
+        if isinstance(stage, ReadsTexts) and not step.reads_made_task:
             problems += [f"{step.path}{problem}" for problem in stage.check_texts(**parts)]
-    problems += foresee(run_parts, built, prefix=ARTIFACT)
+        problems += [f"{step.path}{p}" for p in foresee(parts, built, prefix=REFERENCE)]
+    problems += foresee(run_parts, built, prefix=REFERENCE)
     if problems:
         raise ConfigError("\n".join(problems))
-
-
-# The code besides a stage's own that decides what it builds.
-BUILDING_CODE = (
-    "functional",
-    "models",
-    "tasks",
-    "training/optim.py",
-    "training/seeding.py",
-    "training/supervised.py",
-)
-
-
-def _code_of(stage: Any) -> list[Path]:
-    package = Path(__file__).parent
-    return [*(package / name for name in BUILDING_CODE), Path(inspect.getfile(type(stage)))]

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_exp.settings import ConfigError
-from rlhf_exp.steps import Step, part_names, prepare, read_steps, substitute
+from rlhf_exp.rewards.keyword import Keyword
+from rlhf_exp.rewards.weighted_sum import Term, WeightedSum
+from rlhf_exp.settings import ConfigError, is_reference
+from rlhf_exp.steps import Prepared, Step, classes_of, part_names, prepare, read_steps, substitute
 from rlhf_exp.training.context import Context
 
 
@@ -21,6 +23,18 @@ class Lines:
 
     def fingerprint(self) -> str:
         return hashlib.sha256(Path(self.path).read_bytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class MadeLines(Lines):
+    """A task that reads the file `lines` of a folder, which an earlier step may make."""
+
+    def __post_init__(self) -> None:
+        if not is_reference(self.path):
+            object.__setattr__(self, "path", f"{self.path}/lines")
+
+    def fingerprint(self) -> str:
+        return "" if is_reference(self.path) else super().fingerprint()
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,25 @@ class Write:
 
 
 @dataclass(frozen=True)
+class Count:
+    """A stage that has something to say of its task's lines once they are read, and draws them."""
+
+    at_least: int = 1
+
+    def check(self, *, task: Lines) -> list[str]:
+        return []
+
+    def check_texts(self, *, task: Lines) -> list[str]:
+        count = len(Path(task.path).read_text().splitlines())
+        return [f"stage.at_least={self.at_least}: {count} lines"] if count < self.at_least else []
+
+    def run(self, context: Context, *, task: Lines) -> dict[str, Any]:
+        (context.folder.path / "lines").write_text("a line\n")
+        (context.folder.path / "lines.png").write_bytes(b"picture of " + task.path.encode())
+        return {"after": {}, "seconds": {}}
+
+
+@dataclass(frozen=True)
 class Extend:
     """A stage that reads another's model and adds to it."""
 
@@ -59,12 +92,19 @@ class Extend:
 
     def run(self, context: Context, *, model: Saved) -> dict[str, Any]:
         (context.folder.path / "model").mkdir()
-        text = (Path(model.base_model) / "out").read_text()
+        text = (Path(model.base_model) / "model" / "out").read_text()
         (context.folder.path / "model" / "out").write_text(text + self.suffix)
         return {"after": {}, "seconds": {}}
 
 
-KINDS = {"write": Write, "extend": Extend, "lines": Lines, "saved": Saved}
+KINDS = {
+    "write": Write,
+    "extend": Extend,
+    "count": Count,
+    "made": MadeLines,
+    "lines": Lines,
+    "saved": Saved,
+}
 
 
 def build(config: Mapping[str, Any], path: str, problems: list[str]) -> Any:
@@ -107,9 +147,9 @@ def made(config: Mapping[str, Any], root: Path, seed: int = 0) -> dict[str, Path
         seed=seed,
         device=torch.device("cpu"),
     )
-    assert found.results.keys() == found.models.keys()
-    assert {f"prepare.{name}" for name in found.models} == found.seconds.keys()
-    return {name: Path(path) for name, path in found.models.items()}
+    assert found.results.keys() == found.folders.keys()
+    assert {f"prepare.{name}" for name in found.folders} == found.seconds.keys()
+    return {name: Path(path) / "model" for name, path in found.folders.items()}
 
 
 def keys(config: Mapping[str, Any], root: Path, seed: int = 0) -> tuple[str, ...]:
@@ -263,3 +303,60 @@ def test_a_step_that_fails_is_not_taken_for_made(steps, tmp_path):
     with pytest.raises(FileNotFoundError):
         made(steps, root)
     assert [path.name.partition("-")[0] for path in root.glob("[!.]*")] == ["base"]
+
+
+def test_a_steps_texts_are_checked_before_anything_is_built_unless_an_earlier_step_makes_them(
+    steps, tmp_path
+):
+    root = tmp_path / "artifacts"
+    count = {"kind": "count", "at_least": 2}
+    steps["prepare"]["few"] = {"stage": count, "task": steps["prepare"]["base"]["task"]}
+    with pytest.raises(ConfigError, match=r"^prepare\.few\.stage\.at_least=2: 1 lines$"):
+        made(steps, root)
+    assert not root.exists()
+
+    steps["prepare"]["few"]["stage"] = {"kind": "count"}
+    steps["prepare"]["later"] = {"stage": count, "task": {"kind": "made", "path": "artifact:few"}}
+    assert list(made(steps, root)) == ["base", "more", "few", "later"]
+
+
+def test_a_key_changes_with_what_an_earlier_step_makes_the_task_of(steps, tmp_path):
+    steps["prepare"]["few"] = {"stage": {"kind": "count"}, "task": steps["prepare"]["base"]["task"]}
+    steps["prepare"]["later"] = {
+        "stage": {"kind": "count"},
+        "task": {"kind": "made", "path": "artifact:few"},
+    }
+    first = keys(steps, tmp_path / "artifacts")
+    (tmp_path / "lines").write_text("another\nand another")
+    second = keys(steps, tmp_path / "artifacts")
+    assert first[2] != second[2]
+    assert first[3] != second[3]
+
+
+def test_figures_of_the_steps_are_copied_under_the_steps_names(tmp_path):
+    for name, figure in (("base", "loss.png"), ("more", "loss.png"), ("more", "held_out.png")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / figure).write_text(f"{name} {figure}")
+    (tmp_path / "more" / "result.json").write_text("{}")
+    run = tmp_path / "run"
+    run.mkdir()
+    folders = {name: str(tmp_path / name) for name in ("base", "more")}
+    Prepared(folders=folders, results={}, seconds={}).copy_figures(run)
+    assert {path.name: path.read_text() for path in run.iterdir()} == {
+        "base_loss.png": "base loss.png",
+        "more_loss.png": "more loss.png",
+        "more_held_out.png": "more held_out.png",
+    }
+
+
+def test_what_a_step_measured_is_said_again_only_when_it_is_reused(steps, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        made(steps, tmp_path / "artifacts")
+        assert "base: heldout/loss 0.500" not in caplog.messages
+        made(steps, tmp_path / "artifacts")
+    assert caplog.messages.count("base: heldout/loss 0.500") == 1
+
+
+def test_the_code_of_parts_within_parts_goes_into_the_key():
+    terms = {"a": Term(weight=1.0, reward=Keyword(keywords=["a"]))}
+    assert classes_of([WeightedSum(terms=terms), "text", None]) == {WeightedSum, Term, Keyword}

@@ -26,17 +26,25 @@ def foresee(
                 reward.find_label(sorted({t.label for t in made_of["task"].labelled_split().train}))
             except ConfigError as error:
                 problems.append(str(error))
-    if isinstance(model, Pretrained) and model.base_model.startswith(prefix):
-        name = model.base_model.removeprefix(prefix)
-        shape = steps[name][1].get("model")
-        if (
-            isinstance(sampler, Sampler)
-            and isinstance(shape, Scratch)
-            and sampler.gen_len >= shape.context_len
-        ):
+    made = _shape(model, steps, prefix)
+    if made is not None and isinstance(sampler, Sampler):
+        name, shape = made
+        if sampler.gen_len >= shape.context_len:
             problems.append(
                 f"sampler.gen_len={sampler.gen_len} leaves no room for a prompt in"
                 f" prepare.{name}.model.context_len={shape.context_len}: lower the first or raise"
                 " the second"
             )
     return problems
+
+
+def _shape(
+    model: Any, steps: Mapping[str, tuple[Any, Mapping[str, Any]]], prefix: str
+) -> tuple[str, Scratch] | None:
+    """The step that builds what the model is, or was trained from, and its shape; None for a model
+    that comes from elsewhere."""
+    name = ""
+    while isinstance(model, Pretrained) and model.base_model.startswith(prefix):
+        name = model.base_model.removeprefix(prefix)
+        model = steps[name][1].get("model")
+    return (name, model) if name and isinstance(model, Scratch) else None

@@ -5,17 +5,20 @@ It knows folders, hashes and locks, not what is built. A build happens in a fold
 that is renamed when it is complete, so whatever has the final name is finished.
 """
 
+import ast
 import functools
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+PACKAGE = Path(__file__).resolve().parents[1]
 
 log = logging.getLogger(__name__)
 
@@ -27,16 +30,36 @@ def content_hash(description: Mapping[str, Any]) -> str:
 
 
 @functools.cache
-def source_hash(*paths: Path) -> str:
-    """Hash of the Python files at or below the paths: the version of the code that builds. Read
-    once a process, since a process goes on with the code it began with."""
+def source_hash(*files: Path) -> str:
+    """Hash of the Python files and of everything of this package that they import: the version of
+    the code that builds. Read once a process, since a process goes on with the code it began
+    with."""
     digest = hashlib.sha256()
-    files = sorted(
-        {f for path in paths for f in ([path] if path.is_file() else path.rglob("*.py"))}
-    )
-    for file in files:
+    for file in sorted(source_closure(*files)):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
+
+
+def source_closure(*files: Path, package: Path = PACKAGE) -> set[Path]:
+    """The files with those of the package that they import, wherever in them, and so on."""
+    pending, found = list(files), set(files)
+    while pending:
+        tree = ast.parse(pending.pop().read_text(encoding="utf-8"))
+        for name in _imported_names(tree):
+            file = package.parent.joinpath(*name.split(".")).with_suffix(".py")
+            if name.split(".")[0] == package.name and file.is_file() and file not in found:
+                found.add(file)
+                pending.append(file)
+    return found
+
+
+def _imported_names(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 class ArtifactStore:

@@ -85,3 +85,27 @@ def test_stopping_at_an_eos_that_there_is_not_is_refused_before_anything_is_writ
         PPO().run(context(tmp_path), **parts(task=NoEos(), sampler=stops))
     assert not [*tmp_path.iterdir()]
     assert torch.is_grad_enabled()
+
+
+def test_the_shape_is_found_through_steps_that_train_on_one_another() -> None:
+    steps = {
+        **STEPS,
+        "tuned": (SFT(), {"task": ToyTask(), "model": Pretrained(base_model="artifact:base")}),
+    }
+    parts_of = {**FITTING, "model": Pretrained(base_model="artifact:tuned")}
+    assert foresee(parts_of, steps, prefix="artifact:") == []
+    [problem] = foresee(
+        {**parts_of, "sampler": CachedSampler(gen_len=16)}, steps, prefix="artifact:"
+    )
+    assert "prepare.base.model.context_len=16" in problem
+
+
+def test_a_model_from_elsewhere_is_not_judged() -> None:
+    steps = {"tuned": (SFT(), {"task": ToyTask(), "model": Pretrained(base_model="gpt2")})}
+    for name in ("artifact:tuned", "gpt2"):
+        given = {"model": Pretrained(base_model=name), "sampler": CachedSampler(gen_len=99)}
+        assert foresee(given, steps, prefix="artifact:") == []
+    unknown = {"reward": Classifier(name="somewhere", label="low")}
+    assert foresee(unknown, STEPS, prefix="artifact:") == []
+    with_long = {"model": Scratch(context_len=4), "sampler": CachedSampler(gen_len=99)}
+    assert foresee(with_long, STEPS, prefix="artifact:") == []  # load_actors says it

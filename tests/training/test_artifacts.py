@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_exp.training.artifacts import ArtifactStore, content_hash, source_hash
+from rlhf_exp.training.artifacts import (
+    PACKAGE,
+    ArtifactStore,
+    content_hash,
+    source_closure,
+    source_hash,
+)
 
 # A process that builds NAME-KEY below ROOT: it says that it has begun and waits for the file `go`.
 BUILDER = """
@@ -135,33 +141,104 @@ def test_a_hash_knows_values_and_structure_but_not_the_order_of_keys():
 
 
 def package(folder: Path, **files: str) -> Path:
+    """A package `toy` of modules; `inner__b` is toy/inner/b.py."""
     for name, text in files.items():
-        path = folder / name.replace("__", "/")
-        path = path.with_suffix(path.suffix or ".py")
+        path = (folder / "toy").joinpath(*name.split("__")).with_suffix(".py")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    return folder
+    return folder / "toy"
+
+
+def closure(folder: Path, *names: str) -> set[str]:
+    found = source_closure(*(folder / f"{name}.py" for name in names), package=folder)
+    return {file.relative_to(folder).with_suffix("").as_posix() for file in found}
+
+
+def test_a_file_brings_what_it_imports_and_that_brings_more(tmp_path):
+    toy = package(
+        tmp_path,
+        a="import toy.inner.b\nx = 1",
+        inner__b="from toy.c import thing",
+        c="import os, json\nfrom toy import d",
+        d="from collections import abc",
+        e="import toy.a",
+        other="",
+    )
+    assert closure(toy, "a") == {"a", "inner/b", "c", "d"}
+    assert closure(toy, "d") == {"d"}
+    assert closure(toy, "other", "d") == {"other", "d"}
+    assert closure(toy, "e") == {"e", "a", "inner/b", "c", "d"}
+
+
+def test_imports_within_functions_blocks_and_circles_are_found(tmp_path):
+    toy = package(
+        tmp_path,
+        a="def f():\n    if f:\n        from toy.b import (\n            g as h,\n        )",
+        b="try:\n    from toy import a, c as d\nexcept ImportError:\n    pass",
+        c="# import toy.e\nx = 'import toy.e'",
+        e="",
+    )
+    assert closure(toy, "a") == closure(toy, "b") == {"a", "b", "c"}
+
+
+def test_other_packages_are_not_followed(tmp_path):
+    toy = package(tmp_path, a="import numpy\nimport toys.b\nfrom toys import b\nimport toy", c="")
+    (tmp_path / "toys").mkdir()
+    (tmp_path / "toys" / "b.py").write_text("import toy.c")
+    assert closure(toy, "a") == {"a"}
+
+
+def test_a_stage_brings_its_own_code_and_no_report():
+    found = source_closure(PACKAGE / "stages" / "sft.py")
+    names = {file.relative_to(PACKAGE).as_posix() for file in found}
+    assert {
+        "stages/held_out.py",
+        "tasks/examples.py",
+        "tasks/batches.py",
+        "models/loading.py",
+        "rollout/cached.py",
+        "training/supervised.py",
+        "settings.py",
+    } < names
+    assert not {"stages/ppo.py", "run.py", "report/judge.py", "rewards/keyword.py"} & names
 
 
 def test_code_is_known_by_its_files_names_and_contents(tmp_path):
-    files = {"a": "x = 1", "inner__b": "y = 2"}
-    key = source_hash(package(tmp_path / "here", **files))
-    there = package(tmp_path / "there", **files)
-    (there / "notes.txt").write_text("no code")
-    assert source_hash(there) == source_hash(there, there / "a.py") == key
+    def key(folder: Path, *names: str) -> str:
+        return source_hash(*(folder / f"{name}.py" for name in names))
+
+    toy = package(tmp_path / "here", a="x = 1", b="y = 2", c="")
+    there = package(tmp_path / "there", a="x = 1", b="y = 2", c="changed = 1")
+    assert key(toy, "a", "b") == key(there, "a", "b") == key(there, "b", "a")
+    assert len(key(toy, "a", "b")) == 12
     others = [
-        {"a": "x = 1", "inner__b": "y = 3"},
-        {"a": "x = 1", "inner__c": "y = 2"},
-        {"a": "x = 1", "inner__b": "y = 2", "d": ""},
-        {"inner__b": "y = 2"},
-        {"a": "x = 1y", "inner__b": " = 2"},
+        key(package(tmp_path / "1", a="x = 1", b="y = 3"), "a", "b"),
+        key(package(tmp_path / "2", a="x = 1", d="y = 2"), "a", "d"),
+        key(package(tmp_path / "3", a="y = 2", b="x = 1"), "a", "b"),
+        key(toy, "a", "b", "c"),
+        key(toy, "a"),
+        key(package(tmp_path / "4", ab="x = 1", b="y = 2"), "ab", "b"),
     ]
-    keys = [source_hash(package(tmp_path / str(i), **other)) for i, other in enumerate(others)]
-    assert len({key, source_hash(there / "a.py"), *keys}) == 7
+    assert len({key(toy, "a", "b"), *others}) == 7
+
+
+def test_the_hash_is_of_imported_code_too(tmp_path):
+    file = tmp_path / "stage.py"
+    file.write_text("x = 1\n")
+    alone = source_hash(file)
+    source_hash.cache_clear()
+    file.write_text("x = 1\nimport rlhf_exp.tasks.hashing\n")
+    imported = source_hash(file)
+    assert imported != alone
+    assert imported != source_hash(tmp_path / "stage.py", PACKAGE / "tasks" / "batches.py")
+    # Naming what is found anyway changes nothing.
+    assert imported == source_hash(file, PACKAGE / "tasks" / "hashing.py")
 
 
 def test_a_process_goes_on_with_the_code_it_began_with(tmp_path):
-    folder = package(tmp_path, a="x = 1")
-    key = source_hash(folder)
+    toy = package(tmp_path, a="x = 1")
+    key = source_hash(toy / "a.py")
     package(tmp_path, a="x = 2")
-    assert source_hash(folder) == key
+    assert source_hash(toy / "a.py") == key
+    source_hash.cache_clear()
+    assert source_hash(toy / "a.py") != key
