@@ -87,7 +87,7 @@ def artifacts_of(first: tuple[Path, str]) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [
-        (["--help"], ["python train.py -m stage.kl_coef=", "experiment: imdb_sentiment, "]),
+        (["--help"], ["python train.py -m stage.kl_coef=", "experiment: arithmetic, "]),
         (["--cfg", "job"], ["  total_phases: 100\n", "base_model: artifact:base\n"]),
     ],
 )

@@ -36,6 +36,21 @@ OTHER_THAN_DEFAULT = {
     "reward/classifier": {"name", "direction"},
     "reward/keyword": {"keywords"},
     "model/artifact_base": {"base_model"},
+    "model/artifact_pretrained": {"base_model"},
+    "model/artifact_sft": {"base_model"},
+    "model/series": {
+        "num_layers",
+        "d_model",
+        "num_heads",
+        "context_len",
+        "dropout",
+        "tie_embeddings",
+    },
+    "reward/artifact_reward_model": {"path"},
+    "reward/reward_model": {"path"},
+    "stage/reward_model": {"log_every"},
+    "task/artifact_preferences": {"path"},
+    "task/pairs": {"path"},
     "reward/artifact_classifier": {"name"},
     "reward/distilbert_imdb": {"name"},
     "reward/sum": {"terms"},
@@ -44,11 +59,25 @@ OTHER_THAN_DEFAULT = {
 # Options that are another one with something changed.
 BEGINNINGS = {
     "model/artifact_base": "model/local",
+    "model/artifact_pretrained": "model/local",
+    "model/artifact_sft": "model/local",
     "reward/artifact_classifier": "reward/classifier",
+    "reward/artifact_reward_model": "reward/reward_model",
     "reward/distilbert_imdb": "reward/classifier",
+    "task/artifact_preferences": "task/pairs",
 }
 # What a user has to give.
-GIVEN = {"model.base_model": "DIRECTORY", "reward.name": "DIRECTORY", "task.path": "FILE.tsv"}
+GIVEN = {
+    "model.base_model": "DIRECTORY",
+    "reward.name": "DIRECTORY",
+    "reward.path": "DIRECTORY",
+    "task.path": "FILE.tsv",
+}
+# Rewards that a step of `prepare` makes, and the experiments that have such a step.
+MADE = {
+    "reward/artifact_classifier": {"reviews", "labelled_text"},
+    "reward/artifact_reward_model": {"arithmetic"},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -201,16 +230,16 @@ def test_imdb_sentiment_has_the_hyperparameters_of_the_notebook():
 
 
 @pytest.mark.parametrize("option", [o for o in PARTS if o.startswith(("reward/", "sampler/"))])
-@pytest.mark.parametrize("experiment", ["reviews", "labelled_text", "periods", "imdb_sentiment"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_a_reward_or_sampler_can_be_swapped_under_any_experiment(experiment, option, sentences):
+    if experiment not in MADE.get(option, {experiment}):
+        return
     group, name = option.split("/")
-    given = [f"task.path={sentences}"] if experiment == "labelled_text" else []
-    if option == "reward/classifier":
-        given.append("reward.name=DIRECTORY")
-    if option == "reward/artifact_classifier" and experiment in ("periods", "imdb_sentiment"):
-        return  # these train no classifier
-    steps = build_all([f"experiment={experiment}", f"{group}={name}", *given])
-    chosen = run.to_container(compose("~experiment", f"{group}={name}", *given[1:], *(
-        ["reward.name=DIRECTORY"] if option == "reward/classifier" else []
-    )))[group]["_target_"]  # fmt: skip
+    given = [f"{group}={name}"]
+    needed = OmegaConf.missing_keys(compose("~experiment", *given))
+    given += [f"{key}={GIVEN[key]}" for key in needed]
+    chosen = run.to_container(compose("~experiment", *given))[group]["_target_"]
+    if experiment == "labelled_text":
+        given.append(f"task.path={sentences}")
+    steps = build_all([f"experiment={experiment}", *given])
     assert type(steps["run"][1][group]).__name__ == chosen.rpartition(".")[2]

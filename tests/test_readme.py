@@ -15,6 +15,8 @@ from omegaconf import OmegaConf
 
 from rlhf_exp.run import ALLOWED_TARGETS, CONF, instantiate, to_container
 from rlhf_exp.steps import read_steps
+from rlhf_exp.tasks.pairs import write_pairs
+from rlhf_exp.tasks.protocol import Pair
 from rlhf_exp.types import Completions, PromptBatch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,12 +44,20 @@ def sentences(path: Path) -> Path:
     return path
 
 
+def pairs(path: Path) -> Path:
+    write_pairs([Pair(f"prompt {i}", f" good {i}", f" bad {i}") for i in range(100)], path)
+    return path
+
+
 @pytest.mark.parametrize("command", TRAIN)
 def test_command_composes_and_passes_every_check(command: str, tmp_path: Path) -> None:
     command = command.replace("FILE.tsv", str(sentences(tmp_path / "texts.tsv")))
+    command = command.replace("PAIRS.jsonl", str(pairs(tmp_path / "pairs.jsonl")))
     words = [word for word in shlex.split(command)[2:] if word != "-m"]
     flags = [word for word in words if word.startswith("--")]
-    overrides = [re.sub(r"=([^=,\[]+),.*", r"=\1", word) for word in words if "=" in word]
+    overrides = [
+        re.sub(r"=([^=,\[{]+),.*", r"=\1", word) for word in words if "=" in word or word[0] == "~"
+    ]
     assert len(flags) + len(overrides) == len(words), "a word that is neither flag nor override"
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = to_container(hydra.compose("config", overrides=overrides))
@@ -92,7 +102,7 @@ def test_the_example_of_a_reward_scores(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_every_metric_that_is_logged_is_in_the_glossary() -> None:
     sources = [p.read_text() for p in (ROOT / "rlhf_exp").rglob("*.py")]
-    prefixes = "objective|policy|loss|val|sample|eval|time|heldout|train"
+    prefixes = "objective|policy|loss|val|sample|eval|time|heldout|train|pairs"
     logged = {m for s in sources for m in re.findall(rf'"((?:{prefixes})/\w+)"', s)}
     assert len(logged) > 20
     missing = {name for name in logged if f"`{name}`" not in README}

@@ -6,15 +6,24 @@ import pytest
 import torch
 
 from rlhf_exp.functional.logprobs import completion_logits, token_logprobs
-from rlhf_exp.models.loading import build_policy, load_policy
+from rlhf_exp.models.loading import Pretrained, build_policy, load_policy
+from rlhf_exp.models.reward_model import load_reward_model
 from rlhf_exp.models.scratch import Scratch
+from rlhf_exp.rewards.arithmetic import ArithmeticReward
+from rlhf_exp.rewards.reward_model import LearnedReward, score_answers
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.stages.ppo import PPO
+from rlhf_exp.stages.preferences import Preferences
+from rlhf_exp.stages.reward_model import TrainRewardModel
+from rlhf_exp.stages.sft import SFT
+from rlhf_exp.tasks.arithmetic import Arithmetic
+from rlhf_exp.tasks.pairs import PairsFile
 from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.training.context import Context
 from rlhf_exp.training.folder import RunFolder
+from rlhf_exp.training.optim import AdamWSettings, Constant
 from rlhf_exp.training.seeding import stream
 from tests.stages.toy import RAGGED, ToyTask, parts
 
@@ -55,3 +64,40 @@ def test_bandit_is_solved_and_its_policy_reloads(tmp_path: Path) -> None:
     after = ppo.run(context, **parts(sampler=CachedSampler(gen_len=1)))["after"]
     assert after["eval/score"] > 0.9
     assert load_policy(tmp_path, device=DEVICE).device.type == DEVICE.type
+
+
+def test_the_four_steps_run_and_the_reward_model_scores_as_on_the_cpu(tmp_path: Path) -> None:
+    task, sampler = Arithmetic(), CachedSampler(gen_len=15, stop_at_eos=True)
+    learning = {"optimizer": AdamWSettings(base_lr=3e-3, head_lr=3e-3), "schedule": Constant()}
+    sft = Pretrained(base_model=str(tmp_path / "sft"))
+
+    def on_gpu(name: str) -> Context:
+        return Context(folder=RunFolder(tmp_path / name), seed=1, device=DEVICE)
+
+    SFT(data="demonstrations", layout="pack", max_updates=60, dtype="auto").run(
+        on_gpu("sft"), task=task, model=Scratch(d_model=32, context_len=36), **learning
+    )
+    Preferences(num_pairs=400, num_held_out=200, dtype="auto").run(
+        on_gpu("pairs"), task=task, model=sft, reward=ArithmeticReward(), sampler=sampler
+    )
+    pairs = PairsFile(path=str(tmp_path / "pairs"))
+    after = TrainRewardModel(width=32, epochs=10, eval_every=10).run(
+        on_gpu("reward"), task=pairs, model=sft, **learning
+    )["after"]
+    assert after["heldout/pair_accuracy"] > 0.6
+    some = pairs.pair_split().held_out[:20]
+    prompts, answers = [pair.prompt for pair in some], [pair.chosen for pair in some]
+    scores = [
+        score_answers(load_reward_model(tmp_path / "reward", device=device), prompts, answers)
+        for device in ("cpu", DEVICE)
+    ]
+    torch.testing.assert_close(scores[0], scores[1].cpu(), rtol=0, atol=1e-3)
+    result = PPO(total_phases=2, eval_every=1, eval_samples=32).run(
+        on_gpu("ppo"),
+        task=task,
+        model=sft,
+        reward=LearnedReward(path=str(tmp_path / "reward")),
+        sampler=sampler,
+        **learning,
+    )
+    assert "eval/exact_match" in result["after"]
