@@ -88,11 +88,11 @@ def score_answers(
     before = [tokenizer.bos_token_id] if model.shape.prepend_bos else []
     rows = [before + ids for ids in encode(tokenizer, prompts)]
     ended = [[*ids, tokenizer.eos_token_id] for ids in encode(tokenizer, answers)]
-    longest = max(map(len, rows)) + max(map(len, ended))
+    longest = max(len(prompt) + len(answer) for prompt, answer in zip(rows, ended, strict=True))
     if longest > model.backbone.context_len:
         raise ConfigError(
-            f"prompts and answers of up to {longest} tokens exceed the reward model's context of"
-            f" {model.backbone.context_len}: shorten them"
+            f"a prompt and its answer have {longest} tokens, more than the reward model's context"
+            f" of {model.backbone.context_len}: shorten them"
         )
     return model(
         written_completions(

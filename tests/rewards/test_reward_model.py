@@ -201,9 +201,16 @@ def test_a_policy_that_writes_more_than_it_can_read_is_refused(path):
     [
         (["one"], [], "1 prompts and 0 answers"),
         ([], [], "0 prompts and 0 answers"),
-        (["one"], [" two" * CONTEXT_LEN], rf"of up to {CONTEXT_LEN + 3} tokens exceed"),
+        (["one"], [" two" * CONTEXT_LEN], rf"have {CONTEXT_LEN + 3} tokens, more than"),
     ],
 )
 def test_answers_that_cannot_be_scored_are_refused(path, prompts, answers, message):
     with pytest.raises(ConfigError, match=message):
         score_answers(load_reward_model(path), prompts, answers)
+
+
+def test_a_long_prompt_and_another_ones_long_answer_fit_side_by_side(path):
+    model = load_reward_model(path)
+    prompts, answers = ["one " * 20, "two"], [" three", " four" * 20]
+    alone = [score_answers(model, [p], [a]) for p, a in zip(prompts, answers, strict=True)]
+    assert_near(score_answers(model, prompts, answers), torch.cat(alone))
