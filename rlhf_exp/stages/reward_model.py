@@ -25,7 +25,7 @@ from rlhf_exp.stages.pair_data import (
     score_rows,
 )
 from rlhf_exp.tasks.pair_tokens import EncodedPair, encode_pairs
-from rlhf_exp.tasks.pairs import hold_out
+from rlhf_exp.tasks.pairs import hold_out, num_shared
 from rlhf_exp.tasks.protocol import PairTask
 from rlhf_exp.training.context import Context
 from rlhf_exp.training.curves import plot_margins, plot_predictions, plot_supervised
@@ -167,6 +167,11 @@ class TrainRewardModel(Supervised):
             )
             for pairs, sources in zip(task.pair_split(), task.sources(), strict=True)
         ]  # fmt: skip
+        if shared := num_shared(task.pair_split()):
+            log.warning(
+                "%d of %d held-out pairs have a prompt that is trained on too: what is reported is"
+                " no measure of new prompts", shared, len(encoded[1]),
+            )  # fmt: skip
         halves = hold_out(
             encoded[1], fraction=0.5, salt=f"stop {context.seed}", prompt_of=lambda e: e.pair.prompt
         )

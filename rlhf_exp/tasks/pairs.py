@@ -122,6 +122,12 @@ def hold_out(
     return Split(tuple(parts[0]), tuple(parts[1]))
 
 
+def num_shared(split: Split[Pair]) -> int:
+    """Held-out pairs whose prompt is trained on too."""
+    trained = {pair.prompt for pair in split.train}
+    return sum(pair.prompt in trained for pair in split.held_out)
+
+
 def locate_pairs(path: str) -> list[Path]:
     """The file itself, or the train and test files of a folder or of its `pairs` folder. Raises
     ConfigError if there are none."""

@@ -1,5 +1,6 @@
 """Training of a reward model: it ranks what can be ranked, keeps the best, and serves as reward."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rlhf_exp.stages.pair_data import PairData, error_metrics, pair_loss, pair_m
 from rlhf_exp.stages.reward_model import TrainRewardModel
 from rlhf_exp.tasks.pair_tokens import collate, encode_pairs
 from rlhf_exp.tasks.pairs import PairsFile, hold_out
-from rlhf_exp.tasks.protocol import Pair
+from rlhf_exp.tasks.protocol import Pair, Split
 from rlhf_exp.training.optim import AdamWSettings, Constant, WarmupDecay
 
 from .toy import ToyPairs, ToyTask, context, rows, saved_model
@@ -327,3 +328,18 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     assert not TrainRewardModel().check(task=ToyPairs(), model=Scratch())
     with pytest.raises(ConfigError, match=r"task.path=.*nowhere: no such file"):
         TrainRewardModel().check(task=PairsFile(path=f"{tmp_path}/nowhere"), model=Scratch())
+
+
+def test_held_out_prompts_that_are_trained_on_are_told(
+    tmp_path: Path, model: Pretrained, caplog: pytest.LogCaptureFixture
+) -> None:
+    @dataclass(frozen=True)
+    class Overlapping(ToyPairs):
+        def pair_split(self) -> Split[Pair]:
+            train, held_out = super().pair_split()
+            return Split((*train, *held_out[:3]), held_out)
+
+    train(tmp_path / "a", model)
+    assert "trained on too" not in caplog.text
+    train(tmp_path / "b", model, task=Overlapping())
+    assert "of 80 held-out pairs have a prompt that is trained on too" in caplog.text

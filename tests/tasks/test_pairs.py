@@ -13,8 +13,15 @@ from pyarrow import Table, parquet
 
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.hashing import hash_fraction
-from rlhf_exp.tasks.pairs import PairsFile, hold_out, locate_pairs, read_pairs, write_pairs
-from rlhf_exp.tasks.protocol import CorpusTask, Pair, PairTask
+from rlhf_exp.tasks.pairs import (
+    PairsFile,
+    hold_out,
+    locate_pairs,
+    num_shared,
+    read_pairs,
+    write_pairs,
+)
+from rlhf_exp.tasks.protocol import CorpusTask, Pair, PairTask, Split
 
 CONF = Path(__file__).parents[2] / "conf/task"
 ROW = {"prompt": "p", "chosen": " good", "rejected": " bad"}
@@ -352,3 +359,10 @@ def test_splits_of_a_split_with_another_salt_are_independent():
     again, rest = hold_out(held_out, fraction=0.5, salt="stop 0", prompt_of=str)
     assert min(len(again), len(rest)) > 0.35 * len(held_out)
     assert hold_out(held_out, fraction=0.5, salt="0", prompt_of=str).train == ()
+
+
+def test_held_out_pairs_whose_prompt_is_trained_on_are_counted():
+    train = tuple(Pair(p, " a", " b") for p in ("p", "q"))
+    held_out = tuple(Pair(p, " c", " d") for p in ("q", "r", "q"))
+    assert num_shared(Split(train, held_out)) == 2
+    assert num_shared(Split(train, held_out[1:2])) == 0
