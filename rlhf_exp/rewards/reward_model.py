@@ -15,7 +15,7 @@ from rlhf_exp.models.loading import directory_hash, load_context_len, load_token
 from rlhf_exp.models.reward_model import RewardModel, load_reward_model, read_head_shape
 from rlhf_exp.rewards.protocol import RewardFunction
 from rlhf_exp.settings import ConfigError, Count, Text, settings
-from rlhf_exp.tasks.encoding import encode
+from rlhf_exp.tasks.encoding import encode, leading_ids
 from rlhf_exp.tasks.pair_tokens import written_completions
 from rlhf_exp.types import Completions
 
@@ -85,7 +85,7 @@ def score_answers(
     if len(prompts) != len(answers) or not prompts:
         raise ConfigError(f"{len(prompts)} prompts and {len(answers)} answers: give equally many")
     tokenizer = model.backbone.tokenizer
-    before = [tokenizer.bos_token_id] if model.shape.prepend_bos else []
+    before = leading_ids(tokenizer, prepend_bos=model.shape.prepend_bos)
     rows = [before + ids for ids in encode(tokenizer, prompts)]
     ended = [[*ids, tokenizer.eos_token_id] for ids in encode(tokenizer, answers)]
     longest = max(len(prompt) + len(answer) for prompt, answer in zip(rows, ended, strict=True))

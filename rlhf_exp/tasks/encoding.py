@@ -31,6 +31,16 @@ def can_encode(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     return True
 
 
+def leading_ids(tokenizer: PreTrainedTokenizerBase, *, prepend_bos: bool) -> list[int]:
+    """What a prompt's ids begin with: BOS or nothing. Raises ConfigError for a tokenizer without
+    the BOS that is asked for."""
+    if not prepend_bos:
+        return []
+    if tokenizer.bos_token_id is None:
+        raise ConfigError("task.prepend_bos=true, but the tokenizer has no BOS token; set it false")
+    return [tokenizer.bos_token_id]
+
+
 def tokenizer_factory(task: Task) -> Callable[[], PreTrainedTokenizerBase] | None:
     """What builds the task's tokenizer, None if it has no texts to make one from."""
     return task.build_tokenizer if isinstance(task, CorpusTask) else None

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.batches import pad_right
-from rlhf_exp.tasks.encoding import encode
+from rlhf_exp.tasks.encoding import encode, leading_ids
 from rlhf_exp.tasks.protocol import Demonstration
 from rlhf_exp.types import record
 
@@ -86,7 +86,7 @@ def encode_demonstrations(
     Raises ConfigError for one without a prompt, and for one that is longer than `limit` tokens:
     cut, it would teach an answer that does not end.
     """
-    before = [tokenizer.bos_token_id] if prepend_bos else []
+    before = leading_ids(tokenizer, prepend_bos=prepend_bos)
     prompts, responses = (encode(tokenizer, [d[i] for d in demonstrations]) for i in (0, 1))
     examples = [
         Example(tokens=[*before, *p, *r, tokenizer.eos_token_id], start=len(before) + len(p))

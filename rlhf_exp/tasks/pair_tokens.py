@@ -8,7 +8,7 @@ import torch
 from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.batches import pad_left, pad_right
-from rlhf_exp.tasks.encoding import can_encode, encode
+from rlhf_exp.tasks.encoding import can_encode, encode, leading_ids
 from rlhf_exp.tasks.protocol import Pair
 from rlhf_exp.types import Completions, PromptBatch
 
@@ -36,13 +36,11 @@ def encode_pairs(
     Raises ConfigError naming the source and the field of a text that holds what the vocabulary does
     not, or whose prompt and answer exceed `limit` tokens.
     """
-    if prepend_bos and tokenizer.bos_token_id is None:
-        raise ConfigError("task.prepend_bos=true, but the tokenizer has no BOS token; set it false")
+    before = leading_ids(tokenizer, prepend_bos=prepend_bos)
     columns = {
         name: _encode(tokenizer, [getattr(pair, name) for pair in pairs], name, sources)
         for name in ("prompt", "chosen", "rejected")
     }
-    before = [tokenizer.bos_token_id] if prepend_bos else []
     encoded = []
     for i, (pair, source) in enumerate(zip(pairs, sources, strict=True)):
         answers = {

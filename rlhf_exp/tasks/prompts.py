@@ -7,7 +7,7 @@ import torch
 from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.batches import pad_left
-from rlhf_exp.tasks.encoding import encode
+from rlhf_exp.tasks.encoding import encode, leading_ids
 from rlhf_exp.types import PromptBatch
 
 
@@ -22,9 +22,7 @@ def encode_prompts(
 
     Raises ConfigError for a tokenizer without BOS, and for a text of no tokens.
     """
-    if prepend_bos and tokenizer.bos_token_id is None:
-        raise ConfigError("task.prepend_bos=true, but the tokenizer has no BOS token; set it false")
-    bos = [tokenizer.bos_token_id] if prepend_bos else []
+    bos = leading_ids(tokenizer, prepend_bos=prepend_bos)
     rows = [bos + ids for ids in encode(tokenizer, texts)] if texts else []
     if not rows or not all(rows):
         raise ConfigError("task: a prompt has no tokens; give it text or set task.prepend_bos=true")

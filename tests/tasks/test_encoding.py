@@ -1,7 +1,7 @@
 import pytest
 
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.tasks.encoding import can_encode, encode, tokenizer_factory
+from rlhf_exp.tasks.encoding import can_encode, encode, leading_ids, tokenizer_factory
 from rlhf_exp.tasks.prefix import Prefix
 from rlhf_exp.tasks.tokenizers import closed_word_tokenizer, word_tokenizer
 from tests.stages.toy import ToyTask
@@ -24,6 +24,14 @@ def test_another_mistake_is_not_taken_for_an_unknown_word():
     with pytest.raises(Exception, match=r".") as caught:
         encode(CLOSED, [1])
     assert not isinstance(caught.value, ConfigError)
+
+
+def test_a_prompt_begins_with_bos_or_nothing():
+    tokenizer = word_tokenizer(["a"])
+    assert leading_ids(tokenizer, prepend_bos=True) == [tokenizer.bos_token_id]
+    assert leading_ids(tokenizer, prepend_bos=False) == leading_ids(CLOSED, prepend_bos=False) == []
+    with pytest.raises(ConfigError, match=r"^task\.prepend_bos=true, but the tokenizer has no BOS"):
+        leading_ids(CLOSED, prepend_bos=True)
 
 
 def test_only_a_task_with_texts_makes_a_tokenizer():
