@@ -4,6 +4,7 @@ Importing the classes takes seconds, and a configuration is checked without them
 refused before anybody waits for an import. Code that calls them imports them where it calls.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,8 +23,10 @@ __all__ = [
 
 
 def quieten_transformers() -> None:
-    """Silences transformers' warnings and progress bars; what matters of them is an error here."""
+    """Silences transformers' warnings and progress bars and the hub's lines for each request; what
+    matters of them is an error here."""
     import transformers
 
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

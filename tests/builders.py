@@ -13,7 +13,7 @@ from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.tasks.tokenizers import word_tokenizer
 from rlhf_exp.types import Completions, PromptBatch
 
-ARCHITECTURES = ("gpt2", "llama", "gpt_neox")
+ARCHITECTURES = ("gpt2", "llama", "qwen2", "gpt_neox")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", ".", "no")
 CONTEXT_LEN = 32
 

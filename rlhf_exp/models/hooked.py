@@ -99,7 +99,7 @@ class HookedView:
 
         def value_hook(activation: Tensor, hook: Any) -> None:
             seen["hidden"] = activation
-            seen["values"] = value_head(activation).squeeze(-1)
+            seen["values"] = value_head(activation.float()).squeeze(-1)
 
         logits = self.call(
             lambda bridge: bridge.run_with_hooks(

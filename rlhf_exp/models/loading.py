@@ -4,24 +4,35 @@ It knows Hugging Face's formats and what goes wrong with them: every failure is 
 names the model and the fix.
 """
 
-import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
+from pydantic import model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
+from rlhf_exp.models.hub import (
+    directory_hash,
+    find_file,
+    from_pretrained,
+    locate_model,
+    locate_revision,
+    model_from_pretrained,
+    tokenizer_from_pretrained,
+)
+from rlhf_exp.models.lora import has_adapter
 from rlhf_exp.models.policy import Engine, TransformerWithValueHead, initialise_value_head
-from rlhf_exp.network import reachable
 from rlhf_exp.settings import ConfigError, Text, settings
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 ValueHeadInit = Literal["default", "zero"]
+Attention = Literal["eager", "sdpa", "flash_attention_2"]
+WeightsDtype = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TokenizerFactory = Callable[[], PreTrainedTokenizerBase]
 LanguageModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -43,7 +54,7 @@ class ModelSettings(Protocol):
     def language_model(
         self, make_tokenizer: TokenizerFactory | None, *, seed: int
     ) -> LanguageModel:
-        """The model on the CPU in fp32 and its tokenizer. `make_tokenizer` builds the task's, for
+        """The model on the CPU and its tokenizer. `make_tokenizer` builds the task's, for
         models that are built from nothing; None if the task has no texts."""
         ...
 
@@ -54,39 +65,68 @@ class ModelSettings(Protocol):
 
 @settings
 class Pretrained:
-    """A model that exists: by hub name, local directory or run folder."""
+    """A model that exists: by hub name, local directory or run folder.
+
+    `dtype` is of the weights; those that are trained must be fp32, since bf16 rounds small updates
+    away. Code that comes with a model runs only with trust_remote_code.
+    """
 
     base_model: Text
     revision: str | None = None
+    dtype: WeightsDtype = "fp32"
+    attn_implementation: Attention | None = None
+    trust_remote_code: bool = False
     engine: Engine = "fast"
     value_head_init: ValueHeadInit = "default"
+
+    @model_validator(mode="after")
+    def _one_attention(self) -> "Pretrained":
+        if self.engine == "hooked" and self.attn_implementation not in (None, "eager"):
+            raise ValueError(
+                f"attn_implementation={self.attn_implementation}: TransformerLens computes"
+                " attention itself; set it null, or engine=fast"
+            )
+        return self
 
     def language_model(
         self, make_tokenizer: TokenizerFactory | None, *, seed: int
     ) -> LanguageModel:
         """The model and the tokenizer that its directory holds; the task's is not used."""
-        return load_language_model(self.base_model, revision=self.revision)
+        return load_language_model(
+            self.base_model,
+            revision=self.revision,
+            dtype=self.dtype,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+        )
 
     def fingerprint(self) -> str:
         """A hash of names, sizes and times of the directory's files, "" for a hub name."""
         return directory_hash(locate_model(self.base_model))
 
     def value_head_path(self) -> Path | None:
-        """`value_head.safetensors` in the model's directory, if it is there."""
-        path = Path(locate_model(self.base_model)) / VALUE_HEAD_FILE
-        return path if path.is_file() else None
+        """`value_head.safetensors` in the model's directory or repository, if it is there."""
+        return find_file(locate_model(self.base_model), VALUE_HEAD_FILE, revision=self.revision)
 
 
-def directory_hash(path: str) -> str:
-    """A hash of names, sizes and times of the files below a directory, "" if it is none."""
-    source = Path(path)
-    if not source.is_dir():
-        return ""
-    digest = hashlib.sha256()
-    for file in sorted(source.rglob("*")):
-        stat = file.stat()
-        digest.update(f"{file.relative_to(source)} {stat.st_size} {stat.st_mtime_ns}".encode())
-    return digest.hexdigest()
+def must_be_fp32(model: ModelSettings) -> list[str]:
+    """What is wrong with settings of a model whose own weights are trained, in PPO or elsewhere."""
+    if isinstance(model, Pretrained) and model.dtype != "fp32":
+        return [
+            f"model.dtype={model.dtype}: weights that are trained must be fp32, or small updates"
+            " are rounded away; set it fp32 (in PPO bf16 goes with reference=lora)"
+        ]
+    return []
+
+
+def must_be_plain(model: ModelSettings, *, stage: str) -> list[str]:
+    """What is wrong with settings of a model that a supervised stage of that name trains."""
+    problems = must_be_fp32(model)
+    if model.engine != "fast":
+        problems.append(
+            f"model.engine=hooked is for stage=ppo; stage={stage} trains with engine=fast"
+        )
+    return problems
 
 
 def build_policy(
@@ -128,21 +168,39 @@ def load_policy(
 
 
 def load_language_model(
-    name: str, *, revision: str | None = None, field: str = "model.base_model"
+    name: str,
+    *,
+    revision: str | None = None,
+    field: str = "model.base_model",
+    dtype: WeightsDtype = "fp32",
+    attn_implementation: Attention | None = None,
+    trust_remote_code: bool = False,
 ) -> LanguageModel:
-    """A causal language model in fp32 and its tokenizer. Raises ConfigError if the name is neither
-    a directory with a model nor known to a hub within reach, and for a revision of a directory."""
+    """A causal language model and its tokenizer. Raises ConfigError if the name is neither a
+    directory with a model nor known to a hub within reach, for a revision of a directory, for an
+    adapter, and for a model that brings its own code unless that is trusted."""
     from transformers import AutoModelForCausalLM
 
-    source = locate_model(name, field=field)
-    if revision is not None and Path(source).is_dir():
-        raise ConfigError(
-            f"model.revision={revision} is for hub names; {name!r} is a directory: set it null"
-        )
-    model = _model_from_pretrained(
-        AutoModelForCausalLM, source, field, name, revision=revision, dtype=torch.float32
+    source = locate_revision(name, revision, field)
+    model = model_from_pretrained(
+        AutoModelForCausalLM,
+        source,
+        field,
+        name,
+        revision=revision,
+        dtype=DTYPES[dtype],
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
     )
-    tokenizer = load_tokenizer(name, revision=revision, field=field)
+    # transformers puts such adapters into their base model, which is frozen then.
+    if has_adapter(model):
+        raise ConfigError(
+            f"{field}={name!r} holds an adapter: merge it into its base model with PEFT's"
+            " merge_and_unload, and name what that saves"
+        )
+    tokenizer = load_tokenizer(
+        name, revision=revision, field=field, trust_remote_code=trust_remote_code
+    )
     if len(tokenizer) > model.config.vocab_size:
         raise ConfigError(
             f"{field}={name!r}: its tokenizer has {len(tokenizer)} tokens but the model"
@@ -152,15 +210,22 @@ def load_language_model(
 
 
 def load_tokenizer(
-    name: str, *, revision: str | None = None, field: str = "model.base_model"
+    name: str,
+    *,
+    revision: str | None = None,
+    field: str = "model.base_model",
+    trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
     """A model's tokenizer, padding on the left. Raises ConfigError as `load_language_model`
     does."""
-    from transformers import AutoTokenizer
-
     source = locate_model(name, field=field)
-    tokenizer = _from_pretrained(
-        AutoTokenizer, source, field, name, revision=revision, padding_side="left"
+    tokenizer = tokenizer_from_pretrained(
+        source,
+        field,
+        name,
+        revision=revision,
+        padding_side="left",
+        trust_remote_code=trust_remote_code,
     )
     # Of a directory without a tokenizer transformers makes one that knows special tokens alone.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -176,67 +241,36 @@ def load_context_len(name: str, *, field: str = "model.base_model") -> int:
     `load_language_model` does."""
     from transformers import AutoConfig
 
-    config = _from_pretrained(AutoConfig, locate_model(name, field=field), field, name)
+    config = from_pretrained(AutoConfig, locate_model(name, field=field), field, name)
     return int(config.max_position_embeddings)
 
 
-def load_classifier(name: str, *, dtype: torch.dtype) -> LanguageModel:
-    """A sequence classifier and its tokenizer, in evaluation mode. Raises ConfigError as
-    `load_language_model` does."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+def load_classifier(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    field: str = "reward.name",
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """A sequence classifier and its tokenizer, in evaluation mode; one without a padding token
+    (GPT-2) gets its EOS for that. Raises ConfigError as `load_language_model` does."""
+    from transformers import AutoModelForSequenceClassification
 
-    source = locate_model(name, field="reward.name")
-    model = _model_from_pretrained(
-        AutoModelForSequenceClassification, source, "reward.name", name, dtype=dtype
+    source = locate_revision(name, revision, field)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    model = model_from_pretrained(
+        AutoModelForSequenceClassification, source, field, name, dtype=dtype, **options
     )
-    return model.eval(), _from_pretrained(AutoTokenizer, source, "reward.name", name)
-
-
-def locate_model(name: str, *, field: str = "model.base_model") -> str:
-    """Where transformers shall load `name` from: the directory itself, the `model/` of a run's
-    folder, or the name unchanged if it can only be a hub's. Raises ConfigError for a directory
-    without a model and for a path that does not exist."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        for candidate in (path, path / "model"):
-            if (candidate / "config.json").is_file():
-                return str(candidate)
-        raise ConfigError(
-            f"{field}={name!r} is a directory without a model: neither config.json nor"
-            " model/config.json is in it. Name a save_pretrained directory or a finished run."
-        )
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"{field}={name!r}: no such directory")
-    return name
-
-
-def _model_from_pretrained(
-    loader: Any, source: str, field: str, name: str, **options: Any
-) -> PreTrainedModel:
-    model, info = _from_pretrained(loader, source, field, name, output_loading_info=True, **options)
-    # transformers draws such weights at random and goes on.
-    if missing := sorted(info["missing_keys"]):
-        raise ConfigError(
-            f"{field}={name!r} was not saved as {type(model).__name__}: it lacks the weights"
-            f" {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
-        )
-    return model
-
-
-def _from_pretrained(loader: Any, source: str, field: str, name: str, **options: Any) -> Any:
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    local = Path(source).is_dir() or not reachable(hub)
-    try:
-        return loader.from_pretrained(source, local_files_only=local, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0][:300]
-        if Path(source).is_dir():
-            fix = f"{loader.__name__} must be able to open it"
-        elif local:
-            fix = f"{hub} is out of reach and it is not in the local cache; name a local directory"
-        else:
-            fix = f"check the name on {hub}, or name a local directory"
-        raise ConfigError(f"{field}={name!r} cannot be loaded: {fix}.\n  {reason}") from error
+    tokenizer = tokenizer_from_pretrained(source, field, name, **options)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(f"{field}={name!r}: its tokenizer has no padding and no EOS token")
+        tokenizer.pad_token = tokenizer.eos_token
+    config = model.config.get_text_config()  # of models that read more than text, a part
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
 
 
 def _load_value_head(policy: TransformerWithValueHead, path: Path) -> None:
@@ -251,7 +285,16 @@ def _load_value_head(policy: TransformerWithValueHead, path: Path) -> None:
 def _check_taken_apart(policy: TransformerWithValueHead) -> None:
     """Raises ConfigError for an architecture whose logits are more than its output embedding on its
     final hidden states (soft-capped or scaled logits, the heads of encoders), which this package
-    does not handle."""
+    does not handle, and for one without a length of context."""
+    name = type(policy.language_model).__name__
+    try:
+        context_len = policy.language_model.config.max_position_embeddings
+    except AttributeError as error:
+        raise ConfigError(
+            f"model: {name} does not say how many tokens it attends to"
+            " (max_position_embeddings); this architecture is not supported"
+        ) from error
+    assert context_len > 0
     tokens = torch.arange(min(8, len(policy.tokenizer)), device=policy.device)[None]
     mask = torch.ones_like(tokens, dtype=torch.bool)
     calls: list[tuple[Tensor, Tensor]] = []
@@ -274,6 +317,6 @@ def _check_taken_apart(policy: TransformerWithValueHead) -> None:
         torch.allclose(unembedded, hidden, rtol=1e-3, atol=1e-3) and torch.allclose(whole, logits)
     ):
         raise ConfigError(
-            f"model: {type(policy.language_model).__name__} does more than its output embedding"
+            f"model: {name} does more than its output embedding"
             " between final hidden states and logits; this architecture is not supported"
         )

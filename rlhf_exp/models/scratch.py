@@ -21,7 +21,7 @@ def _check_heads(d_model: int, num_heads: int) -> None:
 class Scratch:
     """A causal language model of the given shape with random weights and the task's tokenizer."""
 
-    architecture: Literal["gpt2", "llama", "gpt_neox"] = "gpt2"
+    architecture: Literal["gpt2", "llama", "qwen2", "gpt_neox"] = "gpt2"
     num_layers: Count = 2
     d_model: Count = 64
     num_heads: Count = 4
@@ -36,8 +36,8 @@ class Scratch:
         _check_heads(self.d_model, self.num_heads)
         width = self.d_model // self.num_heads
         # Rotary embeddings turn pairs; GPT-NeoX's turn a quarter of a head, which must not be none.
-        if self.architecture == "llama" and width % 2:
-            raise ValueError(f"d_model/num_heads={width} must be even for architecture=llama")
+        if self.architecture in ("llama", "qwen2") and width % 2:
+            raise ValueError(f"d_model/num_heads={width} must be even for {self.architecture}")
         if self.architecture == "gpt_neox" and width < 4:
             raise ValueError(f"d_model/num_heads={width} must be at least 4 for gpt_neox")
         return self
@@ -96,6 +96,9 @@ class Scratch:
         }
         if self.architecture == "llama":
             return hf.LlamaForCausalLM(hf.LlamaConfig(**shape, **common))
+        if self.architecture == "qwen2":
+            shape["num_key_value_heads"] = self.num_heads
+            return hf.Qwen2ForCausalLM(hf.Qwen2Config(**shape, **common))
         config = hf.GPTNeoXConfig(hidden_dropout=self.dropout, **shape, **common)
         return hf.GPTNeoXForCausalLM(config)
 

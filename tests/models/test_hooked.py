@@ -37,7 +37,7 @@ def test_a_bridge_shows_the_weights_of_its_moment(architecture):
     assert (after - before)[MASK].abs().max() > 0.05
 
 
-@pytest.mark.parametrize("shared", ["gpt2", "llama"])
+@pytest.mark.parametrize("shared", ["gpt2", "llama", "qwen2"])
 def test_where_nothing_is_copied_a_bridge_follows_the_optimizer(shared):
     policy = tiny_policy(shared)
     bridge = policy.hooked()

@@ -10,16 +10,15 @@ import transformers as hf
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
+from rlhf_exp.models.hub import directory_hash, locate_model
 from rlhf_exp.models.loading import (
     VALUE_HEAD_FILE,
     Pretrained,
     build_policy,
-    directory_hash,
     load_classifier,
     load_language_model,
     load_policy,
     load_tokenizer,
-    locate_model,
 )
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.models.scratch import Scratch
@@ -83,6 +82,9 @@ def test_a_run_folder_is_as_good_as_its_model(tmp_path):
         assert torch.equal(ours, theirs)
     assert locate_model(str(tmp_path / "run")) == str(tmp_path / "run" / "model")
     assert locate_model(str(tmp_path / "run" / "model")) == str(tmp_path / "run" / "model")
+    # Of a directory with both, the one that was named.
+    save_policy(policy, tmp_path / "run")
+    assert locate_model(str(tmp_path / "run")) == str(tmp_path / "run")
 
 
 def test_a_home_directory_is_found(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ def test_the_model_has_the_shape_that_is_asked_for(architecture):
     assert model.config.vocab_size == len(tokenizer) == 4 + len(WORDS)
     ids = (model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id)
     assert ids == (0, 1, 2)
-    mlp = {"gpt2": (24, 96), "llama": (96, 24), "gpt_neox": (96, 24)}[architecture]
+    mlp = (24, 96) if architecture == "gpt2" else (96, 24)
     assert sum(tuple(parameter.shape) == mlp for parameter in model.parameters()) >= 3
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     # The context is one that can be used whole.
@@ -56,7 +56,7 @@ def test_dropout_reaches_the_model(architecture, dropout):
     assert torch.equal(first, second) == (dropout == 0)
     kinds = {"attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout"}
     rates = [rate for kind, rate in model.config.to_dict().items() if kind in kinds]
-    assert len(rates) == {"gpt2": 3, "llama": 1, "gpt_neox": 2}[architecture]
+    assert len(rates) == {"gpt2": 3, "llama": 1, "qwen2": 1, "gpt_neox": 2}[architecture]
     assert set(rates) == {dropout}
 
 
@@ -91,8 +91,9 @@ def test_a_task_without_texts_is_refused():
     [
         ({"d_model": 65}, "d_model=65 must be a multiple of num_heads=4"),
         ({"architecture": "llama", "d_model": 12}, r"d_model/num_heads=3 must be even"),
+        ({"architecture": "qwen2", "d_model": 12}, r"d_model/num_heads=3 must be even"),
         ({"architecture": "gpt_neox", "d_model": 8}, r"d_model/num_heads=2 must be at least 4"),
-        ({"architecture": "bert"}, "'gpt2', 'llama' or 'gpt_neox'"),
+        ({"architecture": "bert"}, "'gpt2', 'llama', 'qwen2' or 'gpt_neox'"),
         ({"num_layers": 0}, "greater than or equal to 1"),
         ({"context_len": 0}, "greater than or equal to 1"),
         ({"dropout": 1.0}, "less than 1"),
@@ -118,7 +119,8 @@ def test_gpt2_has_no_rotary_pairs_to_fill(shape, heads):
 
 
 @pytest.mark.parametrize(
-    ("rotary", "d_model", "heads"), [("llama", 4, 2), ("gpt_neox", 8, 2), ("gpt_neox", 10, 2)]
+    ("rotary", "d_model", "heads"),
+    [("llama", 4, 2), ("qwen2", 4, 2), ("gpt_neox", 8, 2), ("gpt_neox", 10, 2)],
 )
 def test_the_narrowest_heads_know_their_positions(rotary, d_model, heads):
     model = model_of(rotary, d_model=d_model, num_heads=heads).eval()

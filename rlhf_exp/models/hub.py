@@ -1,0 +1,155 @@
+"""Hugging Face's `from_pretrained` from a hub name, a local directory or a run's folder.
+
+It knows where models lie and what goes wrong with them: every failure is a ConfigError that names
+the model and the fix.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
+from rlhf_exp.network import reachable
+from rlhf_exp.settings import ConfigError
+
+
+def locate_model(name: str, *, field: str = "model.base_model") -> str:
+    """Where transformers shall load `name` from: the directory itself, the `model/` of a run's
+    folder, or the name unchanged if it can only be a hub's. Raises ConfigError for a directory
+    without a model and for a path that does not exist."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        for candidate in (path, path / "model"):
+            if (candidate / "config.json").is_file():
+                return str(candidate)
+        if (path / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"{field}={name!r} holds a PEFT adapter without its model: merge it"
+                " (PeftModel.merge_and_unload), save that, and name the directory"
+            )
+        raise ConfigError(
+            f"{field}={name!r} is a directory without a model: neither config.json nor"
+            " model/config.json is in it. Name a save_pretrained directory or a finished run."
+        )
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigError(f"{field}={name!r}: no such directory")
+    return name
+
+
+def find_file(source: str, file: str, *, revision: str | None) -> Path | None:
+    """A file of a directory, or of a hub's repository through the local cache; None if it is not
+    there."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if Path(source).is_dir():
+        path = Path(source) / file
+        return path if path.is_file() else None
+    offline = not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        found = hf_hub_download(source, file, revision=revision, local_files_only=offline)
+    except EntryNotFoundError:  # also of the cache, if offline
+        return None
+    return Path(found)
+
+
+def locate_revision(name: str, revision: str | None, field: str) -> str:
+    """`locate_model`; raises ConfigError for a revision of a directory as well."""
+    source = locate_model(name, field=field)
+    if revision is not None and Path(source).is_dir():
+        group = field.partition(".")[0]
+        raise ConfigError(
+            f"{group}.revision={revision} is for hub names; {name!r} is a directory: set it null"
+        )
+    return source
+
+
+def model_from_pretrained(
+    loader: Any, source: str, field: str, name: str, **options: Any
+) -> PreTrainedModel:
+    """The model of an Auto class. Raises ConfigError as `from_pretrained` does, and if weights are
+    missing."""
+    # With PEFT installed transformers asks the hub for adapters whatever local_files_only says.
+    adapters = {"local_files_only": _local_only(source)}
+    model, info = from_pretrained(
+        loader, source, field, name, output_loading_info=True, adapter_kwargs=adapters, **options
+    )
+    # transformers draws such weights at random and goes on.
+    if missing := sorted(info["missing_keys"]):
+        raise ConfigError(
+            f"{field}={name!r} was not saved as {type(model).__name__}: it lacks the weights"
+            f" {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
+        )
+    return model
+
+
+def tokenizer_from_pretrained(
+    source: str, field: str, name: str, *, revision: str | None = None, **options: Any
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved, as tokenizer.json describes it if it is of no class of its own.
+    Raises ConfigError as `from_pretrained` does."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    with _explained("AutoTokenizer", source, field, name) as local_only:
+        options |= {"revision": revision, "local_files_only": local_only}
+        saved = get_tokenizer_config(source, revision=revision, local_files_only=local_only)
+        # AutoTokenizer would take any tokenizer beside a Qwen2 for Qwen's own, whatever it splits.
+        plain = saved.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        loader = PreTrainedTokenizerFast if plain and "auto_map" not in saved else AutoTokenizer
+        return loader.from_pretrained(source, **options)
+
+
+def from_pretrained(loader: Any, source: str, field: str, name: str, **options: Any) -> Any:
+    """`loader.from_pretrained(source)`, from the local cache alone if the hub is out of reach.
+    Raises ConfigError naming `field`, the name that the user gave, and the fix."""
+    with _explained(loader.__name__, source, field, name) as local_only:
+        return loader.from_pretrained(source, local_files_only=local_only, **options)
+
+
+@contextmanager
+def _explained(loader: str, source: str, field: str, name: str) -> Iterator[bool]:
+    local_only = _local_only(source)
+    try:
+        yield local_only
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        fix = _fix(str(error), loader, source, field.partition(".")[0], offline=local_only)
+        raise ConfigError(f"{field}={name!r} cannot be loaded: {fix}.\n  {reason}") from error
+
+
+def _local_only(source: str) -> bool:
+    return Path(source).is_dir() or not reachable(_hub())
+
+
+def _hub() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+
+def _fix(error: str, loader: str, source: str, group: str, *, offline: bool) -> str:
+    if "trust_remote_code" in error:
+        return f"it brings code of its own; if you trust that, set {group}.trust_remote_code=true"
+    if Path(source).is_dir():
+        return f"{loader} must be able to open it"
+    if offline:
+        return f"{_hub()} is out of reach and it is not in the local cache; name a local directory"
+    if "gated repo" in error:
+        return f"ask for access on {_hub()}/{source} and log in with `hf auth login`"
+    return f"check the name on {_hub()}, or name a local directory"
+
+
+def directory_hash(path: str) -> str:
+    """A hash of names, sizes and times of the files below a directory, "" if it is none."""
+    source = Path(path)
+    if not source.is_dir():
+        return ""
+    digest = hashlib.sha256()
+    for file in sorted(source.rglob("*")):
+        stat = file.stat()
+        digest.update(f"{file.relative_to(source)} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()
