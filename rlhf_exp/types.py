@@ -5,7 +5,7 @@ concerns completion token y_t: logprobs[:, t] = log p(y_t | x, y_<t), values[:, 
 rewards[:, t] is received for emitting y_t.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar, dataclass_transform
 
@@ -45,10 +45,31 @@ def _rows(value: Any, index: Tensor) -> Any:
     return value[index]
 
 
+def concatenate(records: Sequence[R]) -> R:
+    """Records of one kind as one, their rows in order; all have equally many columns."""
+    if len(records) == 1:
+        return records[0]
+    return type(records[0])(
+        **{
+            field.name: _joined([getattr(record, field.name) for record in records])
+            for field in fields(records[0])  # type: ignore[arg-type]
+        }
+    )
+
+
+def _joined(values: list[Any]) -> Any:
+    if isinstance(values[0], tuple):
+        return sum(values, ())
+    if isinstance(values[0], Record):
+        return concatenate(values)
+    return torch.cat(values)
+
+
 @record
 class PromptBatch(Record):
-    """Left-padded prompts. `rows` keep the task's own data for each; `rows[i]["prompt"]` is its
-    text."""
+    """Left-padded prompts. `rows` keep the task's own data for each: `rows[i]["prompt"]` is its
+    text, `rows[i]["messages"]` the conversation that the text renders if it is one, and the others
+    are further columns of a dataset."""
 
     tokens: Int[Tensor, "batch prompt"]
     mask: Bool[Tensor, "batch prompt"]

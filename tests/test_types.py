@@ -1,5 +1,6 @@
 import dataclasses
 import importlib.util
+import operator
 import sys
 from typing import Any
 
@@ -15,6 +16,7 @@ from rlhf_exp.types import (
     LossOutput,
     PromptBatch,
     Rollout,
+    concatenate,
 )
 
 BATCH, PROMPT, COMPLETION, D_MODEL = 3, 2, 4, 5
@@ -175,6 +177,24 @@ NARROW = torch.zeros(BATCH - 1, COMPLETION)
 def test_a_field_of_another_shape_or_type_is_refused(build, changes):
     with pytest.raises(TypeCheckError, match=next(iter(changes))):
         build(**changes)
+
+
+@pytest.mark.parametrize("build", [prompts, completions, generation, rollout, experience])
+def test_records_are_joined_in_order(build):
+    whole = build()
+    parts = [whole[torch.tensor([0])], whole[torch.tensor([1, 2])]]
+    turned = whole[torch.tensor([1, 2, 0])]
+    for joined, expected in (
+        (concatenate(parts), whole),
+        (concatenate([whole]), whole),
+        (concatenate(parts[::-1]), turned),
+    ):
+        assert type(joined) is type(whole)
+        found, wanted = leaves(joined), leaves(expected)
+        assert found.keys() == wanted.keys()
+        for path, value in wanted.items():
+            same = torch.equal if isinstance(value, torch.Tensor) else operator.eq
+            assert same(found[path], value), path
 
 
 def test_a_loss_is_a_scalar_with_scalar_metrics():

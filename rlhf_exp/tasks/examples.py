@@ -78,7 +78,7 @@ def encode_demonstrations(
     tokenizer: PreTrainedTokenizerBase,
     demonstrations: Sequence[Demonstration],
     *,
-    prepend_bos: bool,
+    prepend_bos: bool | None,
     limit: int,
 ) -> list[Example]:
     """The prompt's tokens, the response's, EOS; only the response and EOS are learned.

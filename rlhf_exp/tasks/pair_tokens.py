@@ -28,7 +28,7 @@ def encode_pairs(
     pairs: Sequence[Pair],
     sources: Sequence[str],
     *,
-    prepend_bos: bool,
+    prepend_bos: bool | None,
     limit: int,
 ) -> list[EncodedPair]:
     """The pairs as tokens, no special tokens but the BOS that is asked for and the answers' EOS.

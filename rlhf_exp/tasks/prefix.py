@@ -1,26 +1,99 @@
-"""One text that every completion continues; for models and rewards that come from elsewhere.
+"""One text, or a few, that every completion continues; for models and rewards that come from
+elsewhere.
 
 It knows no corpus, no labels and no tokenizer.
 """
 
-from rlhf_exp.settings import Text, settings
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, model_validator
+
+from rlhf_exp.settings import ConfigError, Fraction, Text, settings
+from rlhf_exp.tasks.hashing import hash_fraction
+
+
+def _texts(value: Any) -> Any:
+    """The value. Raises ValueError in place of the complaints for each type that it may have."""
+    texts = value if isinstance(value, list) else [value]
+    if value is not None and not (texts and all(isinstance(t, str) and t for t in texts)):
+        raise ValueError("give a text or a list of texts, none of them empty")
+    return value
 
 
 @settings
 class Prefix:
-    """The same prompt for training and evaluation."""
+    """A prefix, a list of them, or a file with one a line; repeated ones count once.
 
-    prefix: Text = "This is"  # the text that is continued
-    prepend_bos: bool = True  # whether a prompt begins with the tokenizer's BOS token
+    Of several, `held_out_fraction` (rounded; of fewer than five none at the default) are kept for
+    evaluation; if none are, evaluations use those that are trained on.
+    """
+
+    prefix: Annotated[str | list[str] | None, BeforeValidator(_texts)] = "This is"
+    prefix_file: Text | None = None
+    held_out_fraction: Fraction = 0.1
+    prepend_bos: bool | None = True
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Prefix":
+        if (self.prefix is None) == (self.prefix_file is None):
+            raise ValueError(
+                f"prefix={self.prefix!r} and prefix_file={self.prefix_file!r}: set exactly one, the"
+                " other null"
+            )
+        return self
 
     def fingerprint(self) -> str:
-        """The empty string: no files are read."""
-        return ""
+        """The SHA-256 of the file, "" without one. Raises ConfigError if it cannot be read or
+        holds no prefix, and if the held-out fraction leaves none to train on."""
+        if not self._parts[0]:
+            raise ConfigError(
+                f"task.held_out_fraction={self.held_out_fraction} leaves no prefix to train on:"
+                " lower it"
+            )
+        if self.prefix_file is None:
+            return ""
+        return hashlib.sha256("\n".join(self._prefixes).encode()).hexdigest()
 
     def train_prompts(self) -> tuple[str, ...]:
-        """The prefix alone."""
-        return (self.prefix,)
+        """The prefixes that are not held out."""
+        return self._parts[0]
 
     def eval_prompts(self) -> tuple[str, ...]:
-        """The prefix alone."""
-        return (self.prefix,)
+        """The held-out prefixes, or all if none is held out."""
+        return self._parts[1] or self._parts[0]
+
+    @cached_property
+    def _parts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        prefixes = self._prefixes
+        # Halves up: round() would take them to the even number, and none of five.
+        share = int(self.held_out_fraction * len(prefixes) + 0.5)
+        count = share if len(prefixes) > 1 else 0
+        held_out = set(sorted(prefixes, key=hash_fraction)[:count])
+        return (
+            tuple(p for p in prefixes if p not in held_out),
+            tuple(p for p in prefixes if p in held_out),
+        )
+
+    @cached_property
+    def _prefixes(self) -> list[str]:
+        if self.prefix_file is not None:
+            prefixes = _lines(Path(self.prefix_file).expanduser())
+        else:
+            prefixes = [self.prefix] if isinstance(self.prefix, str) else list(self.prefix or ())
+        return list(dict.fromkeys(prefixes))
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"task.prefix_file: {file} is not UTF-8: save it as UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"task.prefix_file: cannot read {file} ({error.strerror})") from error
+    prefixes = [line for line in lines if line.strip()]
+    if not prefixes:
+        raise ConfigError(f"task.prefix_file: {file} holds no prefix: give one a line")
+    return prefixes

@@ -1,6 +1,8 @@
-"""Prompt texts as batches of tokens, and an endless stream of them."""
+"""Prompts as batches of tokens, and an endless stream of them."""
 
-from collections.abc import Iterator, Sequence
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -8,30 +10,100 @@ from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.batches import pad_left
 from rlhf_exp.tasks.encoding import encode, leading_ids
+from rlhf_exp.tasks.protocol import Conversation, Prompt, PromptRow, ShapesPrompts
 from rlhf_exp.types import PromptBatch
 
 
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
-    prepend_bos: bool,
+    prepend_bos: bool | None,
     device: torch.device | str = "cpu",
+    shaping: ShapesPrompts | None = None,
 ) -> PromptBatch:
-    """The texts left-padded, no special tokens but the BOS that is asked for.
+    """The prompts left-padded; texts with no special tokens but the BOS that is asked for,
+    conversations through the tokenizer's chat template, up to where the answer begins.
 
-    Raises ConfigError for a tokenizer without BOS, and for a text of no tokens.
+    `shaping` chooses and cuts them by their tokens. Raises ConfigError for a tokenizer without BOS
+    or without the chat template that is needed, for a prompt of no tokens, and if none is left.
     """
-    bos = leading_ids(tokenizer, prepend_bos=prepend_bos)
-    rows = [bos + ids for ids in encode(tokenizer, texts)] if texts else []
-    if not rows or not all(rows):
-        raise ConfigError("task: a prompt has no tokens; give it text or set task.prepend_bos=true")
-    tokens = pad_left(rows, fill=0)
-    mask = pad_left([[1] * len(row) for row in rows], fill=0).bool()
-    decoded = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    rows = [row if isinstance(row, PromptRow) else PromptRow(row, {}) for row in prompts]
+    encoded = _encode_rows(tokenizer, rows, prepend_bos=prepend_bos)
+    lengths = [len(ids) for ids in encoded]
+    if shaping is not None:
+        shaped = [
+            (row, shaping.shape_prompt(row, ids)) for row, ids in zip(rows, encoded, strict=True)
+        ]
+        rows = [row for row, ids in shaped if ids is not None]
+        encoded = [list(ids) for _, ids in shaped if ids is not None]
+    if not rows:
+        raise ConfigError(f"task: of {len(prompts)} prompts none is left{_lengths(lengths)}")
+    for row, ids in zip(rows, encoded, strict=True):
+        if not ids:
+            raise ConfigError(
+                f"task: the prompt {reprlib.repr(row.prompt)} has no tokens; give it text, or BOS"
+                " with task.prepend_bos=true"
+            )
+    tokens = pad_left(encoded, fill=0)
+    mask = pad_left([[1] * len(ids) for ids in encoded], fill=0).bool()
+    # Decoded, as a completion's text is what decoding adds to its prompt's.
+    texts = tokenizer.batch_decode(encoded, skip_special_tokens=True)
     return PromptBatch(
-        tokens=tokens.to(device), mask=mask.to(device), rows=tuple({"prompt": t} for t in decoded)
+        tokens=tokens.to(device),
+        mask=mask.to(device),
+        rows=tuple(_record(row, text) for row, text in zip(rows, texts, strict=True)),
     )
+
+
+def _lengths(lengths: Sequence[int]) -> str:
+    if not lengths:
+        return ""
+    return (
+        f": they have {min(lengths)} to {max(lengths)} tokens; widen task.min_tokens and"
+        " task.max_tokens"
+    )
+
+
+def _encode_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[PromptRow], *, prepend_bos: bool | None
+) -> list[list[int]]:
+    if not rows:
+        return []
+    bos = leading_ids(tokenizer, prepend_bos=prepend_bos)
+    texts = [
+        row.prompt if isinstance(row.prompt, str) else render(tokenizer, row.prompt) for row in rows
+    ]
+    return [
+        bos + ids if isinstance(row.prompt, str) else ids
+        for row, ids in zip(rows, encode(tokenizer, texts), strict=True)
+    ]
+
+
+def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str:
+    """A conversation as the text after which the answer begins, special tokens spelled out. Raises
+    ConfigError if the tokenizer has no chat template or it does not take these messages."""
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "task: the prompts are conversations, but the model's tokenizer has no chat template;"
+            " choose a model that was trained on chats, or give prompts as text"
+        )
+    try:
+        return tokenizer.apply_chat_template(
+            [dict(message) for message in conversation], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # templates are programs, and raise what they like
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"task: the tokenizer's chat template does not take {conversation!r:.200}: {reason}"
+        ) from error
+
+
+def _record(row: PromptRow, text: str) -> Mapping[str, Any]:
+    # A column of that name would make a conversation of a text, with its answer in it.
+    columns = {name: value for name, value in row.columns.items() if name != "messages"}
+    conversation = {} if isinstance(row.prompt, str) else {"messages": row.prompt}
+    return {**columns, **conversation, "prompt": text}
 
 
 def take(prompts: PromptBatch, index: torch.Tensor) -> PromptBatch:
@@ -43,14 +115,29 @@ def take(prompts: PromptBatch, index: torch.Tensor) -> PromptBatch:
     )
 
 
-def prompt_stream(
-    prompts: PromptBatch, batch_size: int, generator: torch.Generator
-) -> Iterator[PromptBatch]:
+class PromptStream(Iterator[PromptBatch]):
     """Batches without end: all prompts in a random order, then in another, batches running across
     the seams."""
-    pending = torch.empty(0, dtype=torch.long)
-    while True:
-        while len(pending) < batch_size:
-            pending = torch.cat([pending, torch.randperm(len(prompts.rows), generator=generator)])
-        yield take(prompts, pending[:batch_size])
-        pending = pending[batch_size:]
+
+    def __init__(self, prompts: PromptBatch, batch_size: int, generator: torch.Generator) -> None:
+        self._prompts, self._batch_size, self._generator = prompts, batch_size, generator
+        self._pending = torch.empty(0, dtype=torch.long)
+
+    def __next__(self) -> PromptBatch:
+        while len(self._pending) < self._batch_size:
+            order = torch.randperm(len(self._prompts.rows), generator=self._generator)
+            self._pending = torch.cat([self._pending, order])
+        chosen, self._pending = self._pending.split(
+            [self._batch_size, len(self._pending) - self._batch_size]
+        )
+        return take(self._prompts, chosen)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Where the stream stands: the indices still to come of the current order, and the
+        generator that draws the next."""
+        return {"pending": self._pending, "generator": self._generator.get_state()}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Goes on from where a stream of the same prompts stood."""
+        self._pending = state["pending"].clone()
+        self._generator.set_state(state["generator"])

@@ -4,13 +4,26 @@ exact answers or preference pairs.
 A task knows its data; it knows no model and no tokens but for the tokenizer that it builds.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from rlhf_exp.hf import PreTrainedTokenizerBase
 
 T = TypeVar("T")
+
+# Messages with a "role" and a "content", the last of them not the assistant's.
+Conversation = Sequence[Mapping[str, str]]
+
+
+class PromptRow(NamedTuple):
+    """A prompt with the further columns of its dataset, which rewards may read."""
+
+    prompt: str | Conversation
+    columns: Mapping[str, Any]
+
+
+Prompt = str | PromptRow
 
 
 class LabelledText(NamedTuple):
@@ -60,8 +73,9 @@ class Task(Protocol):
     """Prompts for PPO. Every task is at least this."""
 
     @property
-    def prepend_bos(self) -> bool:
-        """Whether a prompt begins with BOS."""
+    def prepend_bos(self) -> bool | None:
+        """Whether a prompt that is a text begins with BOS; None: if the tokenizer puts one before
+        texts by itself. A conversation begins as its chat template does."""
         ...
 
     def fingerprint(self) -> str:
@@ -69,13 +83,22 @@ class Task(Protocol):
         that is missing or malformed, so that a bad one is found before anything is built."""
         ...
 
-    def train_prompts(self) -> tuple[str, ...]:
-        """The texts that PPO samples from while it learns."""
+    def train_prompts(self) -> tuple[Prompt, ...]:
+        """What PPO samples from while it learns."""
         ...
 
-    def eval_prompts(self) -> tuple[str, ...]:
-        """The texts that evaluations sample from; disjoint from `train_prompts` where the task
+    def eval_prompts(self) -> tuple[Prompt, ...]:
+        """What evaluations sample from; disjoint from `train_prompts` where the task
         has more than one."""
+        ...
+
+
+@runtime_checkable
+class ShapesPrompts(Protocol):
+    """A task that chooses or cuts its prompts by their tokens."""
+
+    def shape_prompt(self, row: PromptRow, ids: Sequence[int]) -> Sequence[int] | None:
+        """The tokens to keep of a prompt's, BOS included, or None to leave the prompt out."""
         ...
 
 

@@ -1,0 +1,242 @@
+"""Prompts from a dataset: of the Hugging Face hub, or from JSON Lines, Parquet, CSV or text files.
+
+It knows `datasets` and TRL's standard and conversational formats; it refuses a row that it would
+have to guess at, naming the row and the field.
+"""
+
+import hashlib
+import reprlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from pydantic import model_validator
+
+from rlhf_exp.settings import ConfigError, Count, Fraction, Index, Text, is_reference, settings
+from rlhf_exp.tasks.hashing import hash_fraction
+from rlhf_exp.tasks.protocol import Conversation, Prompt, PromptRow, Split
+from rlhf_exp.tasks.tables import read_table
+
+COLUMNS = ("prompt", "text", "messages")
+ANSWERS = "assistant"
+ROLES = ("system", "user", ANSWERS, "tool", "developer")
+CALLS = ("tool_calls", "function_call")  # of a message, which are not read
+
+
+class _Contents(NamedTuple):
+    sha256: str
+    split: Split[Prompt]
+
+
+@settings
+class PromptDataset:
+    """Prompts from the column `prompt`, `text` or `messages`, the first of them that there is:
+    texts, or conversations as lists of messages with role and content, whose last answers are left
+    out. Further columns go to rewards, but for others of the names prompt and messages.
+
+    Texts of fewer than min_chars characters are left out, and prompts of fewer than min_tokens or
+    more than max_tokens tokens. With first_tokens_max a text gives its first tokens only, between
+    first_tokens_min and that many, or all if it has fewer; both count BOS. `held_out_fraction` of
+    the distinct prompts is evaluated on, or those of `eval_split` that are not trained on.
+    """
+
+    path: Text
+    subset: Text | None = None
+    split: Text = "train"
+    eval_split: Text | None = None
+    revision: Text | None = None
+    column: Text | None = None
+    prepend_bos: bool | None = None
+    min_tokens: Count = 1
+    max_tokens: Count | None = None
+    min_chars: Index = 0
+    first_tokens_min: Count | None = None
+    first_tokens_max: Count | None = None
+    max_prompts: Count | None = None
+    held_out_fraction: Fraction = 0.1
+    data_seed: Index = 0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "PromptDataset":
+        for low, high in (("min_tokens", "max_tokens"), ("first_tokens_min", "first_tokens_max")):
+            a, b = getattr(self, low), getattr(self, high)
+            if a is not None and b is not None and a > b:
+                raise ValueError(f"{low}={a} is above {high}={b}: lower the one or raise the other")
+        if (self.first_tokens_min is None) != (self.first_tokens_max is None):
+            raise ValueError("first_tokens_min and first_tokens_max: set both, or both null")
+        return self
+
+    def fingerprint(self) -> str:
+        """The SHA-256 of the prompts and their columns as hexadecimal digits; "" for what an
+        earlier step will make.
+
+        Raises ConfigError if the dataset cannot be read as described or leaves no prompts to train
+        or to evaluate on.
+        """
+        return "" if is_reference(self.path) else self._contents.sha256
+
+    def train_prompts(self) -> tuple[Prompt, ...]:
+        """The prompts that are not held out, in random order."""
+        return self._contents.split.train
+
+    def eval_prompts(self) -> tuple[Prompt, ...]:
+        """The held-out prompts, none of them in `train_prompts`; with held_out_fraction=0 the
+        prompts that are trained on."""
+        return self._contents.split.held_out
+
+    def shape_prompt(self, row: PromptRow, ids: Sequence[int]) -> Sequence[int] | None:
+        """The first tokens of the prompt, or all; None if there are too few or too many."""
+        if not self.min_tokens <= len(ids) <= (self.max_tokens or len(ids)):
+            return None
+        if self.first_tokens_min is None or self.first_tokens_max is None:
+            return ids
+        # By the text, so that a prompt does not change when others are added.
+        draw = hash_fraction(f"first tokens {self.data_seed} {row.prompt}")
+        kept = self.first_tokens_min + int(
+            draw * (self.first_tokens_max - self.first_tokens_min + 1)
+        )
+        return ids[:kept]
+
+    @cached_property
+    def _contents(self) -> _Contents:
+        train = self._read(self.split, "task.split")
+        if self.eval_split is not None:
+            seen = {_key(row) for row in train}
+            rows = self._read(self.eval_split, "task.eval_split")
+            held_out = [row for row in rows if _key(row) not in seen]
+            if not held_out:
+                raise ConfigError(
+                    f"task.eval_split={self.eval_split}: {self.path} has no prompt there that is"
+                    f" not in {self.split} too"
+                )
+        else:
+            train, held_out = self._hold_out(train)
+        digest = hashlib.sha256()
+        for part in (train, held_out):
+            for row in part:
+                digest.update(repr(row).encode())
+            digest.update(b"end of the part")
+        return _Contents(digest.hexdigest(), Split(tuple(train), tuple(held_out)))
+
+    def _hold_out(self, rows: list[PromptRow]) -> tuple[list[PromptRow], list[PromptRow]]:
+        if self.held_out_fraction == 0:
+            return rows, rows
+        parts: tuple[list[PromptRow], list[PromptRow]] = ([], [])
+        for row in rows:
+            # By the prompt, so that equal ones stay together, and all where others are added.
+            salted = f"{self.data_seed} {_key(row)}"
+            parts[hash_fraction(salted) < self.held_out_fraction].append(row)
+        for name, part in zip(("train", "evaluate"), parts, strict=True):
+            if not part:
+                raise ConfigError(
+                    f"task.held_out_fraction={self.held_out_fraction} leaves none of the"
+                    f" {len(rows)} prompts of {self.path} to {name} on: move it, name an"
+                    " eval_split, or set it 0 to evaluate on the prompts that are trained on"
+                )
+        return parts
+
+    def _read(self, split: str, split_field: str) -> list[PromptRow]:
+        table = read_table(
+            self.path,
+            subset=self.subset,
+            split=split,
+            revision=self.revision,
+            text_columns=self._wanted,
+            field="task.path",
+            split_field=split_field,
+        )
+        column = self._column(table.column_names)
+        # Shuffled by position alone, so that rows are read only as far as they are wanted.
+        order = sorted(
+            range(table.num_rows), key=lambda i: hash_fraction(f"order {self.data_seed} {i}")
+        )
+        rows: list[PromptRow] = []
+        for number, row in table.rows(order):
+            if self.max_prompts is not None and len(rows) == self.max_prompts:
+                break
+            if self._is_short(row[column]):
+                continue
+            where = f"{self.path}, {split}, row {number}"
+            prompt = _prompt(row[column], f"task.path: {where}: {column}")
+            if self.first_tokens_max is not None and not isinstance(prompt, str):
+                raise ConfigError(
+                    f"task.first_tokens_max={self.first_tokens_max} cuts texts, but {where} is a"
+                    " conversation: set it and task.first_tokens_min null"
+                )
+            rows.append(PromptRow(prompt, {k: v for k, v in row.items() if k != column}))
+        if not rows:
+            raise ConfigError(
+                f"task.min_chars={self.min_chars}: {self.path} has no prompt so long in {split}"
+                f" ({table.num_rows} rows); lower it"
+            )
+        return rows
+
+    def _is_short(self, value: Any) -> bool:
+        """Whether a text is to be left out; blank and missing ones have 0 characters."""
+        if value is not None and not isinstance(value, str):
+            return False
+        return (len(value) if value and value.strip() else 0) < self.min_chars
+
+    @property
+    def _wanted(self) -> tuple[str, ...]:
+        return COLUMNS if self.column is None else (self.column,)
+
+    def _column(self, names: Sequence[str]) -> str:
+        for name in self._wanted:
+            if name in names:
+                return name
+        asked = "prompt, text or messages" if self.column is None else self.column
+        raise ConfigError(
+            f"task.path: {self.path} has no column {asked}; it has {', '.join(names)}: set"
+            " task.column to the one with the prompts"
+        )
+
+
+def _prompt(value: Any, what: str) -> str | Conversation:
+    """A row's prompt: a text or messages up to the last that is not the assistant's. Raises
+    ConfigError for one that is blank or of another form."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise ConfigError(
+            f"{what} is blank; fill it in, or set task.min_chars=1 to leave such rows out"
+        )
+    if isinstance(value, str):
+        return _unicode(value, what)
+    if not isinstance(value, list):
+        raise ConfigError(f"{what} is {reprlib.repr(value)}; give a text or a list of messages")
+    messages = list(value)
+    while messages and isinstance(messages[-1], Mapping) and messages[-1].get("role") == ANSWERS:
+        messages.pop()
+    if not messages:
+        raise ConfigError(f"{what} has no message before the assistant's; add a user's message")
+    read = [_message(message, what) for message in messages]
+    if not read[-1]["content"].strip():
+        raise ConfigError(f"{what} ends with a blank message; fill it in or remove the row")
+    return read
+
+
+def _message(message: Any, what: str) -> dict[str, str]:
+    """Role and content alone: Arrow gives every message the keys that any has."""
+    fine = (
+        isinstance(message, Mapping)
+        and message.get("role") in ROLES
+        and isinstance(message.get("content"), str)
+        and not any(message.get(name) for name in CALLS)
+    )
+    if not fine:
+        raise ConfigError(
+            f"{what} holds the message {reprlib.repr(message)}; give role (one of"
+            f" {', '.join(ROLES)}), content (a text) and no {' or '.join(CALLS)}"
+        )
+    return {"role": message["role"], "content": _unicode(message["content"], what)}
+
+
+def _unicode(text: str, what: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a character
+        raise ConfigError(f"{what} is no Unicode text ({error.reason}); mend it") from error
+    return text
+
+
+def _key(row: PromptRow) -> str:
+    return row.prompt if isinstance(row.prompt, str) else repr(row.prompt)
