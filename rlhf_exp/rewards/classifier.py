@@ -1,37 +1,47 @@
-"""The probability that a sequence classifier gives a label.
-
-It knows Hugging Face classifiers and texts: the classifier has its own tokenizer, and the policy's
-tokens never reach it.
-"""
+"""What a sequence classifier says of a label: its probability, its log, or the logit."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import model_validator
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import BeforeValidator, model_validator
+from torch import Tensor
 
-from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
-from rlhf_exp.models.loading import directory_hash, load_classifier, locate_model
+from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.rewards.protocol import RewardFunction
-from rlhf_exp.settings import ConfigError, Count, Text, settings
+from rlhf_exp.rewards.sequence_classifier import SequenceClassifierSettings, Side
+from rlhf_exp.settings import ConfigError, settings
 from rlhf_exp.types import Completions
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Output = Literal["prob", "logprob", "logit"]
+
+
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(
+            f"a label is a name or an index, not a boolean; for one of that name set"
+            f" 'reward.label=\"{str(value).lower()}\"'"
+        )
+    return value
 
 
 @settings
-class Classifier:
-    """P(label) of prompt and completion under any AutoModelForSequenceClassification.
+class Classifier(SequenceClassifierSettings):
+    """P(label) of prompt and completion under any AutoModelForSequenceClassification with two or
+    more labels, or its logarithm, or the logit.
 
-    The label is given by `label`, or by `direction` for one whose name begins with pos or neg.
-    dtype auto is fp16 on CUDA and fp32 elsewhere; scores are fp32 either way.
+    The label is given by `label`, a name or an index, or by `direction` for one whose name begins
+    with pos or neg. Labels that exclude each other share a softmax; those of
+    problem_type=multi_label_classification have a sigmoid each. dtype auto is fp16 on CUDA and fp32
+    elsewhere; scores are fp32 either way.
     """
 
-    name: Text
-    label: str | None = None
+    label: Annotated[str | int | None, BeforeValidator(_refuse_bool)] = None
     direction: Literal["pos", "neg"] | None = None
-    batch_size: Count = 64
-    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    output: Output = "prob"
+    truncation_side: Side = "right"
 
     @model_validator(mode="after")
     def _one_choice(self) -> "Classifier":
@@ -42,80 +52,61 @@ class Classifier:
             )
         return self
 
-    def fingerprint(self) -> str:
-        """A hash of names, sizes and times of the directory's files, "" for a hub name and for what
-        an earlier step will make."""
-        return directory_hash(locate_model(self.name, field="reward.name"))
-
     def load(self, device: torch.device) -> RewardFunction:
-        """The function, the classifier on the device. Raises ConfigError if the model cannot be
-        loaded or has no such label."""
-        auto = torch.float16 if device.type == "cuda" else torch.float32
-        model, tokenizer = load_classifier(self.name, dtype=DTYPES.get(self.dtype, auto))
-        _check_usable(self.name, model, tokenizer)
-        labels = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
-        label = self.find_label(labels)
-        model.to(device)
-        return lambda completions: torch.cat(
-            [
-                label_probability(model, tokenizer, batch, label)
-                for batch in _batches(completions, self.batch_size)
-            ]
+        """The function, the classifier on its device, the scores on the given one. Raises
+        ConfigError if the model cannot be loaded, has no such label or not that output."""
+        classifier = self.open_model(
+            device, auto_on_cuda=torch.float16, truncation_side=self.truncation_side
         )
+        config = classifier.model.config
+        self._check_usable(classifier.model)
+        label = self.find_label([str(config.id2label[i]) for i in range(config.num_labels)])
+        exclusive = config.problem_type != "multi_label_classification"
+
+        def score(completions: Completions) -> torch.Tensor:
+            logits = classifier.logits(completions)
+            return label_outputs(logits, self.output, exclusive=exclusive)[:, label].to(device)
+
+        return score
 
     def find_label(self, labels: Sequence[str]) -> int:
         """The index of the asked label among the classifier's. Raises ConfigError with all of them
         if it is not there."""
         for index, label in enumerate(labels):
-            if label == self.label or (
+            if self.label in (label, index) or (
                 self.direction is not None and label.lower().startswith(self.direction)
             ):
                 return index
-        asked = f"label={self.label!r}" if self.label else f"direction={self.direction!r}"
+        asked = f"direction={self.direction!r}" if self.label is None else f"label={self.label!r}"
         raise ConfigError(
             f"reward.{asked}: the classifier {self.name!r} has no such label;"
             f" set reward.label to one of {', '.join(labels)}"
             + (" and reward.direction=null" if self.direction else "")
+            + (f", or an index from 0 to {len(labels) - 1}" if isinstance(self.label, int) else "")
         )
 
-
-def _check_usable(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ConfigError for a model whose outputs are not probabilities of classes; gives one
-    without padding token (GPT-2) its EOS for that."""
-    if model.config.num_labels < 2 or model.config.problem_type == "multi_label_classification":
-        raise ConfigError(
-            f"reward.name={name!r}: it has {model.config.num_labels} output(s) and"
-            f" problem_type={model.config.problem_type}; reward=classifier needs one of two or"
-            " more exclusive labels"
-        )
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
+    def _check_usable(self, model: PreTrainedModel) -> None:
+        config = model.config
+        if config.num_labels < 2:
             raise ConfigError(
-                f"reward.name={name!r}: its tokenizer has no padding and no EOS token"
+                f"reward.name={self.name!r} has {config.num_labels} output and no labels to choose"
+                " from; a scalar reward model is for reward=pair_model"
             )
-        tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+        if config.problem_type == "regression" and self.output != "logit":
+            raise ConfigError(
+                f"reward.output={self.output}: {self.name!r} has problem_type=regression, its"
+                " outputs are no probabilities; set reward.output=logit"
+            )
 
 
-def label_probability(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], label: int
-) -> torch.Tensor:
-    """P(label) of each text, fp32 [texts], truncated to what the classifier can read."""
-    positions = model.config.to_dict().get("max_position_embeddings")
-    limit = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
-    encoded = tokenizer(
-        texts, return_tensors="pt", padding=True, truncation=True, max_length=limit
-    ).to(model.device)
-    with torch.inference_mode():
-        logits = model(
-            input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]
-        ).logits
-        probabilities = logits.float().softmax(dim=-1)[:, label]
-    # Outside of inference mode, so that autograd may save what is computed from it.
-    return probabilities.clone()
-
-
-def _batches(completions: Completions, size: int) -> list[list[str]]:
-    texts = list(completions.full_texts)
-    return [texts[i : i + size] for i in range(0, len(texts), size)]
+def label_outputs(
+    logits: Float[Tensor, "batch label"], output: Output, *, exclusive: bool
+) -> Float[Tensor, "batch label"]:
+    """Each label's probability, its natural logarithm or the logit itself. Of labels that exclude
+    each other one is true, of others any number."""
+    if output == "logit":
+        return logits
+    if output == "prob":
+        return logits.softmax(dim=-1) if exclusive else logits.sigmoid()
+    # Not the logarithm of the probability, which rounds to 0 for a label that is far behind.
+    return logits.log_softmax(dim=-1) if exclusive else F.logsigmoid(logits)

@@ -9,9 +9,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_exp.hf import PreTrainedTokenizerBase
+from rlhf_exp.training.context import TrainingError
 from rlhf_exp.types import Completions
 
 RewardFunction = Callable[[Completions], Float[Tensor, " batch"]]
+
+
+class RewardError(TrainingError):
+    """A reward that gave no usable scores: the message names the cause and the sample."""
+
+    exit_code = 2
 
 
 @runtime_checkable

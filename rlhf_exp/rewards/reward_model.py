@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_exp.hf import PreTrainedTokenizerBase
-from rlhf_exp.models.loading import directory_hash, load_context_len, load_tokenizer, locate_model
+from rlhf_exp.models.hub import directory_hash, locate_model
+from rlhf_exp.models.loading import load_context_len, load_tokenizer
 from rlhf_exp.models.reward_model import RewardModel, load_reward_model, read_head_shape
 from rlhf_exp.rewards.protocol import RewardFunction
 from rlhf_exp.settings import ConfigError, Count, Text, settings

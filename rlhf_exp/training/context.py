@@ -11,15 +11,19 @@ from rlhf_exp.training.folder import RunFolder
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """The surroundings of one run of one stage."""
+    """The surroundings of one run of one stage. A resumed run goes on from the newest checkpoint
+    in its folder."""
 
     folder: RunFolder
     seed: int
     device: torch.device
+    resume: bool = False
 
 
 class TrainingError(RuntimeError):
     """A run that cannot go on: the message names the phase or step and the cause."""
+
+    exit_code = 1
 
 
 def pick_device(name: str) -> torch.device:

@@ -6,12 +6,22 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_exp.models.loading import directory_hash, load_classifier
+from rlhf_exp.models.loading import directory_hash
 from rlhf_exp.models.scratch import ScratchClassifier
-from rlhf_exp.rewards.classifier import Classifier, label_probability
+from rlhf_exp.rewards.classifier import Classifier
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.stages.classifier import with_leading_bos
 from tests.builders import build_tokenizer, completions, stretch
+from tests.rewards.checkpoints import (
+    BOS,
+    CHAT_TEMPLATE,
+    CONTEXT_LEN,
+    EOS,
+    chats,
+    direct_logits,
+    look_up,
+    save_classifier,
+)
 
 CPU = torch.device("cpu")
 LONG = " ".join(["one two three four five"] * 3)
@@ -119,7 +129,7 @@ def test_the_probabilities_of_all_labels_are_one(name):
     torch.testing.assert_close(total, torch.ones(len(TEXTS)))
 
 
-@pytest.mark.parametrize("label", ["positive", "POS", "happy", "0"])
+@pytest.mark.parametrize("label", ["positive", "POS", "happy", "0", ""])
 def test_a_label_that_does_not_exist_is_refused(name, label):
     expected = rf"label='{label}'.*has no such label; set reward.label to one of NEGATIVE, neutral"
     with pytest.raises(ConfigError, match=expected):
@@ -142,6 +152,13 @@ def test_a_direction_that_no_label_has_is_refused(tmp_path):
             "label=pos and direction=pos: set exactly one, the other null",
         ),
         ({"direction": "up"}, "'pos' or 'neg'"),
+        (
+            {"label": True},
+            r"a label is a name or an index, not a boolean; .*reward\.label=\"true\"",
+        ),
+        ({"label": False}, r"reward\.label=\"false\""),
+        ({"label": "pos", "output": "odds"}, "'prob', 'logprob' or 'logit'"),
+        ({"label": "pos", "truncation_side": "both"}, "'right' or 'left'"),
         ({"label": "pos", "batch_size": 0}, "greater than or equal to 1"),
         ({"label": "pos", "dtype": "int8"}, "'auto', 'fp32', 'fp16' or 'bf16'"),
     ],
@@ -180,9 +197,127 @@ def test_scores_can_stand_in_a_loss(name):
     weight = torch.ones(len(TEXTS), requires_grad=True)
     (weight * ours).sum().backward()
     assert torch.equal(weight.grad, ours)
-    batch = label_probability(*load_classifier(name, dtype=torch.float32), TEXTS, 2)
-    assert torch.equal(batch, ours)
-    assert not batch.is_inference()
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+OUTPUTS = {
+    (True, "prob"): lambda row, i: math.exp(row[i]) / math.fsum(map(math.exp, row)),
+    (True, "logprob"): lambda row, i: row[i] - math.log(math.fsum(map(math.exp, row))),
+    (True, "logit"): lambda row, i: row[i],
+    (False, "prob"): lambda row, i: sigmoid(row[i]),
+    (False, "logprob"): lambda row, i: math.log(sigmoid(row[i])),
+    (False, "logit"): lambda row, i: row[i],
+}
+
+
+@pytest.mark.parametrize(("exclusive", "output"), OUTPUTS)
+@pytest.mark.parametrize("architecture", ["bert", "distilbert", "gpt2", "llama", "qwen2"])
+def test_an_output_is_what_its_formula_says(architecture, exclusive, output, tmp_path):
+    problem = None if exclusive else "multi_label_classification"
+    path = save_classifier(tmp_path, architecture, num_labels=3, problem_type=problem)
+    texts = [text for text in TEXTS if text]
+    rows = direct_logits(path, [look_up(path, text) for text in texts]).tolist()
+    for index in range(3):
+        ours = scores(path, texts, label=f"LABEL_{index}", output=output)
+        expected = [OUTPUTS[exclusive, output](row, index) for row in rows]
+        assert ours.dtype == torch.float32
+        assert ours.tolist() == pytest.approx(expected, abs=1e-5)
+        assert max(expected) - min(expected) > 1e-3
+
+
+@pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification"])
+def test_the_log_of_a_probability_that_rounds_to_zero_is_finite(problem, tmp_path):
+    path = save_classifier(tmp_path, "llama", num_labels=2, problem_type=problem)
+    model = AutoModelForSequenceClassification.from_pretrained(path)
+    with torch.no_grad():
+        model.score.weight.mul_(1000)
+    model.save_pretrained(path)
+    row = direct_logits(path, [look_up(path, "one")])[0].double()
+    worst = int(row.argmin())
+    odds = row - row.max() if problem.startswith("single") else row
+    assert odds[worst] < -200
+    log = scores(path, ["one"], label=worst, output="logprob")
+    assert log.item() == pytest.approx(odds[worst].item(), rel=1e-5)
+    assert scores(path, ["one"], label=worst).item() == 0
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_label_may_be_an_index(name, index):
+    by_name = scores(name, TEXTS, label=("NEGATIVE", "neutral", "POSITIVE")[index])
+    assert torch.equal(scores(name, TEXTS, label=index), by_name)
+
+
+def test_a_name_of_digits_is_not_an_index(tmp_path):
+    path = save(tmp_path, ("1", "0"))
+    by_index = scores(path, TEXTS, label=0)
+    assert torch.equal(scores(path, TEXTS, label="1"), by_index)
+    assert not torch.equal(scores(path, TEXTS, label="0"), by_index)
+
+
+@pytest.mark.parametrize("index", [-1, 3])
+def test_an_index_beyond_the_labels_is_refused(name, index):
+    expected = (
+        rf"reward\.label={index}: .* one of NEGATIVE, neutral, POSITIVE, or an index from 0 to 2"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        Classifier(name=name, label=index).load(CPU)
+
+
+def test_a_model_with_one_output_is_for_the_other_reward(tmp_path):
+    path = save_classifier(tmp_path, "llama", num_labels=1)
+    with pytest.raises(ConfigError, match=r"has 1 output .* reward model is for reward=pair_model"):
+        Classifier(name=path, label=0).load(CPU)
+
+
+def test_outputs_that_are_no_probabilities_can_be_had_as_they_are(tmp_path):
+    path = save_classifier(tmp_path, "llama", num_labels=2, problem_type="regression")
+    for output in ("prob", "logprob"):
+        expected = rf"reward\.output={output}: .*problem_type=regression.*set reward\.output=logit"
+        with pytest.raises(ConfigError, match=expected):
+            Classifier(name=path, label=0, output=output).load(CPU)
+    expected = direct_logits(path, [look_up(path, "one two")])[0, 1].item()
+    ours = scores(path, ["one two"], label=1, output="logit")
+    assert ours.item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_side_that_is_cut_can_be_chosen(side, tmp_path):
+    path = save_classifier(tmp_path, "bert", num_labels=2)
+    words = (LONG + " six seven eight nine zero . no").split()
+    assert len(words) > CONTEXT_LEN
+    kept = words[:CONTEXT_LEN] if side == "right" else words[-CONTEXT_LEN:]
+    expected = direct_logits(path, [look_up(path, " ".join(kept))])[0, 1].item()
+    chosen = {"truncation_side": side} if side == "left" else {}
+    ours = scores(path, [" ".join(words)], label=1, output="logit", **chosen)
+    assert ours.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_conversation_is_read_with_its_answer_and_no_eos_is_added(tmp_path):
+    path = save_classifier(tmp_path, "llama", num_labels=2, chat_template=CHAT_TEMPLATE)
+    record = chats([[{"role": "one", "content": "two"}]], ["four"])
+    ours = Classifier(name=path, label=1, output="logit").load(CPU)(record)
+    rows = [[BOS, *look_up(path, "one two"), EOS, 3, *look_up(path, "four"), EOS]]
+    assert ours.item() == pytest.approx(direct_logits(path, rows)[0, 1].item(), abs=1e-5)
+    plain = Classifier(name=path, label=1, output="logit").load(CPU)(completions(["two"]))
+    expected = direct_logits(path, [look_up(path, "two")])[0, 1].item()
+    assert plain.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_scores_are_where_the_policy_is(name):
+    function = Classifier(name=name, label=0, device="cpu").load(torch.device("meta"))
+    assert function(completions(TEXTS)).device.type == "meta"
+
+
+@pytest.mark.gpu
+def test_auto_is_half_precision_on_cuda(name):
+    cuda = torch.device("cuda")
+    ours = Classifier(name=name, label=0).load(cuda)(completions(TEXTS))
+    half = Classifier(name=name, label=0, dtype="fp16").load(cuda)(completions(TEXTS))
+    assert (ours.dtype, ours.device.type) == (torch.float32, "cuda")
+    assert torch.equal(ours, half)
 
 
 def test_the_fingerprint_follows_the_files_of_the_classifier(tmp_path):

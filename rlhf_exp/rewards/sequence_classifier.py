@@ -1,0 +1,172 @@
+"""Completions through a Hugging Face sequence classifier, read with its own tokenizer.
+
+It knows texts, conversations, batches, cutting and devices; what the outputs mean is for the
+rewards that use it to say. The policy's tokens never reach it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
+from rlhf_exp.models.hub import directory_hash, locate_model
+from rlhf_exp.models.loading import DTYPES, load_classifier
+from rlhf_exp.rewards.protocol import RewardError
+from rlhf_exp.settings import ConfigError, Count, Text, settings
+from rlhf_exp.tasks.batches import pad_right
+from rlhf_exp.training.context import pick_device
+from rlhf_exp.types import Completions
+
+Side = Literal["right", "left"]
+# What transformers gives a tokenizer whose limit nobody wrote down is far above this.
+NO_LIMIT = 10**9
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceClassifier:
+    """A classifier on its device, and how texts are given to it. `max_tokens` is what it can read
+    of one, None if neither it nor its tokenizer has a limit."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int | None
+    batch_size: int
+
+    @torch.no_grad()
+    def logits(self, completions: Completions, *, ending: str = "") -> Float[Tensor, "batch label"]:
+        """The fp32 logits of each prompt with its completion, on the classifier's device.
+
+        A conversation is rendered by the classifier's own chat template, answer included, if it has
+        one. Everything else is text: the prompt's, the completion's, and `ending` unless the
+        completion ends with it.
+        """
+        rows = [
+            self._ids(row, completion, ending)
+            for row, completion in zip(completions.prompts.rows, completions.texts, strict=True)
+        ]
+        batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        return torch.cat([self._batch_logits(batch) for batch in batches])
+
+    def _batch_logits(self, rows: list[list[int]]) -> Float[Tensor, "batch label"]:
+        # On the right and with the id of the model's configuration, whatever the tokenizer would
+        # do: GPT-2 counts positions from the first column, and decoders read their answer at the
+        # last token that is not this one.
+        fill = self.model.config.get_text_config().pad_token_id
+        tokens = pad_right([row or [fill] for row in rows], fill=fill)
+        mask = pad_right([[1] * max(1, len(row)) for row in rows], fill=0)
+        device = self.model.device
+        output = self.model(input_ids=tokens.to(device), attention_mask=mask.to(device))
+        return output.logits.float()
+
+    def _ids(self, row: Mapping[str, Any], completion: str, ending: str) -> list[int]:
+        cut = {"truncation": self.max_tokens is not None, "max_length": self.max_tokens}
+        try:
+            if "messages" in row and self.tokenizer.chat_template:
+                answer = {"role": "assistant", "content": completion}
+                messages = [*(dict(message) for message in row["messages"]), answer]
+                text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+                # The template spells BOS out.
+                return self.tokenizer(text, add_special_tokens=False, **cut)["input_ids"]
+            text = row["prompt"] + completion
+            return self.tokenizer(text if completion.endswith(ending) else text + ending, **cut)[
+                "input_ids"
+            ]
+        except Exception as error:  # templates are programs, and tokenizers raises this very class
+            raise RewardError(
+                f"the tokenizer of reward.name={self.name!r} cannot read the prompt"
+                f" {row['prompt'][:60]!r} with the completion {completion[:60]!r}: {error}"
+            ) from error
+
+
+@settings
+class SequenceClassifierSettings:
+    """Which classifier a reward reads from, and how it is run: the keys that all such rewards
+    have."""
+
+    name: Text
+    revision: str | None = None
+    batch_size: Count = 64
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    device: str | None = None
+    trust_remote_code: bool = False
+
+    def fingerprint(self) -> str:
+        """A hash of names, sizes and times of the directory's files, "" for a hub name and for what
+        an earlier step will make."""
+        return directory_hash(locate_model(self.name, field="reward.name"))
+
+    def open_model(
+        self, policy_device: torch.device, *, auto_on_cuda: torch.dtype, truncation_side: Side
+    ) -> SequenceClassifier:
+        """The classifier on its device, which is the policy's unless one is named. dtype auto is
+        fp32 on the CPU. Raises ConfigError if the model cannot be loaded or the machine lacks the
+        device."""
+        device = _pick_device(self.device, policy_device)
+        auto = auto_on_cuda if device.type == "cuda" else torch.float32
+        model, tokenizer = load_classifier(
+            self.name,
+            dtype=DTYPES.get(self.dtype, auto),
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
+        _settle_padding(self.name, model, tokenizer)
+        # Decoders would keep the keys and values of a whole batch for a token that never comes.
+        model.config.get_text_config().use_cache = False
+        tokenizer.truncation_side = truncation_side
+        return SequenceClassifier(
+            name=self.name,
+            model=model.to(device),
+            tokenizer=tokenizer,
+            max_tokens=readable_tokens(model, tokenizer),
+            batch_size=self.batch_size,
+        )
+
+
+def readable_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The most tokens that model and tokenizer both take, None if neither has a limit."""
+    config = model.config.get_text_config()
+    key = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    limits = [tokenizer.model_max_length, config.to_dict().get(key) or NO_LIMIT]
+    # RoBERTa's kin number positions from behind that of padding, and so have fewer than they say.
+    limits += [
+        module.num_embeddings - module.padding_idx - 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings")
+        and isinstance(module, nn.Embedding)
+        and module.padding_idx is not None
+    ]
+    return min(limits) if min(limits) < NO_LIMIT else None
+
+
+def _settle_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Sees to it that the model's configuration names a padding token that the model has; Llama's
+    first had -1 there."""
+    config = model.config.get_text_config()
+    size = model.get_input_embeddings().num_embeddings
+    if config.pad_token_id not in range(size):
+        config.pad_token_id = tokenizer.pad_token_id
+    if config.pad_token_id not in range(size):
+        raise ConfigError(
+            f"reward.name={name!r}: its padding token is {config.pad_token_id}, but the model has"
+            f" {size} tokens; resize its embeddings, or save it with another padding token"
+        )
+
+
+def _pick_device(name: str | None, policy_device: torch.device) -> torch.device:
+    if name is None:
+        return policy_device
+    try:
+        device = pick_device(name)
+    except ConfigError as error:
+        raise ConfigError(f"reward.{error}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"reward.device={name}: this machine has {torch.cuda.device_count()} CUDA device(s),"
+            " counted from cuda:0"
+        )
+    return device
