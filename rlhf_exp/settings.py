@@ -14,6 +14,9 @@ T = TypeVar("T")
 # A value artifact:NAME stands for what the step NAME of `prepare` will make.
 REFERENCE = "artifact:"
 
+# The groups that a stage is handed, of which its `run` names those that it takes.
+PARTS = ("task", "model", "reference", "reward", "sampler", "optimizer", "schedule")
+
 
 class ConfigError(ValueError):
     """The user's mistake in a configuration or a file: the message names the field and the fix."""

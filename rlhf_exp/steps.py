@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from rlhf_exp.settings import REFERENCE, ConfigError, Fingerprinted
+from rlhf_exp.settings import PARTS, REFERENCE, ConfigError, Fingerprinted
 from rlhf_exp.stages.foresight import foresee
 from rlhf_exp.training.artifacts import ArtifactStore, content_hash, source_hash
 from rlhf_exp.training.context import Context
@@ -25,8 +25,6 @@ from rlhf_exp.training.precision import computes_bf16
 from rlhf_exp.training.timing import Stopwatch
 
 log = logging.getLogger(__name__)
-
-PARTS = ("task", "model", "reward", "sampler", "optimizer", "schedule")
 
 # From a group's configuration and its path to the object, or to None with problems appended.
 Instantiate = Callable[[Mapping[str, Any], str, list[str]], Any]

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from rlhf_exp.functional.logprobs import completion_part, token_logprobs
 from rlhf_exp.functional.masking import masked_fill_zero
-from rlhf_exp.models.loading import load_language_model, locate_model
+from rlhf_exp.models.freezing import train_last_layers
+from rlhf_exp.models.hub import locate_model
+from rlhf_exp.models.loading import load_language_model
 from rlhf_exp.models.policy import CausalTransformer, draw_linear
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.types import Completions, Record, record
@@ -158,19 +160,7 @@ class RewardModel(nn.Module):
     def unfreeze(self, num_layers: int) -> None:
         """Freezes the language model but for its last `num_layers` blocks and what follows them,
         other than the output embedding. Raises ValueError if there are fewer blocks."""
-        self.backbone.requires_grad_(False)
-        if not num_layers:
-            return
-        children = list(self.backbone.language_model.base_model.children())
-        lists = [module for module in children if isinstance(module, nn.ModuleList)]
-        if len(lists) != 1:
-            name = type(self.backbone.language_model).__name__
-            raise ValueError(f"{name} has no single list of blocks; set unfreeze_layers=0")
-        [blocks] = lists
-        if num_layers > len(blocks):
-            raise ValueError(f"the model has {len(blocks)} blocks, fewer than unfreeze_layers")
-        for module in (*blocks[-num_layers:], *children[children.index(blocks) + 1 :]):
-            module.requires_grad_(True)
+        train_last_layers(self.backbone.language_model, num_layers, field="unfreeze_layers")
 
     def initialise_head(self, generator: torch.Generator, *, bias: float) -> None:
         """Draws the head's weights anew with PyTorch's distribution of nn.Linear, and starts its

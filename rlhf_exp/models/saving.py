@@ -5,14 +5,24 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from rlhf_exp.models.loading import VALUE_HEAD_FILE
+from rlhf_exp.models.lora import has_adapter, merged_state, save_adapter
 from rlhf_exp.models.policy import TransformerWithValueHead
 
 
 def save_policy(policy: TransformerWithValueHead, path: str | Path) -> Path:
     """Writes model (safetensors), tokenizer, config, generation config and value head to the
-    directory, and returns it. A reload gives bit-equal logits and values."""
+    directory, and returns it. A reload gives bit-equal logits and values.
+
+    Of a model with adapters the merged weights are written, whose logits are equal up to rounding,
+    and the adapters alone below `adapter/`.
+    """
     path = Path(path)
-    policy.language_model.save_pretrained(path)
+    model = policy.language_model
+    if has_adapter(model):
+        model.save_pretrained(path, state_dict=merged_state(model))
+        save_adapter(model, path / "adapter")
+    else:
+        model.save_pretrained(path)
     policy.tokenizer.save_pretrained(path)
     head = {name: tensor.contiguous() for name, tensor in policy.value_head.state_dict().items()}
     save_file(head, path / VALUE_HEAD_FILE, metadata={"format": "pt"})

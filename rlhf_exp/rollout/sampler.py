@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf_exp.functional.sampling import filter_logits
+from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
 from rlhf_exp.settings import ConfigError, Count, Temperature, TopP, settings
 from rlhf_exp.training.context import TrainingError
@@ -112,3 +113,11 @@ def eos_token(policy: CausalTransformer, *, stop_at_eos: bool) -> int | None:
             "sampler.stop_at_eos=true needs a tokenizer with an end-of-sequence token"
         )
     return int(policy.tokenizer.eos_token_id)
+
+
+def have_ended(
+    completions: Completions, tokenizer: PreTrainedTokenizerBase
+) -> Bool[Tensor, " batch"]:
+    """Whether the last real token of each completion is EOS."""
+    last = completions.mask.sum(dim=1, keepdim=True) - 1
+    return completions.tokens.gather(1, last).squeeze(1) == tokenizer.eos_token_id

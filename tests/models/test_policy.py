@@ -150,7 +150,7 @@ def test_the_value_loss_alone_trains_the_first_block(architecture, engine):
     tokens, mask = ragged_tokens()
     policy(tokens, mask)[1][mask].square().mean().backward()
     block = policy.language_model.base_model.get_submodule(
-        {"gpt2": "h.0", "llama": "layers.0", "gpt_neox": "layers.0"}[architecture]
+        "h.0" if architecture == "gpt2" else "layers.0"
     )
     assert max(parameter.grad.abs().max() for parameter in block.parameters()) > 1e-3
     assert policy.language_model.get_input_embeddings().weight.grad.abs().max() > 1e-3
@@ -175,7 +175,7 @@ def test_the_last_layers_are_the_blocks_outputs_and_the_final_norms(architecture
     policy = tiny_policy(architecture)
     tokens, mask = ragged_tokens()
     base = policy.language_model.base_model
-    name = {"gpt2": "h.0", "llama": "layers.0", "gpt_neox": "layers.0"}[architecture]
+    name = "h.0" if architecture == "gpt2" else "layers.0"
     outputs = []
     hook = base.get_submodule(name).register_forward_hook(
         lambda module, args, output: outputs.append(output)

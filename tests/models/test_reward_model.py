@@ -298,10 +298,16 @@ def test_more_layers_than_there_are_blocks_are_refused():
         model.unfreeze(3)
 
 
-BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers", "gpt_neox": "gpt_neox.layers"}
+BLOCKS = {
+    "gpt2": "transformer.h",
+    "llama": "model.layers",
+    "qwen2": "model.layers",
+    "gpt_neox": "gpt_neox.layers",
+}
 NORMS = {
     "gpt2": "transformer.ln_f",
     "llama": "model.norm",
+    "qwen2": "model.norm",
     "gpt_neox": "gpt_neox.final_layer_norm",
 }
 

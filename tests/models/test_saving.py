@@ -2,7 +2,12 @@ import json
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from rlhf_exp.models.saving import save_policy
 from tests.builders import plain_forward, ragged_tokens, tiny_policy, with_engine
@@ -25,7 +30,9 @@ def test_other_tools_open_what_is_saved(architecture, tmp_path):
     ).logits  # fmt: skip
     assert torch.equal(ours[MASK], logits[MASK])
 
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new" / "model")
+    # AutoTokenizer takes any tokenizer beside a Qwen2 for Qwen's own.
+    tokenizers = PreTrainedTokenizerFast if architecture == "qwen2" else AutoTokenizer
+    tokenizer = tokenizers.from_pretrained(tmp_path / "new" / "model")
     assert tokenizer.get_vocab() == policy.tokenizer.get_vocab()
     assert tokenizer("nine . one")["input_ids"] == [13, 14, 5]
     assert tokenizer.decode([13, 14, 5]) == "nine . one"

@@ -100,6 +100,24 @@ def test_it_does_not_matter_how_many_rows_are_measured_at_once(rows, monkeypatch
         assert_near(getattr(rollout, name), getattr(expected, name), tolerance=1e-6)
 
 
+@pytest.mark.parametrize(("rows", "sizes"), [(24, [24]), (10, [10, 10, 4]), (1, [1] * 24)])
+def test_the_reference_reads_so_many_rows_at_once(rows, sizes):
+    policy = tiny_policy()
+    reference = moved(policy)
+    generation, expected = rolled_out(policy, reference)
+    seen = []
+    hook = reference.language_model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    scores = torch.arange(float(len(TEXTS)))
+    rollout = measure(policy, reference, generation, scores, temperature=1.0, rows=rows)
+    hook.remove()
+    assert seen == sizes
+    for name in ("ref_logprobs", "ref_hidden", "kl", "entropy"):
+        assert_near(getattr(rollout, name), getattr(expected, name))
+    assert torch.equal(rollout.logprobs, expected.logprobs)
+
+
 def test_nothing_measured_has_a_gradient():
     policy = tiny_policy()
     _, rollout = rolled_out(policy, moved(policy))

@@ -1,0 +1,25 @@
+"""Which blocks of a language model are trained."""
+
+from torch import nn
+
+from rlhf_exp.hf import PreTrainedModel
+
+
+def train_last_layers(language_model: PreTrainedModel, num_layers: int, *, field: str) -> None:
+    """Freezes the model but for its last `num_layers` blocks and the final layer norm; embedding
+    and output embedding are frozen. Raises ValueError naming `field` if there are fewer blocks."""
+    language_model.requires_grad_(False)
+    if not num_layers:
+        return
+    children = list(language_model.base_model.children())
+    lists = [module for module in children if isinstance(module, nn.ModuleList)]
+    if len(lists) != 1:
+        raise ValueError(
+            f"{type(language_model).__name__} has no single list of blocks, so that {field} cannot"
+            " choose among them"
+        )
+    [blocks] = lists
+    if num_layers > len(blocks):
+        raise ValueError(f"the model has {len(blocks)} blocks, fewer than {field}={num_layers}")
+    for module in (*blocks[-num_layers:], *children[children.index(blocks) + 1 :]):
+        module.requires_grad_(True)

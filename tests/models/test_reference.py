@@ -1,0 +1,206 @@
+"""The references: the policy as it was, whatever of it is trained, and in how much memory."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rlhf_exp.models.loading import Pretrained
+from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.models.reference import (
+    FullCopy,
+    Lora,
+    Memory,
+    Reference,
+    ReferenceSettings,
+    SharedTrunk,
+    resident_memory,
+)
+from rlhf_exp.models.scratch import Scratch
+from rlhf_exp.settings import ConfigError
+from tests.builders import assert_near, ragged_tokens, tiny_policy
+
+TOKENS, MASK = ragged_tokens()
+KINDS = {
+    "full_copy": FullCopy(),
+    "shared_trunk": SharedTrunk(num_layers_unfrozen=1),
+    "lora": Lora(rank=4, alpha=8),
+}
+LAST = {"gpt2": ("h.1.", "ln_f."), "gpt_neox": ("layers.1.", "final_layer_norm.")}
+
+
+def is_trained(kind: str, architecture: str, name: str) -> bool:
+    """Whether a parameter of the policy, by its name, is one that is trained."""
+    if kind == "full_copy" or name.startswith("value_head."):
+        return True
+    if kind == "lora":
+        return "lora_" in name
+    parts = LAST.get(architecture, ("layers.1.", "norm."))
+    return name.removeprefix("language_model.").partition(".")[2].startswith(parts)
+
+
+def hidden_of(reference: Reference) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        hidden = reference.hidden_states(TOKENS, MASK)
+        return hidden[MASK], reference.unembed(hidden)[MASK]
+
+
+def train(policy: TransformerWithValueHead, steps: int = 3) -> None:
+    """A few large optimizer steps on everything that is trained."""
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=2e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        logits, values = policy(TOKENS, MASK)
+        (logits.log_softmax(dim=-1)[..., 5].mean() + values.square().mean()).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reference_is_the_policy_as_it_was(architecture: str, kind: str) -> None:
+    policy = tiny_policy(architecture)
+    before = policy.frozen_reference()
+    values = policy(TOKENS, MASK)[1]
+    reference = KINDS[kind].attach(policy, seed=0)
+    # Nothing has an effect yet, adapters included.
+    logits, same_values = policy(TOKENS, MASK)
+    assert_near(logits[MASK], hidden_of(before)[1], tolerance=1e-6)
+    assert_near(same_values, values, tolerance=1e-6)
+    start = copy.deepcopy(policy.state_dict())
+    train(policy)
+    for ours, expected in zip(hidden_of(reference), hidden_of(before), strict=True):
+        assert_near(ours, expected, tolerance=1e-6)
+    assert (policy(TOKENS, MASK)[0][MASK] - hidden_of(before)[1]).abs().max() > 0.05
+    for name, parameter in policy.named_parameters():
+        assert parameter.requires_grad == is_trained(kind, architecture, name), name
+        assert torch.equal(parameter, start[name]) != parameter.requires_grad, name
+
+
+@pytest.mark.parametrize("kind", ["full_copy", "shared_trunk"])
+def test_nothing_trains_a_reference(architecture: str, kind: str) -> None:
+    policy = tiny_policy(architecture)
+    reference = KINDS[kind].attach(policy, seed=0)
+    assert not any(p.requires_grad for p in reference.parameters())
+    reference.train()
+    assert not reference.language_model.training
+
+
+def storages(module: nn.Module) -> set[int]:
+    return {p.untyped_storage().data_ptr() for p in module.parameters()}
+
+
+def test_a_shared_trunk_is_there_once(architecture: str) -> None:
+    policy = tiny_policy(architecture)
+    reference = KINDS["shared_trunk"].attach(policy, seed=0)
+    own = dict(policy.named_parameters())
+    for name, parameter in reference.named_parameters():
+        trained = is_trained("shared_trunk", architecture, name)
+        assert (parameter.data_ptr() != own[name].data_ptr()) == trained, name
+        assert torch.equal(parameter, own[name])
+    assert len(storages(reference) - storages(policy)) == sum(
+        is_trained("shared_trunk", architecture, name) for name in own if "value_head" not in name
+    )
+    # Buffers (causal masks, rotary frequencies) too.
+    for ours, theirs in zip(policy.buffers(), reference.buffers(), strict=True):
+        assert ours.data_ptr() == theirs.data_ptr()
+
+
+def test_adapters_need_no_second_model() -> None:
+    policy = tiny_policy()
+    reference = KINDS["lora"].attach(policy, seed=0)
+    assert not isinstance(reference, nn.Module)
+    adapted = policy(TOKENS, MASK)[0]
+    train(policy)
+    hidden = reference.hidden_states(TOKENS, MASK)
+    # They are on again after each call, also after one that failed.
+    with pytest.raises(IndexError):
+        reference.hidden_states(TOKENS + 100, MASK)
+    assert (policy(TOKENS, MASK)[0] - adapted)[MASK].abs().max() > 0.05
+    assert (policy.hidden_states(TOKENS, MASK) - hidden)[MASK].abs().max() > 0.05
+    assert all(p.requires_grad for n, p in policy.named_parameters() if "lora_" in n)
+
+
+def test_all_blocks_can_be_unfrozen_and_no_more(architecture: str) -> None:
+    policy = tiny_policy(architecture)
+    SharedTrunk(num_layers_unfrozen=2).attach(policy, seed=0)
+    frozen = {n for n, p in policy.language_model.named_parameters() if not p.requires_grad}
+    assert {name.split(".")[-2] for name in frozen} <= {
+        "wte", "wpe", "embed_tokens", "lm_head", "embed_in", "embed_out",
+    }  # fmt: skip
+    with pytest.raises(
+        ConfigError,
+        match=r"^the model has 2 blocks, fewer than reference\.num_layers_unfrozen=3$",
+    ):
+        SharedTrunk(num_layers_unfrozen=3).attach(tiny_policy(architecture), seed=0)
+
+
+# GPT-2 of width 16 in fp32: embeddings of 16 tokens and 32 positions, a block of two layer norms,
+# attention (16 to 48, 16 to 16) and an MLP (16 to 64 to 16), a last layer norm; the value head.
+BLOCK = 2 * 32 + (16 * 48 + 48) + (16 * 16 + 16) + (16 * 64 + 64) + (64 * 16 + 16)
+NORM = 32
+MODEL = (16 + 32) * 16 + 2 * BLOCK + NORM
+HEAD = (16 * 64 + 64) + (64 + 1)
+# Of rank 4, for each of a block's four matrices.
+ADAPTERS = 2 * 4 * ((16 + 48) + (16 + 16) + (16 + 64) + (64 + 16))
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy_size", "reference_size", "trained"),
+    [
+        ("full_copy", MODEL + HEAD, MODEL, MODEL + HEAD),
+        ("shared_trunk", MODEL + HEAD, BLOCK + NORM, BLOCK + NORM + HEAD),
+        ("lora", MODEL + HEAD + ADAPTERS, 0, ADAPTERS + HEAD),
+    ],
+)
+def test_memory_by_hand(kind: str, policy_size: int, reference_size: int, trained: int) -> None:
+    policy = tiny_policy()
+    memory = resident_memory(policy, KINDS[kind].attach(policy, seed=0))
+    assert memory == Memory(
+        policy=4 * policy_size,
+        reference=4 * reference_size,
+        gradients=4 * trained,
+        optimizer=8 * trained,
+    )
+    assert memory.total == 4 * (policy_size + reference_size + 3 * trained)
+
+
+def test_memory_of_a_base_in_bf16() -> None:
+    policy = tiny_policy()
+    policy.language_model.to(torch.bfloat16)
+    memory = resident_memory(policy, KINDS["lora"].attach(policy, seed=0))
+    assert memory.policy == 2 * MODEL + 4 * (HEAD + ADAPTERS)
+    assert memory.gradients == 4 * (HEAD + ADAPTERS)
+
+
+def test_memory_as_a_line() -> None:
+    mib = 2**20
+    memory = Memory(policy=3 * mib, reference=mib // 2, gradients=2 * mib, optimizer=4 * mib)
+    assert str(memory) == (
+        "memory in MiB: weights 3.0  reference 0.5  gradients 2.0  Adam 4.0  total 9.5"
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_weights_that_are_trained_must_be_fp32(dtype: str) -> None:
+    low = Pretrained(base_model="gpt2", dtype=dtype)
+    for kind in ("full_copy", "shared_trunk"):
+        [problem] = KINDS[kind].check(low)
+        assert problem.startswith(f"model.dtype={dtype}: weights that are trained must be fp32")
+        assert KINDS[kind].check(Pretrained(base_model="gpt2")) == []
+        assert KINDS[kind].check(Scratch()) == []
+    assert KINDS["lora"].check(low) == []
+
+
+def test_transformer_lens_knows_no_adapters() -> None:
+    for model in (Pretrained(base_model="gpt2", engine="hooked"), Scratch(engine="hooked")):
+        assert KINDS["lora"].check(model) == [
+            "reference=lora needs model.engine=fast; policy.hooked() shows the merged model"
+        ]
+        assert KINDS["full_copy"].check(model) == KINDS["shared_trunk"].check(model) == []
+    assert KINDS["lora"].check(Scratch()) == []
+
+
+def test_kinds_are_settings_of_the_reference_group() -> None:
+    assert all(isinstance(kind, ReferenceSettings) for kind in KINDS.values())
+    for kind in KINDS.values():
+        assert isinstance(kind.attach(tiny_policy(), seed=0), Reference)
