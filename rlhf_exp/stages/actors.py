@@ -1,19 +1,25 @@
 """What samples and what scores, loaded and checked against each other."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from rlhf_exp.models.loading import ModelSettings, build_policy
 from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
+from rlhf_exp.models.reference import Reference, ReferenceSettings
 from rlhf_exp.rewards.protocol import ReadsPrompts, ReadsTokens, Reward, RewardFunction
 from rlhf_exp.rollout.sampler import Sampler, eos_token
-from rlhf_exp.settings import ConfigError
-from rlhf_exp.tasks.encoding import tokenizer_factory
-from rlhf_exp.tasks.prompts import encode_prompts
-from rlhf_exp.tasks.protocol import AnswerTask, Task
+from rlhf_exp.settings import ConfigError, Fingerprinted
+from rlhf_exp.tasks.encoding import leading_ids, tokenizer_factory
+from rlhf_exp.tasks.prompts import encode_prompts, take
+from rlhf_exp.tasks.protocol import AnswerTask, Prompt, ShapesPrompts, Task
 from rlhf_exp.training.context import Context
 from rlhf_exp.training.seeding import stream_seed
 from rlhf_exp.types import PromptBatch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +28,7 @@ class Actors:
     if it knows exact answers."""
 
     policy: TransformerWithValueHead
-    reference: CausalTransformer
+    reference: Reference
     score: RewardFunction
     sampler: Sampler
     train_prompts: PromptBatch
@@ -31,24 +37,56 @@ class Actors:
 
 
 def load_actors(
-    context: Context, task: Task, model: ModelSettings, reward: Reward, sampler: Sampler
+    context: Context,
+    task: Task,
+    model: ModelSettings,
+    reward: Reward,
+    sampler: Sampler,
+    reference: ReferenceSettings,
 ) -> Actors:
-    """The policy and its frozen copy, the reward and the prompts, on the context's device. Raises
-    ConfigError for what cannot be loaded or does not fit."""
+    """The policy, what of it is trained, its reference, the reward and the prompts, on the
+    context's device. Raises ConfigError for what cannot be loaded or does not fit."""
     policy = load_sampled_policy(context, task, model, sampler)
-    prompts = [
+    train, held_out = (
         fitting_prompts(policy, task, texts, sampler)
         for texts in (task.train_prompts(), task.eval_prompts())
-    ]
+    )
+    if isinstance(task, ShapesPrompts):
+        held_out = without(held_out, train)
+    score = load_reward(context, reward, policy, task, sampler, (train, held_out))
     return Actors(
         policy=policy,
-        reference=policy.frozen_reference(),
-        score=load_reward(context, reward, policy, task, sampler, prompts),
+        reference=reference.attach(policy, seed=stream_seed(context.seed, "reference")),
+        score=score,
         sampler=sampler,
-        train_prompts=prompts[0],
-        eval_prompts=prompts[1],
+        train_prompts=train,
+        eval_prompts=held_out,
         answers=task if isinstance(task, AnswerTask) else None,
     )
+
+
+def fingerprints(task: Task, model: ModelSettings, policy: CausalTransformer) -> dict[str, str]:
+    """Hashes of the prompts and of the model that a run stands on, by field; a model of the hub is
+    known by its commit. Not of the reward, which may be mended where it failed."""
+    commit = vars(policy.language_model.config).get("_commit_hash")
+    files = model.fingerprint() if isinstance(model, Fingerprinted) else ""
+    return {"task": task.fingerprint(), "model": f"{files} {commit}"}
+
+
+def without(prompts: PromptBatch, others: PromptBatch) -> PromptBatch:
+    """The prompts that are not among the others, token by token; all if all of them are: cut to
+    their first tokens, two texts may be one prompt."""
+    taken = set(_ids(others))
+    kept = [i for i, ids in enumerate(_ids(prompts)) if ids not in taken]
+    if not kept:
+        log.warning("every held-out prompt is trained on too: evaluations measure no new prompts")
+        return prompts
+    return take(prompts, torch.tensor(kept, device=prompts.tokens.device))
+
+
+def _ids(prompts: PromptBatch) -> list[tuple[int, ...]]:
+    starts = (~prompts.mask).sum(dim=1).tolist()
+    return [tuple(row[s:]) for row, s in zip(prompts.tokens.tolist(), starts, strict=True)]
 
 
 def load_sampled_policy(
@@ -78,25 +116,37 @@ def load_reward(
         if isinstance(reward, ReadsTokens):
             reward.check_policy(
                 policy.tokenizer,
-                prepend_bos=task.prepend_bos,
+                prepend_bos=bool(leading_ids(policy.tokenizer, prepend_bos=task.prepend_bos)),
                 num_tokens=batch.tokens.shape[1] + sampler.gen_len,
             )
     return reward.load(context.device)
 
 
 def fitting_prompts(
-    policy: TransformerWithValueHead, task: Task, texts: Sequence[str], sampler: Sampler
+    policy: TransformerWithValueHead, task: Task, prompts: Sequence[Prompt], sampler: Sampler
 ) -> PromptBatch:
-    """The texts as prompts of the policy. Raises ConfigError if one leaves no room for a
+    """The prompts as tokens of the policy. Raises ConfigError if one leaves no room for a
     completion."""
-    prompts = encode_prompts(
-        policy.tokenizer, texts, prepend_bos=task.prepend_bos, device=policy.device
+    shaping = task if isinstance(task, ShapesPrompts) else None
+    batch = encode_prompts(
+        policy.tokenizer,
+        prompts,
+        prepend_bos=task.prepend_bos,
+        device=policy.device,
+        shaping=shaping,
     )
-    longest = prompts.tokens.shape[1]
-    if longest + sampler.gen_len > policy.context_len:
+    longest = batch.tokens.shape[1]
+    room = max(0, policy.context_len - longest)
+    if sampler.gen_len > room:
+        text = batch.texts[int(batch.mask.sum(dim=1).argmax())]
+        shorter = (
+            f"leave such prompts out with task.max_tokens={policy.context_len - sampler.gen_len}"
+            if shaping is not None and sampler.gen_len < policy.context_len
+            else "use shorter prompts"
+        )
         raise ConfigError(
             f"a prompt of {longest} tokens and sampler.gen_len={sampler.gen_len} exceed the"
             f" model's context of {policy.context_len} tokens; set sampler.gen_len to at most"
-            f" {max(0, policy.context_len - longest)} or use shorter prompts"
+            f" {room} or {shorter}. The prompt begins {text[:80]!r}"
         )
-    return prompts
+    return batch

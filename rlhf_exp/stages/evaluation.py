@@ -1,26 +1,34 @@
 """Evaluation of a policy: fresh samples at temperature 1 from the full distribution."""
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from rich.console import Console
 from torch import Tensor
 
 from rlhf_exp.functional.masking import masked_mean
-from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
-from rlhf_exp.rewards.protocol import RewardFunction
+from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.models.reference import Reference
+from rlhf_exp.rewards.protocol import RewardError, RewardFunction
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.stages.answers import exact_match, greedy, judge_answers
 from rlhf_exp.tasks.prompts import take
 from rlhf_exp.tasks.protocol import AnswerTask
 from rlhf_exp.training.context import TrainingError
-from rlhf_exp.training.metrics import distinct_n
+from rlhf_exp.training.curves import plot_ppo, print_before_after
+from rlhf_exp.training.folder import RunFolder
+from rlhf_exp.training.metrics import describe, distinct_n
 from rlhf_exp.training.seeding import stream
-from rlhf_exp.types import Completions, Generation, PromptBatch, Rollout
+from rlhf_exp.types import Completions, Generation, PromptBatch, Rollout, concatenate
 
-ROWS = 64
+log = logging.getLogger(__name__)
+
+ROWS, TABLE_ROWS = 64, 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +39,23 @@ class Evaluation:
     samples: list[dict[str, Any]]
 
 
+def read_evaluations(folder: RunFolder) -> tuple[Evaluation, Evaluation]:
+    """The first and the last evaluation that a run has logged."""
+    evaluated = [row for row in folder.rows() if "eval/score" in row]
+    samples = folder.rows("samples.jsonl")
+    first, last = (
+        Evaluation(
+            metrics={name: value for name, value in row.items() if name != "phase"},
+            samples=[sample for sample in samples if sample["phase"] == row["phase"]],
+        )
+        for row in (evaluated[0], evaluated[-1])
+    )
+    return first, last
+
+
 def evaluate(
     policy: TransformerWithValueHead,
-    reference: CausalTransformer,
+    reference: Reference,
     reward: RewardFunction,
     sampler: Sampler,
     prompts: PromptBatch,
@@ -49,7 +71,7 @@ def evaluate(
     The prompts are the same at every call with one seed, in the same order, repeated if there are
     fewer of them than samples; so is the stream of random numbers, which pairs evaluations and
     makes their differences less noisy. None of it is a rollout's. Raises TrainingError naming the
-    phase for scores or logits that are not finite.
+    phase for logits that are not finite, RewardError for such scores.
     """
     device = policy.device
     order = torch.randperm(len(prompts.rows), generator=stream(seed, "evaluation prompts"))
@@ -87,11 +109,18 @@ def sample(
     generator: torch.Generator,
     *,
     phase: int,
+    rows: int | None = None,
 ) -> Generation:
-    """The sampler's generation. Raises TrainingError naming the phase if the policy has
-    diverged."""
+    """The sampler's generation, `rows` prompts at a time, by default all. Raises TrainingError
+    naming the phase if the policy has diverged."""
+    every = torch.arange(len(prompts.rows), device=prompts.tokens.device)
     try:
-        return sampler(policy, prompts, generator)
+        return concatenate(
+            [
+                sampler(policy, prompts[index] if rows else prompts, generator)
+                for index in every.split(rows or len(every))
+            ]
+        )
     except TrainingError as error:
         raise TrainingError(f"phase {phase}: {error}") from error
 
@@ -99,17 +128,20 @@ def sample(
 def checked_scores(
     reward: RewardFunction, completions: Completions, *, phase: int
 ) -> Float[Tensor, " batch"]:
-    """The reward's scores in fp32. Raises TrainingError naming the phase unless there is a finite
-    one for each completion."""
-    scores = reward(completions).float()
+    """The reward's scores in fp32. Raises RewardError naming the phase and a sample unless there
+    is a finite one for each completion."""
+    try:
+        scores = reward(completions).float()
+    except RewardError as error:
+        raise RewardError(f"phase {phase}: {error}") from error
     if scores.shape != (len(completions.texts),):
-        raise TrainingError(
+        raise RewardError(
             f"phase {phase}: the reward gave scores of shape {tuple(scores.shape)} for"
             f" {len(completions.texts)} samples; it must give one for each"
         )
     bad = (~scores.isfinite()).nonzero().flatten().tolist()
     if bad:
-        raise TrainingError(
+        raise RewardError(
             f"phase {phase}: the reward gave {scores[bad[0]].item()} for {len(bad)} of"
             f" {len(scores)} samples, the first: {completions.full_texts[bad[0]]!r}"
         )
@@ -143,3 +175,17 @@ def _metrics(chunks: list[Rollout]) -> dict[str, float]:
         "eval/distinct_3": distinct_n(tokens, mask, n=3),
         "eval/len_mean": mask.sum(dim=1).float().mean().item(),
     }
+
+
+def brief(metrics: Mapping[str, float]) -> str:
+    """The metrics of an evaluation as a line, "eval/" left out."""
+    return describe({name.removeprefix("eval/"): value for name, value in metrics.items()})
+
+
+def report(folder: RunFolder, before: Evaluation, after: Evaluation) -> None:
+    """Draws the curves of a run, and says what it was like before and after."""
+    picture = plot_ppo(folder.rows(), folder.path / "curves.png", title="PPO by phase")
+    print_before_after(before.samples[:TABLE_ROWS], after.samples[:TABLE_ROWS], Console())
+    log.info("before: %s", brief(before.metrics))
+    log.info("after:  %s", brief(after.metrics))
+    log.info("curves: %s", picture)

@@ -7,24 +7,23 @@ from typing import Any
 
 import torch
 
-from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.models.loading import ModelSettings
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rewards.protocol import Reward, RewardFunction
-from rlhf_exp.rollout.sampler import Sampler
-from rlhf_exp.settings import Count, settings
+from rlhf_exp.rollout.sampler import Sampler, have_ended
+from rlhf_exp.settings import ConfigError, Count, settings
 from rlhf_exp.stages.actors import fitting_prompts, load_reward, load_sampled_policy
 from rlhf_exp.stages.evaluation import checked_scores, sample
 from rlhf_exp.tasks.hashing import hash_fraction
 from rlhf_exp.tasks.pairs import FOLDER, Format, write_pairs
-from rlhf_exp.tasks.prompts import prompt_stream
-from rlhf_exp.tasks.protocol import DemonstrationTask, Pair, Task
+from rlhf_exp.tasks.prompts import PromptStream
+from rlhf_exp.tasks.protocol import DemonstrationTask, Pair, Prompt, PromptRow, Task
 from rlhf_exp.training.context import Context, TrainingError
 from rlhf_exp.training.precision import Dtype, autocast
 from rlhf_exp.training.progress import Progress
 from rlhf_exp.training.seeding import stream
 from rlhf_exp.training.timing import Stopwatch
-from rlhf_exp.types import Completions, PromptBatch
+from rlhf_exp.types import PromptBatch
 
 log = logging.getLogger(__name__)
 # Sampling goes on until there are enough pairs, but not where next to all of them are ties.
@@ -117,7 +116,7 @@ class _PairSource:
         """So many pairs of the prompts, in the order in which they were sampled."""
         pairs: list[Pair] = []
         tried = 0
-        for batch in prompt_stream(prompts, self.stage.batch_size, self.order):
+        for batch in PromptStream(prompts, self.stage.batch_size, self.order):
             pairs += self._pairs(batch)
             tried += self.stage.batch_size
             progress.advance(min(progress.total, self.num_prompts - self.num_ties), self.metrics())
@@ -138,8 +137,8 @@ class _PairSource:
             )
         completions = generation.completions
         scores = checked_scores(self.score, completions, phase=self.num_prompts).tolist()
-        answers = [*zip(completions.texts, scores, have_ended(completions, self.policy.tokenizer),
-                        strict=True)]  # fmt: skip
+        answers = [*zip(completions.texts, scores, have_ended(completions, self.policy.tokenizer)
+                        .tolist(), strict=True)]  # fmt: skip
         pairs = [
             as_pair(prompt, answers[2 * i], answers[2 * i + 1])
             for i, prompt in enumerate(prompts.texts)
@@ -183,22 +182,26 @@ def as_pair(
     )
 
 
-def have_ended(completions: Completions, tokenizer: PreTrainedTokenizerBase) -> list[bool]:
-    """Whether the last real token of each completion is EOS."""
-    last = completions.mask.sum(dim=1, keepdim=True) - 1
-    ends = completions.tokens.gather(1, last).squeeze(1)
-    return [token == tokenizer.eos_token_id for token in ends.tolist()]
-
-
-def split_prompts(task: Task, share: float) -> tuple[Sequence[str], Sequence[str]]:
+def split_prompts(task: Task, share: float) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
     """Prompts to sample from for training and for held-out pairs: those of held-out demonstrations
     if the task has any, else a `share` of the training prompts, at least one, chosen by their hash.
-    Both are the same if there is only one prompt."""
+    Both are the same if there is only one prompt. Raises ConfigError for conversations, which pairs
+    cannot hold."""
     prompts = task.train_prompts()
     if isinstance(task, DemonstrationTask):
         return prompts, [d.prompt for d in task.demonstration_split().held_out]
-    if len(prompts) == 1:
+    by_text: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        text = prompt.prompt if isinstance(prompt, PromptRow) else prompt
+        if not isinstance(text, str):
+            raise ConfigError(
+                "stage=preferences writes pairs of texts, but the task's prompts are conversations:"
+                " give prompts as text"
+            )
+        by_text.setdefault(text, []).append(prompt)
+    if len(by_text) == 1:
         return prompts, prompts
-    ordered = sorted(prompts, key=hash_fraction)
-    count = min(max(1, round(share * len(prompts))), len(prompts) - 1)
-    return ordered[count:], ordered[:count]
+    ordered = sorted(by_text, key=hash_fraction)
+    count = min(max(1, round(share * len(ordered))), len(ordered) - 1)
+    held_out, train = ordered[:count], ordered[count:]
+    return [p for t in train for p in by_text[t]], [p for t in held_out for p in by_text[t]]

@@ -10,7 +10,7 @@ from pydantic import model_validator
 from rich.console import Console
 from torch import Tensor
 
-from rlhf_exp.models.loading import ModelSettings
+from rlhf_exp.models.loading import ModelSettings, must_be_plain
 from rlhf_exp.models.policy import CausalTransformer
 from rlhf_exp.models.reward_model import HeadKind, HeadShape, RewardModel, save_reward_model
 from rlhf_exp.settings import ConfigError, Count, Index, NonNegative, settings
@@ -24,6 +24,7 @@ from rlhf_exp.stages.pair_data import (
     print_pairs,
     score_rows,
 )
+from rlhf_exp.tasks.encoding import leading_ids
 from rlhf_exp.tasks.pair_tokens import EncodedPair, encode_pairs
 from rlhf_exp.tasks.pairs import hold_out, num_shared
 from rlhf_exp.tasks.protocol import PairTask
@@ -80,10 +81,7 @@ class TrainRewardModel(Supervised):
             problems.append("stage=reward_model needs preference pairs: task=pairs task.path=FILE")
         else:
             task.fingerprint()
-        if model.engine != "fast":
-            problems.append(
-                "model.engine=hooked is for stage=ppo; stage=reward_model trains with engine=fast"
-            )
+        problems += must_be_plain(model, stage="reward_model")
         return problems
 
     def check_texts(self, *, task: PairTask, schedule: Schedule, **_: Any) -> list[str]:
@@ -153,7 +151,7 @@ class TrainRewardModel(Supervised):
             kind=self.head,
             width=self.width,
             read_layers=self.read_layers,
-            prepend_bos=task.prepend_bos,
+            prepend_bos=bool(leading_ids(tokenizer, prepend_bos=task.prepend_bos)),
         )
         try:
             scorer = RewardModel(backbone, shape)

@@ -9,7 +9,7 @@ import torch
 from pydantic import model_validator
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
-from rlhf_exp.models.loading import ModelSettings
+from rlhf_exp.models.loading import ModelSettings, must_be_plain
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.settings import ConfigError, Count, OpenFraction, Positive, settings
 from rlhf_exp.stages.held_out import BestKept, HeldOut, next_token_loss
@@ -79,10 +79,7 @@ class SFT(Supervised):
             problems.append("stage.data=demonstrations needs a task with answers: task=arithmetic")
         if self.stop_at is not None and not isinstance(task, AnswerTask):
             problems.append("stage.stop_at needs a task with exact answers: task=arithmetic")
-        if model.engine != "fast":
-            problems.append(
-                "model.engine=hooked is for stage=ppo; stage=sft trains with engine=fast"
-            )
+        problems += must_be_plain(model, stage="sft")
         return problems
 
     def check_texts(self, *, task: Any, schedule: Schedule, **_: Any) -> list[str]:

@@ -75,10 +75,15 @@ class RunFolder:
         for sink in self._sinks:
             sink.log_samples(phase, rows)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl so far."""
-        lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+    def rows(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl, or of samples.jsonl, so far."""
+        return [json.loads(line) for line in self._lines(name)]
+
+    def rewind(self, phase: int) -> None:
+        """Removes the rows of later phases, which a resumed run writes again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            kept = [line for line in self._lines(name) if json.loads(line)["phase"] <= phase]
+            self._write(name, "".join(f"{line}\n" for line in kept))
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file."""
@@ -91,6 +96,11 @@ class RunFolder:
     def write_environment(self) -> None:
         """Writes environment.txt: commit, platform and the versions of all packages."""
         self._write("environment.txt", "\n".join(environment()) + "\n")
+
+    def _lines(self, name: str) -> list[str]:
+        # Not splitlines(), which also splits at characters that JSON leaves in a text. What follows
+        # the last end of a line was being written when the run died.
+        return (self.path / name).read_text(encoding="utf-8").split("\n")[:-1]
 
     def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,8 @@ from rlhf_exp.settings import (
     Positive,
     settings,
 )
+from rlhf_exp.training.context import TrainingError
+from rlhf_exp.types import LossOutput
 
 
 @settings
@@ -156,3 +158,17 @@ def clip_gradients(
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """The rate of each group, by group name."""
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+def check_finite(output: LossOutput, phase: int) -> None:
+    """Raises TrainingError naming the phase and the loss's terms if it is not finite."""
+    if not output.loss.isfinite():
+        terms = ", ".join(
+            f"{name} {value.item():g}"
+            for name, value in output.metrics.items()
+            if name.startswith("loss/")
+        )
+        raise TrainingError(
+            f"phase {phase}: the loss is not finite ({terms}); lower optimizer.base_lr and"
+            " optimizer.head_lr, or raise stage.kl_coef"
+        )

@@ -1,5 +1,7 @@
 """What samples and what scores: loaded as asked, and refused where it does not fit."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,15 +12,19 @@ from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rewards.protocol import RewardFunction
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError, settings
-from rlhf_exp.stages.actors import Actors, load_actors, load_sampled_policy
+from rlhf_exp.stages.actors import Actors, load_actors, load_sampled_policy, without
+from rlhf_exp.tasks.protocol import PromptRow
 from rlhf_exp.types import Completions
 
+from ..builders import prompts
 from .toy import RAGGED, EchoTask, ToyTask, context, parts
 
 
 def loaded(path: Path, **replaced: object) -> Actors:
     p = parts(**replaced)
-    return load_actors(context(path), p["task"], p["model"], p["reward"], p["sampler"])
+    return load_actors(
+        context(path), p["task"], p["model"], p["reward"], p["sampler"], p["reference"]
+    )
 
 
 def test_prompts_are_the_tasks_and_answers_are_where_it_knows_them(tmp_path: Path) -> None:
@@ -30,6 +36,40 @@ def test_prompts_are_the_tasks_and_answers_are_where_it_knows_them(tmp_path: Pat
     without = loaded(tmp_path, task=ToyTask(prepend_bos=False))
     assert without.answers is None
     assert without.train_prompts.tokens.tolist() == [[4, 5]]
+
+
+@dataclass(frozen=True)
+class FirstWords(ToyTask):
+    """Prompts cut to BOS and their first word."""
+
+    evaluated: tuple[str, ...] = ()
+
+    def eval_prompts(self) -> tuple[str, ...]:
+        return self.evaluated
+
+    def shape_prompt(self, row: PromptRow, ids: Sequence[int]) -> Sequence[int] | None:
+        return ids[:2]
+
+
+def test_prompts_that_are_one_when_cut_are_on_one_side(tmp_path: Path) -> None:
+    texts = ("w0 w1", "w2 w3")
+    evaluated = ("w4 w5", "w2 w7", "w6", "w0 w1 w2")
+    actors = loaded(tmp_path, task=FirstWords(prompts=texts, evaluated=evaluated))
+    assert actors.train_prompts.texts == ("w0", "w2")
+    assert actors.eval_prompts.texts == ("w4", "w6")
+    # All of them, if nothing else would be left.
+    actors = loaded(tmp_path, task=FirstWords(prompts=texts, evaluated=evaluated[1:2]))
+    assert actors.eval_prompts.texts == ("w2",)
+    # Prompts that nobody cuts are as the task gives them.
+    assert loaded(tmp_path).train_prompts.texts == loaded(tmp_path).eval_prompts.texts
+
+
+def test_prompts_are_compared_without_their_padding(tmp_path: Path) -> None:
+    policy = loaded(tmp_path).policy
+    wide, narrow = prompts(policy, ["w1", "w2 w3 w4"]), prompts(policy, ["w1", "w3"])
+    assert without(wide, narrow).texts == ("w2 w3 w4",)
+    assert without(narrow, wide).texts == ("w3",)
+    assert without(narrow, wide).tokens.tolist() == [[1, 7]]
 
 
 def test_the_reference_is_a_frozen_copy(tmp_path: Path) -> None:

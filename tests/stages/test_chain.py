@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rlhf_exp.models.loading import Pretrained, load_policy
+from rlhf_exp.models.reference import FullCopy
 from rlhf_exp.models.reward_model import load_reward_model
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rewards.arithmetic import ArithmeticReward
@@ -57,6 +58,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, d
             context(path / "ppo"),
             task=task,
             model=sft,
+            reference=FullCopy(),
             reward=LearnedReward(path=str(path / "reward")),
             sampler=SAMPLER,
             **learned,

@@ -11,10 +11,13 @@ import torch
 from rlhf_exp.rewards.length import Length
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.sampler import Sampler
+from rlhf_exp.stages import evaluation
 from rlhf_exp.stages.answers import exact_match, greedy
-from rlhf_exp.stages.evaluation import Evaluation, evaluate
+from rlhf_exp.stages.evaluation import Evaluation, evaluate, read_evaluations
 from rlhf_exp.stages.ppo import PPO, Actors
+from rlhf_exp.training.folder import RunFolder
 
+from ..builders import assert_near
 from .toy import RAGGED, Echoed, EchoTask, echo_policy, start
 
 
@@ -109,6 +112,52 @@ def test_filters_and_temperature_of_the_sampler_are_left_out(tmp_path: Path) -> 
 def test_an_untouched_policy_has_no_kl(tmp_path: Path) -> None:
     actors, _ = start(PPO(), tmp_path)
     assert abs(run(actors).metrics["eval/kl"]) < 1e-6
+
+
+def test_the_first_and_the_last_evaluation_are_read_back(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for phase in (0, 1, 2, 3):
+        folder.log(phase, {"loss/total": 1.0})
+        if phase != 1:
+            folder.log(phase, {"eval/score": float(phase), "eval/kl": 0.5})
+            folder.log_samples(phase, [{"score": phase}, {"score": phase + 0.5}])
+    first, last = read_evaluations(folder)
+    assert first.metrics == {"eval/score": 0.0, "eval/kl": 0.5}
+    assert last.metrics == {"eval/score": 3.0, "eval/kl": 0.5}
+    assert [s["score"] for s in first.samples] == [0, 0.5]
+    assert [s["score"] for s in last.samples] == [3, 3.5]
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(None, [8]), (8, [8]), (5, [5, 3]), (1, [1] * 8)])
+def test_so_many_prompts_are_sampled_at_once(
+    tmp_path: Path, rows: int | None, sizes: list[int]
+) -> None:
+    actors, _ = start(PPO(), tmp_path, task=RAGGED)
+    prompts = actors.train_prompts[torch.tensor([0, 1, 2, 3, 1, 2, 0, 3])]
+    whole = greedy(actors.sampler)(actors.policy, prompts, torch.Generator())
+    seen: list[int] = []
+    hook = actors.policy.language_model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    parts = evaluation.sample(
+        greedy(actors.sampler), actors.policy, prompts, torch.Generator(), phase=1, rows=rows
+    )
+    hook.remove()
+    assert [batch for batch, columns in seen if columns > 1] == sizes
+    assert torch.equal(parts.completions.tokens, whole.completions.tokens)
+    assert parts.completions.texts == whole.completions.texts
+    assert parts.completions.prompts.texts == prompts.texts
+    for name in ("logprobs", "values", "hidden"):
+        assert_near(getattr(parts, name), getattr(whole, name))
+
+
+def test_parts_of_a_batch_are_drawn_one_after_the_other(tmp_path: Path) -> None:
+    actors, _ = start(PPO(), tmp_path)
+    prompts = actors.train_prompts[torch.zeros(8, dtype=torch.long)]
+    generator = torch.Generator().manual_seed(0)
+    drawn = evaluation.sample(actors.sampler, actors.policy, prompts, generator, phase=1, rows=4)
+    tokens = drawn.completions.tokens
+    assert not torch.equal(tokens[:4], tokens[4:])
 
 
 def echo_actors(path: Path, *, reward: object, sampler: Sampler) -> Actors:

@@ -203,7 +203,7 @@ def test_an_answer_has_ended_if_its_last_real_token_is_eos() -> None:
         texts=("",) * 6,
     )
     ended = have_ended(completions, ToyTask().build_tokenizer())
-    assert ended == [True, True, False, False, False, True]
+    assert ended.tolist() == [True, True, False, False, False, True]
 
 
 def test_prompts_without_demonstrations_are_split_by_their_hash() -> None:

@@ -13,10 +13,12 @@ import torch
 from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.models.loading import Pretrained, build_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.models.reference import FullCopy
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rewards.keyword import Keyword
 from rlhf_exp.rewards.protocol import RewardFunction
 from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.rollout.measure import measure
 from rlhf_exp.settings import settings
 from rlhf_exp.stages.actors import Actors, load_actors
 from rlhf_exp.stages.held_out import next_token_loss
@@ -29,7 +31,7 @@ from rlhf_exp.tasks.tokenizers import word_tokenizer
 from rlhf_exp.training.context import Context
 from rlhf_exp.training.folder import RunFolder
 from rlhf_exp.training.optim import AdamWSettings, Constant
-from rlhf_exp.types import Completions
+from rlhf_exp.types import Completions, Experience
 
 from ..builders import stretch
 
@@ -147,8 +149,8 @@ class ToyPairs(ToyTask):
 RAGGED = ToyTask(prompts=("w0", "w0 w1 w2", "w3 w4", "w5 w6 w7 w8"))
 
 
-def context(path: Path, seed: int = 1) -> Context:
-    return Context(folder=RunFolder(path), seed=seed, device=torch.device("cpu"))
+def context(path: Path, seed: int = 1, *, resume: bool = False) -> Context:
+    return Context(folder=RunFolder(path), seed=seed, device=torch.device("cpu"), resume=resume)
 
 
 def parts(**replaced: Any) -> dict[str, Any]:
@@ -156,6 +158,7 @@ def parts(**replaced: Any) -> dict[str, Any]:
     defaults = {
         "task": ToyTask(),
         "model": Scratch(num_layers=1, d_model=16, num_heads=2, context_len=16),
+        "reference": FullCopy(),
         "reward": Keyword(keywords=["w7"]),
         "sampler": CachedSampler(gen_len=4),
         "optimizer": AdamWSettings(base_lr=3e-3, head_lr=3e-3),
@@ -167,11 +170,34 @@ def parts(**replaced: Any) -> dict[str, Any]:
 def start(ppo: PPO, path: Path, **replaced: Any) -> tuple[Actors, TrainState]:
     """Actors and state before the first phase."""
     p = parts(**replaced)
-    actors = load_actors(context(path), p["task"], p["model"], p["reward"], p["sampler"])
+    actors = load_actors(
+        context(path), p["task"], p["model"], p["reward"], p["sampler"], p["reference"]
+    )
     state = TrainState.start(
-        actors.policy, p["optimizer"], p["schedule"], total_phases=ppo.total_phases, seed=1
+        actors.policy,
+        p["optimizer"],
+        p["schedule"],
+        actors.train_prompts,
+        batch_size=ppo.batch_size,
+        total_phases=ppo.total_phases,
+        seed=1,
+        inputs={},
     )
     return actors, state
+
+
+def collect(ppo: PPO, actors: Actors, state: TrainState) -> Experience:
+    """The experience of a rollout of the current weights."""
+    prompts = next(state.prompts)
+    generation = actors.sampler(actors.policy, prompts, state.sample_generator)
+    rollout = measure(
+        actors.policy,
+        actors.reference,
+        generation,
+        actors.score(generation.completions),
+        temperature=actors.sampler.temperature,
+    )
+    return ppo.build_experience(rollout)
 
 
 HALF = 30  # updates of echo_policy

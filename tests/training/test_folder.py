@@ -92,9 +92,13 @@ def test_what_is_not_finite_becomes_null_on_disk_alone(tmp_path):
     assert seen["down"] == -math.inf
 
 
+# Characters that end a line for str.splitlines, and that JSON leaves as they are.
+LINE_ENDS = "\u2028 \u2029 \x85 \x0b \x0c \x1c \r"
+
+
 def test_samples_have_their_phase_and_any_text(tmp_path):
     recorder = Recorder()
-    rows = [{"prompt": "é\u2028", "score": 0.5}, {"prompt": 'a "b"\n', "score": 1.0}]
+    rows = [{"prompt": f"é{LINE_ENDS}", "score": 0.5}, {"prompt": 'a "b"\n', "score": 1.0}]
     with RunFolder(tmp_path, recorder.open) as folder:
         folder.start()
         folder.log_samples(3, rows)
@@ -105,6 +109,38 @@ def test_samples_have_their_phase_and_any_text(tmp_path):
         {"phase": 4, **rows[0]},
     ]
     assert recorder.samples == [(3, rows), (4, rows[:1])]
+    assert folder.rows("samples.jsonl") == read_lines(tmp_path / "samples.jsonl")
+
+
+def test_a_rewind_drops_what_a_resumed_run_writes_again(tmp_path):
+    folder = RunFolder(tmp_path)
+    for phase in (0, 1, 2, 3):
+        folder.log(phase, {"a": phase / 4})
+        folder.log_samples(phase, [{"text": LINE_ENDS}, {"text": "b"}])
+    kept = {
+        name: (tmp_path / name).read_text().split("\n")
+        for name in ("metrics.jsonl", "samples.jsonl")
+    }
+    for name in kept:
+        with (tmp_path / name).open("a") as file:
+            file.write('{"phase": 1, "te')  # the power went off here
+    folder.rewind(2)
+    assert (tmp_path / "metrics.jsonl").read_text().split("\n") == [*kept["metrics.jsonl"][:3], ""]
+    assert (tmp_path / "samples.jsonl").read_text().split("\n") == [*kept["samples.jsonl"][:6], ""]
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "samples.jsonl"]
+    folder.log(3, {"a": 0.75})
+    assert (tmp_path / "metrics.jsonl").read_text().split("\n") == kept["metrics.jsonl"]
+    folder.rewind(0)
+    assert [row["phase"] for row in folder.rows()] == [0]
+    assert [row["phase"] for row in folder.rows("samples.jsonl")] == [0, 0]
+
+
+def test_rows_of_a_run_that_died_are_those_that_were_finished(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.log(1, {"a": 0.5})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": 2, "a": 0.25}')
+    assert folder.rows() == [{"phase": 1, "a": 0.5}]
 
 
 def test_json_is_replaced_whole(tmp_path):

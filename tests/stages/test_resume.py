@@ -1,0 +1,173 @@
+"""A run that was interrupted goes on to the very numbers of one that was not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlhf_exp.models.loading import Pretrained, load_policy
+from rlhf_exp.models.reference import FullCopy, Lora, SharedTrunk
+from rlhf_exp.rewards.protocol import RewardError, RewardFunction
+from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.settings import ConfigError, settings
+from rlhf_exp.stages.ppo import PPO
+from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
+from rlhf_exp.types import Completions
+
+from ..builders import ARCHITECTURES, assert_near
+from .toy import RAGGED, context, parts, rows, saved_model
+
+KINDS = {
+    "full_copy": FullCopy(),
+    "shared_trunk": SharedTrunk(num_layers_unfrozen=1),
+    "lora": Lora(rank=4, alpha=8),
+}
+# Four prompts in batches of nine: batches end within an order of the prompts.
+PHASES = PPO(
+    total_phases=3,
+    batch_size=9,
+    num_minibatches=3,
+    eval_every=2,
+    eval_samples=6,
+    checkpoint_every=1,
+)
+FILES = ("model.safetensors", "value_head.safetensors", "config.json", "tokenizer.json")
+
+
+@settings
+class Failing:
+    """Counts low words, and raises at the call of that number."""
+
+    at: int | None = None
+    interrupted: bool = True
+
+    def load(self, device: torch.device) -> RewardFunction:
+        calls = iter(range(1, 1000))
+
+        def score(completions: Completions) -> torch.Tensor:
+            if next(calls) == self.at:
+                raise KeyboardInterrupt if self.interrupted else RewardError("the judge is gone")
+            texts = [text.split() for text in completions.texts]
+            return torch.tensor([float(sum(word < "w6" for word in words)) for words in texts])
+
+        return score
+
+
+def run(
+    path: Path, ppo: PPO, model: Pretrained, *, resume: bool = False, **replaced: Any
+) -> dict[str, Any]:
+    defaults = {
+        "task": RAGGED,
+        "model": model,
+        "reward": Failing(),
+        "sampler": CachedSampler(gen_len=4, stop_at_eos=True),
+        "schedule": WarmupDecay(warmup_steps=2),
+        "optimizer": AdamWSettings(base_lr=1e-2, head_lr=1e-2),
+    }
+    return ppo.run(context(path, resume=resume), **parts(**{**defaults, **replaced}))
+
+
+def timeless(path: Path) -> list[str]:
+    """The lines of metrics.jsonl and samples.jsonl, times left out."""
+    metrics = [
+        repr({k: v for k, v in row.items() if not k.startswith("time/")}) for row in rows(path)
+    ]
+    return [*metrics, *(path / "samples.jsonl").read_text().split("\n")]
+
+
+def files(path: Path) -> list[bytes]:
+    adapters = sorted((path / "model" / "adapter").glob("*"))
+    return [f.read_bytes() for f in (*(path / "model" / name for name in FILES), *adapters)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_run_goes_on_bit_by_bit(architecture: str, kind: str, tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "base", architecture=architecture)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    uncut = run(whole, PHASES, model, reference=KINDS[kind])
+    with pytest.raises(KeyboardInterrupt):  # two evaluations and two phases before
+        run(cut, PHASES, model, reference=KINDS[kind], reward=Failing(at=5))
+    assert [row["phase"] for row in rows(cut)] == [0, 1, 2, 2]
+    assert not (cut / "model").exists()
+    resumed = run(cut, PHASES, model, reference=KINDS[kind], resume=True)
+
+    assert [row["phase"] for row in rows(cut)] == [0, 1, 2, 2, 3, 3]
+    assert timeless(cut) == timeless(whole)
+    assert files(cut) == files(whole)
+    assert len(files(cut)) == len(FILES) + (2 if kind == "lora" else 0)
+    for name in ("before", "after", "memory"):
+        assert resumed[name] == uncut[name]
+    assert resumed["before"] != resumed["after"]
+    assert [p.name for p in (cut / "checkpoints").iterdir()] == ["phase-000003"]
+
+    policy = load_policy(cut)
+    other = AutoModelForCausalLM.from_pretrained(cut / "model").eval()
+    tokens = torch.tensor([[1, 4, 5, 6]])
+    with torch.no_grad():
+        assert torch.equal(policy(tokens)[0], other(input_ids=tokens).logits)
+        start = load_policy(tmp_path / "base")(tokens)[0]
+        assert (policy(tokens)[0] - start).abs().max() > 1e-3
+        assert_near(policy(tokens)[0], policy.hooked()(tokens, return_type="logits"))
+
+
+@pytest.mark.parametrize(("at", "phases"), [(5, [0, 1, 2, 3]), (6, [0, 1, 2, 3, 3])])
+def test_what_was_logged_after_the_checkpoint_is_written_again(
+    at: int, phases: list[int], tmp_path: Path
+) -> None:
+    model = saved_model(tmp_path / "base", num_layers=1)
+    ppo = PPO(
+        total_phases=5, batch_size=9, num_minibatches=1, eval_every=3, eval_samples=6,
+        checkpoint_every=2,
+    )  # fmt: skip
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(whole, ppo, model)
+    with pytest.raises(RewardError, match=r"^phase \d: the judge is gone$"):
+        # The calls: an evaluation, three phases, an evaluation, two phases, an evaluation.
+        run(cut, ppo, model, reward=Failing(at=at, interrupted=False))
+    assert [row["phase"] for row in rows(cut)] == phases
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": 4, "objec')  # the power went off
+    # A second interruption on the way.
+    with pytest.raises(KeyboardInterrupt):
+        run(cut, ppo, model, resume=True, reward=Failing(at=3))
+    run(cut, ppo, model, resume=True)
+    assert timeless(cut) == timeless(whole)
+    assert files(cut) == files(whole)
+
+
+def test_a_finished_run_is_only_saved_again(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "base", num_layers=1)
+    run(tmp_path / "run", PHASES, model)
+    before = timeless(tmp_path / "run"), files(tmp_path / "run")
+    (tmp_path / "run" / "model" / "model.safetensors").unlink()
+    run(tmp_path / "run", PHASES, model, resume=True)
+    assert (timeless(tmp_path / "run"), files(tmp_path / "run")) == before
+
+
+def test_a_run_without_checkpoints_cannot_go_on(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "base", num_layers=1)
+    none = PPO(total_phases=2, batch_size=6, num_minibatches=1, checkpoint_every=None)
+    run(tmp_path / "run", none, model, schedule=WarmupDecay(warmup_steps=1))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    with pytest.raises(ConfigError, match=r"no checkpoint to go on from.*checkpoint_every"):
+        run(tmp_path / "run", none, model, resume=True, schedule=WarmupDecay(warmup_steps=1))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    one, other = (
+        saved_model(tmp_path / str(width), num_layers=1, d_model=width) for width in (16, 8)
+    )
+    run(tmp_path / "run", PHASES, one)
+    before = timeless(tmp_path / "run")
+    weights = "the checkpoint is of a model with other trained weights"
+    changed = "model: what it names has changed since the checkpoint"
+    for model, kind, message in (
+        (other, "full_copy", changed), (one, "shared_trunk", weights), (one, "lora", weights),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            run(tmp_path / "run", PHASES, model, resume=True, reference=KINDS[kind])
+    # And nothing of the run is lost by that.
+    assert timeless(tmp_path / "run") == before

@@ -1,0 +1,144 @@
+"""The state of PPO: all of it comes back, and nothing else is taken for it."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_exp.models.reference import FullCopy, Lora, ReferenceSettings, SharedTrunk
+from rlhf_exp.models.scratch import Scratch
+from rlhf_exp.settings import ConfigError
+from rlhf_exp.stages.actors import Actors
+from rlhf_exp.stages.ppo import PPO
+from rlhf_exp.stages.train_state import TrainState
+from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
+from rlhf_exp.training.timing import Stopwatch
+
+from .toy import RAGGED, start
+
+SMALL = PPO(total_phases=6, batch_size=6, num_minibatches=2)
+KINDS = {
+    "full_copy": FullCopy(),
+    "shared_trunk": SharedTrunk(num_layers_unfrozen=1),
+    "lora": Lora(),
+}
+
+
+def started(
+    path: Path, reference: ReferenceSettings, *, d_model: int = 16
+) -> tuple[Actors, TrainState]:
+    model = Scratch(num_layers=2, d_model=d_model, num_heads=2, context_len=16)
+    optimizer = AdamWSettings(base_lr=1e-2, head_lr=2e-2, weight_decay=0.1)
+    return start(
+        SMALL, path, task=RAGGED, model=model, reference=reference, optimizer=optimizer,
+        schedule=WarmupDecay(warmup_steps=4),
+    )  # fmt: skip
+
+
+def advance(actors: Actors, state: TrainState, phases: int) -> list[dict[str, float]]:
+    metrics = [SMALL.phase(state, next(state.prompts), actors, Stopwatch()) for _ in range(phases)]
+    return [{k: v for k, v in m.items() if not k.startswith("time/")} for m in metrics]
+
+
+def snapshot(state: TrainState) -> tuple[dict[str, torch.Tensor], dict]:
+    """As a checkpoint holds it."""
+    return copy.deepcopy(state.tensors()), json.loads(json.dumps(state.numbers()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_everything_comes_back(kind: str, tmp_path: Path) -> None:
+    actors, state = started(tmp_path, KINDS[kind])
+    advance(actors, state, 1)
+    tensors, numbers = snapshot(state)
+    assert len(state.prompts.state()["pending"]) > 0
+    expected = advance(actors, state, 2)
+    end = snapshot(state)
+
+    others, other = started(tmp_path, KINDS[kind])
+    advance(others, other, 2)  # it stood elsewhere
+    other.restore(tensors, numbers)
+    assert other.phase == 1
+    again, again_numbers = snapshot(other)
+    assert again_numbers == numbers
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+    # Each group's rate is the schedule's of phase 1 of a rise over 4.
+    rates = {group["name"]: group["lr"] for group in other.optimizer.param_groups}
+    assert rates == pytest.approx({"base": 0.5 * 1e-2, "head": 0.5 * 2e-2})
+    assert advance(others, other, 2) == expected
+    assert other.phase == 3
+    for name, tensor in snapshot(other)[0].items():
+        assert torch.equal(tensor, end[0][name]), name
+    assert snapshot(other)[1] == end[1]
+
+
+def test_the_state_holds_what_is_trained_and_no_more(tmp_path: Path) -> None:
+    sizes = {}
+    for kind, reference in KINDS.items():
+        actors, state = started(tmp_path, reference)
+        advance(actors, state, 1)
+        names = {name.removeprefix("policy.") for name in state.tensors() if "policy." in name}
+        trained = {n for n, p in actors.policy.named_parameters() if p.requires_grad}
+        assert names == trained
+        # Adam's two moments and its step of each.
+        assert sum(name.startswith("optimizer.") for name in state.tensors()) == 3 * len(trained)
+        sizes[kind] = len(trained)
+    assert sizes["shared_trunk"] < sizes["full_copy"]
+
+
+@pytest.mark.parametrize("kind", ["full_copy", "shared_trunk", "lora"])
+def test_another_shape_is_refused_and_nothing_is_changed(kind: str, tmp_path: Path) -> None:
+    actors, state = started(tmp_path, KINDS["full_copy"])
+    advance(actors, state, 1)
+    tensors, numbers = snapshot(state)
+    width = 8 if kind == "full_copy" else 16
+    _, other = started(tmp_path, KINDS[kind], d_model=width)
+    before = snapshot(other)
+    with pytest.raises(ConfigError, match="the checkpoint is of a model with other trained"):
+        other.restore(tensors, numbers)
+    assert all(torch.equal(before[0][name], tensor) for name, tensor in other.tensors().items())
+    assert json.loads(json.dumps(other.numbers())) == before[1]
+
+
+def test_each_stream_of_randomness_is_of_the_seed_and_its_own(tmp_path: Path) -> None:
+    def draws(seed: int) -> list[list[float]]:
+        state = TrainState.start(
+            actors.policy, AdamWSettings(), WarmupDecay(), actors.train_prompts,
+            batch_size=6, total_phases=9, seed=seed,
+            inputs={},
+        )  # fmt: skip
+        order = torch.Generator()
+        order.set_state(state.prompts.state()["generator"])
+        generators = (order, state.sample_generator, state.minibatch_generator)
+        return [torch.rand(3, generator=generator).tolist() for generator in generators]
+
+    actors, _ = started(tmp_path, KINDS["full_copy"])
+    assert draws(1) == draws(1)
+    seen = [*draws(1), *draws(2)]
+    assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_the_newest_of_a_folder_is_loaded(tmp_path: Path) -> None:
+    actors, state = started(tmp_path, KINDS["full_copy"])
+    for _ in range(2):
+        advance(actors, state, 1)
+        state.save(tmp_path / "run")
+    _, other = started(tmp_path, KINDS["full_copy"])
+    other.load(tmp_path / "run")
+    assert other.phase == 2
+    tensors = state.tensors()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in other.tensors().items())
+
+
+def test_a_state_goes_on_only_from_the_inputs_that_it_had(tmp_path: Path) -> None:
+    _, state = started(tmp_path, KINDS["full_copy"])
+    tensors, numbers = state.tensors(), json.loads(json.dumps(state.numbers()))
+    state.inputs = {"task": "a", "model": "b"}
+    assert state.numbers()["inputs"] == {"task": "a", "model": "b"}
+    state.restore(tensors, {**numbers, "inputs": {"task": "a", "model": "b"}})
+    for field in ("task", "model"):
+        inputs = {"task": "a", "model": "b", field: "c"}
+        with pytest.raises(ConfigError, match=f"^{field}: what it names has changed"):
+            state.restore(tensors, {**numbers, "inputs": inputs})
