@@ -10,6 +10,7 @@ import errno
 import functools
 import hashlib
 import inspect
+import json
 import logging
 import os
 import re
@@ -19,7 +20,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import hydra
 import pydantic
@@ -30,19 +31,20 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from rlhf_exp.hf import quieten_transformers
-from rlhf_exp.settings import ConfigError, FolderName, Index, Text, field_problem, settings
-
-if TYPE_CHECKING:
-    import torch
-
-    from rlhf_exp.steps import Prepared, Step
-    from rlhf_exp.training.loggers import Logger
+from rlhf_exp.settings import (
+    PARTS,
+    ConfigError,
+    FolderName,
+    Index,
+    Text,
+    field_problem,
+    settings,
+)
 
 log = logging.getLogger(__name__)
 
 ALLOWED_TARGETS = ("rlhf_exp.", "torch.optim.")
-GROUPS = {"stage", "task", "model", "reward", "sampler", "optimizer", "schedule", "logger"}
+GROUPS = {"stage", *PARTS, "logger", "hub"}
 UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR}
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -59,6 +61,17 @@ class RunSettings:
     allow_targets: tuple[Text, ...]
     prepare: dict[str, dict[str, Any]]
     until: Text | None
+    resume: Text | None
+
+
+def _run_dir(resume: str | None, otherwise: str) -> str:
+    """The folder of a run: that of the run that is resumed, or a new one. Raises ConfigError if
+    there is no such run."""
+    if not resume:
+        return otherwise
+    if not all((Path(resume) / name).is_file() for name in (".hydra/config.yaml", "status.json")):
+        raise ConfigError(f"resume={resume}: no run's folder, which has .hydra/ and status.json")
+    return resume
 
 
 def _slug(text: str, limit: int = 80) -> str:
@@ -70,6 +83,10 @@ def _slug(text: str, limit: int = 80) -> str:
 
 
 OmegaConf.register_new_resolver("slug", _slug, replace=True)
+OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
+OmegaConf.register_new_resolver(
+    "hydra_dir", lambda resume: ".hydra/resumed" if resume else ".hydra", replace=True
+)
 OmegaConf.register_new_resolver(
     "run_id", lambda: secrets.token_hex(3), use_cache=True, replace=True
 )
@@ -133,64 +150,52 @@ def _targets(config: Any) -> Iterator[str]:
 
 def execute(cfg: DictConfig, path: Path) -> None:
     """Checks the whole configuration, builds what the run stands on, and runs its stage."""
-    from rlhf_exp.steps import prepare, read_steps
+    from rlhf_exp.experiment import Job, run_experiment
     from rlhf_exp.training.context import pick_device
 
-    config = to_container(cfg)
+    resumed = cfg.get("resume")
+    config = to_container(_config_of(Path(str(resumed))) if resumed else cfg)
     own = read_own_keys(config)
     allowed = (*ALLOWED_TARGETS, *(f"{module}." for module in own.allow_targets))
-    build = functools.partial(instantiate, allowed=allowed)
-    device = pick_device(own.device)
-    steps = read_steps(config)
-    last = _last_to_prepare(steps, own.until)
-    problems: list[str] = []
-    for step in steps:
-        try:
-            _, run_parts = step.build(build)
-        except ConfigError as error:
-            problems.append(str(error))
-    logger = build(config.get("logger") or {}, "logger", problems)
-    if problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
-    quieten_transformers()
-    prepared = prepare(
-        steps[:last],
-        build,
-        run_parts={} if own.until else run_parts,
-        root=Path(own.artifacts_dir),
-        seed=own.prepare_seed,
-        device=device,
+    job = Job(
+        path=path,
+        stage_name=str(config["stage"]["_target_"]).rpartition(".")[2].lower(),
+        sweep=HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN,
+        resume=bool(resumed),
+        device=pick_device(own.device),
+        seed=own.seed,
+        prepare_seed=own.prepare_seed,
+        artifacts_dir=Path(own.artifacts_dir),
+        until=own.until,
+        chosen=_chosen(),
     )
-    if own.until is not None:
-        _stop_early(prepared, path)
-        return
-    stage, parts = steps[-1].resolved(prepared.folders).build(build)
-    _run_stage(stage, parts, prepared, config, logger, device, path)
+    run_experiment(config, job, functools.partial(instantiate, allowed=allowed))
 
 
-def _last_to_prepare(steps: "Sequence[Step]", until: str | None) -> int:
-    """How many of the steps are prepared. Raises ConfigError if none has the name `until`."""
-    names = [step.name for step in steps[:-1]]
-    if until is None:
-        return len(names)
-    if until not in names:
+def _chosen() -> frozenset[str]:
+    """The groups that the command line sets, wholly or by a key."""
+    if not HydraConfig.initialized():
+        return frozenset()
+    words = HydraConfig.get().overrides.task
+    return frozenset(re.split(r"[.=@]", word.lstrip("+"))[0] for word in words)
+
+
+def _config_of(folder: Path) -> DictConfig:
+    """The configuration of a run that ended. Raises ConfigError if it is finished, and for
+    overrides beside resume."""
+    overrides = HydraConfig.get().overrides
+    others = [o for o in overrides.task if not o.startswith("resume=")]
+    others += [o for o in overrides.hydra if o.startswith("hydra.run")]
+    if others:
         raise ConfigError(
-            f"until={until}: no step of prepare has that name; there are:"
-            f" {', '.join(names) or 'none'}"
+            f"resume={folder} takes that run's own configuration: leave out {', '.join(others)}"
         )
-    return names.index(until) + 1
-
-
-def _stop_early(prepared: "Prepared", path: Path) -> None:
-    from rlhf_exp.training.folder import RunFolder
-
-    with RunFolder(path) as folder:
-        folder.write_json("result.json", {"prepare": prepared.results, "seconds": prepared.seconds})
-        prepared.copy_figures(path)
-        folder.write_status("done")
-    for name, made in prepared.folders.items():
-        log.info("%s: %s", name, made)
-    log.info("run folder: %s", path)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise ConfigError("resume is for a single run: leave out -m")
+    status = json.loads((folder / "status.json").read_text(encoding="utf-8"))["status"]
+    if status == "done":
+        raise ConfigError(f"resume={folder}: that run is finished")
+    return OmegaConf.load(folder / ".hydra" / "config.yaml")  # type: ignore[return-value]
 
 
 def read_own_keys(config: Mapping[str, Any]) -> RunSettings:
@@ -201,43 +206,6 @@ def read_own_keys(config: Mapping[str, Any]) -> RunSettings:
     except pydantic.ValidationError as error:
         problems = sorted(field_problem("", detail) for detail in error.errors())
         raise ConfigError("\n".join(problems)) from error
-
-
-def _run_stage(
-    stage: Any,
-    parts: Mapping[str, Any],
-    prepared: "Prepared",
-    config: Mapping[str, Any],
-    logger: "Logger",
-    device: "torch.device",
-    path: Path,
-) -> None:
-    from rlhf_exp.training.context import Context
-    from rlhf_exp.training.folder import RunFolder
-    from rlhf_exp.training.loggers import RunInfo
-    from rlhf_exp.training.timing import since_process_start
-
-    hydra_config = HydraConfig.get()
-    sweep = hydra_config.mode == RunMode.MULTIRUN
-    info = RunInfo(
-        name=path.name,
-        group=path.parent.name if sweep else None,
-        job_type=str(hydra_config.runtime.choices["stage"]),
-        config=config,
-        shared_folder=path.parent if sweep else path,
-    )
-    with RunFolder(path, lambda: logger.open(info)) as folder:
-        result = stage.run(Context(folder=folder, seed=config["seed"], device=device), **parts)
-        result["prepare"] = prepared.results
-        result["seconds"] = {**prepared.seconds, **result["seconds"]}
-        result["seconds"]["total"] = sum(result["seconds"].values())
-        if not sweep:  # then imports and checks belong to this run alone
-            result["seconds"]["total"] = since_process_start()
-        folder.write_json("result.json", result)
-        prepared.copy_figures(path)
-        folder.write_status("done")
-    log.info("seconds: %s", "  ".join(f"{k} {v:.1f}" for k, v in result["seconds"].items()))
-    log.info("run folder: %s", path)
 
 
 def to_container(cfg: DictConfig) -> dict[str, Any]:
@@ -275,7 +243,7 @@ def job(cfg: DictConfig) -> None:
             RunFolder(path).write_status("failed", str(error))
             raise AlreadySaid(2) from error
         # Nothing ran, so nothing but the log is left behind.
-        shutil.rmtree(path / ".hydra", ignore_errors=True)
+        shutil.rmtree(path / str(HydraConfig.get().output_subdir), ignore_errors=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         log.error("interrupted; what was logged so far is in %s", path)
@@ -286,8 +254,8 @@ def job(cfg: DictConfig) -> None:
         file.exception("traceback")
         RunFolder(path).write_status("failed", str(error))
         if not single:
-            raise AlreadySaid(1) from error
-        raise SystemExit(1) from None
+            raise AlreadySaid(error.exit_code) from error
+        raise SystemExit(error.exit_code) from None
     except Exception as error:
         file.exception("traceback")
         RunFolder(path).write_status("failed", f"{type(error).__name__}: {error}")
@@ -333,6 +301,8 @@ def explain(error: BaseException) -> str | None:
         chain.append(link)
         link = link.__cause__ or link.__context__
     for link in chain:
+        if isinstance(link, ConfigError):
+            return str(link)
         if isinstance(link, MissingConfigException) and link.options:
             return _missing_option(link)
     for link in chain:

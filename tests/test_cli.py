@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, pipeline
 
 from rlhf_exp.models.loading import build_policy, load_policy
 from rlhf_exp.models.saving import save_policy
@@ -111,7 +112,7 @@ def test_a_run_leaves_all_that_it_promises(first):
     folder, _ = first
     assert {path.name for path in folder.iterdir()} >= {
         ".hydra", "train.log", "status.json", "environment.txt", "metrics.jsonl", "samples.jsonl",
-        "result.json", "curves.png", "model",
+        "result.json", "resolved_config.json", "curves.png", "model", "checkpoints",
     }  # fmt: skip
     assert {path.name for path in (folder / ".hydra").iterdir()} == {
         "config.yaml", "hydra.yaml", "overrides.yaml",
@@ -119,12 +120,21 @@ def test_a_run_leaves_all_that_it_promises(first):
     assert status(folder) == "done"
     assert (folder / "environment.txt").read_text().startswith("commit ")
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    config = json.loads((folder / "resolved_config.json").read_text())
+    assert config["model"]["base_model"] == str(
+        artifacts_of(first).relative_to(Path(folder.parents[2]))
+        / next(artifacts_of(first).glob("base-*")).name
+    )
+    assert config["stage"]["total_phases"] == 3
+    card = (folder / "model" / "README.md").read_text()
+    assert "# reviews" in card
+    assert "| `eval/score` |" in card
     [offline] = (folder / "wandb").glob("offline-run-*")
     assert [*offline.glob("*.wandb")]
     assert not (folder.parents[2] / "wandb").exists()
 
     result = json.loads((folder / "result.json").read_text())
-    assert result.keys() == {"before", "after", "seconds", "prepare"}
+    assert result.keys() == {"before", "after", "memory", "seconds", "prepare"}
     assert result["prepare"].keys() == {"base", "classifier"}
     assert 0 <= result["prepare"]["classifier"]["heldout/accuracy"] <= 1
     assert result["before"].keys() == result["after"].keys() >= EVALUATED
@@ -190,6 +200,22 @@ def test_the_model_of_a_run_opens_again(first):
     base = load_policy(next(artifacts_of(first).glob("base-*")))
     assert not torch.equal(policy(tokens)[0], base(tokens)[0])
     assert (folder / "model" / "value_head.safetensors").is_file()
+
+
+def test_the_model_of_a_run_opens_in_a_pipeline_and_in_transformer_lens(first):
+    model = str(first[0] / "model")
+    generate = pipeline("text-generation", model=model)
+    [answer] = generate(
+        "this movie was really", max_new_tokens=5, do_sample=False, return_tensors=True
+    )
+    policy = load_policy(first[0])
+    ids = policy.tokenizer("this movie was really")["input_ids"]
+    for _ in range(5):
+        ids.append(int(policy(torch.tensor([ids]))[0][0, -1].argmax()))
+    assert answer["generated_token_ids"] == ids
+    bridge = TransformerBridge.boot_transformers(model)
+    tokens = torch.tensor([ids])
+    torch.testing.assert_close(bridge(tokens), policy(tokens)[0], rtol=0, atol=1e-4)
 
 
 def test_a_second_run_reuses_the_artifacts_and_repeats_the_first(first, tmp_path):

@@ -18,10 +18,11 @@ FLOORS = [
     {"rollout", "rewards"},
     {"stages", "interp", "report"},
     {"steps"},
+    {"experiment"},
     {"run"},
 ]
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
-HEAVY = {"transformers", "transformer_lens", "matplotlib", "wandb"}
+HEAVY = {"transformers", "transformer_lens", "matplotlib", "wandb", "peft", "datasets", "requests"}
 # Importing tokenizers costs what it is for; tasks import it when they build one.
 IMPORTED_WHERE_CALLED = "rlhf_exp.tasks.tokenizers"
 # Data: the words and rules of a grammar, which are no harder to read for being many.

@@ -376,7 +376,7 @@ def test_a_reward_from_a_module_that_is_allowed_is_used(tmp_path, my_rewards):
 def test_a_reward_that_is_not_finite_stops_the_run_by_phase_and_cause(tmp_path, my_rewards):
     # 8 scores of the evaluation before and 8 of the first phase are finite.
     outcome = train(tmp_path, *own(my_rewards, "Broken", "+reward.after=16"))
-    assert (outcome.code, outcome.raised) == (1, None)
+    assert (outcome.code, outcome.raised) == (2, None)
     assert re.search(r"error: phase 2: the reward gave nan for 8 of 8 samples", outcome.out)
     assert "Traceback" not in outcome.out + outcome.err
     folder = run_folder(tmp_path)
@@ -390,7 +390,7 @@ def test_a_reward_that_is_not_finite_stops_the_run_by_phase_and_cause(tmp_path, 
 def test_a_job_of_a_sweep_that_stops_leaves_the_others_and_its_code(tmp_path, my_rewards):
     broken = own(my_rewards, "Broken", "+reward.after=8,1000")
     outcome = train(tmp_path, "-m", *broken)
-    assert (outcome.code, outcome.raised) == (1, None)
+    assert (outcome.code, outcome.raised) == (2, None)
     assert "Traceback" not in outcome.out + outcome.err
     jobs = sorted(tmp_path.glob("outputs/run/sweeps/*/*/status.json"))
     assert [json.loads(path.read_text())["status"] for path in jobs] == ["failed", "done"]
@@ -504,3 +504,20 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_fix(number):
     assert os.strerror(number) in message
     assert "hydra.run.dir=" in message
     assert run.explain(OSError(errno.ECONNRESET, "reset")) is None
+
+
+@pytest.mark.parametrize("word", ["reward=http", "reference=lora", "sampler.gen_len=3"])
+def test_a_part_that_the_stage_does_not_take_is_refused(tmp_path, word):
+    outcome = train(tmp_path, "~experiment", "stage=sft", "task=reviews", word,
+                    *(["reward.url=http://localhost:1/"] if "http" in word else []))  # fmt: skip
+    part = word.partition("=")[0].partition(".")[0]
+    assert_refused(outcome, rf"{part}: SFT takes none, so that it would be ignored: leave {part}=")
+
+
+def test_a_push_is_of_one_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    pushed = ["hub.push=true", "hub.repo=me/model"]
+    sweep = train(tmp_path, "-m", *TINY, *pushed, "seed=1,2")
+    assert sweep.code == 2
+    assert "the jobs of a sweep would overwrite it: set hub.push=false" in sweep.out
+    assert_refused(train(tmp_path, "until=base", *pushed), r"and until=base ends before: set hub")

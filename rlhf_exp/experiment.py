@@ -1,0 +1,159 @@
+"""One experiment from a resolved configuration: builds what it stands on, runs its stage, and
+writes what a run leaves behind.
+
+It knows nothing of Hydra: whoever calls hands in what turns configuration into objects.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_exp.hf import quieten_transformers
+from rlhf_exp.settings import PARTS, ConfigError
+from rlhf_exp.steps import Instantiate, Prepared, Step, prepare, read_steps
+from rlhf_exp.training.checkpoint import newest_checkpoint
+from rlhf_exp.training.context import Context
+from rlhf_exp.training.folder import RunFolder, Sink
+from rlhf_exp.training.hub import HubSettings
+from rlhf_exp.training.loggers import Logger, RunInfo
+from rlhf_exp.training.model_card import write_model_card
+from rlhf_exp.training.timing import since_process_start
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Where and as what an experiment runs. A job of a sweep shares its parent folder with the
+    others; a resumed one goes on in the folder of the run that ended. `chosen` are the groups that
+    the command line names."""
+
+    path: Path
+    stage_name: str
+    sweep: bool
+    resume: bool
+    device: torch.device
+    seed: int
+    prepare_seed: int
+    artifacts_dir: Path
+    until: str | None
+    chosen: frozenset[str]
+
+
+def run_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate) -> None:
+    """Checks the whole configuration, builds what the run stands on, and runs its stage. Raises
+    ConfigError with everything that is wrong, before anything is built."""
+    steps = read_steps(config)
+    last = _last_to_prepare(steps, job.until)
+    problems: list[str] = []
+    for step in steps:
+        try:
+            stage, run_parts = step.build(instantiate)
+        except ConfigError as error:
+            problems.append(str(error))
+    if not problems and job.until is None:
+        problems += [
+            f"{part}: {type(stage).__name__} takes none, so that it would be ignored: leave"
+            f" {part}=... out"
+            for part in sorted(job.chosen & set(PARTS) - run_parts.keys())
+        ]
+    logger = instantiate(config.get("logger") or {}, "logger", problems)
+    hub = instantiate(config.get("hub") or {}, "hub", problems)
+    problems += [] if hub is None else _push_problems(hub, job)
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    if job.resume:
+        newest_checkpoint(job.path)  # raises here rather than after minutes of preparing
+    quieten_transformers()
+    prepared = prepare(
+        steps[:last],
+        instantiate,
+        run_parts={} if job.until else run_parts,
+        root=job.artifacts_dir,
+        seed=job.prepare_seed,
+        device=job.device,
+    )
+    if job.until is not None:
+        _stop_early(prepared, job.path)
+        return
+    _run_stage(steps[-1].resolved(prepared.folders), prepared, config, job, logger, instantiate)
+    if (job.path / "model").is_dir():
+        hub.upload(job.path / "model")
+
+
+def _push_problems(hub: HubSettings, job: Job) -> list[str]:
+    if hub.push and (job.sweep or job.until):
+        why = (
+            "the jobs of a sweep would overwrite it"
+            if job.sweep
+            else f"until={job.until} ends before"
+        )
+        return [f"hub.push=true pushes the model of one run, and {why}: set hub.push=false"]
+    return hub.problems()
+
+
+def _last_to_prepare(steps: Sequence[Step], until: str | None) -> int:
+    """How many of the steps are prepared. Raises ConfigError if none has the name `until`."""
+    names = [step.name for step in steps[:-1]]
+    if until is None:
+        return len(names)
+    if until not in names:
+        raise ConfigError(
+            f"until={until}: no step of prepare has that name; there are:"
+            f" {', '.join(names) or 'none'}"
+        )
+    return names.index(until) + 1
+
+
+def _stop_early(prepared: Prepared, path: Path) -> None:
+    with RunFolder(path) as folder:
+        folder.write_json("result.json", {"prepare": prepared.results, "seconds": prepared.seconds})
+        prepared.copy_figures(path)
+        folder.write_status("done")
+    for name, made in prepared.folders.items():
+        log.info("%s: %s", name, made)
+    log.info("run folder: %s", path)
+
+
+def _run_stage(
+    step: Step,
+    prepared: Prepared,
+    config: Mapping[str, Any],
+    job: Job,
+    logger: Logger,
+    instantiate: Instantiate,
+) -> None:
+    stage, parts = step.build(instantiate)
+    resolved = {**config, **step.config}
+    info = RunInfo(
+        name=job.path.name,
+        group=job.path.parent.name if job.sweep else None,
+        job_type=job.stage_name,
+        config=config,
+        shared_folder=job.path.parent if job.sweep else job.path,
+    )
+
+    def begin() -> AbstractContextManager[list[Sink]]:
+        folder.write_json("resolved_config.json", resolved)
+        return logger.open(info)
+
+    with RunFolder(job.path, begin) as folder:
+        context = Context(folder=folder, seed=job.seed, device=job.device, resume=job.resume)
+        result = stage.run(context, **parts)
+        result["prepare"] = prepared.results
+        result["seconds"] = {**prepared.seconds, **result["seconds"]}
+        result["seconds"]["total"] = sum(result["seconds"].values())
+        if not job.sweep:  # then imports and checks belong to this run alone
+            result["seconds"]["total"] = since_process_start()
+        folder.write_json("result.json", result)
+        prepared.copy_figures(job.path)
+        if (job.path / "model").is_dir():
+            write_model_card(job.path, resolved, result)
+        folder.write_status("done")
+    log.info("seconds: %s", "  ".join(f"{k} {v:.1f}" for k, v in result["seconds"].items()))
+    log.info("run folder: %s", job.path)

@@ -1,0 +1,90 @@
+"""The model card of a run: what was trained, on what, how it was measured, with which versions."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+CURVES = "curves.png"
+VERSIONS = ("python", "torch", "transformers", "transformer-lens", "peft", "rlhf_exp")
+
+
+def write_model_card(run: Path, config: Mapping[str, Any], result: Mapping[str, Any]) -> Path:
+    """Writes model/README.md below the run's folder from its configuration, result and
+    environment.txt, with the curves beside it, and returns it."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    base = (config.get("model") or {}).get("base_model")
+    # What lies in a directory of this machine means nothing to others.
+    on_hub = isinstance(base, str) and not Path(base).exists() and ":" not in base
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["rlhf_exp", _stage(config)],
+        base_model=base if on_hub else None,
+    )
+    model = run / "model"
+    if (run / CURVES).is_file():
+        shutil.copyfile(run / CURVES, model / CURVES)
+    text = f"---\n{data.to_yaml()}\n---\n\n{_body(run, config, result, base)}"
+    path = model / "README.md"
+    ModelCard(text).save(path)
+    return path
+
+
+def _body(run: Path, config: Mapping[str, Any], result: Mapping[str, Any], base: object) -> str:
+    parts = [
+        f"# {config['name']}",
+        f"Trained by rlhf_exp, `stage={_stage(config)}`, seed {config['seed']}"
+        + (f", from `{base}`." if base else ", from nothing."),
+        "## Evaluation",
+        _evaluation(result),
+        "## Data",
+        _listing(config.get("task") or {}),
+    ]
+    if (run / CURVES).is_file():
+        parts += ["## Curves", f"![metrics by phase]({CURVES})"]
+    if (run / "model" / "value_head.safetensors").is_file():
+        parts += [
+            "## Files",
+            "`value_head.safetensors` is the value head that PPO trained beside the model; the"
+            " model itself opens without it in `AutoModelForCausalLM`."
+            + (
+                " `adapter/` holds the adapters alone, for PEFT."
+                if (run / "model" / "adapter").is_dir()
+                else ""
+            ),
+        ]
+    shown = {name: part for name, part in config.items() if name != "logger" and part}
+    parts += [
+        "## Configuration",
+        f"```json\n{json.dumps(shown, indent=2, ensure_ascii=False)}\n```",
+    ]
+    parts += ["## Versions", f"```\n{_versions(run)}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _stage(config: Mapping[str, Any]) -> str:
+    return str((config.get("stage") or {}).get("_target_", "")).rpartition(".")[2].lower()
+
+
+def _evaluation(result: Mapping[str, Any]) -> str:
+    before, after = result.get("before") or {}, result["after"]
+    note = "Fresh samples at temperature 1 from the full distribution; KL to the model it began as."
+    lines = ["| metric | before | after |", "| --- | --- | --- |"]
+    for name, value in after.items():
+        first = f"{before[name]:.4g}" if name in before else ""
+        lines.append(f"| `{name}` | {first} | {value:.4g} |")
+    return "\n".join([note, "", *lines] if before else lines)
+
+
+def _listing(part: Mapping[str, Any]) -> str:
+    known = {k: v for k, v in part.items() if k != "_target_" and v is not None}
+    return "\n".join(f"- `{key}`: {value}" for key, value in known.items())
+
+
+def _versions(run: Path) -> str:
+    lines = (run / "environment.txt").read_text(encoding="utf-8").splitlines()
+    wanted = ("commit", "cpu", "gpu", *VERSIONS)
+    return "\n".join(line for line in lines if line.split("==")[0].split(" ")[0] in wanted)
