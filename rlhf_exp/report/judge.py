@@ -32,8 +32,9 @@ class Verdict:
 
 def read_samples(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The samples of the first and of the last evaluation in a run's samples.jsonl."""
-    lines = (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    # Not splitlines(), which also splits at what JSON leaves in texts, such as U+2028.
+    lines = (run / "samples.jsonl").read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in lines if line]
     first, last = rows[0]["phase"], rows[-1]["phase"]
     return [r for r in rows if r["phase"] == first], [r for r in rows if r["phase"] == last]
 

@@ -46,3 +46,13 @@ def test_samples_are_those_of_the_first_and_the_last_evaluation(tmp_path: Path) 
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     before, after = read_samples(tmp_path)
     assert [row["phase"] for row in before + after] == [0, 0, 40, 40]
+
+
+def test_a_line_of_samples_may_hold_a_separator_of_lines(tmp_path: Path) -> None:
+    samples = [
+        {"phase": phase, "prompt": "this", "completion": " is\u2028it\x85", "score": 0.5}
+        for phase in (0, 1)
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
+    (tmp_path / "samples.jsonl").write_text(text, encoding="utf-8")
+    assert read_samples(tmp_path) == ([samples[0]], [samples[1]])

@@ -1,0 +1,104 @@
+"""Completions of a finished run's policy, beside those of the model that it began as."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_exp.models.loading import Pretrained, build_policy
+from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.settings import ConfigError
+from rlhf_exp.tasks.prompts import encode_prompts
+from rlhf_exp.tasks.protocol import Prompt, PromptRow
+from rlhf_exp.training.context import pick_device
+from rlhf_exp.training.seeding import stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOnDisk:
+    """A finished run: its folder, the settings of the model that it began as (None: from nothing),
+    and whether its prompts begin with BOS."""
+
+    folder: Path
+    base: Pretrained | None
+    prepend_bos: bool | None
+
+    @property
+    def tuned(self) -> Pretrained:
+        """What the run made of it; code that came with the base is trusted as the run did."""
+        trusted = self.base is not None and self.base.trust_remote_code
+        return Pretrained(base_model=str(self.folder), trust_remote_code=trusted)
+
+
+def read_run(folder: str | Path) -> RunOnDisk:
+    """The run in a folder. Raises ConfigError if it is none or did not finish."""
+    path = Path(folder).expanduser()
+    try:
+        config: dict[str, Any] = json.loads(
+            (path / "resolved_config.json").read_text(encoding="utf-8")
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{folder} is not the folder of a finished run: resolved_config.json is not in it, or"
+            " broken"
+        ) from error
+    return RunOnDisk(
+        folder=path,
+        base=_pretrained(config.get("model") or {}),
+        prepend_bos=(config.get("task") or {}).get("prepend_bos"),
+    )
+
+
+def _pretrained(model: Mapping[str, Any]) -> Pretrained | None:
+    """The run's model group, its revision included, if it is a model that existed before."""
+    if "base_model" not in model:
+        return None
+    return Pretrained(**{k: v for k, v in model.items() if k != "_target_"})
+
+
+def prepend_bos_of(model: str | Path) -> bool | None:
+    """Whether the prompts of a run begin with BOS; None for a model that is no run's folder."""
+    try:
+        return read_run(model).prepend_bos
+    except ConfigError:
+        return None
+
+
+def continuations(
+    model: Pretrained,
+    prompts: Sequence[str],
+    *,
+    prepend_bos: bool | None,
+    chat: bool,
+    sampler: CachedSampler,
+    seed: int,
+) -> tuple[str, ...]:
+    """A completion of each prompt by the model, or with `chat` its answer to each as a user's
+    message. The same seed gives every model the same random numbers."""
+    policy = build_policy(model, None, device=pick_device("auto"), seed=0)
+    rows: list[Prompt] = [
+        PromptRow([{"role": "user", "content": prompt}], {}) if chat else prompt
+        for prompt in prompts
+    ]
+    batch = encode_prompts(policy.tokenizer, rows, prepend_bos=prepend_bos, device=policy.device)
+    room = policy.context_len - batch.tokens.shape[1]
+    if sampler.gen_len > room:
+        raise ConfigError(f"the context leaves room for {max(0, room)} tokens: lower --gen-len")
+    generator = stream(seed, "continuations", policy.device)
+    return sampler(policy, batch, generator).completions.texts
+
+
+def side_by_side(prompts: Sequence[str], base: Sequence[str] | None, tuned: Sequence[str]) -> Table:
+    """A table of the completions, a row a prompt; without base ones it has no column for them."""
+    table = Table(show_lines=True, expand=True)
+    columns = {"tuned": tuned} if base is None else {"base": base, "tuned": tuned}
+    table.add_column("prompt", ratio=1)
+    for name in columns:
+        table.add_column(name, ratio=2)
+    for row in zip(prompts, *columns.values(), strict=True):
+        table.add_row(*map(Text, row))  # Text, not markup: a completion may hold anything
+    return table

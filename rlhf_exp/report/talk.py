@@ -1,0 +1,85 @@
+"""A conversation with a saved model, its answers printed as they are sampled."""
+
+from pathlib import Path
+
+import torch
+
+from rlhf_exp.models.loading import load_language_model
+from rlhf_exp.settings import ConfigError
+from rlhf_exp.tasks.encoding import encode, leading_ids
+from rlhf_exp.tasks.prompts import render
+
+
+class Talk:
+    """A model and what was said so far. Without a chat template nothing is remembered: each text
+    is continued by itself, after BOS if `prepend_bos` (None: if the tokenizer puts one there)."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        temperature: float,
+        seed: int,
+        prepend_bos: bool | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if temperature < 0:
+            raise ConfigError(f"--temperature={temperature}: give 0 for greedy, or more")
+        self._model, self._tokenizer = load_language_model(
+            str(model), field="model", trust_remote_code=trust_remote_code
+        )
+        self._model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self._temperature, self._prepend_bos = temperature, prepend_bos
+        self._said: list[dict[str, str]] = []
+        torch.manual_seed(seed)
+
+    @property
+    def kind(self) -> str:
+        """What the model does with a line, for people."""
+        if self._tokenizer.chat_template:
+            return "a chat: the conversation goes on"
+        return "no chat template: each line is continued"
+
+    def reset(self) -> None:
+        """Forgets what was said."""
+        self._said.clear()
+
+    def answer(self, line: str, *, max_new_tokens: int) -> str:
+        """The answer to a line, which is printed meanwhile. Raises ConfigError if there is no room
+        for it in the model's context."""
+        from transformers import GenerationConfig, TextStreamer
+
+        ids = self._ids(line)
+        room = int(self._model.config.max_position_embeddings) - len(ids)
+        if room < 1:
+            raise ConfigError(f"the model's context is full ({len(ids)} tokens): /reset")
+        eos = self._tokenizer.eos_token_id
+        # In place of the model's own, which may bring penalties and further tokens to stop at.
+        self._model.generation_config = GenerationConfig(
+            do_sample=bool(self._temperature),
+            temperature=self._temperature or None,
+            top_k=0 if self._temperature else None,
+            eos_token_id=eos,
+            pad_token_id=eos if self._tokenizer.pad_token_id is None else None,
+        )
+        tokens = torch.tensor([ids], device=self._model.device)
+        generated = self._model.generate(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=min(room, max_new_tokens),
+            streamer=TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
+        text = self._tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True)
+        if self._tokenizer.chat_template:
+            self._said += [
+                {"role": "user", "content": line},
+                {"role": "assistant", "content": text},
+            ]
+        return text
+
+    def _ids(self, line: str) -> list[int]:
+        if not self._tokenizer.chat_template:
+            before = leading_ids(self._tokenizer, prepend_bos=self._prepend_bos)
+            return before + encode(self._tokenizer, [line])[0]
+        said = [*self._said, {"role": "user", "content": line}]
+        return encode(self._tokenizer, [render(self._tokenizer, said)])[0]

@@ -1,0 +1,65 @@
+"""Talk to a run's policy, or to any saved model; what it says appears as it is sampled.
+
+    python scripts/chat.py RUN
+
+With a chat template the conversation goes on; without one each line is a text to continue.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+from rlhf_exp.hf import quieten_transformers
+from rlhf_exp.report.continuations import prepend_bos_of
+from rlhf_exp.report.talk import Talk
+from rlhf_exp.settings import ConfigError
+
+
+def lines() -> Iterator[str]:
+    """What the user writes, until the end of input or /quit."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip() == "/quit":
+            return
+        if line.strip():
+            yield line
+
+
+def main() -> None:
+    """Reads the arguments, then lines until the end of input."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", help="folder of a run, directory or hub name")
+    parser.add_argument("--gen-len", type=int, default=128, help="tokens an answer, at most (128)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (1)")
+    parser.add_argument("--seed", type=int, default=0, help="0")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
+    arguments = parser.parse_args()
+    quieten_transformers()
+    try:
+        talk = Talk(
+            arguments.model,
+            temperature=arguments.temperature,
+            seed=arguments.seed,
+            prepend_bos=prepend_bos_of(arguments.model),
+            trust_remote_code=arguments.trust_remote_code,
+        )
+        print(f"{talk.kind}; /reset forgets what was said, /quit or Ctrl-D ends", file=sys.stderr)
+        for line in lines():
+            if line.strip() == "/reset":
+                talk.reset()
+                continue
+            try:
+                talk.answer(line, max_new_tokens=arguments.gen_len)
+            except ConfigError as error:  # no room: the user may /reset
+                print(f"error: {error}", file=sys.stderr)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Completions of a run's policy beside those of the model that it began as.
+
+python scripts/sample.py RUN --prompt "This movie was" --prompt "I think" --num 2
+"""
+
+import argparse
+import sys
+
+from rich.console import Console
+
+from rlhf_exp.hf import quieten_transformers
+from rlhf_exp.report.continuations import continuations, read_run, side_by_side
+from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.settings import ConfigError
+
+
+def main() -> None:
+    """Reads the arguments, samples twice, prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("run", help="folder of a finished run")
+    parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
+    parser.add_argument("--num", type=int, default=1, help="completions a prompt (1)")
+    parser.add_argument("--gen-len", type=int, default=32, help="tokens a completion, at most (32)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="1")
+    parser.add_argument("--top-k", type=int, help="sample from this many tokens; 1 is greedy")
+    parser.add_argument("--seed", type=int, default=0, help="0")
+    parser.add_argument("--chat", action="store_true", help="prompts are a user's messages")
+    arguments = parser.parse_args()
+    quieten_transformers()
+    prompts = [prompt for prompt in arguments.prompt for _ in range(arguments.num)]
+    try:
+        run = read_run(arguments.run)
+        sampler = CachedSampler(
+            gen_len=arguments.gen_len,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            stop_at_eos=True,
+        )
+        base, tuned = (
+            None
+            if model is None
+            else continuations(
+                model,
+                prompts,
+                prepend_bos=run.prepend_bos,
+                chat=arguments.chat,
+                sampler=sampler,
+                seed=arguments.seed,
+            )
+            for model in (run.base, run.tuned)
+        )
+    except ValueError as error:  # ConfigError, or pydantic's about a number
+        reason = str(error) if isinstance(error, ConfigError) else error.errors()[0]["msg"]
+        sys.exit(f"error: {reason}")
+    Console().print(side_by_side(prompts, base, tuned))
+    if base is None:
+        print("the run began from nothing: there is no base model to show")
+
+
+if __name__ == "__main__":
+    main()
