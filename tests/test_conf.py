@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -31,10 +32,15 @@ OTHER_THAN_DEFAULT = {
     "model/gpt2": {"base_model"},
     "model/gpt2_medium": {"base_model"},
     "model/pythia_160m": {"base_model"},
+    "model/pythia_410m": {"base_model"},
+    "model/pythia_1b": {"base_model"},
+    "model/qwen2_5_0_5b": {"base_model"},
+    "model/llama_3_2_1b": {"base_model"},
     "model/local": {"base_model"},
     "model/small": {"num_layers", "d_model", "context_len", "dropout"},
     "reward/classifier": {"name", "direction"},
     "reward/keyword": {"keywords"},
+    "reward/pair_model": {"name"},
     "model/artifact_base": {"base_model"},
     "model/artifact_pretrained": {"base_model"},
     "model/artifact_sft": {"base_model"},
@@ -53,7 +59,24 @@ OTHER_THAN_DEFAULT = {
     "task/pairs": {"path"},
     "reward/artifact_classifier": {"name"},
     "reward/distilbert_imdb": {"name"},
+    "model/gpt2_imdb": {"base_model"},
+    "model/pythia_1b_tldr": {"base_model"},
+    "reward/distilbert_imdb_logit": {"output"},
+    "reward/pythia_1b_tldr": {"name", "batch_size"},
+    "task/imdb": {
+        "path",
+        "eval_split",
+        "column",
+        "prepend_bos",
+        "min_chars",
+        "first_tokens_min",
+        "first_tokens_max",
+    },
+    "task/tldr": {"path", "eval_split", "column", "max_tokens"},
     "reward/sum": {"terms"},
+    "reward/function": {"function"},
+    "reward/http": {"url"},
+    "task/dataset": {"path"},
     "task/labelled_text": {"path"},
 }
 # Options that are another one with something changed.
@@ -65,12 +88,20 @@ BEGINNINGS = {
     "reward/artifact_reward_model": "reward/reward_model",
     "reward/distilbert_imdb": "reward/classifier",
     "task/artifact_preferences": "task/pairs",
+    "model/gpt2_imdb": "model/gpt2",
+    "model/pythia_1b_tldr": "model/pythia_1b",
+    "reward/distilbert_imdb_logit": "reward/distilbert_imdb",
+    "reward/pythia_1b_tldr": "reward/pair_model",
+    "task/imdb": "task/dataset",
+    "task/tldr": "task/dataset",
 }
 # What a user has to give.
 GIVEN = {
     "model.base_model": "DIRECTORY",
     "reward.name": "DIRECTORY",
     "reward.path": "DIRECTORY",
+    "reward.function": "json:dumps",
+    "reward.url": "http://localhost:8000/score",
     "task.path": "FILE.tsv",
 }
 # Rewards that a step of `prepare` makes, and the experiments that have such a step.
@@ -93,6 +124,27 @@ def sentences(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "FILE.tsv"
     path.write_text("label\ttext\n" + "".join(f"{label}\t{text}\n" for label, text in rows))
     return path
+
+
+@pytest.fixture(scope="module")
+def texts(sentences) -> Path:
+    """A file of prompts, long enough for any experiment."""
+    path = sentences.parent / "FILE.jsonl"
+    words = " ".join(["it", "was", "a", "film"] * 15)
+    rows = [json.dumps({"prompt": f"{i} {words}", "text": f"{i} {words}"}) for i in range(40)]
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+@pytest.fixture
+def data(sentences, texts) -> dict[str, list[str]]:
+    """What an experiment is given of files, in place of the user's or the hub's."""
+    file = [f"task.path={texts}", "task.eval_split=null"]
+    return {
+        "labelled_text": [f"task.path={sentences}"],
+        "imdb_sentiment_trl": file,
+        "tldr": file,
+    }
 
 
 def compose(*overrides: str) -> DictConfig:
@@ -131,7 +183,10 @@ def test_an_option_builds_the_class_whose_fields_are_its_keys(option):
     fields = {field.name: field for field in dataclasses.fields(built)}
     keys = load(option)
     # An option that begins from another one holds only what it changes.
-    whole = load(BEGINNINGS[option]) | keys if option in BEGINNINGS else keys
+    whole, beginning = keys, option
+    while beginning in BEGINNINGS:
+        beginning = BEGINNINGS[beginning]
+        whole = load(beginning) | whole
     assert whole.keys() == fields.keys()
     different = {key for key, value in keys.items() if value != plain(fields[key].default)}
     assert different == OTHER_THAN_DEFAULT.get(option, set())
@@ -168,10 +223,10 @@ def test_every_key_has_a_comment(option):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_fits_the_slow_engine_and_sampler_too(name, sentences):
-    given = [f"task.path={sentences}"] if name == "labelled_text" else []
+def test_an_experiment_fits_the_slow_engine_and_sampler_too(name, data):
     chosen = [f"experiment={name}", "model.engine=hooked", "sampler=bridge"]
-    _, parts = build_all([*chosen, *given])["run"]
+    chosen += ["stage.gradient_checkpointing=false", *data.get(name, [])]
+    _, parts = build_all(chosen)["run"]
     assert parts["model"].engine == "hooked"
     assert isinstance(parts["sampler"], BridgeSampler)
 
@@ -187,13 +242,14 @@ def commands(path: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_fits_together_by_the_commands_that_it_gives(name, sentences, monkeypatch):
-    monkeypatch.chdir(sentences.parent)
+def test_an_experiment_fits_together_by_the_commands_that_it_gives(name, data, monkeypatch, texts):
+    monkeypatch.chdir(texts.parent)
     found = commands(CONF / "experiment" / f"{name}.yaml")
     assert found
     for overrides in found:
         assert f"experiment={name}" in overrides or name == "reviews"
-        assert [*build_all(overrides)][-1] == "run"
+        of_hub = not any(word.startswith("task.path=") for word in overrides)
+        assert [*build_all([*overrides, *(data.get(name, []) if of_hub else [])])][-1] == "run"
     assert load(f"experiment/{name}")["name"] == name
 
 
@@ -231,7 +287,7 @@ def test_imdb_sentiment_has_the_hyperparameters_of_the_notebook():
 
 @pytest.mark.parametrize("option", [o for o in PARTS if o.startswith(("reward/", "sampler/"))])
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_a_reward_or_sampler_can_be_swapped_under_any_experiment(experiment, option, sentences):
+def test_a_reward_or_sampler_can_be_swapped_under_any_experiment(experiment, option, data):
     if experiment not in MADE.get(option, {experiment}):
         return
     group, name = option.split("/")
@@ -239,7 +295,6 @@ def test_a_reward_or_sampler_can_be_swapped_under_any_experiment(experiment, opt
     needed = OmegaConf.missing_keys(compose("~experiment", *given))
     given += [f"{key}={GIVEN[key]}" for key in needed]
     chosen = run.to_container(compose("~experiment", *given))[group]["_target_"]
-    if experiment == "labelled_text":
-        given.append(f"task.path={sentences}")
+    given += data.get(experiment, [])
     steps = build_all([f"experiment={experiment}", *given])
     assert type(steps["run"][1][group]).__name__ == chosen.rpartition(".")[2]
