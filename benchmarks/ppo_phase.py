@@ -1,7 +1,8 @@
 """Seconds a PPO phase on a model of a named shape with random weights:
 python benchmarks/ppo_phase.py SHAPE PHASES
 
-Prints one JSON line: medians over the phases after the first. A further shape can be given as
+Prints one JSON line: medians over the phases after the first, the bytes that stay from phase to
+phase (counted), and the process's peak. A further shape can be given as
 SHAPE=layers,d_model,heads,vocab,context,batch,prompt,gen_len,minibatches,epochs and asked for as
 "custom"."""
 
@@ -18,11 +19,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 
 from rlhf_exp.models.loading import build_policy
+from rlhf_exp.models.reference import FullCopy, Lora, SharedTrunk, resident_memory
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.stages.ppo import PPO, Actors
 from rlhf_exp.stages.train_state import TrainState
-from rlhf_exp.tasks.prompts import encode_prompts, prompt_stream
+from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.tasks.tokenizers import word_tokenizer
 from rlhf_exp.training.context import pick_device
 from rlhf_exp.training.optim import AdamWSettings, Constant
@@ -54,7 +56,14 @@ if "SHAPE" in os.environ:
     SHAPES["custom"] = Shape(*map(int, os.environ["SHAPE"].split(",")))
 
 
-def actors_of(shape: Shape, device: torch.device) -> Actors:
+REFERENCES = {
+    "full_copy": FullCopy(),
+    "shared_trunk": SharedTrunk(num_layers_unfrozen=2),
+    "lora": Lora(rank=16),
+}
+
+
+def actors_of(shape: Shape, reference: str, device: torch.device) -> Actors:
     """The policy of that shape, its reference, and a reward that costs nothing."""
     words = [f"w{i}" for i in range(shape.vocab - 4)]
     model = Scratch(
@@ -68,7 +77,7 @@ def actors_of(shape: Shape, device: torch.device) -> Actors:
     prompts = encode_prompts(policy.tokenizer, [text], prepend_bos=False, device=device)
     return Actors(
         policy=policy,
-        reference=policy.frozen_reference(),
+        reference=REFERENCES[reference].attach(policy, seed=0),
         score=lambda completions: (completions.tokens % 2 == 0).float().mean(dim=1),
         sampler=CachedSampler(gen_len=shape.gen_len),
         train_prompts=prompts,
@@ -82,21 +91,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape", choices=sorted(SHAPES))
     parser.add_argument("phases", type=int, help="at least 2; the first is warm-up")
+    parser.add_argument("--reference", choices=REFERENCES, default="full_copy")
+    parser.add_argument("--micro-batch-size", type=int)
+    parser.add_argument("--gradient-checkpointing", action="store_true")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
     device = pick_device("auto")
-    actors = actors_of(shape, device)
+    actors = actors_of(shape, arguments.reference, device)
+    if arguments.gradient_checkpointing:
+        actors.policy.checkpoint_gradients()
     ppo = PPO(
         total_phases=arguments.phases,
         batch_size=shape.batch,
         num_minibatches=shape.minibatches,
         batches_per_learning_phase=shape.epochs,
+        micro_batch_size=arguments.micro_batch_size,
     )
     state = TrainState.start(
-        actors.policy, AdamWSettings(), Constant(), total_phases=arguments.phases, seed=0
+        actors.policy,
+        AdamWSettings(),
+        Constant(),
+        actors.train_prompts,
+        batch_size=shape.batch,
+        total_phases=arguments.phases,
+        seed=0,
+        inputs={},
     )
-    prompts = prompt_stream(actors.train_prompts, shape.batch, state.prompt_generator)
-    rows = [ppo.phase(state, next(prompts), actors, Stopwatch()) for _ in range(arguments.phases)]
+    rows = [
+        ppo.phase(state, next(state.prompts), actors, Stopwatch()) for _ in range(arguments.phases)
+    ]
     counted = rows[1:] or rows
     rollout = statistics.median(row["time/rollout_s"] for row in counted)
     learn = statistics.median(row["time/learn_s"] for row in counted)
@@ -109,6 +132,7 @@ def main() -> None:
         ),
         "rollout_s": round(rollout, 4),
         "learn_s": round(learn, 4),
+        "resident_mib": round(resident_memory(actors.policy, actors.reference).total / 2**20, 1),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
     print(json.dumps(line))
