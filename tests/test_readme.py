@@ -49,12 +49,30 @@ def pairs(path: Path) -> Path:
     return path
 
 
+def prompts(path: Path) -> Path:
+    path.write_text("".join(f'{{"prompt": "prompt {i}"}}\n' for i in range(50)))
+    return path
+
+
+def rewards(path: Path) -> Path:
+    """The example of docs/models_and_data.md."""
+    page = (ROOT / "docs" / "models_and_data.md").read_text(encoding="utf-8")
+    [source] = re.findall(r"^```python\n(# rewards\.py\n.*?)^```", page, flags=re.M | re.S)
+    path.write_text(source)
+    return path
+
+
 @pytest.mark.parametrize("command", TRAIN)
 def test_command_composes_and_passes_every_check(command: str, tmp_path: Path) -> None:
     command = command.replace("FILE.tsv", str(sentences(tmp_path / "texts.tsv")))
+    command = command.replace("PROMPTS.jsonl", str(prompts(tmp_path / "prompts.jsonl")))
+    command = command.replace("rewards.py", str(rewards(tmp_path / "rewards.py")))
     command = command.replace("PAIRS.jsonl", str(pairs(tmp_path / "pairs.jsonl")))
     words = [word for word in shlex.split(command)[2:] if word != "-m"]
     flags = [word for word in words if word.startswith("--")]
+    if any(word.startswith("resume=") for word in words):
+        assert words == ["resume=RUN"]  # which takes that run's own configuration
+        return
     overrides = [
         re.sub(r"=([^=,\[{]+),.*", r"=\1", word) for word in words if "=" in word or word[0] == "~"
     ]
