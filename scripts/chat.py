@@ -48,13 +48,7 @@ def main() -> None:
         )
         print(f"{talk.kind}; /reset forgets what was said, /quit or Ctrl-D ends", file=sys.stderr)
         for line in lines():
-            if line.strip() == "/reset":
-                talk.reset()
-                continue
-            try:
-                talk.answer(line, max_new_tokens=arguments.gen_len)
-            except ConfigError as error:  # no room: the user may /reset
-                print(f"error: {error}", file=sys.stderr)
+            talk.take(line, max_new_tokens=arguments.gen_len)
     except ConfigError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ python scripts/sample.py RUN --prompt "This movie was" --prompt "I think" --num 
 """
 
 import argparse
+import functools
 import sys
 
 from rich.console import Console
@@ -36,19 +37,15 @@ def main() -> None:
             top_k=arguments.top_k,
             stop_at_eos=True,
         )
-        base, tuned = (
-            None
-            if model is None
-            else continuations(
-                model,
-                prompts,
-                prepend_bos=run.prepend_bos,
-                chat=arguments.chat,
-                sampler=sampler,
-                seed=arguments.seed,
-            )
-            for model in (run.base, run.tuned)
+        complete = functools.partial(
+            continuations,
+            prompts=prompts,
+            prepend_bos=run.prepend_bos,
+            chat=arguments.chat,
+            sampler=sampler,
+            seed=arguments.seed,
         )
+        base, tuned = run.base and complete(run.base), complete(run.tuned)
     except ValueError as error:  # ConfigError, or pydantic's about a number
         reason = str(error) if isinstance(error, ConfigError) else error.errors()[0]["msg"]
         sys.exit(f"error: {reason}")

@@ -1,5 +1,6 @@
 """A conversation with a saved model, its answers printed as they are sampled."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -43,6 +44,16 @@ class Talk:
     def reset(self) -> None:
         """Forgets what was said."""
         self._said.clear()
+
+    def take(self, line: str, *, max_new_tokens: int) -> None:
+        """Does what a line of the user's asks for: /reset, or an answer; says why there is none."""
+        if line.strip() == "/reset":
+            self.reset()
+            return
+        try:
+            self.answer(line, max_new_tokens=max_new_tokens)
+        except ConfigError as error:  # no room: the user may /reset
+            print(f"error: {error}", file=sys.stderr)
 
     def answer(self, line: str, *, max_new_tokens: int) -> str:
         """The answer to a line, which is printed meanwhile. Raises ConfigError if there is no room

@@ -98,3 +98,15 @@ def test_settings_of_generation_that_came_with_the_model_are_left_out(tmp_path, 
     path.write_text(json.dumps({**json.loads(path.read_text()), **brought}))
     assert Talk(model, temperature=0.0, seed=0).answer("three", max_new_tokens=12) == plain
     capsys.readouterr()
+
+
+def test_a_line_is_taken_as_an_answer_or_a_reset_and_no_room_is_said(tmp_path, capsys) -> None:
+    talk = Talk(saved(tmp_path, template=TEMPLATE), temperature=0.0, seed=0)
+    talk.take("three", max_new_tokens=4)
+    first = capsys.readouterr().out
+    talk.take(" ".join(["four"] * 40), max_new_tokens=4)
+    assert capsys.readouterr().err.startswith("error: the model's context is full")
+    talk.take("/reset", max_new_tokens=4)
+    assert capsys.readouterr().out == ""
+    talk.take("three", max_new_tokens=4)
+    assert capsys.readouterr().out == first
