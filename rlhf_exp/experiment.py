@@ -34,7 +34,6 @@ class Job:
     the command line names."""
 
     path: Path
-    stage_name: str
     sweep: bool
     resume: bool
     device: torch.device
@@ -133,7 +132,7 @@ def _run_stage(
     info = RunInfo(
         name=job.path.name,
         group=job.path.parent.name if job.sweep else None,
-        job_type=job.stage_name,
+        job_type=type(stage).__module__.rpartition(".")[2],
         config=config,
         shared_folder=job.path.parent if job.sweep else job.path,
     )

@@ -159,7 +159,6 @@ def execute(cfg: DictConfig, path: Path) -> None:
     allowed = (*ALLOWED_TARGETS, *(f"{module}." for module in own.allow_targets))
     job = Job(
         path=path,
-        stage_name=str(config["stage"]["_target_"]).rpartition(".")[2].lower(),
         sweep=HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN,
         resume=bool(resumed),
         device=pick_device(own.device),

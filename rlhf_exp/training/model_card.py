@@ -66,7 +66,7 @@ def _body(run: Path, config: Mapping[str, Any], result: Mapping[str, Any], base:
 
 
 def _stage(config: Mapping[str, Any]) -> str:
-    return str((config.get("stage") or {}).get("_target_", "")).rpartition(".")[2].lower()
+    return str(config["stage"]["_target_"]).split(".")[-2]  # its module, as stage=... names it
 
 
 def _evaluation(result: Mapping[str, Any]) -> str:
