@@ -6,6 +6,11 @@ import socket
 from urllib.parse import urlsplit
 
 
+def hub_url() -> str:
+    """Where the Hugging Face hub is."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+
 @functools.cache
 def reachable(url: str, *, timeout_s: float = 2.0) -> bool:
     """True if a connection to the URL's host opens within timeout_s, or if a proxy is configured,

@@ -5,7 +5,6 @@ the model and the fix.
 """
 
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
-from rlhf_exp.network import reachable
+from rlhf_exp.network import hub_url, reachable
 from rlhf_exp.settings import ConfigError
 
 
@@ -50,9 +49,10 @@ def find_file(source: str, file: str, *, revision: str | None) -> Path | None:
     if Path(source).is_dir():
         path = Path(source) / file
         return path if path.is_file() else None
-    offline = not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:
-        found = hf_hub_download(source, file, revision=revision, local_files_only=offline)
+        found = hf_hub_download(
+            source, file, revision=revision, local_files_only=_local_only(source)
+        )
     except EntryNotFoundError:  # also of the cache, if offline
         return None
     return Path(found)
@@ -124,11 +124,7 @@ def _explained(loader: str, source: str, field: str, name: str) -> Iterator[bool
 
 
 def _local_only(source: str) -> bool:
-    return Path(source).is_dir() or not reachable(_hub())
-
-
-def _hub() -> str:
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    return Path(source).is_dir() or not reachable(hub_url())
 
 
 def _fix(error: str, loader: str, source: str, group: str, *, offline: bool) -> str:
@@ -137,10 +133,12 @@ def _fix(error: str, loader: str, source: str, group: str, *, offline: bool) -> 
     if Path(source).is_dir():
         return f"{loader} must be able to open it"
     if offline:
-        return f"{_hub()} is out of reach and it is not in the local cache; name a local directory"
+        return (
+            f"{hub_url()} is out of reach and it is not in the local cache; name a local directory"
+        )
     if "gated repo" in error:
-        return f"ask for access on {_hub()}/{source} and log in with `hf auth login`"
-    return f"check the name on {_hub()}, or name a local directory"
+        return f"ask for access on {hub_url()}/{source} and log in with `hf auth login`"
+    return f"check the name on {hub_url()}, or name a local directory"
 
 
 def directory_hash(path: str) -> str:

@@ -8,7 +8,6 @@ import csv
 import io
 import json
 import logging
-import os
 import re
 import reprlib
 import sys
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.network import reachable
+from rlhf_exp.network import hub_url, reachable
 from rlhf_exp.settings import ConfigError
 
 log = logging.getLogger(__name__)
@@ -304,11 +303,6 @@ def _read_directory(directory: Path, asked: Source) -> Table:
         # Absolute, as "json" alone is a reader of `datasets`.
         fix = "`datasets` reads folders of .jsonl, .json, .parquet, .csv or .txt files"
         return _built(str(directory.absolute()), asked, fix, cache=cache)
-
-
-def hub_url() -> str:
-    """Where the hub is."""
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
 def _read_hub(asked: Source) -> Table:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from rlhf_exp.network import reachable
+from rlhf_exp.network import hub_url, reachable
 from rlhf_exp.settings import settings
 from rlhf_exp.training.context import TrainingError
 
@@ -45,17 +45,17 @@ class HubSettings:
                 "hub.push=true: no Hugging Face token; log in with `hf auth login`, set HF_TOKEN,"
                 " or set hub.push=false"
             )
-        if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0") or not reachable(_hub()):
+        if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0") or not reachable(hub_url()):
             found.append(
-                f"hub.push=true: {_hub()} is out of reach (or HF_HUB_OFFLINE is set); set"
+                f"hub.push=true: {hub_url()} is out of reach (or HF_HUB_OFFLINE is set); set"
                 " hub.push=false and push later with `hf upload`"
             )
         if not found:
             try:
-                HfApi(endpoint=_hub()).whoami()
+                HfApi(endpoint=hub_url()).whoami()
             except Exception as error:
                 reason = str(error).strip().splitlines()[0][:300]
-                found.append(f"hub.push=true: {_hub()} does not take the token ({reason})")
+                found.append(f"hub.push=true: {hub_url()} does not take the token ({reason})")
         return found
 
     def upload(self, folder: Path) -> None:
@@ -65,7 +65,7 @@ class HubSettings:
             return
         from huggingface_hub import HfApi
 
-        api = HfApi(endpoint=_hub())
+        api = HfApi(endpoint=hub_url())
         try:
             url = api.create_repo(str(self.repo), private=self.private, exist_ok=True)
             api.upload_folder(
@@ -78,7 +78,3 @@ class HubSettings:
                 f" it with: hf upload {self.repo} {folder}"
             ) from error
         log.info("pushed to %s", url)
-
-
-def _hub() -> str:
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
