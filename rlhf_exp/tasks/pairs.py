@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from rlhf_exp.settings import ConfigError, Index, OpenFraction, Text, is_reference, settings
 from rlhf_exp.tasks.hashing import hash_fraction
+from rlhf_exp.tasks.lines import read_lines
 from rlhf_exp.tasks.protocol import Pair, Split
 
 TEXTS, REWARDS = ("prompt", "chosen", "rejected"), ("chosen_reward", "rejected_reward")
@@ -167,12 +168,7 @@ def write_pairs(pairs: Iterable[Pair], file: Path) -> None:
 
 
 def _json_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"task.path: {file} is not UTF-8: save it as UTF-8") from error
-    except OSError as error:
-        raise ConfigError(f"task.path: cannot read {file} ({error.strerror})") from error
+    lines = read_lines(file, field="task.path")
     if not any(line.strip() for line in lines):
         raise ConfigError(
             f"task.path: {file} is empty: give a JSON object a line with {', '.join(TEXTS)}"

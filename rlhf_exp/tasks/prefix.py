@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, model_validator
 
 from rlhf_exp.settings import ConfigError, Fraction, Text, settings
 from rlhf_exp.tasks.hashing import hash_fraction
+from rlhf_exp.tasks.lines import read_lines
 
 
 def _texts(value: Any) -> Any:
@@ -87,12 +88,7 @@ class Prefix:
 
 
 def _lines(file: Path) -> list[str]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"task.prefix_file: {file} is not UTF-8: save it as UTF-8") from error
-    except OSError as error:
-        raise ConfigError(f"task.prefix_file: cannot read {file} ({error.strerror})") from error
+    lines = read_lines(file, field="task.prefix_file")
     prefixes = [line for line in lines if line.strip()]
     if not prefixes:
         raise ConfigError(f"task.prefix_file: {file} holds no prefix: give one a line")
