@@ -37,8 +37,19 @@ def filter_logits(
     return logits
 
 
-def sample_tokens(
-    filtered: Float[Tensor, "batch vocab"], generator: torch.Generator
+def draw_tokens(
+    probs: Float[Tensor, "batch vocab"], uniforms: Float[Tensor, " batch"]
 ) -> Int[Tensor, " batch"]:
-    """One token a row from softmax(filtered), drawn with the generator."""
-    return torch.multinomial(filtered.softmax(dim=-1), 1, generator=generator).squeeze(-1)
+    """One token a row from its distribution, by inverting the cumulative one at a number drawn
+    uniformly from [0, 1). A token of probability 0 is never drawn.
+
+    torch.multinomial draws an exponential number for each token of the vocabulary; here a row's
+    token depends on one number, and not on which other rows there are.
+    """
+    wide = torch.float32 if probs.device.type == "mps" else torch.float64
+    cumulative = probs.cumsum(dim=-1, dtype=wide)
+    total = cumulative[:, -1:]
+    # Below the total also after rounding, so that the token found has some probability.
+    threshold = torch.minimum(uniforms[:, None].to(wide) * total, total.nextafter(total * 0))
+    found = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    return found.clamp(max=probs.shape[-1] - 1)  # the distribution is NaN: whoever looks will see
