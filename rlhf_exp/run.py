@@ -152,7 +152,9 @@ def execute(cfg: DictConfig, path: Path) -> None:
     """Checks the whole configuration, builds what the run stands on, and runs its stage."""
     from rlhf_exp.experiment import Job, run_experiment
     from rlhf_exp.training.context import pick_device
+    from rlhf_exp.training.processor import use_processor_well
 
+    use_processor_well()
     resumed = cfg.get("resume")
     config = to_container(_config_of(Path(str(resumed))) if resumed else cfg)
     own = read_own_keys(config)

@@ -1,6 +1,7 @@
-"""The environment that train.py sets, for tests that run by hand while something else computes."""
+"""The process that train.py makes, for tests."""
 
-import os
+import rlhf_exp.environment  # noqa: F401, I001  first: it must precede the import of torch
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+from rlhf_exp.training.processor import use_processor_well
+
+use_processor_well()

@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [path for path in FILES if path != PACKAGE / "__init__.py"]
 # A module imports from lower floors and from its own subpackage.
 FLOORS = [
-    {"functional", "types", "settings", "network", "hf"},
+    {"functional", "types", "settings", "network", "hf", "environment"},
     {"models", "tasks", "training"},
     {"rollout", "rewards"},
     {"stages", "interp", "report"},
