@@ -88,6 +88,20 @@ def completions(texts: Sequence[str], *, before: Sequence[str] | None = None) ->
     )
 
 
+def cut(tokens: Tensor, mask: Tensor, prompt_len: int) -> Completions:
+    """Sequences as completions of what their first `prompt_len` columns hold."""
+    return Completions(
+        prompts=PromptBatch(
+            tokens=tokens[:, :prompt_len],
+            mask=mask[:, :prompt_len],
+            rows=tuple({"prompt": ""} for _ in tokens),
+        ),
+        tokens=tokens[:, prompt_len:],
+        mask=mask[:, prompt_len:],
+        texts=("",) * len(tokens),
+    )
+
+
 def plain_forward(
     policy: TransformerWithValueHead, tokens: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

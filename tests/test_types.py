@@ -13,6 +13,7 @@ from rlhf_exp.types import (
     Completions,
     Experience,
     Generation,
+    Layout,
     LossOutput,
     PromptBatch,
     Rollout,
@@ -234,3 +235,93 @@ def test_records_are_complete_when_built():
         Rollout(**fields)
     with pytest.raises(TypeError, match="positional"):
         LossOutput(torch.tensor(1.5), {})
+
+
+# Rows of 3, 1 and 4 tokens; by number, what `pick` takes of three rows of four columns.
+REAL = [100, 101, 102, 104, 108, 109, 110, 111]
+
+
+def test_a_layout_picks_real_tokens_row_by_row():
+    layout = Layout.of(completions())
+    per_token = numbered(BATCH, COMPLETION, start=100)
+    assert layout.num_columns == 4
+    assert layout.positions.tolist() == [0, 1, 2, 4, 8, 9, 10, 11]
+    assert layout.pick(per_token).tolist() == REAL
+    pairs = torch.stack([per_token, -per_token], dim=-1)
+    assert layout.pick(pairs).tolist() == [[x, -x] for x in REAL]
+
+
+def test_a_layout_ends_with_its_longest_row():
+    layout = Layout.of(completions())[torch.tensor([1, 0])]
+    assert layout.num_columns == 3
+    assert layout.mask.int().tolist() == [[1, 0, 0, 0], [1, 1, 1, 0]]
+    assert layout.positions.tolist() == [0, 3, 4, 5]
+    # Of tensors with all columns and of those with as many as it has.
+    per_token = numbered(2, COMPLETION, start=100)
+    for x in (per_token, per_token[:, :3]):
+        assert layout.pick(x).tolist() == [100, 104, 105, 106]
+    spread = layout.spread(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert spread.tolist() == [[1, 0, 0, 0], [2, 3, 4, 0]]
+    pairs = layout.spread(torch.tensor([[1, 5], [2, 6], [3, 7], [4, 8]]))
+    assert pairs.tolist() == [[[1, 5], [0, 0], [0, 0], [0, 0]], [[2, 6], [3, 7], [4, 8], [0, 0]]]
+
+
+def test_a_layout_without_padding_takes_all():
+    layout = Layout.of(completions())[torch.tensor([2, 2])]
+    assert layout.positions is None
+    per_token = numbered(2, COMPLETION, start=100)
+    assert layout.pick(per_token).tolist() == [*range(100, 108)]
+    assert torch.equal(layout.spread(layout.pick(per_token)), per_token)
+    short = Layout.of(completions())[torch.tensor([1])]
+    assert (short.num_columns, short.positions) == (1, None)
+    assert short.spread(torch.tensor([7.0])).tolist() == [[7, 0, 0, 0]]
+
+
+def test_a_whole_layout_keeps_its_shape():
+    layout = Layout.of(completions(), whole=True)[torch.tensor([1, 0])]
+    assert layout.num_columns == COMPLETION
+    assert layout.positions.tolist() == [0, 4, 5, 6]
+    per_token = numbered(2, COMPLETION, start=100)
+    assert layout.pick(per_token).tolist() == [100, 104, 105, 106]
+    assert torch.equal(layout.spread(layout.pick(per_token)), per_token * layout.mask)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("rows", [[0, 1, 2], [1, 0], [2], [1], [1, 1, 0, 2, 1]])
+def test_spreading_what_was_picked_leaves_padding_0(rows, whole):
+    index = torch.tensor(rows)
+    mask = completions().mask
+    layout = Layout.of(completions(), whole=whole)[index]
+    # A layout of these rows from the start is the same.
+    again = Layout.of(completions()[index], whole=whole)
+    assert (again.num_columns, again.whole) == (layout.num_columns, whole)
+    assert torch.equal(again.mask, layout.mask)
+    x = numbered(len(rows), COMPLETION, D_MODEL, start=1).requires_grad_()
+    spread = layout.spread(layout.pick(x))
+    assert torch.equal(spread, x * mask[index][..., None])
+    (gradient,) = torch.autograd.grad(spread.square().sum() / 2, x)
+    assert torch.equal(gradient, spread)
+
+
+SAME = torch.tensor([[7, 8]] * BATCH)
+REAL_PROMPTS = torch.ones(BATCH, PROMPT, dtype=torch.bool)
+PADDED_ALIKE = torch.tensor([[False, True]] * BATCH)
+PADDED_APART = torch.tensor([[True, True], [True, True], [False, True]])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mask", "one_prompt", "padded"),
+    [
+        (SAME, REAL_PROMPTS, True, False),
+        (SAME, PADDED_ALIKE, True, True),
+        (SAME, PADDED_APART, False, True),
+        (SAME + torch.tensor([[0, 0], [0, 1], [0, 0]]), REAL_PROMPTS, False, False),
+        (SAME + torch.tensor([[0, 0], [0, 0], [1, 0]]), PADDED_ALIKE, False, True),
+    ],
+)
+def test_a_layout_knows_what_prompts_have_in_common(tokens, mask, one_prompt, padded):
+    layout = Layout.of(completions(prompts=prompts(tokens=tokens, mask=mask)))
+    assert (layout.one_prompt, layout.padded_prompts) == (one_prompt, padded)
+    rows = layout[torch.tensor([2, 0])]
+    assert (rows.one_prompt, rows.padded_prompts) == (one_prompt, padded)
+    assert rows.device == torch.device("cpu")

@@ -40,6 +40,7 @@ def _boot(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfo
     from transformer_lens.model_bridge import TransformerBridge as Bridge
     from transformers import AutoTokenizer
 
+    model.set_attn_implementation("eager")
     # The boot reads the tokenizer anew from the directory it is given (to have it prepend BOS), so
     # it gets one that surely exists, whatever the tokenizer came from.
     # TransformerLens draws weights before it replaces them; the global generator stays out of it.

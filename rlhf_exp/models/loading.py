@@ -24,6 +24,7 @@ from rlhf_exp.models.hub import (
     model_from_pretrained,
     tokenizer_from_pretrained,
 )
+from rlhf_exp.models.kernels import install_kernels
 from rlhf_exp.models.lora import has_adapter
 from rlhf_exp.models.policy import Engine, TransformerWithValueHead, initialise_value_head
 from rlhf_exp.settings import ConfigError, Text, settings
@@ -201,6 +202,8 @@ def load_language_model(
     tokenizer = load_tokenizer(
         name, revision=revision, field=field, trust_remote_code=trust_remote_code
     )
+    if attn_implementation is None:
+        install_kernels(model)
     if len(tokenizer) > model.config.vocab_size:
         raise ConfigError(
             f"{field}={name!r}: its tokenizer has {len(tokenizer)} tokens but the model"

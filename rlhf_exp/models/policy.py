@@ -6,7 +6,7 @@ Dropout is off, always: with it on, the first PPO ratio is not 1.
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -15,12 +15,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rlhf_exp.functional.vocab_head import Head
 from rlhf_exp.hf import Cache, PreTrainedModel, PreTrainedTokenizerBase, TransformerBridge
 from rlhf_exp.models.hooked import HookedView, boot_bridge
 from rlhf_exp.models.lora import has_adapter, merged_copy
+from rlhf_exp.models.working_weights import WorkingWeights
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.types import Completions, Layout, PromptBatch
 
 Engine = Literal["fast", "hooked"]
+
+# The share of a batch's positions that running a prompt once for all rows must save to pay for the
+# second pass through the blocks.
+WORTH_A_PASS = 0.25
 
 
 class CausalTransformer(nn.Module):
@@ -31,6 +38,9 @@ class CausalTransformer(nn.Module):
         self.language_model = language_model
         self.tokenizer = tokenizer
         self._recomputed: list[Any] = []
+        self._compiled: tuple[Callable[..., Any], ...] = ()  # not a submodule: it is the same one
+        self.low: torch.dtype | None = None  # what autocast casts passes to, None for nothing
+        self._working: WorkingWeights | None = None
         self.train(False)
 
     def train(self, mode: bool = True) -> "CausalTransformer":
@@ -38,6 +48,49 @@ class CausalTransformer(nn.Module):
         super().train(mode)
         self.language_model.eval()
         return self
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """From now on passes compute in `dtype` as autocast has it; layer norms, softmaxes, logits
+        and the weights stay fp32. Call it when it is settled which weights are trained."""
+        low = dtype != torch.float32
+        self.low = dtype if low else None
+        besides = self.head.weight
+        self._working = WorkingWeights(self.language_model, dtype, besides=besides) if low else None
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context of this model's passes."""
+        if self.low is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.low)
+
+    def working(self) -> AbstractContextManager[object]:
+        """A context in which the model holds its weights in what it computes in; parameters() are
+        not what is trained there."""
+        return nullcontext() if self._working is None else self._working.in_use()
+
+    def working_copies(self) -> Iterator[Tensor]:
+        """The copies of weights that `working` puts in use."""
+        return iter(()) if self._working is None else self._working.parameters()
+
+    @property
+    def is_working(self) -> bool:
+        """Whether this is within `working`, other weights being in use than outside of it."""
+        return self._working is not None and self._working.active
+
+    def weights_changed(self) -> None:
+        """To be called after an optimizer step within `working`."""
+        if self._working is not None:
+            self._working.refresh()
+
+    def compile_passes(self) -> None:
+        """From now on the passes of learning run compiled. Shapes must not vary: each one is
+        compiled anew."""
+        self._compiled = (torch.compile(self.language_model.base_model, dynamic=False),)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether `compile_passes` was called."""
+        return bool(self._compiled)
 
     def checkpoint_gradients(self) -> None:
         """From now on the backward pass computes each block's activations again in place of keeping
@@ -71,6 +124,28 @@ class CausalTransformer(nn.Module):
             for block in blocks:
                 block.training = block.gradient_checkpointing = False
 
+    @contextmanager
+    def learning_head(self) -> Iterator[Head]:
+        """`head` for a pass that ends in functional.vocab_head, which adds the gradient of its
+        weights to what they have as it goes. Within the block the embedding too adds its few rows
+        to its gradient, in place of a matrix of mostly zeros."""
+        head, embedding = self.head, self.language_model.get_input_embeddings()
+        weights = [w for w in (head.weight, embedding.weight) if w.requires_grad]
+        for weight in weights:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        if isinstance(embedding, nn.Embedding):
+            embedding.sparse = embedding.weight.requires_grad
+        try:
+            yield head._replace(gradient=head.weight.grad)
+        finally:
+            if isinstance(embedding, nn.Embedding):
+                embedding.sparse = False
+
+    @property
+    def _trunk(self) -> nn.Module:
+        return self.language_model.base_model
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -84,23 +159,76 @@ class CausalTransformer(nn.Module):
     def hidden_states(
         self,
         tokens: Int[Tensor, "batch seq"],
-        mask: Bool[Tensor, "batch _"],
+        mask: Bool[Tensor, "batch _"] | None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "batch seq d_model"]:
         """The final layer norm's output, for every token or, with a cache, for those not in it.
 
-        `mask` covers the cached tokens and the new ones; `tokens` are the new ones alone.
+        `mask` covers the cached tokens and the new ones, None means that nothing on the left is
+        padding; `tokens` are the new ones alone.
         """
-        new = tokens.shape[1]
-        with self._recomputing(cached=cache is not None):
-            output = self.language_model.base_model(
-                input_ids=tokens,
-                attention_mask=mask.long(),
-                position_ids=position_ids(mask)[:, -new:],
+        # The embedding apart: given token ids, transformers may look for padding in them, which on
+        # a GPU makes the host wait, and a compiled pass could not have sparse gradients.
+        given = {"inputs_embeds": self.language_model.get_input_embeddings()(tokens)}
+        if mask is not None:
+            given["attention_mask"] = mask.long()
+            given["position_ids"] = position_ids(mask)[:, -tokens.shape[1] :]
+        with self.autocast(), self._recomputing(cached=cache is not None):
+            learning = cache is None and torch.is_grad_enabled()
+            run = self._compiled[0] if self._compiled and learning else self._trunk
+            output = run(past_key_values=cache, use_cache=cache is not None, **given)
+        return output.last_hidden_state
+
+    def static_states(
+        self,
+        tokens: Int[Tensor, "batch 1"],
+        allowed: Bool[Tensor, "batch 1 1 keys"],
+        positions: Int[Tensor, "batch 1"],
+        cache: Cache,
+    ) -> Float[Tensor, "batch 1 d_model"]:
+        """The final hidden states of one token a row, told everything that other passes work out:
+        the keys it attends to and its position. Nothing here makes the host wait for a GPU."""
+        with self.autocast():
+            output = self._trunk(
+                inputs_embeds=self.language_model.get_input_embeddings()(tokens),
+                attention_mask=allowed,
+                position_ids=positions,
                 past_key_values=cache,
-                use_cache=cache is not None,
+                use_cache=True,
             )
         return output.last_hidden_state
+
+    def completion_states(
+        self, completions: Completions, layout: Layout
+    ) -> Float[Tensor, "batch num_columns d_model"]:
+        """The final hidden states from which the completions' tokens were sampled, up to the
+        layout's last column. A prompt that all rows share is run once."""
+        prompts, last = completions.prompts, layout.num_columns - 1
+        tokens, mask = completions.tokens[:, :last], completions.mask[:, :last]
+        width = prompts.tokens.shape[1]
+        saved = (1 - 1 / len(tokens)) * width / (width + last)
+        if layout.one_prompt and saved >= WORTH_A_PASS and not (self._recomputed or layout.whole):
+            cache = prompt_cache(self.language_model)
+            if cache is not None:
+                return self._after_one_prompt(prompts, tokens, mask, cache, layout)
+        whole = torch.cat([prompts.mask, mask], dim=1) if layout.padded_prompts else None
+        hidden = self.hidden_states(torch.cat([prompts.tokens, tokens], dim=1), whole)
+        return hidden[:, width - 1 :]
+
+    def _after_one_prompt(
+        self, prompts: PromptBatch, tokens: Tensor, mask: Tensor, cache: Cache, layout: Layout
+    ) -> Tensor:
+        before = whole = None
+        if layout.padded_prompts:
+            before, whole = prompts.mask[:1], torch.cat([prompts.mask, mask], dim=1)
+        first = self.hidden_states(prompts.tokens[:1], before, cache)[:, -1:]
+        first = first.expand(len(tokens), -1, -1)
+        if not tokens.shape[1]:
+            return first
+        for layer in cache.layers:
+            layer.keys = layer.keys.expand(len(tokens), -1, -1, -1)
+            layer.values = layer.values.expand(len(tokens), -1, -1, -1)
+        return torch.cat([first, self.hidden_states(tokens, whole, cache)], dim=1)
 
     def last_layers(
         self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], count: int
@@ -118,6 +246,12 @@ class CausalTransformer(nn.Module):
     def unembed(self, hidden: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes vocab"]:
         """Logits from final hidden states."""
         return self.language_model.get_output_embeddings()(hidden)
+
+    @property
+    def head(self) -> Head:
+        """The output embedding, as functional.vocab_head takes it."""
+        embedding = self.language_model.get_output_embeddings()
+        return Head(embedding.weight, embedding.bias)
 
 
 class TransformerWithValueHead(CausalTransformer):
@@ -142,6 +276,7 @@ class TransformerWithValueHead(CausalTransformer):
             nn.Linear(d_model, 4 * d_model), nn.ReLU(), nn.Linear(4 * d_model, 1)
         ).to(language_model.device)
         self._view: HookedView | None = None
+        self.decoders: dict[Any, Any] = {}  # rollout.static's, by shape
 
     @property
     def view(self) -> HookedView:
@@ -163,7 +298,8 @@ class TransformerWithValueHead(CausalTransformer):
 
     def values(self, hidden: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes"]:
         """The value head on final hidden states."""
-        return self.value_head(hidden.float()).squeeze(-1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.value_head(hidden.float()).squeeze(-1)
 
     def hooked(self) -> TransformerBridge:
         """A TransformerBridge over the current weights, for looking inside.
@@ -180,6 +316,16 @@ class TransformerWithValueHead(CausalTransformer):
         """A copy of the language model as it is now that nothing trains."""
         reference = CausalTransformer(copy.deepcopy(self.language_model), self.tokenizer)
         return reference.requires_grad_(False)
+
+
+def prompt_cache(model: PreTrainedModel) -> Cache | None:
+    """An empty cache whose layers hold all that they have seen, None for a model whose layers
+    cannot (sliding windows, states of recurrences)."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache = DynamicCache(config=model.config)
+    return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
 
 
 def _run_checkpointed(block: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:

@@ -8,28 +8,37 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from jaxtyping import Bool, Float, Int
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from rlhf_exp.functional.vocab_head import Head
 from rlhf_exp.models.freezing import train_last_layers
 from rlhf_exp.models.loading import ModelSettings, must_be_fp32
 from rlhf_exp.models.lora import adapter_off, add_adapter
 from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
+from rlhf_exp.models.working_weights import round_frozen
 from rlhf_exp.settings import ConfigError, Count, Text, settings
+from rlhf_exp.types import Completions, Layout
 
 
 @runtime_checkable
 class Reference(Protocol):
     """A language model that nothing trains."""
 
-    def hidden_states(
-        self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
-    ) -> Float[Tensor, "batch seq d_model"]:
-        """The final layer norm's output for every token."""
+    def completion_states(
+        self, completions: Completions, layout: Layout
+    ) -> Float[Tensor, "batch num_columns d_model"]:
+        """The final hidden states of the positions before each token."""
         ...
 
     def unembed(self, hidden: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes vocab"]:
         """Logits from final hidden states."""
+        ...
+
+    @property
+    def head(self) -> Head:
+        """The output embedding's weights."""
         ...
 
 
@@ -126,22 +135,45 @@ class WithoutAdapter:
     def __init__(self, policy: CausalTransformer) -> None:
         self._policy = policy
 
-    def hidden_states(
-        self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
-    ) -> Float[Tensor, "batch seq d_model"]:
-        """The final layer norm's output for every token, the adapters switched off."""
+    def completion_states(
+        self, completions: Completions, layout: Layout
+    ) -> Float[Tensor, "batch num_columns d_model"]:
+        """The policy's, the adapters switched off."""
         with adapter_off(self._policy.language_model):
-            return self._policy.hidden_states(tokens, mask)
+            return self._policy.completion_states(completions, layout)
 
     def unembed(self, hidden: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes vocab"]:
         """Logits from final hidden states; the output embedding has no adapter."""
         return self._policy.unembed(hidden)
 
+    @property
+    def head(self) -> Head:
+        """The policy's."""
+        return self._policy.head
+
+
+def compute_reference_in(
+    reference: Reference, policy: CausalTransformer, dtype: torch.dtype
+) -> None:
+    """Has the reference compute as the policy does, so that their KL is 0 where their weights are
+    equal. It keeps its own matrices as they are computed with; the policy's stay."""
+    if not isinstance(reference, CausalTransformer):
+        return  # it is the policy
+    if dtype != torch.float32:
+        round_frozen(
+            reference.language_model,
+            dtype,
+            besides=reference.head.weight,
+            shared={id(p) for p in policy.parameters()},
+        )
+        reference.low = dtype
+
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes that stay from phase to phase: the policy's weights with its value head, what the
-    reference adds to them, and gradients and Adam's two moments of what is trained."""
+    """Bytes that stay from phase to phase: the policy's weights with its value head and the copies
+    that passes in bf16 compute with, what the reference adds to them, and gradients and Adam's two
+    moments of what is trained."""
 
     policy: int
     reference: int
@@ -161,7 +193,7 @@ class Memory:
 
 def resident_memory(policy: TransformerWithValueHead, reference: Reference) -> Memory:
     """The bytes of the policy and its reference; memory that both share counts once."""
-    own = _storages(policy.parameters())
+    own = _storages((*policy.parameters(), *policy.working_copies()))
     others = {}
     if isinstance(reference, CausalTransformer):
         others = _storages(reference.parameters())

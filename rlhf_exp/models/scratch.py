@@ -7,6 +7,7 @@ import torch
 from pydantic import model_validator
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
+from rlhf_exp.models.kernels import install_kernels
 from rlhf_exp.models.loading import LanguageModel, TokenizerFactory, ValueHeadInit
 from rlhf_exp.models.policy import Engine
 from rlhf_exp.settings import BelowOne, ConfigError, Count, settings
@@ -56,7 +57,9 @@ class Scratch:
         tokenizer = make_tokenizer()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return self._model(tokenizer), tokenizer
+            model = self._model(tokenizer)
+        install_kernels(model)
+        return model, tokenizer
 
     def value_head_path(self) -> Path | None:
         """None: nothing was saved."""

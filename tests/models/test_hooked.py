@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from rlhf_exp.models.hooked import VALUE_HEAD_HOOK
+from rlhf_exp.models.kernels import ATTENTION
 from rlhf_exp.models.loading import load_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.saving import save_policy
@@ -73,7 +74,7 @@ def test_the_policy_stays_a_plain_module(architecture, tmp_path):
     assert [(name, type(module)) for name, module in policy.named_modules()] == kinds
     assert policy.state_dict().keys() == weights.keys()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in policy.state_dict().items())
-    assert policy.language_model.config._attn_implementation == attention == "sdpa"
+    assert policy.language_model.config._attn_implementation == attention == ATTENTION
     assert torch.equal(policy(TOKENS, MASK)[0], logits)
     reloaded = load_policy(save_policy(policy, tmp_path))
     assert torch.equal(reloaded(TOKENS, MASK)[0], logits)

@@ -8,6 +8,7 @@ import torch
 import transformers as hf
 from pydantic import ValidationError
 
+from rlhf_exp.models.kernels import ATTENTION
 from rlhf_exp.models.loading import (
     Pretrained,
     build_policy,
@@ -38,7 +39,7 @@ def test_all_attentions_compute_the_same(architecture: str, tmp_path: Path) -> N
     for asked in ("eager", "sdpa", None):
         loaded = build(tmp_path, attn_implementation=asked)
         used = loaded.language_model.config._attn_implementation
-        assert used == (asked or "sdpa")
+        assert used == (asked or ATTENTION)
         with torch.no_grad():
             for ours, expected in zip(loaded(TOKENS, MASK), policy(TOKENS, MASK), strict=True):
                 assert_near(ours[MASK], expected[MASK])

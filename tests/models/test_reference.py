@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rlhf_exp.functional.logprobs import completion_part
 from rlhf_exp.models.loading import Pretrained
-from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
 from rlhf_exp.models.reference import (
     FullCopy,
     Lora,
@@ -19,9 +20,13 @@ from rlhf_exp.models.reference import (
 )
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.settings import ConfigError
-from tests.builders import assert_near, ragged_tokens, tiny_policy
+from rlhf_exp.types import Layout
+from tests.builders import assert_near, cut, ragged_tokens, tiny_policy
 
 TOKENS, MASK = ragged_tokens()
+PROMPT = 6
+COMPLETIONS = cut(TOKENS, MASK, PROMPT)
+LAYOUT = Layout.of(COMPLETIONS)
 KINDS = {
     "full_copy": FullCopy(),
     "shared_trunk": SharedTrunk(num_layers_unfrozen=1),
@@ -42,8 +47,18 @@ def is_trained(kind: str, architecture: str, name: str) -> bool:
 
 def hidden_of(reference: Reference) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        hidden = reference.hidden_states(TOKENS, MASK)
-        return hidden[MASK], reference.unembed(hidden)[MASK]
+        hidden = reference.completion_states(COMPLETIONS, LAYOUT)
+        return hidden, reference.unembed(hidden)
+
+
+def states_before(model: CausalTransformer) -> tuple[Tensor, Tensor]:
+    """The same by a plain pass over the whole sequences."""
+    with torch.no_grad():
+        hidden = model.hidden_states(TOKENS, MASK)
+        return (
+            completion_part(hidden, PROMPT),
+            completion_part(model.language_model.get_output_embeddings()(hidden), PROMPT),
+        )
 
 
 def train(policy: TransformerWithValueHead, steps: int = 3) -> None:
@@ -64,13 +79,15 @@ def test_a_reference_is_the_policy_as_it_was(architecture: str, kind: str) -> No
     reference = KINDS[kind].attach(policy, seed=0)
     # Nothing has an effect yet, adapters included.
     logits, same_values = policy(TOKENS, MASK)
-    assert_near(logits[MASK], hidden_of(before)[1], tolerance=1e-6)
+    expected = states_before(before)
+    assert_near(completion_part(logits, PROMPT), expected[1], tolerance=1e-6)
     assert_near(same_values, values, tolerance=1e-6)
     start = copy.deepcopy(policy.state_dict())
     train(policy)
-    for ours, expected in zip(hidden_of(reference), hidden_of(before), strict=True):
-        assert_near(ours, expected, tolerance=1e-6)
-    assert (policy(TOKENS, MASK)[0][MASK] - hidden_of(before)[1]).abs().max() > 0.05
+    for ours, theirs in zip(hidden_of(reference), expected, strict=True):
+        assert_near(ours, theirs, tolerance=1e-6)
+    assert torch.equal(reference.head.weight, before.language_model.get_output_embeddings().weight)
+    assert (states_before(policy)[1] - expected[1]).abs().max() > 0.05
     for name, parameter in policy.named_parameters():
         assert parameter.requires_grad == is_trained(kind, architecture, name), name
         assert torch.equal(parameter, start[name]) != parameter.requires_grad, name
@@ -111,12 +128,12 @@ def test_adapters_need_no_second_model() -> None:
     assert not isinstance(reference, nn.Module)
     adapted = policy(TOKENS, MASK)[0]
     train(policy)
-    hidden = reference.hidden_states(TOKENS, MASK)
+    hidden = hidden_of(reference)[0]
     # They are on again after each call, also after one that failed.
     with pytest.raises(IndexError):
-        reference.hidden_states(TOKENS + 100, MASK)
+        reference.completion_states(cut(TOKENS + 100, MASK, PROMPT), LAYOUT)
     assert (policy(TOKENS, MASK)[0] - adapted)[MASK].abs().max() > 0.05
-    assert (policy.hidden_states(TOKENS, MASK) - hidden)[MASK].abs().max() > 0.05
+    assert (states_before(policy)[0] - hidden).abs().max() > 0.05
     assert all(p.requires_grad for n, p in policy.named_parameters() if "lora_" in n)
 
 
@@ -204,3 +221,16 @@ def test_kinds_are_settings_of_the_reference_group() -> None:
     assert all(isinstance(kind, ReferenceSettings) for kind in KINDS.values())
     for kind in KINDS.values():
         assert isinstance(kind.attach(tiny_policy(), seed=0), Reference)
+
+
+def test_copies_that_passes_compute_with_are_counted() -> None:
+    policy = tiny_policy()
+    before = resident_memory(policy, KINDS["full_copy"].attach(policy, seed=0))
+    policy.compute_in(torch.bfloat16)
+    after = resident_memory(policy, KINDS["full_copy"].attach(policy, seed=0))
+    linear = sum(
+        p.numel()
+        for name, p in policy.language_model.named_parameters()
+        if ".attn." in name or ".mlp." in name
+    )
+    assert after.policy - before.policy == 2 * linear

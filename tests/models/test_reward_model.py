@@ -386,7 +386,7 @@ def test_a_saved_reward_model_is_a_language_model_to_other_tools(tmp_path: Path)
     tokens, mask = ragged_completions().sequences
     ours = model.backbone.language_model(input_ids=tokens, attention_mask=mask.long()).logits
     theirs = network(input_ids=tokens, attention_mask=mask.long()).logits
-    assert torch.equal(theirs, ours)
+    assert_near(theirs[mask], ours[mask], tolerance=1e-6)
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == (
         model.backbone.tokenizer.get_vocab()
     )
