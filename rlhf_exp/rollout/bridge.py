@@ -11,7 +11,7 @@ from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rollout.sampler import (
     Sampler,
     as_completions,
-    check_logits,
+    check_finite,
     eos_token,
     kept_mass,
     through_first_eos,
@@ -40,7 +40,7 @@ class BridgeSampler(Sampler):
         """Completions of the prompts; every row is computed to gen_len."""
         eos = eos_token(policy, stop_at_eos=self.stop_at_eos)
         prompt_len = prompts.tokens.shape[1]
-        check_logits(policy.unembed(policy.hidden_states(prompts.tokens, prompts.mask)[:, -1]))
+        check_finite(policy.unembed(policy.hidden_states(prompts.tokens, prompts.mask)[:, -1]))
         # TransformerLens draws from the global generator; give it one of our stream for the call.
         seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
         with torch.random.fork_rng():

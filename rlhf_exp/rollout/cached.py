@@ -2,16 +2,20 @@
 
 A prompt that all rows share is run once. Log-probs, values and hidden states are taken from the
 decoding pass itself, so the policy is not run again over what it sampled. Rows that ended leave
-the batch.
+the batch; on a GPU, where launching work takes longer than the work, they stay, and a step is a
+captured graph.
 """
+
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from rlhf_exp.functional.sampling import sample_tokens
 from rlhf_exp.hf import Cache
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.rollout.sampler import Sampler, as_completions, check_logits, eos_token, kept_mass
+from rlhf_exp.rollout.cache import preallocated_cache
+from rlhf_exp.rollout.sampler import Drawn, Sampler, as_completions, check_finite, draw, eos_token
+from rlhf_exp.rollout.static import StaticDecoder, static_decoder
 from rlhf_exp.settings import settings
 from rlhf_exp.types import Generation, PromptBatch
 
@@ -20,73 +24,127 @@ from rlhf_exp.types import Generation, PromptBatch
 class CachedSampler(Sampler):
     """Samples with a key-value cache through the plain module, whatever the engine."""
 
+    cuda_graphs: bool = True
+
     @torch.no_grad()
     def __call__(
         self, policy: TransformerWithValueHead, prompts: PromptBatch, generator: torch.Generator
     ) -> Generation:
         """Completions of the prompts; rows that ended hold 0 and are computed no further."""
         eos = eos_token(policy, stop_at_eos=self.stop_at_eos)
-        cache, hidden = _prefill(policy, prompts)
-        batch = prompts.tokens.shape[0]
-        columns = _Columns(batch, self.gen_len, hidden)
-        seen = prompts.mask
-        active = torch.arange(batch, device=hidden.device)
+        batch, prompt_len = prompts.tokens.shape
+        seen = None if bool(prompts.mask.all()) else prompts.mask
+        cache, hidden = prefill(policy, prompts, seen, prompt_len + self.gen_len)
+        uniforms = torch.rand((batch, self.gen_len), generator=generator, device=hidden.device)
+        decoder = None
+        if self.cuda_graphs and policy.device.type == "cuda":
+            decoder = static_decoder(policy, self, batch, prompt_len)
+        if decoder is not None:
+            return decode_static(decoder, policy, prompts, cache, hidden, uniforms, eos=eos)
+        return self._decode(policy, prompts, seen, cache, hidden, uniforms, eos=eos)
+
+    def _decode(
+        self,
+        policy: TransformerWithValueHead,
+        prompts: PromptBatch,
+        seen: Tensor | None,
+        cache: Cache,
+        hidden: Tensor,
+        uniforms: Tensor,
+        *,
+        eos: int | None,
+    ) -> Generation:
+        active = torch.arange(len(hidden), device=hidden.device)
+        steps = _Steps(len(hidden), self.gen_len)
         for t in range(self.gen_len):
-            logits = policy.unembed(hidden).float()
-            check_logits(logits)
-            filtered = self.filter(logits)
-            tokens = sample_tokens(filtered, generator)
-            logprobs = (logits / self.temperature).log_softmax(dim=-1)
-            columns.tokens[active, t] = tokens
-            columns.mask[active, t] = True
-            columns.logprobs[active, t] = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
-            columns.values[active, t] = policy.values(hidden).float()
-            columns.hidden[active, t] = hidden
-            if self.truncates:
-                columns.kept_mass[active, t] = kept_mass(logprobs, filtered)
-            if eos is not None and (tokens == eos).any():
-                going_on = (tokens != eos).nonzero().squeeze(-1)
-                active, tokens, seen = active[going_on], tokens[going_on], seen[going_on]
+            drawn = draw(self, policy, hidden, uniforms[:, t])
+            steps.add(active, hidden, drawn)
+            tokens = drawn.tokens
+            if eos is not None and bool((ended := tokens == eos).any()):
+                going_on = (~ended).nonzero().squeeze(-1)
+                active, tokens, uniforms = active[going_on], tokens[going_on], uniforms[going_on]
+                seen = None if seen is None else seen[going_on]
                 cache.batch_select_indices(going_on)
             if t + 1 == self.gen_len or not len(active):
                 break
-            seen = torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)
+            if seen is not None:
+                seen = torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)
             hidden = policy.hidden_states(tokens[:, None], seen, cache)[:, -1]
-        return columns.generation(policy, prompts)
+        return steps.generation(policy, prompts)
 
 
-class _Columns:
-    """Tensors that the decoding loop fills column by column; what no row reaches stays 0."""
+@dataclass
+class _Steps:
+    """What the decoding loop has computed, step by step, of the rows active then."""
 
-    def __init__(self, batch: int, length: int, hidden: Tensor) -> None:
-        zeros = hidden.new_zeros((batch, length), dtype=torch.float32)
-        self.tokens = zeros.long()
-        self.mask = zeros.bool()
-        self.logprobs = zeros.clone()
-        self.values = zeros.clone()
-        self.kept_mass = zeros + 1
-        self.hidden = hidden.new_zeros((batch, length, hidden.shape[-1]))
+    batch: int
+    length: int
+    rows: list[Tensor] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)
+    drawn: list[Drawn] = field(default_factory=list)
+
+    def add(self, rows: Tensor, hidden: Tensor, drawn: Drawn) -> None:
+        self.rows.append(rows)
+        self.hidden.append(hidden)
+        self.drawn.append(drawn)
 
     def generation(self, policy: TransformerWithValueHead, prompts: PromptBatch) -> Generation:
+        """Everything by row and column; what no row reached stays 0."""
+        rows = torch.cat(self.rows)
+        columns = torch.cat([row.new_full(row.shape, t) for t, row in enumerate(self.rows)])
+
+        def spread(entries: Tensor) -> Tensor:
+            whole = entries.new_zeros((self.batch, self.length, *entries.shape[1:]))
+            return whole.index_put((rows, columns), entries)
+
+        hidden = torch.cat(self.hidden)
+        tokens, logprobs, kept_mass = (torch.cat(x) for x in zip(*self.drawn, strict=True))
+        check_finite(logprobs)
+        mask = spread(torch.ones_like(rows, dtype=torch.bool))
         return Generation(
-            completions=as_completions(policy, prompts, self.tokens, self.mask),
-            logprobs=self.logprobs,
-            values=self.values,
-            hidden=self.hidden,
-            kept_mass=self.kept_mass * self.mask,
+            completions=as_completions(policy, prompts, spread(tokens), mask),
+            logprobs=spread(logprobs),
+            values=spread(policy.values(hidden)),
+            hidden=spread(hidden),
+            kept_mass=spread(kept_mass),
         )
 
 
-def _prefill(policy: TransformerWithValueHead, prompts: PromptBatch) -> tuple[Cache, Tensor]:
-    """The cache over the prompts and the hidden state after each; of equal rows only one is run."""
-    from transformers import DynamicCache
-
+def prefill(
+    policy: TransformerWithValueHead, prompts: PromptBatch, seen: Tensor | None, length: int
+) -> tuple[Cache, Tensor]:
+    """The cache over the prompts, with room for `length` tokens, and the hidden state after each;
+    of equal rows only one is run. `seen` is the prompts' mask, None if nothing is padding."""
     batch = prompts.tokens.shape[0]
-    shared = bool((prompts.tokens == prompts.tokens[:1]).all() and prompts.mask.all())
+    shared = seen is None and bool((prompts.tokens == prompts.tokens[:1]).all())
     rows = 1 if shared else batch
-    cache = DynamicCache(config=policy.language_model.config)
-    hidden = policy.hidden_states(prompts.tokens[:rows], prompts.mask[:rows], cache)[:, -1]
+    cache = preallocated_cache(policy.language_model, length)
+    mask = None if seen is None else seen[:rows]
+    hidden = policy.hidden_states(prompts.tokens[:rows], mask, cache)[:, -1]
     if shared and batch > 1:
         cache.batch_repeat_interleave(batch)
         hidden = hidden.expand(batch, -1)
     return cache, hidden
+
+
+def decode_static(
+    decoder: StaticDecoder,
+    policy: TransformerWithValueHead,
+    prompts: PromptBatch,
+    cache: Cache,
+    hidden: Tensor,
+    uniforms: Tensor,
+    *,
+    eos: int | None,
+) -> Generation:
+    """The generation by steps of fixed shapes."""
+    columns = decoder.run(prompts.mask, cache, hidden, uniforms, eos=eos)
+    check_finite(columns.logprobs.where(columns.mask, 0))
+    mask = columns.mask
+    return Generation(
+        completions=as_completions(policy, prompts, columns.tokens * mask, mask),
+        logprobs=columns.logprobs.where(mask, 0),
+        values=policy.values(columns.hidden).where(mask, 0),
+        hidden=columns.hidden.where(mask[..., None], 0),
+        kept_mass=columns.kept_mass.where(mask, 0),
+    )

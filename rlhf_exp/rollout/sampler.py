@@ -6,12 +6,14 @@ is the temperature-scaled distribution over the full vocabulary.
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf_exp.functional.sampling import filter_logits
+from rlhf_exp.functional.sampling import draw_tokens, filter_logits
+from rlhf_exp.functional.vocab_head import head_logits
 from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
 from rlhf_exp.settings import ConfigError, Count, Temperature, TopP, settings
@@ -49,6 +51,35 @@ class Sampler(ABC):
         return filter_logits(
             logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
         )
+
+
+class Drawn(NamedTuple):
+    """A token a row, its log-probability, and the policy's probability of all that the filter
+    kept."""
+
+    tokens: Int[Tensor, " batch"]
+    logprobs: Float[Tensor, " batch"]
+    kept_mass: Float[Tensor, " batch"]
+
+
+def draw(
+    sampler: Sampler,
+    policy: CausalTransformer,
+    hidden: Float[Tensor, "batch d_model"],
+    uniforms: Float[Tensor, " batch"],
+) -> Drawn:
+    """What the sampler draws after final hidden states, given a uniform number a row."""
+    with policy.autocast():
+        logits = head_logits(hidden, policy.head)
+    logprobs = (logits / sampler.temperature).log_softmax(dim=-1)
+    if sampler.truncates:
+        filtered = sampler.filter(logits)
+        tokens = draw_tokens(filtered.softmax(dim=-1), uniforms)
+        mass = kept_mass(logprobs, filtered)
+    else:
+        tokens = draw_tokens(logprobs.exp(), uniforms)
+        mass = torch.ones_like(uniforms)
+    return Drawn(tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1), mass)
 
 
 def kept_mass(
@@ -94,9 +125,10 @@ def as_completions(
     return Completions(prompts=prompts, tokens=tokens * mask, mask=mask, texts=tuple(texts))
 
 
-def check_logits(logits: Float[Tensor, "batch vocab"]) -> None:
-    """Raises TrainingError if the policy cannot be sampled from, its weights having diverged."""
-    if not logits.isfinite().all():
+def check_finite(x: Float[Tensor, "*axes"]) -> None:
+    """Raises TrainingError if logits or log-probs show that the policy cannot be sampled from, its
+    weights having diverged."""
+    if not x.isfinite().all():
         raise TrainingError(
             "the policy's logits are not finite: its weights have diverged; lower"
             " optimizer.base_lr or stage.max_grad_norm, or raise stage.kl_coef"

@@ -62,7 +62,10 @@ def work(policy, sampler, texts) -> tuple[list[tuple[int, int]], torch.Tensor]:
     """Rows and columns of each call of the transformer, and the mask of the completions."""
     calls: list[tuple[int, int]] = []
     hook = policy.language_model.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append(tuple(kwargs["input_ids"].shape)),
+        # Without padding the transformer is given embeddings in place of tokens.
+        lambda module, args, kwargs: calls.append(
+            tuple(kwargs["inputs_embeds" if "inputs_embeds" in kwargs else "input_ids"].shape[:2])
+        ),
         with_kwargs=True,
     )
     mask = sampler(policy, prompts(policy, texts), generator()).completions.mask

@@ -1,0 +1,165 @@
+"""Decoding by steps whose shapes and memory never change, so that a GPU can replay one as a graph.
+
+A step asks no tensor anything: the host only says how often it is run. Rows that ended are run on
+to the end, and what they give is masked.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_exp.hf import Cache
+from rlhf_exp.models.policy import TransformerWithValueHead, position_ids, prompt_cache
+from rlhf_exp.rollout.cache import static_layer
+from rlhf_exp.rollout.sampler import Sampler, draw, through_first_eos
+
+# Steps between two looks at whether all rows have ended, each of which makes the host wait.
+LOOK_EVERY = 16
+
+# Shapes whose buffers and graphs are kept; prompts of many widths would fill the memory.
+MOST_SHAPES = 8
+
+
+class Columns(NamedTuple):
+    """What was decoded, [batch completion] each; only where the mask is True does it count."""
+
+    tokens: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    kept_mass: Tensor
+    hidden: Tensor
+
+
+def static_decoder(
+    policy: TransformerWithValueHead, sampler: Sampler, batch: int, prompt_len: int
+) -> "StaticDecoder | None":
+    """The policy's decoder of this shape, made at the first use; None for a model whose layers keep
+    something other than all keys and values."""
+    if prompt_cache(policy.language_model) is None:
+        return None
+    key = (sampler, batch, prompt_len, policy.is_working)
+    if key not in policy.decoders:
+        if len(policy.decoders) == MOST_SHAPES:
+            policy.decoders.clear()
+        policy.decoders[key] = StaticDecoder(policy, sampler, batch, prompt_len)
+    decoder: StaticDecoder = policy.decoders[key]
+    return decoder
+
+
+class StaticDecoder:
+    """The buffers of one decoding step, and on a GPU its graph."""
+
+    def __init__(
+        self, policy: TransformerWithValueHead, sampler: Sampler, batch: int, prompt_len: int
+    ) -> None:
+        self._policy, self._sampler, self._prompt_len = policy, sampler, prompt_len
+        device, gen_len = policy.device, sampler.gen_len
+        width = policy.head.weight.shape[1]
+        self._allowed = torch.zeros(
+            (batch, 1, 1, prompt_len + gen_len), dtype=torch.bool, device=device
+        )
+        self._step = torch.zeros(1, dtype=torch.long, device=device)
+        self._slot = torch.zeros(1, dtype=torch.long, device=device)
+        self._positions = torch.zeros((batch, 1), dtype=torch.long, device=device)
+        self._uniforms = torch.zeros((batch, gen_len), device=device)
+        self._tokens = torch.zeros((batch, gen_len), dtype=torch.long, device=device)
+        self._logprobs = torch.zeros((batch, gen_len), device=device)
+        self._kept_mass = torch.zeros((batch, gen_len), device=device)
+        self._last: Tensor | None = None
+        self._hidden = torch.zeros((batch, gen_len, width), device=device)
+        self._cache: Cache | None = None
+        self._graph: Any = None
+
+    def run(
+        self,
+        prompt_mask: Tensor,
+        cache: Cache,
+        hidden: Tensor,
+        uniforms: Tensor,
+        *,
+        eos: int | None,
+    ) -> Columns:
+        """Decodes after prompts whose keys and values `cache` holds, `hidden` [batch d_model] being
+        the states after them. What it returns lives until the next call."""
+        self._load(prompt_mask, cache, hidden, uniforms)
+        if self._graph is None and hidden.is_cuda:
+            self._capture()
+            self._load(prompt_mask, cache, hidden, uniforms)
+        for t in range(self._sampler.gen_len):
+            if self._graph is None:
+                self._advance()
+            else:
+                self._graph.replay()
+            if eos is not None and (t + 1) % LOOK_EVERY == 0:
+                ended = torch.eq(self._tokens[:, : t + 1], eos).any(dim=1)
+                if bool(ended.all()):
+                    break
+        return Columns(
+            tokens=self._tokens,
+            mask=through_first_eos(self._tokens, eos),
+            logprobs=self._logprobs,
+            kept_mass=self._kept_mass,
+            hidden=self._hidden,
+        )
+
+    def _load(self, prompt_mask: Tensor, cache: Cache, hidden: Tensor, uniforms: Tensor) -> None:
+        if self._cache is None or self._last is None:
+            length = self._allowed.shape[-1]
+            self._cache = prompt_cache(self._policy.language_model)
+            assert self._cache is not None
+            self._cache.layers = [
+                static_layer(layer.keys, layer.values, length, self._slot) for layer in cache.layers
+            ]
+            self._last = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+            self._hidden = self._hidden.to(hidden.dtype)
+        for own, given in zip(self._cache.layers, cache.layers, strict=True):
+            own.keys[:, :, : self._prompt_len] = given.keys
+            own.values[:, :, : self._prompt_len] = given.values
+        self._last.copy_(hidden)
+        self._allowed.zero_()
+        self._allowed[:, 0, 0, : self._prompt_len] = prompt_mask
+        self._positions.copy_(position_ids(prompt_mask)[:, -1:] + 1)
+        self._uniforms.copy_(uniforms)
+        self._step.zero_()
+        self._slot.fill_(self._prompt_len)
+
+    def _advance(self) -> None:
+        """One step: a token a row from the last states, and the states after it."""
+        assert self._last is not None
+        assert self._cache is not None
+        uniforms = self._uniforms.index_select(1, self._step).squeeze(1)
+        drawn = draw(self._sampler, self._policy, self._last, uniforms)
+        self._hidden.index_copy_(1, self._step, self._last[:, None])
+        self._tokens.index_copy_(1, self._step, drawn.tokens[:, None])
+        self._logprobs.index_copy_(1, self._step, drawn.logprobs[:, None])
+        self._kept_mass.index_copy_(1, self._step, drawn.kept_mass[:, None])
+        self._allowed.index_fill_(3, self._slot, True)
+        states = self._policy.static_states(
+            drawn.tokens[:, None], self._allowed, self._positions, self._cache
+        )
+        self._last.copy_(states[:, -1])
+        self._step += 1
+        self._slot += 1
+        self._positions += 1
+
+    def _capture(self) -> None:
+        # Runs that are not kept, on a stream of their own, so that libraries take their memory
+        # before the capture: what PyTorch's notes on CUDA graphs ask for.
+        # Without autocast's cache of converted weights, which ends before the graph does.
+        dtype = torch.get_autocast_dtype("cuda")
+        enabled = torch.is_autocast_enabled("cuda")
+        with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
+            self._record()
+
+    def _record(self) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._advance()
+            self._step.zero_()
+            self._slot.fill_(self._prompt_len)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._advance()

@@ -1,0 +1,108 @@
+"""A preallocated cache gives what transformers' own gives, through all that decoding does."""
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.rollout.cache import preallocated_cache
+from tests.builders import assert_near, build_tokenizer, ragged_tokens, stretch, tiny_policy
+
+TOKENS, MASK = ragged_tokens(4, 9)
+TOKENS = torch.where(TOKENS == 0, 5, TOKENS)
+
+
+def dynamic_cache(policy: TransformerWithValueHead) -> hf.DynamicCache:
+    return hf.DynamicCache(config=policy.language_model.config)
+
+
+@torch.no_grad()
+def decoded(policy: TransformerWithValueHead, cache: hf.DynamicCache) -> list[Tensor]:
+    """The hidden states of a prompt of one row that becomes four, decoded with rows leaving."""
+    seen = [policy.hidden_states(TOKENS[:1, :4], None, cache)]
+    cache.batch_repeat_interleave(4)
+    seen.append(policy.hidden_states(TOKENS[:, 4:5], None, cache))
+    seen.append(policy.hidden_states(TOKENS[:, 5:6], None, cache))
+    for rows, column in (([3, 1, 2], 6), ([2, 0], 7), ([0], 8)):
+        cache.batch_select_indices(torch.tensor(rows))
+        seen.append(policy.hidden_states(TOKENS[rows, column : column + 1], None, cache))
+    return seen
+
+
+def test_it_decodes_as_transformers_cache_does(architecture: str) -> None:
+    policy = tiny_policy(architecture)
+    caches = [preallocated_cache(policy.language_model, 9), dynamic_cache(policy)]
+    ours, expected = (decoded(policy, cache) for cache in caches)
+    for one, other in zip(ours, expected, strict=True):
+        assert_near(one, other, tolerance=1e-6)
+    for one, other in zip(*(cache.layers for cache in caches), strict=True):
+        assert one.get_seq_length() == other.get_seq_length() == 9
+        assert_near(one.keys, other.keys, tolerance=1e-6)
+        assert_near(one.values, other.values, tolerance=1e-6)
+
+
+def test_padded_prompts_and_several_tokens_at_once(architecture: str) -> None:
+    policy = tiny_policy(architecture)
+    with torch.no_grad():
+        whole = policy.hidden_states(TOKENS, MASK)
+        cache = preallocated_cache(policy.language_model, 20)  # longer than is needed
+        pieces = [
+            policy.hidden_states(TOKENS[:, start:end], MASK[:, :end], cache)
+            for start, end in ((0, 5), (5, 8), (8, 9))
+        ]
+    assert_near(torch.cat(pieces, dim=1)[MASK], whole[MASK])
+
+
+def test_repeated_rows_lie_side_by_side() -> None:
+    policy = tiny_policy()
+    with torch.no_grad():
+        cache = preallocated_cache(policy.language_model, 6)
+        policy.hidden_states(TOKENS[:2, :4], None, cache)
+        keys = cache.layers[0].keys.clone()
+        cache.batch_repeat_interleave(3)
+    assert torch.equal(cache.layers[0].keys, keys[[0, 0, 0, 1, 1, 1]])
+    assert torch.equal(cache.layers[0].keys[2], keys[0])
+
+
+def test_memory_is_taken_once() -> None:
+    policy = tiny_policy()
+    cache = preallocated_cache(policy.language_model, 9)
+    addresses = set()
+    with torch.no_grad():
+        for column in range(9):
+            policy.hidden_states(TOKENS[:, column : column + 1], None, cache)
+            for layer in cache.layers:
+                assert layer.keys.shape == (4, 2, column + 1, 8)
+                addresses |= {layer.keys.data_ptr(), layer.values.data_ptr()}
+    assert len(addresses) == 2 * len(cache.layers)
+
+
+def test_more_tokens_than_it_was_made_for_are_refused() -> None:
+    policy = tiny_policy()
+    cache = preallocated_cache(policy.language_model, 3)
+    with torch.no_grad():
+        policy.hidden_states(TOKENS[:, :3], None, cache)
+        with pytest.raises(AssertionError, match="more tokens than the cache was made for"):
+            policy.hidden_states(TOKENS[:, 3:4], None, cache)
+
+
+def test_layers_that_keep_something_else_keep_their_cache() -> None:
+    torch.manual_seed(0)
+    config = hf.MistralConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
+        sliding_window=3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = hf.MistralForCausalLM(config)
+    stretch(model, seed=0)
+    policy = TransformerWithValueHead(model, build_tokenizer())
+    cache = preallocated_cache(model, 9)
+    assert all(layer.is_sliding for layer in cache.layers)
+    for one, other in zip(
+        decoded(policy, cache), decoded(policy, dynamic_cache(policy)), strict=True
+    ):
+        assert torch.equal(one, other)
+    kept = preallocated_cache(tiny_policy().language_model, 9)
+    assert all(isinstance(layer, DynamicLayer) for layer in kept.layers)
