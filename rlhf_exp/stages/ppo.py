@@ -10,47 +10,37 @@ from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
 from rlhf_exp.functional.advantages import gae, normalize_reward, terminal_rewards
-from rlhf_exp.functional.logprobs import (
-    completion_logits,
-    completion_part,
-    entropy,
-    kl_divergence,
-    kl_estimate,
-    token_logprobs,
+from rlhf_exp.functional.logprobs import kl_estimate
+from rlhf_exp.functional.masking import masked_whiten
+from rlhf_exp.models.loading import ModelSettings, Pretrained
+from rlhf_exp.models.reference import (
+    Reference,
+    ReferenceSettings,
+    compute_reference_in,
+    resident_memory,
 )
-from rlhf_exp.functional.losses import (
-    clip_fraction,
-    clipped_surrogate,
-    clipped_value_loss,
-    value_loss,
-)
-from rlhf_exp.functional.masking import masked_mean, masked_whiten
-from rlhf_exp.models.loading import ModelSettings
-from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.models.reference import Reference, ReferenceSettings, resident_memory
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.rewards.protocol import Reward
-from rlhf_exp.rollout.measure import measure
-from rlhf_exp.rollout.sampler import Sampler, have_ended
+from rlhf_exp.rollout.bridge import BridgeSampler
+from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.settings import Count, Fingerprinted, Fraction, NonNegative, Positive, settings
 from rlhf_exp.stages.actors import Actors, fingerprints, load_actors
+from rlhf_exp.stages.collecting import Collector
 from rlhf_exp.stages.evaluation import (
     brief,
-    checked_scores,
     evaluate,
     read_evaluations,
     report,
-    sample,
 )
+from rlhf_exp.stages.objective import Objective
 from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.tasks.protocol import AnswerTask, Task
 from rlhf_exp.training.context import Context
-from rlhf_exp.training.metrics import mean_metrics, rollout_metrics
+from rlhf_exp.training.metrics import mean_metrics, read_metrics, rollout_metrics
 from rlhf_exp.training.optim import (
     AdamWSettings,
     Schedule,
@@ -59,9 +49,10 @@ from rlhf_exp.training.optim import (
     clip_gradients,
     learning_rates,
 )
+from rlhf_exp.training.precision import Dtype, compute_dtype
 from rlhf_exp.training.progress import Progress
 from rlhf_exp.training.timing import Stopwatch
-from rlhf_exp.types import Experience, LossOutput, PromptBatch, Rollout
+from rlhf_exp.types import Experience, Layout, Rollout
 
 log = logging.getLogger(__name__)
 
@@ -72,20 +63,13 @@ TRUNCATION_NOTE = (
 
 
 @settings
-class PPO:
-    """Hyperparameters of the loop. Objective = clipped surrogate - vf_coef value loss
-    + ent_coef entropy - kl_coef exact KL, the last only with kl_penalty="loss"."""
+class PPO(Objective):
+    """Hyperparameters of the loop, beside the objective's."""
 
     total_phases: Count = 100
     batch_size: Count = 32
     num_minibatches: Count = 4
     batches_per_learning_phase: Count = 2
-    clip_coef: Positive = 0.2
-    vf_coef: NonNegative = 0.15
-    value_clip_coef: Positive | None = None
-    ent_coef: NonNegative = 0.001
-    kl_coef: NonNegative = 0.2
-    kl_penalty: Literal["loss", "reward"] = "loss"
     gamma: Fraction = 1.0
     gae_lambda: Fraction = 0.95
     normalize_reward: bool = True
@@ -95,6 +79,9 @@ class PPO:
     rollout_batch_size: Count | None = None
     micro_batch_size: Count | None = None
     gradient_checkpointing: bool = False
+    dtype: Dtype = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    async_reward: bool = False
     eval_every: Count = 25
     eval_samples: Count = 512
     checkpoint_every: Count | None = 50
@@ -142,6 +129,18 @@ class PPO:
         problems += reference.check(model)
         if self.gradient_checkpointing and model.engine == "hooked":
             problems.append("stage.gradient_checkpointing needs model.engine=fast")
+        if model.engine == "hooked":
+            problems += [
+                f"stage.{name}={value} needs model.engine=fast"
+                for name, value in (("dtype", self.dtype), ("compile", self.compile))
+                if value in ("bf16", "on")
+            ]
+        if self.dtype == "bf16" and isinstance(sampler, BridgeSampler):
+            problems.append("stage.dtype=bf16 needs sampler=cached; sampler=bridge is in fp32")
+        if self.dtype == "bf16" and isinstance(model, Pretrained) and model.dtype == "fp16":
+            problems.append("stage.dtype=bf16 and model.dtype=fp16 exclude each other")
+        if self.compile == "on" and self.gradient_checkpointing:
+            problems.append("stage.compile=on and stage.gradient_checkpointing exclude each other")
         if self.missing_eos_penalty is not None and not sampler.stop_at_eos:
             problems.append("stage.missing_eos_penalty needs sampler.stop_at_eos=true")
         if isinstance(task, AnswerTask) and not sampler.stop_at_eos:
@@ -168,6 +167,7 @@ class PPO:
         clock = Stopwatch()
         with clock("load"):
             actors = load_actors(context, task, model, reward, sampler, reference)
+            self.prepare(actors)
             state = TrainState.start(
                 actors.policy,
                 optimizer,
@@ -178,8 +178,6 @@ class PPO:
                 seed=context.seed,
                 inputs=fingerprints(task, model, actors.policy),
             )
-            if self.gradient_checkpointing:
-                actors.policy.checkpoint_gradients()
             if context.resume:
                 state.load(context.folder.path)
                 context.folder.rewind(state.phase)
@@ -187,6 +185,8 @@ class PPO:
         context.folder.start()
         memory = resident_memory(actors.policy, actors.reference)
         log.info("%s", memory)
+        with clock("compile"):
+            self.warm_up(actors)
         if sampler.truncates:
             log.info(TRUNCATION_NOTE)
         self._train(context, actors, state, clock)
@@ -201,15 +201,55 @@ class PPO:
             "seconds": clock.seconds,
         }
 
+    def prepare(self, actors: Actors) -> None:
+        """Has policy and reference compute as this stage says: in which precision, with which
+        activations kept, compiled or not."""
+        policy = actors.policy
+        dtype, base = torch.float32, policy.language_model.dtype
+        fast = policy.engine == "fast"
+        # TransformerLens samples in fp32, and fp16 weights do not mix with bf16.
+        if fast and base != torch.float16 and not isinstance(actors.sampler, BridgeSampler):
+            width = policy.head.weight.shape[1]
+            dtype = compute_dtype(self.dtype, policy.device, width=width)
+        policy.compute_in(dtype)
+        compute_reference_in(actors.reference, policy, dtype)
+        if self.gradient_checkpointing:
+            policy.checkpoint_gradients()
+        if self.compile == "on" or (
+            self.compile == "auto"
+            and fast
+            and policy.device.type == "cuda"
+            and not self.gradient_checkpointing
+            and bool(actors.train_prompts.mask.all())  # else widths vary, and each is compiled
+        ):
+            policy.compile_passes()
+
+    def warm_up(self, actors: Actors) -> None:
+        """Has a compiled policy compile what learning runs, so that no phase's time holds it."""
+        policy, width = actors.policy, actors.train_prompts.tokens.shape[1]
+        if policy.is_compiled:
+            rows = self.micro_batch_size or self.minibatch_size
+            shape = (rows, width + actors.sampler.gen_len - 1)
+            tokens = torch.zeros(shape, dtype=torch.long, device=policy.device)
+            mask = torch.ones_like(tokens, dtype=torch.bool)
+            padded = not bool(actors.train_prompts.mask.all())
+            with policy.working():
+                policy.hidden_states(tokens, mask if padded else None).sum().backward()
+            policy.zero_grad(set_to_none=True)
+
     def _train(self, context: Context, actors: Actors, state: TrainState, clock: Stopwatch) -> None:
         if not context.resume:
             self._evaluate(context, actors, 0, clock)
+        collector = self.collector(actors)
         with Progress(self.total_phases, unit="phase") as progress:
             while state.phase < self.total_phases:
-                metrics = self.phase(state, next(state.prompts), actors, clock)
+                save_follows = self._is_due(self.checkpoint_every, state.phase + 1)
+                another = state.phase + 1 < self.total_phases and not save_follows
+                metrics = self.phase(state, collector, clock, another=another)
                 context.folder.log(state.phase, metrics)
                 progress.advance(state.phase, metrics)
                 if self._is_due(self.eval_every, state.phase):
+                    collector.wait_for_reward()
                     self._evaluate(context, actors, state.phase, clock)
                 if self._is_due(self.checkpoint_every, state.phase):
                     with clock("save"):
@@ -219,7 +259,7 @@ class PPO:
         return every is not None and (phase % every == 0 or phase == self.total_phases)
 
     def _evaluate(self, context: Context, actors: Actors, phase: int, clock: Stopwatch) -> None:
-        with clock("evaluate"):
+        with clock("evaluate"), actors.policy.working():
             result = evaluate(
                 actors.policy,
                 actors.reference,
@@ -235,49 +275,43 @@ class PPO:
         context.folder.log_samples(phase, result.samples)
         log.info("evaluation at phase %d: %s", phase, brief(result.metrics))
 
+    def collector(self, actors: Actors) -> Collector:
+        """What makes the rollouts of a run."""
+        return Collector(
+            actors,
+            rows=self.rollout_batch_size or self.batch_size,
+            missing_eos_penalty=self.missing_eos_penalty,
+            overlap=actors.policy.device.type == "cuda",
+            ahead=self.async_reward,
+        )
+
     def phase(
-        self, state: TrainState, prompts: PromptBatch, actors: Actors, clock: Stopwatch
+        self, state: TrainState, collector: Collector, clock: Stopwatch, *, another: bool = False
     ) -> dict[str, float]:
-        """One phase: rollout, experience, learning. Returns its metrics."""
+        """One phase: rollout, experience, learning. Returns its metrics. `another` says that one
+        follows before the state is saved."""
         state.phase += 1
-        temperature = actors.sampler.temperature
         lap = Stopwatch()
-        with clock("rollout"), lap("rollout"):
-            size = self.rollout_batch_size or self.batch_size
-            generation = sample(
-                actors.sampler,
-                state.policy,
-                prompts,
-                state.sample_generator,
-                phase=state.phase,
-                rows=size,
-            )
-            scores = checked_scores(actors.score, generation.completions, phase=state.phase)
-            if self.missing_eos_penalty is not None:
-                ended = have_ended(generation.completions, state.policy.tokenizer)
-                scores = scores - self.missing_eos_penalty * ~ended
-            rollout = measure(
-                state.policy,
-                actors.reference,
-                generation,
-                scores,
-                temperature=temperature,
-                rows=size,
-            )
-            experience = self.build_experience(rollout)
-        rates = learning_rates(state.optimizer)
-        with clock("learn"), lap("learn"):
-            learned = mean_metrics(
-                self.learn(state, experience, actors.reference, temperature=temperature)
-            )
-            state.scheduler.step()
+        with state.policy.working():
+            with clock("rollout"), lap("rollout"):
+                rollout = collector.collect(state, lap, another=another)
+                experience = self.build_experience(rollout)
+            rates = learning_rates(state.optimizer)
+            with clock("learn"), lap("learn"):
+                steps = read_metrics(
+                    self.learn(
+                        state, experience, collector.reference, temperature=collector.temperature
+                    )
+                )
+                check_finite(steps, state.phase)
+                state.scheduler.step()
+        seconds = lap.seconds["rollout"] + lap.seconds["learn"]
         return {
-            **rollout_metrics(experience, truncates=actors.sampler.truncates),
-            **learned,
+            **rollout_metrics(experience, truncates=collector.truncates),
+            **mean_metrics(steps),
             **{f"lr/{name}": rate for name, rate in rates.items()},
-            "time/rollout_s": lap.seconds["rollout"],
-            "time/learn_s": lap.seconds["learn"],
-            "time/tokens_per_s": rollout.completions.mask.sum().item() / sum(lap.seconds.values()),
+            **{f"time/{name}_s": value for name, value in lap.seconds.items()},
+            "time/tokens_per_s": rollout.completions.mask.sum().item() / seconds,
         }
 
     def build_experience(self, rollout: Rollout) -> Experience:
@@ -307,14 +341,18 @@ class PPO:
         temperature: float,
     ) -> Iterator[Mapping[str, Tensor]]:
         """The optimizer steps of one phase; yields the metrics of each."""
+        layout = Layout.of(experience.rollout.completions, whole=state.policy.is_compiled)
         for _ in range(self.batches_per_learning_phase):
             order = torch.randperm(self.batch_size, generator=state.minibatch_generator)
-            for index in order.to(state.policy.device).split(self.minibatch_size):
+            for index in order.split(self.minibatch_size):
                 minibatch = self._whitened(experience[index])
-                state.optimizer.zero_grad(set_to_none=True)
-                metrics = self.backward(state, minibatch, reference, temperature=temperature)
+                state.optimizer.zero_grad(set_to_none=False)
+                metrics = self.backward(
+                    state, minibatch, reference, temperature=temperature, layout=layout[index]
+                )
                 norms = clip_gradients(state.optimizer, self.max_grad_norm)
                 state.optimizer.step()
+                state.policy.weights_changed()
                 yield {**metrics, **{f"grad_norm/{k}": v for k, v in norms.items()}}
 
     def _whitened(self, minibatch: Experience) -> Experience:
@@ -330,68 +368,19 @@ class PPO:
         reference: Reference,
         *,
         temperature: float,
+        layout: Layout | None = None,
     ) -> Mapping[str, Tensor]:
         """Adds a minibatch's gradients, a micro-batch at a time, and returns its metrics. Each
         micro-batch counts as much as it has real tokens, so that its size changes memory alone."""
-        mask = minibatch.rollout.completions.mask
-        rows = torch.arange(len(mask), device=mask.device)
+        layout = layout or Layout.of(minibatch.rollout.completions)
+        rows = torch.arange(len(layout.mask))
         metrics: dict[str, Tensor] = {}
         for index in rows.split(self.micro_batch_size or len(rows)):
-            micro = minibatch if len(index) == len(rows) else minibatch[index]
-            share = micro.rollout.completions.mask.sum() / mask.sum()
-            output = self.loss(state.policy, reference, micro, temperature=temperature)
-            check_finite(output, state.phase)
+            whole = len(index) == len(rows)
+            micro, part = (minibatch, layout) if whole else (minibatch[index], layout[index])
+            share = float(part.mask.sum() / layout.mask.sum())
+            output = self.loss(state.policy, reference, micro, temperature=temperature, layout=part)
             (share * output.loss).backward()
             for name, value in output.metrics.items():
                 metrics[name] = metrics.get(name, torch.zeros_like(value)) + share * value
         return metrics
-
-    def loss(
-        self,
-        policy: TransformerWithValueHead,
-        reference: Reference,
-        batch: Experience,
-        *,
-        temperature: float,
-    ) -> LossOutput:
-        """Minus the objective of a minibatch, with its terms."""
-        rollout, completions = batch.rollout, batch.rollout.completions
-        mask, start = completions.mask, completions.prompt_len
-        logits, values = policy(*completions.sequences)
-        logits = completion_logits(logits, start).float() / temperature
-        values = completion_part(values, start).float()
-        logprobs = token_logprobs(logits, completions.tokens)
-        surrogate = clipped_surrogate(
-            logprobs, rollout.logprobs, batch.advantages, mask, clip_coef=self.clip_coef
-        )
-        value = self._value_loss(values, batch)
-        with torch.no_grad():
-            ref_logits = reference.unembed(rollout.ref_hidden).float() / temperature
-        kl = masked_mean(kl_divergence(logits, ref_logits), mask)
-        ent = masked_mean(entropy(logits), mask)
-        kl_in_loss = self.kl_coef if self.kl_penalty == "loss" else 0.0
-        objective = surrogate - self.vf_coef * value + self.ent_coef * ent - kl_in_loss * kl
-        with torch.no_grad():
-            metrics = {
-                "loss/total": -objective.detach(),
-                "loss/policy": -surrogate.detach(),
-                "loss/value": value.detach(),
-                "loss/kl": kl.detach(),
-                "loss/entropy": ent.detach(),
-                "policy/approxkl": masked_mean(kl_estimate(rollout.logprobs, logprobs, "k2"), mask),
-                "policy/clipfrac": clip_fraction(
-                    logprobs, rollout.logprobs, mask, clip_coef=self.clip_coef
-                ),
-            }
-        return LossOutput(loss=-objective, metrics=metrics)
-
-    def _value_loss(
-        self, values: Float[Tensor, "batch completion"], batch: Experience
-    ) -> Float[Tensor, ""]:
-        mask = batch.rollout.completions.mask
-        if self.value_clip_coef is None:
-            return value_loss(values, batch.returns, mask)
-        return clipped_value_loss(
-            values, batch.rollout.values, batch.returns, mask,
-            value_clip_coef=self.value_clip_coef,
-        )  # fmt: skip

@@ -1,6 +1,6 @@
 """Numbers computed from samples for people to read; nothing is trained on them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -43,10 +43,17 @@ def explained_variance(
     return float(1 - masked_var(returns - values, mask) / variance)
 
 
-def mean_metrics(rows: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-    """The mean of each metric over rows that all have the same ones."""
+def read_metrics(rows: Iterable[Mapping[str, Tensor]]) -> list[dict[str, float]]:
+    """The numbers of rows that all have the same metrics, brought over from a GPU at once."""
     rows = list(rows)
-    return {name: float(torch.stack([row[name] for row in rows]).mean()) for name in rows[0]}
+    names = list(rows[0])
+    numbers = torch.stack([torch.stack([row[name] for name in names]) for row in rows]).tolist()
+    return [dict(zip(names, row, strict=True)) for row in numbers]
+
+
+def mean_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over rows that all have the same ones."""
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
 def rollout_metrics(experience: Experience, *, truncates: bool) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Optimizer and schedule groups: AdamW over a base and a head, and the multiplier of its rates."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -18,7 +19,6 @@ from rlhf_exp.settings import (
     settings,
 )
 from rlhf_exp.training.context import TrainingError
-from rlhf_exp.types import LossOutput
 
 
 @settings
@@ -50,6 +50,7 @@ class AdamWSettings:
             [group for group in groups if group["params"]],
             betas=(self.beta1, self.beta2),
             eps=self.eps,
+            fused=True,
         )
 
     def _group(
@@ -160,15 +161,13 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 
-def check_finite(output: LossOutput, phase: int) -> None:
-    """Raises TrainingError naming the phase and the loss's terms if it is not finite."""
-    if not output.loss.isfinite():
-        terms = ", ".join(
-            f"{name} {value.item():g}"
-            for name, value in output.metrics.items()
-            if name.startswith("loss/")
-        )
-        raise TrainingError(
-            f"phase {phase}: the loss is not finite ({terms}); lower optimizer.base_lr and"
-            " optimizer.head_lr, or raise stage.kl_coef"
-        )
+def check_finite(steps: Sequence[Mapping[str, float]], phase: int) -> None:
+    """Raises TrainingError naming the phase and the first step whose loss is not finite, with the
+    loss's terms."""
+    for number, terms in enumerate(steps, 1):
+        if not math.isfinite(terms["loss/total"]):
+            told = ", ".join(f"{k} {v:g}" for k, v in terms.items() if k.startswith("loss/"))
+            raise TrainingError(
+                f"phase {phase}, step {number}: the loss is not finite ({told}); lower"
+                " optimizer.base_lr and optimizer.head_lr, or raise stage.kl_coef"
+            )

@@ -8,6 +8,10 @@ import torch
 Dtype = Literal["auto", "bf16", "fp32"]
 
 
+# The width below which bf16 makes no pass faster on a CPU.
+NARROW = 192
+
+
 def computes_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for bfloat16, so that it is not emulated."""
     if device.type == "cuda":
@@ -18,9 +22,17 @@ def computes_bf16(device: torch.device) -> bool:
     return False
 
 
+def compute_dtype(dtype: Dtype, device: torch.device, *, width: int) -> torch.dtype:
+    """What `dtype` stands for on the device, for a model of that width; auto is bf16 where the
+    device computes it, except for models so narrow that a CPU gains nothing."""
+    narrow = device.type == "cpu" and width < NARROW
+    if dtype == "fp32" or (dtype == "auto" and (narrow or not computes_bf16(device))):
+        return torch.float32
+    return torch.bfloat16
+
+
 def autocast(dtype: Dtype, device: torch.device) -> AbstractContextManager[object]:
-    """The context for forward passes in `dtype`; auto is bf16 where the device computes it. Below a
-    width of about 256 fp32 is faster on a CPU."""
-    if dtype == "fp32" or (dtype == "auto" and not computes_bf16(device)):
+    """The context for forward passes in `dtype`; auto is bf16 where the device computes it."""
+    if compute_dtype(dtype, device, width=NARROW) == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)

@@ -28,11 +28,16 @@ from rlhf_exp.training.context import Context
 from rlhf_exp.training.folder import RunFolder
 from rlhf_exp.training.optim import AdamWSettings, Constant
 from rlhf_exp.training.seeding import stream
-from tests.stages.toy import RAGGED, ToyTask, parts
+from tests.stages.fixed import perturb
+from tests.stages.test_low_precision import assert_alike, moved, small
+from tests.stages.test_objective import REFERENCES as KINDS
+from tests.stages.test_objective import SMALL, compiled_beside_plain, learned
+from tests.stages.toy import RAGGED, ToyTask, parts, start
 
 pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda")
+# Runs here are not compiled: the checks that tests put around functions cannot be.
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2", "gpt_neox"])
@@ -62,7 +67,7 @@ def test_first_ratio_is_one(sampler: Sampler) -> None:
 
 
 def test_bandit_is_solved_and_its_policy_reloads(tmp_path: Path) -> None:
-    ppo = PPO(total_phases=25, kl_coef=0.0, eval_every=25)
+    ppo = PPO(total_phases=25, kl_coef=0.0, eval_every=25, compile="off")
     context = Context(folder=RunFolder(tmp_path), seed=1, device=DEVICE)
     after = ppo.run(context, **parts(sampler=CachedSampler(gen_len=1)))["after"]
     assert after["eval/score"] > 0.9
@@ -95,7 +100,7 @@ def test_the_four_steps_run_and_the_reward_model_scores_as_on_the_cpu(tmp_path: 
         for device in ("cpu", DEVICE)
     ]
     torch.testing.assert_close(scores[0], scores[1].cpu(), rtol=0, atol=1e-3)
-    result = PPO(total_phases=2, eval_every=1, eval_samples=32).run(
+    result = PPO(total_phases=2, eval_every=1, eval_samples=32, compile="off").run(
         on_gpu("ppo"),
         task=task,
         model=sft,
@@ -115,7 +120,7 @@ def test_each_reference_resumes_where_it_was(reference: ReferenceSettings, tmp_p
     model = Scratch(num_layers=2, d_model=32, num_heads=4, context_len=16)
     ppo = PPO(
         total_phases=4, eval_every=4, eval_samples=32, checkpoint_every=2, micro_batch_size=3,
-        rollout_batch_size=12, gradient_checkpointing=True,
+        rollout_batch_size=12, gradient_checkpointing=True, compile="off", dtype="fp32",
     )  # fmt: skip
 
     def run(path: Path, total_phases: int, *, resume: bool) -> dict[str, float]:
@@ -140,7 +145,7 @@ def test_frozen_bf16_weights_train_adapters(tmp_path: Path) -> None:
     )
     model = Pretrained(base_model=str(tmp_path / "base"), dtype="bf16")
     context = Context(folder=RunFolder(tmp_path / "run"), seed=1, device=DEVICE)
-    result = PPO(total_phases=25, kl_coef=0.0, eval_every=25).run(
+    result = PPO(total_phases=25, kl_coef=0.0, eval_every=25, compile="off").run(
         context,
         **parts(
             model=model,
@@ -151,3 +156,69 @@ def test_frozen_bf16_weights_train_adapters(tmp_path: Path) -> None:
     )
     # The frozen output embedding is small as drawn, and bounds what adapters below it can do.
     assert result["after"]["eval/score"] > 3 * result["before"]["eval/score"]
+
+
+@pytest.mark.parametrize("kind", ["full_copy", "shared_trunk", "lora"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("task", ["shared", "ragged"])
+def test_a_phase_on_fixed_samples_moves_the_weights_as_on_the_cpu(
+    task: str, architecture: str, kind: str, tmp_path: Path
+) -> None:
+    given = (task, kind, architecture)
+    here = moved(tmp_path, small("fp32", compile="off"), *given)
+    there = moved(tmp_path, small("fp32", compile="off"), *given, DEVICE)
+    whole = torch.cat([move.flatten() for move in here.values()])
+    wrong = torch.cat([(there[n] - move).flatten() for n, move in here.items()])
+    assert wrong.norm() < 1e-3 * whole.norm()
+    assert_alike(here, moved(tmp_path, small("bf16", compile="off"), *given, DEVICE))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("task", ["shared", "ragged"])
+def test_a_phase_learns_what_the_textbook_does(task: str, kind: str, tmp_path: Path) -> None:
+    given = (task, KINDS[kind], {"device": DEVICE})
+    ppo = replace(SMALL, compile="off")
+    expected, _ = learned(tmp_path, ppo, *given, by_the_book=True)
+    seen, _ = learned(tmp_path, ppo, *given, by_the_book=False)
+    for a, b in zip(expected, seen, strict=True):
+        assert (a - b).norm() <= 1e-4 * a.norm()
+
+
+def test_auto_is_bf16_and_compiled(tmp_path: Path) -> None:
+    model = Scratch(d_model=32, num_heads=4, context_len=16)
+    actors, _ = start(PPO(), tmp_path, device=DEVICE, model=model)
+    PPO().prepare(actors)
+    assert actors.policy.low == torch.bfloat16
+    assert actors.policy.is_compiled
+
+
+def test_a_compiled_phase_learns_the_same(tmp_path: Path) -> None:
+    plain, compiled, apart, graphs = compiled_beside_plain(tmp_path, "cuda", "auto")
+    for one, other in zip(plain, compiled, strict=True):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-4)
+    assert apart < 1e-4
+    assert graphs >= 1
+
+
+@pytest.mark.parametrize("stop_at_eos", [True, False])
+@pytest.mark.parametrize("prompts", [("w0 w1",) * 6, RAGGED.prompts], ids=["shared", "ragged"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2", "gpt_neox"])
+def test_greedy_samples_are_those_of_the_cpu(
+    architecture: str, prompts: tuple[str, ...], stop_at_eos: bool
+) -> None:
+    sampler = CachedSampler(gen_len=12, top_k=1, temperature=0.7, stop_at_eos=stop_at_eos)
+    model = Scratch(architecture=architecture, d_model=32, num_heads=4, context_len=24)
+    seen = []
+    for device in (torch.device("cpu"), DEVICE):
+        policy = build_policy(model, ToyTask().build_tokenizer, device=device, seed=0)
+        perturb(policy, scale=0.2, seed=1)
+        batch = encode_prompts(policy.tokenizer, prompts, prepend_bos=True, device=device)
+        seen.append(sampler(policy, batch, stream(1, "samples", device)))
+    here, there = seen
+    assert torch.equal(there.completions.tokens.cpu(), here.completions.tokens)
+    assert torch.equal(there.completions.mask.cpu(), here.completions.mask)
+    assert there.completions.texts == here.completions.texts
+    for name in ("logprobs", "values", "hidden", "kept_mass"):
+        expected = getattr(here, name)
+        torch.testing.assert_close(getattr(there, name).cpu(), expected, rtol=1e-4, atol=1e-4)
+    assert len(set(here.completions.tokens.flatten().tolist())) > 1

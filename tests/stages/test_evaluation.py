@@ -18,7 +18,7 @@ from rlhf_exp.stages.ppo import PPO, Actors
 from rlhf_exp.training.folder import RunFolder
 
 from ..builders import assert_near
-from .toy import RAGGED, Echoed, EchoTask, echo_policy, start
+from .toy import RAGGED, Echoed, EchoTask, echo_policy, pass_shape, start
 
 
 def run(actors: Actors, *, num_samples: int = 6, seed: int = 1) -> Evaluation:
@@ -135,9 +135,9 @@ def test_so_many_prompts_are_sampled_at_once(
     actors, _ = start(PPO(), tmp_path, task=RAGGED)
     prompts = actors.train_prompts[torch.tensor([0, 1, 2, 3, 1, 2, 0, 3])]
     whole = greedy(actors.sampler)(actors.policy, prompts, torch.Generator())
-    seen: list[int] = []
+    seen: list[tuple[int, int]] = []
     hook = actors.policy.language_model.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+        lambda module, args, kwargs: seen.append(pass_shape(kwargs)), with_kwargs=True
     )
     parts = evaluation.sample(
         greedy(actors.sampler), actors.policy, prompts, torch.Generator(), phase=1, rows=rows

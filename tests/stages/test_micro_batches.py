@@ -16,10 +16,9 @@ from rlhf_exp.stages.actors import Actors
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.training.optim import AdamWSettings
-from rlhf_exp.training.timing import Stopwatch
 
 from ..builders import stretch
-from .toy import RAGGED, collect, parts, rows, start
+from .toy import RAGGED, collect, parts, pass_shape, phase, rows, start
 from .toy import context as toy_context
 
 SAMPLER = CachedSampler(gen_len=6, stop_at_eos=True, temperature=2.0)
@@ -35,7 +34,7 @@ def started(path: Path, **options: object) -> tuple[PPO, Actors, TrainState]:
     actors, state = start(
         ppo, path, task=RAGGED, sampler=SAMPLER, reward=Length(target_tokens=3), optimizer=SMOOTH
     )
-    stretch(actors.policy.language_model, seed=3)
+    stretch(actors.policy.language_model, seed=5)
     return ppo, actors, state
 
 
@@ -74,10 +73,10 @@ def passes(path: Path, **options: object) -> tuple[list[int], list[Tensor], list
 
     def note(module: object, args: object, kwargs: dict) -> None:
         if torch.is_grad_enabled():
-            sizes.append(len(kwargs["input_ids"]))
+            sizes.append(pass_shape(kwargs)[0])
 
     hook = actors.policy.language_model.base_model.register_forward_pre_hook(note, with_kwargs=True)
-    metrics = [ppo.phase(state, next(state.prompts), actors, Stopwatch()) for _ in range(2)]
+    metrics = [phase(ppo, actors, state) for _ in range(2)]
     hook.remove()
     return sizes, [p.detach() for p in actors.policy.parameters()], metrics
 
@@ -105,12 +104,12 @@ def test_rollouts_in_parts_learn_the_same(size: int, tmp_path: Path) -> None:
     for options in ({}, {"rollout_batch_size": size}):
         ppo, actors, state = started(tmp_path, **options)
         actors = replace(actors, sampler=replace(SAMPLER, top_k=1))
-        rows_of: list[int] = []
+        rows_of: list[tuple[int, int]] = []
         hook = actors.policy.language_model.base_model.register_forward_pre_hook(
-            lambda module, args, kwargs, rows=rows_of: rows.append(kwargs["input_ids"].shape),
+            lambda module, args, kwargs, rows=rows_of: rows.append(pass_shape(kwargs)),
             with_kwargs=True,
         )
-        metrics = ppo.phase(state, next(state.prompts), actors, Stopwatch())
+        metrics = phase(ppo, actors, state)
         hook.remove()
         prefills = [batch for batch, columns in rows_of if columns > 1][: -(-12 // size)]
         weights = torch.cat([p.detach().flatten() for p in actors.policy.parameters()])

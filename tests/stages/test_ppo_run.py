@@ -247,6 +247,15 @@ def test_parts_that_do_not_fit_each_other_are_refused() -> None:
     assert check(PPO(gradient_checkpointing=True), model=hooked) == [
         "stage.gradient_checkpointing needs model.engine=fast"
     ]
+    for name, value in (("dtype", "bf16"), ("compile", "on")):
+        assert check(PPO(**{name: value}), model=hooked) == [
+            f"stage.{name}={value} needs model.engine=fast"
+        ]
+    assert check(PPO(dtype="bf16", compile="on")) == []
+    assert check(PPO(dtype="fp32", compile="off", async_reward=True), model=hooked) == []
+    both = PPO(compile="on", gradient_checkpointing=True)
+    assert check(both) == ["stage.compile=on and stage.gradient_checkpointing exclude each other"]
+    assert len(check(both, model=hooked)) == 3
     assert check(PPO(), model=hooked) == check(PPO(gradient_checkpointing=True)) == []
     assert check(PPO(), task=EchoTask(), sampler=endless) == [
         "the task has exact answers, which end: set sampler.stop_at_eos=true"

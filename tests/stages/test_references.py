@@ -15,11 +15,10 @@ from rlhf_exp.stages.actors import Actors
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.training.optim import AdamWSettings
-from rlhf_exp.training.timing import Stopwatch
 from rlhf_exp.types import Rollout
 
 from ..builders import ARCHITECTURES, assert_near
-from .toy import RAGGED, collect, parts, saved_model, start
+from .toy import RAGGED, collect, parts, phase, saved_model, start
 
 KINDS = {
     "full_copy": FullCopy(),
@@ -72,7 +71,7 @@ def test_kl_is_that_to_a_full_copy_taken_before(
     assert against(actors, actors.reference).kl.abs().max() < 1e-6
     before = copy.deepcopy(actors.policy.state_dict())
     for _ in range(2):
-        SMALL.phase(state, next(state.prompts), actors, Stopwatch())
+        phase(SMALL, actors, state)
     ours, expected = against(actors, actors.reference), against(actors, full_copy)
     assert ours.kl.max() > 0.05
     for name in ("kl", "ref_logprobs", "ref_hidden"):
@@ -91,7 +90,7 @@ def test_kl_is_that_to_a_full_copy_taken_before(
 
 def gradients(actors: Actors, state: TrainState) -> dict[str, Tensor]:
     """Of the loss on a rollout after a phase has moved the policy away from its reference."""
-    SMALL.phase(state, next(state.prompts), actors, Stopwatch())
+    phase(SMALL, actors, state)
     experience = collect(SMALL, actors, state)
     state.optimizer.zero_grad()
     SMALL.backward(state, experience, actors.reference, temperature=1.2)
@@ -132,7 +131,7 @@ def test_adapters_train_on_a_base_in_bf16(architecture: str, tmp_path: Path) -> 
     )
     before = copy.deepcopy(actors.policy.state_dict())
     for _ in range(2):
-        metrics = SMALL.phase(state, next(state.prompts), actors, Stopwatch())
+        metrics = phase(SMALL, actors, state)
         assert all(math.isfinite(value) for value in metrics.values())
     for name, parameter in actors.policy.named_parameters():
         trained = "lora_" in name or name.startswith("value_head.")

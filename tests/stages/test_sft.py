@@ -46,7 +46,7 @@ def test_it_learns_the_texts_and_saves_a_model_that_reloads(tmp_path: Path, layo
     result = train(tmp_path, stage, model=MODEL, optimizer=optimizer, schedule=schedule)
     # Two words are uniform over twelve, the third is the first again, and then the text ends.
     floor = 2 * math.log(12) / 4
-    assert result["after"]["heldout/loss"] < floor + 0.45
+    assert result["after"]["heldout/loss"] < floor + 0.55
     assert result["after"]["heldout/perplexity"] == pytest.approx(
         math.exp(result["after"]["heldout/loss"])
     )

@@ -31,6 +31,7 @@ from rlhf_exp.tasks.tokenizers import word_tokenizer
 from rlhf_exp.training.context import Context
 from rlhf_exp.training.folder import RunFolder
 from rlhf_exp.training.optim import AdamWSettings, Constant
+from rlhf_exp.training.timing import Stopwatch
 from rlhf_exp.types import Completions, Experience
 
 from ..builders import stretch
@@ -149,8 +150,13 @@ class ToyPairs(ToyTask):
 RAGGED = ToyTask(prompts=("w0", "w0 w1 w2", "w3 w4", "w5 w6 w7 w8"))
 
 
-def context(path: Path, seed: int = 1, *, resume: bool = False) -> Context:
-    return Context(folder=RunFolder(path), seed=seed, device=torch.device("cpu"), resume=resume)
+CPU = torch.device("cpu")
+
+
+def context(
+    path: Path, seed: int = 1, *, resume: bool = False, device: torch.device = CPU
+) -> Context:
+    return Context(folder=RunFolder(path), seed=seed, device=device, resume=resume)
 
 
 def parts(**replaced: Any) -> dict[str, Any]:
@@ -167,12 +173,13 @@ def parts(**replaced: Any) -> dict[str, Any]:
     return {**defaults, **replaced}
 
 
-def start(ppo: PPO, path: Path, **replaced: Any) -> tuple[Actors, TrainState]:
+def start(
+    ppo: PPO, path: Path, *, device: torch.device = CPU, **replaced: Any
+) -> tuple[Actors, TrainState]:
     """Actors and state before the first phase."""
     p = parts(**replaced)
-    actors = load_actors(
-        context(path), p["task"], p["model"], p["reward"], p["sampler"], p["reference"]
-    )
+    names = ("task", "model", "reward", "sampler", "reference")
+    actors = load_actors(context(path, device=device), *(p[name] for name in names))
     state = TrainState.start(
         actors.policy,
         p["optimizer"],
@@ -198,6 +205,17 @@ def collect(ppo: PPO, actors: Actors, state: TrainState) -> Experience:
         temperature=actors.sampler.temperature,
     )
     return ppo.build_experience(rollout)
+
+
+def pass_shape(kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns of what a trunk is called with: ids or their embeddings."""
+    given = kwargs["input_ids"] if "input_ids" in kwargs else kwargs["inputs_embeds"]
+    return given.shape[0], given.shape[1]
+
+
+def phase(ppo: PPO, actors: Actors, state: TrainState) -> dict[str, float]:
+    """The metrics of a phase by itself."""
+    return ppo.phase(state, ppo.collector(actors), Stopwatch())
 
 
 HALF = 30  # updates of echo_policy

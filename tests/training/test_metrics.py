@@ -6,6 +6,7 @@ from rlhf_exp.training.metrics import (
     distinct_n,
     explained_variance,
     mean_metrics,
+    read_metrics,
     rollout_metrics,
 )
 from rlhf_exp.types import Completions, Experience, PromptBatch, Rollout
@@ -60,9 +61,25 @@ def test_explained_variance_of_constant_returns_is_0():
     assert explained_variance(torch.tensor([[1.0, 2.0, 4.0]]), torch.full((1, 3), 0.1), mask) == 0
 
 
+def test_metrics_are_read_row_by_row():
+    rows = [{"b": torch.tensor(float(i)), "a": torch.tensor(i * 10.0)} for i in (1, 2, 6)]
+    expected = [{"b": 1.0, "a": 10.0}, {"b": 2.0, "a": 20.0}, {"b": 6.0, "a": 60.0}]
+    read = read_metrics(iter(rows))
+    assert read == expected
+    assert [list(row) for row in read] == [["b", "a"]] * 3
+    assert all(type(value) is float for row in read for value in row.values())
+    # By name, in whatever order a row has them.
+    assert read_metrics([rows[0], dict(reversed(rows[1].items()))]) == expected[:2]
+    assert read_metrics([{"a": torch.tensor(NAN)}, {"a": torch.tensor(-torch.inf)}]) == [
+        {"a": pytest.approx(NAN, nan_ok=True)},
+        {"a": -torch.inf},
+    ]
+
+
 def test_metrics_are_averaged_each_by_itself():
-    rows = [{"a": torch.tensor(float(i)), "b": torch.tensor(i * 10.0)} for i in (1, 2, 6)]
-    assert mean_metrics(iter(rows)) == {"a": 3.0, "b": 30.0}
+    rows = [{"a": float(i), "b": i * 10.0} for i in (1, 2, 6)]
+    assert mean_metrics(rows) == {"a": 3.0, "b": 30.0}
+    assert mean_metrics(rows[1:2]) == {"a": 2.0, "b": 20.0}
 
 
 def experience() -> Experience:

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -6,11 +7,13 @@ from pydantic import ValidationError
 from torch import nn
 
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.optim import (
     AdamWSettings,
     Constant,
     Cosine,
     WarmupDecay,
+    check_finite,
     check_schedule,
     clip_gradients,
     learning_rates,
@@ -84,6 +87,33 @@ def test_only_matrices_of_the_base_decay():
     assert torch.equal(on_top.weight, before[1]["weight"])
 
 
+def test_a_step_is_adams():
+    # m = 0.1 g and v = 0.01 g^2, corrected to g and g^2: the first step is lr g / (|g| + eps).
+    trained = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(trained.weight)
+    settings = AdamWSettings(base_lr=0.1, beta1=0.9, beta2=0.99, eps=0.5)
+    adamw = settings.build(trained)
+    steps = [(1.5, -0.5), (-1.0, 2.0)]
+    expected = [[0.0, 0.0]]
+    moments = [[0.0, 0.0], [0.0, 0.0]]
+    for t, gradient in enumerate(steps, 1):
+        trained.weight.grad = torch.tensor([gradient])
+        adamw.step()
+        row = []
+        for i, g in enumerate(gradient):
+            moments[0][i] = 0.9 * moments[0][i] + 0.1 * g
+            moments[1][i] = 0.99 * moments[1][i] + 0.01 * g * g
+            m, v = moments[0][i] / (1 - 0.9**t), moments[1][i] / (1 - 0.99**t)
+            row.append(expected[-1][i] - 0.1 * m / (math.sqrt(v) + 0.5))
+        expected.append(row)
+        assert trained.weight.tolist()[0] == pytest.approx(row, rel=1e-5)
+    assert expected[1] == pytest.approx([-0.075, 0.05])
+
+
+def test_steps_are_fused():
+    assert AdamWSettings().build(base(), head()).defaults["fused"]
+
+
 def test_clipping_is_joint_and_norms_are_those_before_it():
     trained, on_top = base(), head()
     twins = copy.deepcopy((trained, on_top))
@@ -150,6 +180,27 @@ def test_a_schedule_that_does_not_fit_is_refused(schedule):
 @pytest.mark.parametrize("schedule", [Constant(), WarmupDecay(warmup_steps=6), Cosine()])
 def test_a_schedule_that_fits_has_no_problems(schedule):
     assert check_schedule(schedule, total_steps=7, field="stage.total_phases") == []
+
+
+def steps_with(total: float) -> list[dict[str, float]]:
+    fine = {"loss/total": 0.5, "loss/kl": 2.0, "policy/clipfrac": 0.1}
+    return [fine, {"loss/total": total, "loss/kl": 0.1234567, "policy/clipfrac": 0.9}, fine]
+
+
+@pytest.mark.parametrize("total", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_terms(total):
+    message = (
+        rf"^phase 7, step 2: the loss is not finite \(loss/total {total:g}, loss/kl 0.123457\);"
+        r" lower optimizer.base_lr and optimizer.head_lr, or raise stage.kl_coef$"
+    )
+    with pytest.raises(TrainingError, match=message):
+        check_finite(steps_with(total), 7)
+
+
+def test_a_finite_loss_goes_on_whatever_its_terms_are():
+    check_finite(steps_with(-1e30), 7)
+    check_finite([{"loss/total": 1.0, "policy/approxkl": math.nan}], 7)
+    check_finite([], 7)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,215 @@
+"""The fast pass is the textbook's: its numbers, its gradients, and what a phase learns from it."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_exp.models.reference import FullCopy, Lora, ReferenceSettings, SharedTrunk
+from rlhf_exp.models.scratch import Scratch
+from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.stages.actors import Actors
+from rlhf_exp.stages.objective import Pass, fast_pass, textbook_pass
+from rlhf_exp.stages.ppo import PPO
+from rlhf_exp.stages.train_state import TrainState
+from rlhf_exp.training.optim import AdamWSettings
+from rlhf_exp.types import Layout
+
+from ..builders import ARCHITECTURES, assert_near
+from .fixed import (
+    fixed_completions,
+    fixed_experience,
+    layout_of,
+    off_the_reference,
+    reference_states,
+    textbook_phase,
+)
+from .toy import CPU, RAGGED, ToyTask, pass_shape, start
+
+TEMPERATURE = 0.7
+TASKS = {
+    # Eleven tokens with BOS, beside completions of at most five: it pays to run them once.
+    "shared": ToyTask(prompts=("w0 w1 w2 w3 w4 w5 w6 w7 w8 w9",)),
+    "ragged": RAGGED,
+}
+REFERENCES = {
+    "full_copy": FullCopy(),
+    "shared_trunk": SharedTrunk(num_layers_unfrozen=1),
+    "lora": Lora(rank=4, alpha=8),
+}
+# Adam divides by the gradient's own size, so that rounding would decide about a step where the
+# gradient is 0, as it is for the biases of attention's keys; with this eps it does not.
+SMOOTH = AdamWSettings(base_lr=1e-2, head_lr=1e-2, eps=1e-3)
+SMALL = PPO(batch_size=8, num_minibatches=2, batches_per_learning_phase=2, dtype="fp32")
+
+
+def started(
+    path: Path, task: str, reference: ReferenceSettings, ppo: PPO = SMALL,
+    optimizer: AdamWSettings = SMOOTH, scale: float = 0.3, device: torch.device = CPU,
+    **shape: object,
+) -> tuple[Actors, TrainState]:  # fmt: skip
+    """A policy off its reference, both with weights far from their small initial ones."""
+    given = {"num_layers": 2, "d_model": 16, "num_heads": 2, "context_len": 24, **shape}
+    actors, state = start(
+        ppo, path, task=TASKS[task], model=Scratch(**given), reference=reference,
+        sampler=CachedSampler(gen_len=7, temperature=TEMPERATURE), optimizer=optimizer,
+        device=device,
+    )  # fmt: skip
+    off_the_reference(actors, scale=scale)
+    ppo.prepare(actors)
+    return actors, state
+
+
+def columns_of(given: Pass, mask: Tensor) -> dict[str, Tensor]:
+    return {name: column[mask] for name, column in given._asdict().items()}
+
+
+def gradients(actors: Actors, given: Pass, mask: Tensor) -> dict[str, Tensor]:
+    """Of a sum of everything, each entry with a weight of its own; they are taken away."""
+    generator = torch.Generator().manual_seed(7)
+    weights = (torch.randn(mask.shape, generator=generator) for _ in given)
+    torch.stack([(c * w)[mask].sum() for c, w in zip(given, weights, strict=True)]).sum().backward()
+    named = actors.policy.named_parameters()
+    seen = {n: p.grad.clone() for n, p in named if p.grad is not None}
+    actors.policy.zero_grad()
+    return seen
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("kind", REFERENCES)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_fast_pass_is_the_textbooks(
+    architecture: str, tied: bool, kind: str, task: str, tmp_path: Path
+) -> None:
+    shape = {"architecture": architecture, "tie_embeddings": tied}
+    actors, _ = started(tmp_path, task, REFERENCES[kind], **shape)
+    policy, completions = actors.policy, fixed_completions(actors)
+    experience, mask = fixed_experience(SMALL, actors, completions), completions.mask
+    assert_near(
+        experience.rollout.ref_hidden[mask], reference_states(actors, completions)[mask]
+    )  # what both are given
+
+    rows = []
+    hook = policy.language_model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(pass_shape(kwargs)), with_kwargs=True
+    )
+    fast = fast_pass(
+        policy, actors.reference, experience, layout_of(completions), temperature=TEMPERATURE
+    )
+    hook.remove()
+    width = completions.prompt_len
+    assert rows == ([(1, width), (8, 4)] if task == "shared" else [(8, width + 4)])
+    fast_columns, seen = columns_of(fast, mask), gradients(actors, fast, mask)
+    book = textbook_pass(policy, actors.reference, experience, temperature=TEMPERATURE)
+    assert book.kl[mask].mean() > 1e-3
+    for name, column in columns_of(book, mask).items():
+        assert_near(fast_columns[name], column)
+        assert not getattr(fast, name)[~mask].any()
+
+    expected = gradients(actors, book, mask)
+    assert seen.keys() == expected.keys()
+    trained = {n for n, p in policy.named_parameters() if p.requires_grad}
+    assert expected.keys() == trained
+    for name, gradient in expected.items():
+        assert_near(seen[name], gradient, tolerance=3e-5)
+    assert max(gradient.abs().max() for gradient in expected.values()) > 1
+
+
+def test_gradients_add_up_over_passes(tmp_path: Path) -> None:
+    # The head adds its own to the weights' as it goes, and so does an embedding tied to it.
+    actors, _ = started(tmp_path, "ragged", FullCopy(), tie_embeddings=True)
+    experience = fixed_experience(SMALL, actors, fixed_completions(actors))
+    for passes in (1, 2):
+        for _ in range(passes):
+            layout = Layout.of(experience.rollout.completions)
+            given = (actors.policy, actors.reference, experience)
+            SMALL.loss(*given, temperature=TEMPERATURE, layout=layout).loss.backward()
+        grads = [p.grad.clone() for p in actors.policy.parameters()]
+        actors.policy.zero_grad(set_to_none=False)
+        if passes == 1:
+            once = grads
+    for a, b in zip(once, grads, strict=True):
+        assert_near(b, 2 * a, tolerance=1e-6)
+
+
+def learned(path: Path, ppo: PPO, *given: object, by_the_book: bool) -> tuple[list, list]:
+    """The trained parameters after a phase on the fixed samples, and the losses of its steps."""
+    actors, state = started(path, *given[:2], ppo, **given[2])
+    experience = fixed_experience(ppo, actors, fixed_completions(actors))
+    before = [p.clone() for p in actors.policy.parameters()]
+    if by_the_book:
+        steps = textbook_phase(ppo, actors, state, experience)
+    else:
+        steps = [*ppo.learn(state, experience, actors.reference, temperature=TEMPERATURE)]
+    after = [p.detach() for p in actors.policy.parameters()]
+    moves = [(a - b).abs().max().item() for a, b in zip(before, after, strict=True)]
+    assert max(moves) > 1e-2
+    return after, [[s["loss/total"].item(), s["loss/kl"].item()] for s in steps]
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("kind", REFERENCES)
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_phase_learns_what_the_textbook_does(
+    architecture: str, kind: str, task: str, micro_batch_size: int | None, tmp_path: Path
+) -> None:
+    # GPT-2's embeddings are tied, Llama's are not.
+    ppo = replace(SMALL, micro_batch_size=micro_batch_size)
+    given = (task, REFERENCES[kind], {"architecture": architecture})
+    expected, losses = learned(tmp_path, SMALL, *given, by_the_book=True)
+    seen, fast_losses = learned(tmp_path, ppo, *given, by_the_book=False)
+    assert len(losses) == 4
+    for a, b in zip(losses, fast_losses, strict=True):
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-5)
+    for a, b in zip(expected, seen, strict=True):
+        assert (a - b).norm() <= 1e-5 * a.norm()
+
+
+# By itself: the checks that tests put around functions cannot be compiled.
+COMPILED = """
+import json, sys
+import rlhf_exp.environment
+import torch
+from dataclasses import replace
+from pathlib import Path
+from torch._dynamo.utils import counters
+from rlhf_exp.models.reference import FullCopy
+from tests.stages.test_objective import SMALL, learned
+path, device, mode = Path(sys.argv[1]), torch.device(sys.argv[2]), sys.argv[3]
+given = ("ragged", FullCopy(), {"num_layers": 1, "device": device})
+weights, losses = zip(*[
+    learned(path, replace(SMALL, compile=compile), *given, by_the_book=False)
+    for compile in ("off", mode)
+])
+apart = max(((a - b).norm() / a.norm()).item() for a, b in zip(*weights))
+print(json.dumps([*losses, apart, counters["stats"]["unique_graphs"]]))
+"""
+
+
+def compiled_beside_plain(path: Path, device: str, mode: str) -> tuple[list, list, float, int]:
+    """The losses of a phase's steps plain and compiled, how far apart the weights are then, and
+    how many graphs were compiled."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED, str(path), device, mode],
+        cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_a_compiled_phase_learns_the_same(tmp_path: Path) -> None:
+    plain, compiled, apart, graphs = compiled_beside_plain(tmp_path, "cpu", "on")
+    assert len(plain) == len(compiled) == 4
+    for one, other in zip(plain, compiled, strict=True):
+        assert other == pytest.approx(one, abs=1e-5)
+    assert 0 < apart < 1e-5
+    assert graphs >= 1

@@ -1,0 +1,45 @@
+"""When PPO computes in bf16: asked of the model and the sampler, not only of the device."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from rlhf_exp.models.loading import Pretrained
+from rlhf_exp.models.reference import FullCopy
+from rlhf_exp.rollout.bridge import BridgeSampler
+from rlhf_exp.stages.ppo import PPO
+from tests.builders import tiny_policy
+from tests.stages.test_objective import SMALL, started
+from tests.stages.test_ppo_run import parts
+
+
+def chosen(path: Path, ppo: PPO, *, bridge: bool = False, fp16: bool = False) -> torch.dtype | None:
+    actors, _ = started(path, "ragged", FullCopy(), SMALL)
+    if bridge:
+        actors = replace(actors, sampler=BridgeSampler(gen_len=3))
+    if fp16:
+        actors.policy.language_model.to(torch.float16)
+    replace(ppo, batch_size=SMALL.batch_size).prepare(actors)
+    return actors.policy.low
+
+
+def test_bf16_is_for_the_cached_sampler_and_for_weights_it_mixes_with(tmp_path: Path) -> None:
+    bf16 = replace(SMALL, dtype="bf16")
+    assert chosen(tmp_path, bf16) == torch.bfloat16
+    assert chosen(tmp_path, bf16, bridge=True) is None
+    assert chosen(tmp_path, bf16, fp16=True) is None
+    assert chosen(tmp_path, SMALL) is None
+
+
+def problems(**replaced: object) -> list[str]:
+    return PPO(dtype="bf16").check(**{**parts(), **replaced})
+
+
+def test_what_excludes_bf16_is_told(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    policy.language_model.save_pretrained(tmp_path)
+    base = Pretrained(base_model=str(tmp_path), dtype="fp16")
+    assert any("needs sampler=cached" in p for p in problems(sampler=BridgeSampler()))
+    assert any("model.dtype=fp16 exclude" in p for p in problems(model=base))
+    assert not any("stage.dtype" in p for p in problems())
