@@ -1,9 +1,6 @@
 # Each target first makes .venv from pyproject.toml and constraints.txt if it is missing or older than them.
 PYTHON ?= python3
 VENV := .venv
-# Waiting threads that spin make a run tens of times slower once anything else computes.
-export OMP_WAIT_POLICY ?= PASSIVE
-export GOMP_SPINCOUNT ?= 1000
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
@@ -26,4 +23,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/ppo_phase.py reviews 5
+	$(BIN)/python benchmarks/ppo_phase.py series 8
+	$(BIN)/python benchmarks/ppo_phase.py reviews 12
+	$(BIN)/python benchmarks/ppo_phase.py gpt2 5
+	$(BIN)/python benchmarks/rollout.py series --lengths 20 --rounds 3

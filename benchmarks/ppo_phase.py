@@ -1,20 +1,23 @@
-"""Seconds a PPO phase on a model of a named shape with random weights:
+"""Seconds a PPO phase on a model of a named shape with random weights, and where they go:
 python benchmarks/ppo_phase.py SHAPE PHASES
 
 Prints one JSON line: medians over the phases after the first, the bytes that stay from phase to
-phase (counted), and the process's peak. A further shape can be given as
+phase (counted), and the process's peak over these phases. sample_s, measure_s and score_s are parts
+of rollout_s. forward_s, backward_s and optimizer_s are those of learn_s, timed apart after the
+phases on one minibatch and multiplied by the optimizer steps of a phase; optimizer_s holds
+clipping and what follows a step. warm_up_s is what comes before the counted phases: compiling and
+the first of them. A further shape can be given as
 SHAPE=layers,d_model,heads,vocab,context,batch,prompt,gen_len,minibatches,epochs and asked for as
-"custom"."""
+"custom"; shapes.py says what they mean."""
+
+import rlhf_exp.environment  # noqa: F401, I001  first: it must precede the import of torch
 
 import argparse
 import json
-import os
 import resource
-import statistics
-from typing import NamedTuple
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py does
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+import time
+from collections.abc import Iterator
+from statistics import median
 
 import torch
 
@@ -22,45 +25,25 @@ from rlhf_exp.models.loading import build_policy
 from rlhf_exp.models.reference import FullCopy, Lora, SharedTrunk, resident_memory
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.stages.collecting import Collector
 from rlhf_exp.stages.ppo import PPO, Actors
 from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.tasks.tokenizers import word_tokenizer
 from rlhf_exp.training.context import pick_device
-from rlhf_exp.training.optim import AdamWSettings, Constant
+from rlhf_exp.training.optim import AdamWSettings, Constant, clip_gradients
+from rlhf_exp.training.processor import use_processor_well
 from rlhf_exp.training.timing import Stopwatch
-
-
-class Shape(NamedTuple):
-    """A model and the work of a phase; `prompt` and `gen_len` in tokens."""
-
-    num_layers: int
-    d_model: int
-    num_heads: int
-    vocab: int
-    context_len: int
-    batch: int
-    prompt: int
-    gen_len: int
-    minibatches: int
-    epochs: int
-
-
-SHAPES = {
-    "series": Shape(6, 384, 6, 129, 128, 32, 20, 20, 4, 2),
-    "gpt2": Shape(12, 768, 12, 50257, 1024, 8, 4, 24, 2, 2),
-    "reviews": Shape(4, 192, 6, 600, 128, 32, 5, 40, 4, 2),
-    "medium": Shape(24, 1024, 16, 50257, 1024, 32, 4, 50, 4, 2),
-}
-if "SHAPE" in os.environ:
-    SHAPES["custom"] = Shape(*map(int, os.environ["SHAPE"].split(",")))
-
+from rlhf_exp.types import Layout
+from shapes import SHAPES, Shape
 
 REFERENCES = {
     "full_copy": FullCopy(),
     "shared_trunk": SharedTrunk(num_layers_unfrozen=2),
     "lora": Lora(rank=16),
 }
+# Minibatches whose parts are timed, and how many before them are not.
+TIMED, UNTIMED = 5, 1
 
 
 def actors_of(shape: Shape, reference: str, device: torch.device) -> Actors:
@@ -86,54 +69,115 @@ def actors_of(shape: Shape, reference: str, device: torch.device) -> Actors:
     )
 
 
-def main() -> None:
-    """Times the phases and prints the line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def learning_parts(ppo: PPO, state: TrainState, collector: Collector) -> dict[str, float]:
+    """Seconds of a learning phase by part, from single minibatches of one further rollout."""
+    laps: list[Stopwatch] = []
+    with state.policy.working():
+        rollout = collector.collect(state, Stopwatch(), another=False)
+        experience = ppo.build_experience(rollout)
+        layout = Layout.of(rollout.completions, whole=state.policy.is_compiled)
+        for _ in range(UNTIMED + TIMED):
+            laps.append(lap := Stopwatch())
+            state.optimizer.zero_grad(set_to_none=False)
+            index = torch.randperm(ppo.batch_size, generator=state.minibatch_generator)
+            for micro in index[: ppo.minibatch_size].split(
+                ppo.micro_batch_size or ppo.minibatch_size
+            ):
+                with lap("forward"):
+                    loss = ppo.loss(
+                        state.policy,
+                        collector.reference,
+                        experience[micro],
+                        temperature=collector.temperature,
+                        layout=layout[micro],
+                    ).loss
+                with lap("backward"):
+                    loss.backward()
+            with lap("optimizer"):
+                clip_gradients(state.optimizer, ppo.max_grad_norm)
+                state.optimizer.step()
+                state.policy.weights_changed()
+    steps = ppo.num_minibatches * ppo.batches_per_learning_phase
+    return {
+        part: steps * median(lap.seconds[part] for lap in laps[UNTIMED:])
+        for part in laps[0].seconds
+    }
+
+
+def phases(
+    ppo: PPO, state: TrainState, collector: Collector, number: int
+) -> Iterator[dict[str, float]]:
+    """The seconds of each of so many phases, by part."""
+    for _ in range(number):
+        row = ppo.phase(state, collector, Stopwatch())
+        parts = ("rollout", "learn", "sample", "measure", "score")
+        seconds = {part: row[f"time/{part}_s"] for part in parts}
+        yield {"phase": seconds["rollout"] + seconds["learn"], **seconds}
+
+
+def arguments_given() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shape", choices=sorted(SHAPES))
     parser.add_argument("phases", type=int, help="at least 2; the first is warm-up")
     parser.add_argument("--reference", choices=REFERENCES, default="full_copy")
+    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--micro-batch-size", type=int)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     arguments = parser.parse_args()
-    shape = SHAPES[arguments.shape]
-    device = pick_device("auto")
+    if arguments.phases < 2:
+        parser.error("PHASES must be at least 2: the first is warm-up")
+    return arguments
+
+
+def main() -> None:
+    """Times the phases and prints the line."""
+    arguments = arguments_given()
+    shape, device = SHAPES[arguments.shape], pick_device("auto")
+    use_processor_well()
     actors = actors_of(shape, arguments.reference, device)
-    if arguments.gradient_checkpointing:
-        actors.policy.checkpoint_gradients()
     ppo = PPO(
         total_phases=arguments.phases,
         batch_size=shape.batch,
         num_minibatches=shape.minibatches,
         batches_per_learning_phase=shape.epochs,
         micro_batch_size=arguments.micro_batch_size,
+        dtype=arguments.dtype,
+        compile=arguments.compile,
+        gradient_checkpointing=arguments.gradient_checkpointing,
     )
+    ppo.prepare(actors)
+    collector = ppo.collector(actors)
     state = TrainState.start(
-        actors.policy,
-        AdamWSettings(),
-        Constant(),
-        actors.train_prompts,
-        batch_size=shape.batch,
-        total_phases=arguments.phases,
-        seed=0,
-        inputs={},
-    )
-    rows = [
-        ppo.phase(state, next(state.prompts), actors, Stopwatch()) for _ in range(arguments.phases)
-    ]
-    counted = rows[1:] or rows
-    rollout = statistics.median(row["time/rollout_s"] for row in counted)
-    learn = statistics.median(row["time/learn_s"] for row in counted)
+        actors.policy, AdamWSettings(), Constant(), actors.train_prompts,
+        batch_size=shape.batch, total_phases=arguments.phases, seed=0, inputs={},
+    )  # fmt: skip
+    start = time.perf_counter()
+    ppo.warm_up(actors)
+    running = phases(ppo, state, collector, arguments.phases)
+    next(running)
+    warm_up = time.perf_counter() - start
+    counted = list(running)
+    on_gpu = device.type == "cuda"
+    gpu_peak = torch.cuda.max_memory_allocated() >> 20 if on_gpu else 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    seconds = {part: median(row[part] for row in counted) for part in counted[0]}
+    seconds |= {**learning_parts(ppo, state, collector), "warm_up": warm_up}
     line = {
         "system": "rlhf_exp",
         "shape": arguments.shape,
-        "device": device.type,
-        "phase_s": round(
-            statistics.median(row["time/rollout_s"] + row["time/learn_s"] for row in counted), 4
-        ),
-        "rollout_s": round(rollout, 4),
-        "learn_s": round(learn, 4),
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": "fp32" if actors.policy.low is None else "bf16",
+        "compiled": actors.policy.is_compiled,
+        **{f"{part}_s": round(value, 4) for part, value in seconds.items()},
+        "optimizer_steps": shape.minibatches * shape.epochs,
         "resident_mib": round(resident_memory(actors.policy, actors.reference).total / 2**20, 1),
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_mib": peak,
+        "gpu_mib": gpu_peak,
     }
     print(json.dumps(line))
 

@@ -5,14 +5,12 @@ The model is that of model=tiny with random weights, on prompts and series of ta
 depends on neither. Prints one JSON line. Both kinds are timed in turn, the second for fewer epochs.
 """
 
+import rlhf_exp.environment  # noqa: F401, I001  first: it must precede the import of torch
+
 import argparse
 import json
-import os
 import random
 import time
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py does
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 
