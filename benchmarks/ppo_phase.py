@@ -86,9 +86,9 @@ def learning_parts(ppo: PPO, state: TrainState, collector: Collector) -> dict[st
                 with lap("forward"):
                     loss = ppo.loss(
                         state.policy,
-                        collector.reference,
+                        collector.actors.reference,
                         experience[micro],
-                        temperature=collector.temperature,
+                        temperature=collector.actors.sampler.temperature,
                         layout=layout[micro],
                     ).loss
                 with lap("backward"):

@@ -77,6 +77,12 @@ class PromptBatch(Record):
     rows: tuple[Mapping[str, Any], ...]
 
     @property
+    def is_one(self) -> bool:
+        """Whether all rows hold the same tokens."""
+        same_tokens = bool((self.tokens == self.tokens[:1]).all())
+        return same_tokens and bool((self.mask == self.mask[:1]).all())
+
+    @property
     def texts(self) -> tuple[str, ...]:
         """The text of each prompt."""
         return tuple(row["prompt"] for row in self.rows)
@@ -128,8 +134,7 @@ class Layout:
         prompts = completions.prompts
         return cls(
             mask=completions.mask.cpu(),
-            one_prompt=bool((prompts.tokens == prompts.tokens[:1]).all())
-            and bool((prompts.mask == prompts.mask[:1]).all()),
+            one_prompt=prompts.is_one,
             padded_prompts=not bool(prompts.mask.all()),
             device=completions.mask.device,
             whole=whole,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
 
 from rlhf_exp.models.loading import build_policy
 from rlhf_exp.models.policy import Engine, TransformerWithValueHead
@@ -48,6 +48,19 @@ def stretch(model: nn.Module, *, seed: int) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def sliding_policy() -> TransformerWithValueHead:
+    """A policy whose attention sees the last three tokens alone."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
+        sliding_window=3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = MistralForCausalLM(config)
+    stretch(model, seed=0)
+    return TransformerWithValueHead(model, build_tokenizer())
 
 
 def with_engine(policy: TransformerWithValueHead, engine: Engine) -> TransformerWithValueHead:

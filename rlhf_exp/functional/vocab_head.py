@@ -195,10 +195,10 @@ class _LogSumExp:
         self.maximum = maximum
 
     def value(self) -> Tensor:
-        return self.maximum + self.total.log()
+        return self.maximum + self.log_total()
 
     def log_total(self) -> Tensor:
-        return self.total.log()[:, None]
+        return self.total.log()
 
     def expectations(self) -> tuple[Tensor, Tensor]:
         """The means of logits - maximum and of the difference."""
@@ -229,23 +229,26 @@ class _TokenStatistics(torch.autograd.Function):
             own.add(logits, logits - ref_logits)
             ref.add(ref_logits)
         kept: tuple[Tensor, ...] = ()
-        if weight.shape[0] <= NARROWEST_TILE:  # one tile, which the two have centred in place
+        if (
+            any(ctx.needs_input_grad) and weight.shape[0] <= NARROWEST_TILE
+        ):  # one tile, which the two have centred in place
             kept = (
-                logits.sub_(own.total.log()[:, None]),
-                ref_logits.sub_(ref.total.log()[:, None]),
+                logits.sub_(own.log_total()[:, None]),
+                ref_logits.sub_(ref.log_total()[:, None]),
             )
         below, apart = own.expectations()
-        entropy = own.total.log() - below
+        entropy = own.log_total() - below
         # Not own.value() - ref.value(): of two large numbers the difference would be rounded.
-        kl = apart - (own.maximum - ref.maximum) - (own.total.log() - ref.total.log())
-        logprobs = _target_logits(scaled, head, tokens, temperature, low) - own.value()
+        kl = apart - (own.maximum - ref.maximum) - (own.log_total() - ref.log_total())
+        lse, ref_lse = own.value(), ref.value()
+        logprobs = _target_logits(scaled, head, tokens, temperature, low) - lse
+        ref_logprobs = _target_logits(ref_scaled, ref_head, tokens, temperature, low) - ref_lse
+        ctx.mark_non_differentiable(ref_logprobs)
         ctx.save_for_backward(
             hidden, weight, bias, tokens, ref_hidden, ref_head.weight, ref_head.bias,
-            own.value(), ref.value(), entropy, kl, *kept,
+            lse, ref_lse, entropy, kl, *kept,
         )  # fmt: skip
         ctx.temperature, ctx.low, ctx.sink = temperature, low, sink
-        ref_logprobs = _target_logits(ref_scaled, ref_head, tokens, temperature, low) - ref.value()
-        ctx.mark_non_differentiable(ref_logprobs)
         return logprobs, entropy, kl, ref_logprobs
 
     @staticmethod

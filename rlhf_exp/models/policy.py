@@ -143,10 +143,6 @@ class CausalTransformer(nn.Module):
                 embedding.sparse = False
 
     @property
-    def _trunk(self) -> nn.Module:
-        return self.language_model.base_model
-
-    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.language_model.device
@@ -167,17 +163,11 @@ class CausalTransformer(nn.Module):
         `mask` covers the cached tokens and the new ones, None means that nothing on the left is
         padding; `tokens` are the new ones alone.
         """
-        # The embedding apart: given token ids, transformers may look for padding in them, which on
-        # a GPU makes the host wait, and a compiled pass could not have sparse gradients.
-        given = {"inputs_embeds": self.language_model.get_input_embeddings()(tokens)}
+        given = {}
         if mask is not None:
             given["attention_mask"] = mask.long()
             given["position_ids"] = position_ids(mask)[:, -tokens.shape[1] :]
-        with self.autocast(), self._recomputing(cached=cache is not None):
-            learning = cache is None and torch.is_grad_enabled()
-            run = self._compiled[0] if self._compiled and learning else self._trunk
-            output = run(past_key_values=cache, use_cache=cache is not None, **given)
-        return output.last_hidden_state
+        return self._states(tokens, cache, given)
 
     def static_states(
         self,
@@ -188,15 +178,20 @@ class CausalTransformer(nn.Module):
     ) -> Float[Tensor, "batch 1 d_model"]:
         """The final hidden states of one token a row, told everything that other passes work out:
         the keys it attends to and its position. Nothing here makes the host wait for a GPU."""
-        with self.autocast():
-            output = self._trunk(
-                inputs_embeds=self.language_model.get_input_embeddings()(tokens),
-                attention_mask=allowed,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
+        return self._states(tokens, cache, {"attention_mask": allowed, "position_ids": positions})
+
+    def _states(self, tokens: Tensor, cache: Cache | None, given: dict[str, Tensor]) -> Tensor:
+        # The embedding apart: given token ids, transformers may look for padding in them, which on
+        # a GPU makes the host wait, and a compiled pass could not have sparse gradients.
+        embedded = self.language_model.get_input_embeddings()(tokens)
+        learning = cache is None and torch.is_grad_enabled()
+        run = self._compiled[0] if self._compiled and learning else self.language_model.base_model
+        with self.autocast(), self._recomputing(cached=cache is not None):
+            output = run(
+                inputs_embeds=embedded, past_key_values=cache, use_cache=cache is not None, **given
             )
-        return output.last_hidden_state
+        states: Tensor = output.last_hidden_state
+        return states
 
     def completion_states(
         self, completions: Completions, layout: Layout

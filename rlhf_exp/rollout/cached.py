@@ -116,12 +116,11 @@ def prefill(
     """The cache over the prompts, with room for `length` tokens, and the hidden state after each;
     of equal rows only one is run. `seen` is the prompts' mask, None if nothing is padding."""
     batch = prompts.tokens.shape[0]
-    shared = seen is None and bool((prompts.tokens == prompts.tokens[:1]).all())
-    rows = 1 if shared else batch
+    rows = 1 if prompts.is_one else batch
     cache = preallocated_cache(policy.language_model, length)
     mask = None if seen is None else seen[:rows]
     hidden = policy.hidden_states(prompts.tokens[:rows], mask, cache)[:, -1]
-    if shared and batch > 1:
+    if rows < batch:
         cache.batch_repeat_interleave(batch)
         hidden = hidden.expand(batch, -1)
     return cache, hidden

@@ -36,13 +36,11 @@ class Collector:
         overlap: bool = False,
         ahead: bool = False,
     ) -> None:
-        self._actors, self._rows, self._penalty = actors, rows, missing_eos_penalty
+        self.actors = actors
+        self._rows, self._penalty = rows, missing_eos_penalty
         self._thread = ThreadPoolExecutor(1, "reward") if overlap or ahead else None
         self._ahead = ahead
         self._waiting: tuple[Rollout, Callable[[], Tensor]] | None = None
-        self.reference = actors.reference
-        self.temperature = actors.sampler.temperature
-        self.truncates = actors.sampler.truncates
 
     def collect(self, state: TrainState, lap: Stopwatch, *, another: bool) -> Rollout:
         """The rollout of the state's phase. `another` says that a phase follows before the state
@@ -66,7 +64,7 @@ class Collector:
         self, state: TrainState, phase: int, lap: Stopwatch
     ) -> tuple[Rollout, Callable[[], Tensor]]:
         """A batch measured by the policy that sampled it, and what gives its scores."""
-        policy, sampler = state.policy, self._actors.sampler
+        policy, sampler = state.policy, self.actors.sampler
         with lap("sample"):
             generation = sample(
                 sampler, policy, next(state.prompts), state.sample_generator,
@@ -82,13 +80,13 @@ class Collector:
         to_come = torch.zeros(len(generation.completions.texts), device=state.policy.device)
         with lap("measure"):
             return measure(
-                state.policy, self.reference, generation, to_come,
-                temperature=self.temperature, rows=self._rows,
+                state.policy, self.actors.reference, generation, to_come,
+                temperature=self.actors.sampler.temperature, rows=self._rows,
             )  # fmt: skip
 
     def _scores(self, completions: Completions, phase: int) -> Float[Tensor, " batch"]:
-        scores = checked_scores(self._actors.score, completions, phase=phase)
+        scores = checked_scores(self.actors.score, completions, phase=phase)
         if self._penalty is None:
             return scores
-        ended = have_ended(completions, self._actors.policy.tokenizer)
+        ended = have_ended(completions, self.actors.policy.tokenizer)
         return scores - self._penalty * ~ended

@@ -291,7 +291,7 @@ class PPO(Objective):
         """One phase: rollout, experience, learning. Returns its metrics. `another` says that one
         follows before the state is saved."""
         state.phase += 1
-        lap = Stopwatch()
+        actors, lap = collector.actors, Stopwatch()
         with state.policy.working():
             with clock("rollout"), lap("rollout"):
                 rollout = collector.collect(state, lap, another=another)
@@ -300,14 +300,17 @@ class PPO(Objective):
             with clock("learn"), lap("learn"):
                 steps = read_metrics(
                     self.learn(
-                        state, experience, collector.reference, temperature=collector.temperature
+                        state,
+                        experience,
+                        actors.reference,
+                        temperature=actors.sampler.temperature,
                     )
                 )
                 check_finite(steps, state.phase)
                 state.scheduler.step()
         seconds = lap.seconds["rollout"] + lap.seconds["learn"]
         return {
-            **rollout_metrics(experience, truncates=collector.truncates),
+            **rollout_metrics(experience, truncates=actors.sampler.truncates),
             **mean_metrics(steps),
             **{f"lr/{name}": rate for name, rate in rates.items()},
             **{f"time/{name}_s": value for name, value in lap.seconds.items()},

@@ -7,7 +7,6 @@ import torch
 
 Dtype = Literal["auto", "bf16", "fp32"]
 
-
 # The width below which bf16 makes no pass faster on a CPU.
 NARROW = 192
 
@@ -26,13 +25,16 @@ def compute_dtype(dtype: Dtype, device: torch.device, *, width: int) -> torch.dt
     """What `dtype` stands for on the device, for a model of that width; auto is bf16 where the
     device computes it, except for models so narrow that a CPU gains nothing."""
     narrow = device.type == "cpu" and width < NARROW
-    if dtype == "fp32" or (dtype == "auto" and (narrow or not computes_bf16(device))):
-        return torch.float32
-    return torch.bfloat16
+    low = _in_bf16(dtype, device) and not (dtype == "auto" and narrow)
+    return torch.bfloat16 if low else torch.float32
 
 
 def autocast(dtype: Dtype, device: torch.device) -> AbstractContextManager[object]:
     """The context for forward passes in `dtype`; auto is bf16 where the device computes it."""
-    if compute_dtype(dtype, device, width=NARROW) == torch.float32:
+    if not _in_bf16(dtype, device):
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def _in_bf16(dtype: Dtype, device: torch.device) -> bool:
+    return dtype == "bf16" or (dtype == "auto" and computes_bf16(device))

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-import transformers as hf
 from torch import Tensor
 
 from rlhf_exp.functional.logprobs import completion_part
@@ -15,11 +14,10 @@ from rlhf_exp.models.reference import Lora, SharedTrunk
 from rlhf_exp.types import Completions, Layout
 from tests.builders import (
     assert_near,
-    build_tokenizer,
     cut,
     plain_forward,
     ragged_tokens,
-    stretch,
+    sliding_policy,
     tiny_policy,
 )
 
@@ -197,16 +195,8 @@ def test_one_row_is_run_at_once() -> None:
 
 def test_windows_that_slide_are_run_at_once() -> None:
     # Their caches forget the prompt's first tokens.
-    torch.manual_seed(0)
-    config = hf.MistralConfig(
-        vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
-        sliding_window=3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    model = hf.MistralForCausalLM(config)
-    stretch(model, seed=0)
-    policy = TransformerWithValueHead(model, build_tokenizer())
-    assert prompt_cache(model) is None
+    policy = sliding_policy()
+    assert prompt_cache(policy.language_model) is None
     assert prompt_cache(tiny_policy("llama").language_model) is not None
     of = completions("shared")
     with shapes(policy) as seen:

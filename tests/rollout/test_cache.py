@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicLayer
 
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rollout.cache import preallocated_cache
-from tests.builders import assert_near, build_tokenizer, ragged_tokens, stretch, tiny_policy
+from tests.builders import assert_near, ragged_tokens, sliding_policy, tiny_policy
 
 TOKENS, MASK = ragged_tokens(4, 9)
 TOKENS = torch.where(TOKENS == 0, 5, TOKENS)
@@ -89,16 +89,8 @@ def test_more_tokens_than_it_was_made_for_are_refused() -> None:
 
 
 def test_layers_that_keep_something_else_keep_their_cache() -> None:
-    torch.manual_seed(0)
-    config = hf.MistralConfig(
-        vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
-        sliding_window=3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    model = hf.MistralForCausalLM(config)
-    stretch(model, seed=0)
-    policy = TransformerWithValueHead(model, build_tokenizer())
-    cache = preallocated_cache(model, 9)
+    policy = sliding_policy()
+    cache = preallocated_cache(policy.language_model, 9)
     assert all(layer.is_sliding for layer in cache.layers)
     for one, other in zip(
         decoded(policy, cache), decoded(policy, dynamic_cache(policy)), strict=True
