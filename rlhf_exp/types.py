@@ -214,7 +214,9 @@ class Experience(Record):
 
 @record
 class LossOutput:
-    """A loss to minimise and the metrics that explain it."""
+    """A loss to minimise, the metrics that explain it, and the log-probs that it comes from,
+    without gradients."""
 
     loss: Float[Tensor, ""]
     metrics: Mapping[str, Float[Tensor, ""]]
+    logprobs: Float[Tensor, "batch completion"]

@@ -85,7 +85,7 @@ class Objective:
                     new.logprobs, rollout.logprobs, mask, clip_coef=self.clip_coef
                 ),
             }
-        return LossOutput(loss=-objective, metrics=metrics)
+        return LossOutput(loss=-objective, metrics=metrics, logprobs=new.logprobs.detach())
 
     def _value_loss(
         self, values: Float[Tensor, "batch completion"], batch: Experience

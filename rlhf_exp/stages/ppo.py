@@ -30,12 +30,8 @@ from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.settings import Count, Fingerprinted, Fraction, NonNegative, Positive, settings
 from rlhf_exp.stages.actors import Actors, fingerprints, load_actors
 from rlhf_exp.stages.collecting import Collector
-from rlhf_exp.stages.evaluation import (
-    brief,
-    evaluate,
-    read_evaluations,
-    report,
-)
+from rlhf_exp.stages.evaluation import brief, evaluate, read_evaluations, report
+from rlhf_exp.stages.histograms import LastPass
 from rlhf_exp.stages.objective import Objective
 from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.tasks.protocol import AnswerTask, Task
@@ -84,6 +80,7 @@ class PPO(Objective):
     async_reward: bool = False
     eval_every: Count = 25
     eval_samples: Count = 512
+    histograms_every: Count | None = 25
     checkpoint_every: Count | None = 50
 
     @model_validator(mode="after")
@@ -178,6 +175,7 @@ class PPO(Objective):
                 seed=context.seed,
                 inputs=fingerprints(task, model, actors.policy),
             )
+            clock.seconds = state.seconds  # those of a resumed run go on
             if context.resume:
                 state.load(context.folder.path)
                 context.folder.rewind(state.phase)
@@ -245,8 +243,11 @@ class PPO(Objective):
             while state.phase < self.total_phases:
                 save_follows = self._is_due(self.checkpoint_every, state.phase + 1)
                 another = state.phase + 1 < self.total_phases and not save_follows
-                metrics = self.phase(state, collector, clock, another=another)
+                seen = LastPass() if self._is_due(self.histograms_every, state.phase + 1) else None
+                metrics = self.phase(state, collector, clock, another=another, seen=seen)
                 context.folder.log(state.phase, metrics)
+                if seen is not None:
+                    context.folder.log_histograms(state.phase, seen.histograms())
                 progress.advance(state.phase, metrics)
                 if self._is_due(self.eval_every, state.phase):
                     collector.wait_for_reward()
@@ -286,10 +287,11 @@ class PPO(Objective):
         )
 
     def phase(
-        self, state: TrainState, collector: Collector, clock: Stopwatch, *, another: bool = False
-    ) -> dict[str, float]:
+        self, state: TrainState, collector: Collector, clock: Stopwatch, *,
+        another: bool = False, seen: LastPass | None = None,
+    ) -> dict[str, float]:  # fmt: skip
         """One phase: rollout, experience, learning. Returns its metrics. `another` says that one
-        follows before the state is saved."""
+        follows before the state is saved; `seen` is given what histograms are made of."""
         state.phase += 1
         actors, lap = collector.actors, Stopwatch()
         with state.policy.working():
@@ -304,6 +306,7 @@ class PPO(Objective):
                         experience,
                         actors.reference,
                         temperature=actors.sampler.temperature,
+                        seen=seen,
                     )
                 )
                 check_finite(steps, state.phase)
@@ -342,17 +345,20 @@ class PPO(Objective):
         reference: Reference,
         *,
         temperature: float,
+        seen: LastPass | None = None,
     ) -> Iterator[Mapping[str, Tensor]]:
         """The optimizer steps of one phase; yields the metrics of each."""
         layout = Layout.of(experience.rollout.completions, whole=state.policy.is_compiled)
-        for _ in range(self.batches_per_learning_phase):
+        for i in range(self.batches_per_learning_phase):
+            noted = seen if i + 1 == self.batches_per_learning_phase else None
             order = torch.randperm(self.batch_size, generator=state.minibatch_generator)
             for index in order.split(self.minibatch_size):
                 minibatch = self._whitened(experience[index])
                 state.optimizer.zero_grad(set_to_none=False)
                 metrics = self.backward(
-                    state, minibatch, reference, temperature=temperature, layout=layout[index]
-                )
+                    state, minibatch, reference, temperature=temperature, layout=layout[index],
+                    seen=noted,
+                )  # fmt: skip
                 norms = clip_gradients(state.optimizer, self.max_grad_norm)
                 state.optimizer.step()
                 state.policy.weights_changed()
@@ -372,6 +378,7 @@ class PPO(Objective):
         *,
         temperature: float,
         layout: Layout | None = None,
+        seen: LastPass | None = None,
     ) -> Mapping[str, Tensor]:
         """Adds a minibatch's gradients, a micro-batch at a time, and returns its metrics. Each
         micro-batch counts as much as it has real tokens, so that its size changes memory alone."""
@@ -384,6 +391,8 @@ class PPO(Objective):
             share = float(part.mask.sum() / layout.mask.sum())
             output = self.loss(state.policy, reference, micro, temperature=temperature, layout=part)
             (share * output.loss).backward()
+            if seen is not None:
+                seen.add(output.logprobs, micro)
             for name, value in output.metrics.items():
                 metrics[name] = metrics.get(name, torch.zeros_like(value)) + share * value
         return metrics

@@ -1,7 +1,7 @@
 """What changes from phase to phase of PPO, all in one place."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from rlhf_exp.types import PromptBatch
 @dataclass(kw_only=True)
 class TrainState:
     """Everything that changes from phase to phase. What of the policy is not trained is as the
-    model's own files have it."""
+    model's own files have it; `seconds` are what the run took so far, by part."""
 
     policy: TransformerWithValueHead
     optimizer: torch.optim.Optimizer
@@ -30,6 +30,7 @@ class TrainState:
     minibatch_generator: torch.Generator
     inputs: Mapping[str, str]
     phase: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def start(
@@ -74,15 +75,16 @@ class TrainState:
             "optimizer": self.optimizer.state_dict()["param_groups"],
             "scheduler": self.scheduler.state_dict(),
             "inputs": dict(self.inputs),
+            "seconds": self.seconds,
         }
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Makes this the state that `tensors` and `numbers` were taken of. Raises ConfigError if
         they are of another model."""
-        for field, known in numbers["inputs"].items():
-            if self.inputs.get(field) != known:
+        for where, known in numbers["inputs"].items():
+            if self.inputs.get(where) != known:
                 raise ConfigError(
-                    f"{field}: what it names has changed since the checkpoint; bring it back, or"
+                    f"{where}: what it names has changed since the checkpoint; bring it back, or"
                     " start the run again"
                 )
         trained = self._trained()
@@ -109,6 +111,7 @@ class TrainState:
         self.sample_generator.set_state(tensors["generators.samples"])
         self.minibatch_generator.set_state(tensors["generators.minibatches"])
         self.phase = numbers["phase"]
+        self.seconds.update(numbers.get("seconds", {}))
 
     def save(self, run: Path) -> None:
         """Writes a checkpoint below the run's folder."""

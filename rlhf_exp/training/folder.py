@@ -1,21 +1,28 @@
-"""A run's folder: metrics.jsonl, samples.jsonl, result.json, status.json, environment.txt.
+"""A run's folder: metrics.jsonl, samples.jsonl, histograms.jsonl, result.json, status.json,
+environment.txt.
 
 Metrics are flushed line by line: they are the source of truth, whatever happens to other loggers.
 """
 
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
+from rlhf_exp.training.metrics import Histogram, summarize
+
+log = logging.getLogger(__name__)
+ROWS = ("metrics.jsonl", "samples.jsonl", "histograms.jsonl")
 Status = Literal["running", "done", "failed", "interrupted"]
 
 
@@ -29,6 +36,18 @@ class Sink(Protocol):
 
     def log_samples(self, phase: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """A table of samples."""
+        ...
+
+    def log_histograms(self, phase: int, histograms: Mapping[str, Histogram]) -> None:
+        """Histograms by name."""
+        ...
+
+    def log_summary(self, summary: Mapping[str, float]) -> None:
+        """What the run has come to so far, which replaces what was said before."""
+        ...
+
+    def log_result(self, result: Mapping[str, Any], path: Path) -> None:
+        """The result of a run that is done, and its folder."""
         ...
 
 
@@ -48,6 +67,7 @@ class RunFolder:
         self._open_sinks = open_sinks
         self._stack = ExitStack()
         self._sinks: list[Sink] = []
+        self._broken: dict[str, int] = {}
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -68,6 +88,11 @@ class RunFolder:
         self._append("metrics.jsonl", [{"phase": phase, **finite}])
         for sink in self._sinks:
             sink.log(phase, metrics)
+        if self._sinks and "eval/score" in metrics:
+            # From the file, which also has what was evaluated before the run was resumed.
+            summary = summarize(self.rows())
+            for sink in self._sinks:
+                sink.log_summary(summary)
 
     def log_samples(self, phase: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends rows to samples.jsonl with their phase, and passes them on."""
@@ -75,15 +100,33 @@ class RunFolder:
         for sink in self._sinks:
             sink.log_samples(phase, rows)
 
+    def log_histograms(self, phase: int, histograms: Mapping[str, Histogram]) -> None:
+        """Appends a row for each histogram to histograms.jsonl, and passes them on."""
+        rows = [{"phase": phase, "name": name, **asdict(h)} for name, h in histograms.items()]
+        self._append("histograms.jsonl", rows)
+        for sink in self._sinks:
+            sink.log_histograms(phase, histograms)
+
+    def log_result(self, result: Mapping[str, Any]) -> None:
+        """Passes on the result of a run whose folder is complete but for its status."""
+        for sink in self._sinks:
+            sink.log_result(result, self.path)
+
     def rows(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl, or of samples.jsonl, so far."""
-        return [json.loads(line) for line in self._lines(name)]
+        """The rows of metrics.jsonl, or of another such file, so far. Broken lines are left out and
+        warned of."""
+        return [row for _, row in self._lines(name)]
 
     def rewind(self, phase: int) -> None:
-        """Removes the rows of later phases, which a resumed run writes again."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            kept = [line for line in self._lines(name) if json.loads(line)["phase"] <= phase]
+        """Removes the rows of later phases, which a resumed run writes again, and broken lines."""
+        for name in (name for name in ROWS if (self.path / name).exists()):
+            kept = [line for line, row in self._lines(name) if row["phase"] <= phase]
             self._write(name, "".join(f"{line}\n" for line in kept))
+
+    def clear(self) -> None:
+        """Removes the rows that an earlier attempt in this folder left."""
+        for name in ROWS:
+            (self.path / name).unlink(missing_ok=True)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file."""
@@ -97,10 +140,18 @@ class RunFolder:
         """Writes environment.txt: commit, platform and the versions of all packages."""
         self._write("environment.txt", "\n".join(environment()) + "\n")
 
-    def _lines(self, name: str) -> list[str]:
+    def _lines(self, name: str) -> list[tuple[str, dict[str, Any]]]:
+        """The lines that are rows, each with its row."""
+        path = self.path / name
         # Not splitlines(), which also splits at characters that JSON leaves in a text. What follows
         # the last end of a line was being written when the run died.
-        return (self.path / name).read_text(encoding="utf-8").split("\n")[:-1]
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        parsed = [(line, row) for line in lines if (row := _parse_row(line)) is not None]
+        broken = len(lines) - len(parsed)
+        if broken > self._broken.get(name, 0):
+            log.warning("%s: %d broken line(s) left out", path, broken)
+        self._broken[name] = broken
+        return parsed
 
     def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -112,6 +163,16 @@ class RunFolder:
         partial = self.path / f".{name}.partial"
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, self.path / name)
+
+
+def _parse_row(line: str) -> dict[str, Any] | None:
+    """The row; None if a crash or a disk left something else."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    phase = row.get("phase") if isinstance(row, dict) else None
+    return row if isinstance(phase, int) and not isinstance(phase, bool) else None
 
 
 def environment() -> list[str]:

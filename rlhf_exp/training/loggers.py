@@ -1,26 +1,28 @@
 """Logger groups: W&B beside the local files, or the local files alone.
 
-W&B never stops a run: without a key or a network it writes offline, and when it breaks it is
-dropped with one warning while metrics.jsonl goes on.
+W&B never stops a run: without a key or a network it writes offline, and where it cannot write or
+breaks it is dropped with one warning while metrics.jsonl goes on.
 """
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 from rlhf_exp.network import reachable
-from rlhf_exp.settings import ConfigError, Text, settings
+from rlhf_exp.settings import ConfigError, Positive, Text, settings
 from rlhf_exp.training.folder import Sink
+from rlhf_exp.training.wandb_run import WandbRun, drop_service
+from rlhf_exp.training.wandb_sink import WandbSink
 
 log = logging.getLogger(__name__)
 
 WANDB_URLS = ("https://api.forge.coreweave.com", "https://api.wandb.ai")  # since wandb 0.31, before
-TABLE_ROWS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,30 +58,59 @@ class LocalLogger:
 @settings
 class WandbLogger:
     """W&B. mode=auto obeys WANDB_MODE if it is set; else it is online with a key and a network,
-    and offline without."""
+    and offline without. `finish_s` bounds how long the end of a run waits for W&B."""
 
     project: Text = "rlhf_exp"
     entity: str | None = None
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     tags: tuple[str, ...] = ()
+    notes: str | None = None
+    log_model: bool = False
+    finish_s: Positive = 60.0
 
     @contextmanager
     def open(self, info: RunInfo) -> Iterator[list[Sink]]:
-        """A W&B run, marked failed if the block raises; nothing if mode is disabled. Raises
-        ConfigError if online is asked for and the server refuses."""
+        """The sink to a W&B run, as `connect` makes it, or none."""
+        with self.connect(info) as run:
+            yield [] if run is None else [WandbSink(run, log_model=self.log_model)]
+
+    @contextmanager
+    def connect(self, info: RunInfo) -> Iterator[WandbRun | None]:
+        """A W&B run, marked failed if the block raises; None if mode is disabled or W&B cannot
+        start. Raises ConfigError if online is asked for and the server refuses."""
         mode = self._resolve_mode()
         if mode == "disabled":
-            yield []
+            yield None
             return
-        run = self._start(info, mode)
-        try:
-            yield [_WandbSink(run)]
-        except BaseException:
-            _finish(run, exit_code=1)
-            raise
-        _finish(run, exit_code=0)
+        with ExitStack() as stack:
+            for name, value in _surroundings(info.shared_folder / "wandb").items():
+                if not os.environ.get(name):
+                    stack.enter_context(_environment(name, value))
+            run = self._start(info, mode)
+            if run is None:
+                yield None
+                return
+            told = WandbRun(run, finish_s=self.finish_s)
+            try:
+                yield told
+            except BaseException:
+                told.close(exit_code=1)
+                raise
+            told.close(exit_code=0)
 
     def _start(self, info: RunInfo, mode: Literal["online", "offline"]) -> Any:
+        try:
+            _try_to_write(info.shared_folder / "wandb")
+            return self._start_on_or_offline(info, mode)
+        except ConfigError:
+            raise
+        except Exception as error:  # a disk, a port, its binary: nothing that training needs
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            log.warning("W&B cannot start (%s); going on without it", reason)
+            drop_service()
+            return None
+
+    def _start_on_or_offline(self, info: RunInfo, mode: Literal["online", "offline"]) -> Any:
         if mode == "offline":
             return self._init(info, mode)
         import wandb
@@ -99,7 +130,6 @@ class WandbLogger:
     def _init(self, info: RunInfo, mode: Literal["online", "offline"]) -> Any:
         import wandb
 
-        info.shared_folder.mkdir(parents=True, exist_ok=True)
         with _environment("WANDB_MODE", mode):
             run = wandb.init(
                 project=self.project,
@@ -110,7 +140,8 @@ class WandbLogger:
                 group=info.group,
                 job_type=info.job_type,
                 tags=self.tags,
-                config=dict(info.config),
+                notes=self.notes,
+                config={"run": info.name, **info.config},  # to tell joined tables apart
                 reinit="create_new",
                 settings=wandb.Settings(console="off", silent=True, init_timeout=20),
             )
@@ -133,6 +164,16 @@ class WandbLogger:
             return "online"
         log.warning("W&B: %s is out of reach, logging offline", urls[0])
         return "offline"
+
+
+def _surroundings(folder: Path) -> dict[str, str]:
+    """What W&B reads from the environment alone: where to put what would go into the home directory
+    (payloads that `wandb sync` needs later, caches), and that it says nothing itself."""
+    return {
+        "WANDB_DATA_DIR": str(folder.absolute() / "data"),
+        "WANDB_CACHE_DIR": str(folder.absolute() / "cache"),
+        "WANDB_SILENT": "true",
+    }
 
 
 @contextmanager
@@ -160,35 +201,9 @@ def _has_key(urls: Sequence[str]) -> bool:
     return any(urlsplit(url).netloc in words for url in urls)
 
 
-def _finish(run: Any, *, exit_code: int) -> None:
-    # Not `with run`, which prints the traceback of what was raised and raises if W&B's own process
-    # has died.
-    try:
-        run.finish(exit_code=exit_code)
-    except Exception as error:
-        log.warning("W&B could not finish its run (%s); metrics.jsonl has everything", error)
-
-
-class _WandbSink:
-    def __init__(self, run: Any) -> None:
-        self._run = run
-
-    def log(self, phase: int, metrics: Mapping[str, float]) -> None:
-        self._send({"phase": phase, **metrics})
-
-    def log_samples(self, phase: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        import wandb
-
-        shown = rows[:TABLE_ROWS]
-        columns = list(shown[0]) if shown else []
-        table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in shown])
-        self._send({"phase": phase, "samples": table})
-
-    def _send(self, payload: dict[str, Any]) -> None:
-        if self._run is None:
-            return
-        try:
-            self._run.log(payload)
-        except Exception as error:
-            log.warning("W&B failed (%s); going on without it, metrics.jsonl has everything", error)
-            self._run = None
+def _try_to_write(folder: Path) -> None:
+    # Where it cannot, W&B turns to the system's temporary folder without a word. Names alone may
+    # find room where contents do not.
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b" " * 65536)

@@ -1,6 +1,8 @@
 """Numbers computed from samples for people to read; nothing is trained on them."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -8,6 +10,65 @@ from torch import Tensor
 
 from rlhf_exp.functional.masking import masked_mean, masked_var
 from rlhf_exp.types import Experience
+
+NUM_BINS = 64
+TAIL = 0.005  # the share of the values that lie beyond the equal bins, on each side
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """How many values lie in each bin; bin i is edges[i] to edges[i + 1], the last closed."""
+
+    counts: tuple[int, ...]
+    edges: tuple[float, ...]
+
+
+def histogram(values: Float[Tensor, " token"], *, num_bins: int = NUM_BINS) -> Histogram:
+    """The histogram of the finite values: equal bins from their 0.5 % to their 99.5 % quantile (the
+    nearest values), of which the first and the last are widened to the least and the greatest, so
+    that an outlier does not squeeze all others into one bin. If the quantiles are equal, the bins
+    are equal from the least to the greatest; around a single value they are 1 wide together."""
+    values = values.float().cpu()
+    # In float64 the edges between two neighboring numbers differ.
+    ordered = values[values.isfinite()].double().sort().values
+    edges = torch.linspace(*_core(ordered), num_bins + 1, dtype=torch.float64)
+    if len(ordered):
+        edges[0] = torch.minimum(edges[0], ordered[0])
+        edges[-1] = torch.maximum(edges[-1], ordered[-1])
+    counts, _ = torch.histogram(ordered, bins=edges)
+    return Histogram(counts=tuple(counts.long().tolist()), edges=tuple(edges.tolist()))
+
+
+def _core(ordered: Float[Tensor, " token"]) -> tuple[float, float]:
+    """Where most of the values in rising order lie: two different numbers."""
+    if not len(ordered):
+        return 0.0, 1.0
+    tail = round(TAIL * (len(ordered) - 1))
+    for cut in (tail, 0):
+        low, high = ordered[cut].item(), ordered[-1 - cut].item()
+        if low < high:
+            return low, high
+    # Beside 1e20 an edge that is 0.5 away would be no other number.
+    half = max(0.5, 1e-6 * abs(low))
+    return low - half, low + half
+
+
+def summarize(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """What a run came to, from the rows of its metrics.jsonl: the evaluation with the best score,
+    the first of equals, and all numbers of the last one. Empty before the first evaluation."""
+    evaluated = [row for row in rows if row.get("eval/score") is not None]
+    if not evaluated:
+        return {}
+    best, last = max(evaluated, key=lambda row: row["eval/score"]), evaluated[-1]
+    return {
+        "best/eval_score": best["eval/score"],
+        "best/phase": best["phase"],
+        **{
+            f"final/{name.replace('/', '_')}": value
+            for name, value in last.items()
+            if name.startswith("eval/") and value is not None
+        },
+    }
 
 
 def describe(metrics: Mapping[str, float]) -> str:

@@ -3,12 +3,14 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from rlhf_exp.training.folder import RunFolder, environment
+from rlhf_exp.training.metrics import Histogram
 
 
 class Recorder:
@@ -17,6 +19,9 @@ class Recorder:
     def __init__(self) -> None:
         self.rows: list[tuple[int, dict[str, float]]] = []
         self.samples: list[tuple[int, list[Mapping[str, Any]]]] = []
+        self.histograms: list[tuple[int, dict[str, Histogram]]] = []
+        self.summaries: list[dict[str, float]] = []
+        self.results: list[tuple[dict[str, Any], Path]] = []
         self.closed_by: list[type[BaseException] | None] = []
 
     def log(self, phase: int, metrics: Mapping[str, float]) -> None:
@@ -24,6 +29,15 @@ class Recorder:
 
     def log_samples(self, phase: int, rows: Sequence[Mapping[str, Any]]) -> None:
         self.samples.append((phase, list(rows)))
+
+    def log_histograms(self, phase: int, histograms: Mapping[str, Histogram]) -> None:
+        self.histograms.append((phase, dict(histograms)))
+
+    def log_summary(self, summary: Mapping[str, float]) -> None:
+        self.summaries.append(dict(summary))
+
+    def log_result(self, result: Mapping[str, Any], path: Path) -> None:
+        self.results.append((dict(result), path))
 
     @contextmanager
     def open(self) -> Iterator[list["Recorder"]]:
@@ -135,12 +149,79 @@ def test_a_rewind_drops_what_a_resumed_run_writes_again(tmp_path):
     assert [row["phase"] for row in folder.rows("samples.jsonl")] == [0, 0]
 
 
+def test_histograms_have_a_row_each_and_are_rewound_too(tmp_path):
+    recorder = Recorder()
+    a, b = (Histogram(counts=(1, n), edges=(0.0, 0.5, 1.0)) for n in (2, 3))
+    with RunFolder(tmp_path, recorder.open) as folder:
+        folder.start()
+        for phase in (2, 4):
+            folder.log(phase, {"x": 1.0})
+            folder.log_samples(phase, [{"text": "a"}])
+            folder.log_histograms(phase, {"a": a, "b": b})
+    assert recorder.histograms == [(2, {"a": a, "b": b}), (4, {"a": a, "b": b})]
+    assert read_lines(tmp_path / "histograms.jsonl")[:2] == [
+        {"phase": 2, "name": "a", "counts": [1, 2], "edges": [0.0, 0.5, 1.0]},
+        {"phase": 2, "name": "b", "counts": [1, 3], "edges": [0.0, 0.5, 1.0]},
+    ]
+    folder.rewind(3)
+    assert [row["phase"] for row in folder.rows("histograms.jsonl")] == [2, 2]
+
+
+def test_sinks_are_told_what_the_run_has_come_to_and_at_its_end_the_result(tmp_path):
+    RunFolder(tmp_path).log(0, {"eval/score": 0.75})  # before the run was resumed
+    recorder = Recorder()
+    with RunFolder(tmp_path, recorder.open) as folder:
+        folder.start()
+        folder.log(1, {"objective/scores": 1.0})
+        assert recorder.summaries == []
+        folder.log(2, {"eval/score": 0.5})
+        folder.log_result({"after": {}})
+    best = {"best/eval_score": 0.75, "best/phase": 0, "final/eval_score": 0.5}
+    assert recorder.summaries == [best]
+    assert recorder.results == [({"after": {}}, tmp_path)]
+
+
 def test_rows_of_a_run_that_died_are_those_that_were_finished(tmp_path):
     folder = RunFolder(tmp_path)
     folder.log(1, {"a": 0.5})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"phase": 2, "a": 0.25}')
     assert folder.rows() == [{"phase": 1, "a": 0.5}]
+
+
+GLUED = b'{"phase": 1, "a": 0.{"phase": 2, "a": 0.5}'
+RUBBISH = (
+    GLUED,
+    b"\xff\xfe\x00\x93",
+    b"",
+    b"[1, 2]",
+    b"3",
+    b'{"a": 1}',
+    b'{"phase": null}',
+    b"[" * 10**5,
+)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "histograms.jsonl"])
+def test_broken_lines_are_left_out_told_once_and_removed_by_a_rewind(tmp_path, caplog, name):
+    folder = RunFolder(tmp_path)
+    good = [b'{"phase": 0, "a": 1}', b'{"phase": 1, "a": 2}', b'{"phase": 2, "a": 3}']
+    (tmp_path / name).write_bytes(b"\n".join([good[0], *RUBBISH, good[1], GLUED, good[2], b""]))
+    for _ in range(2):
+        assert [row["a"] for row in folder.rows(name)] == [1, 2, 3]
+    folder.rewind(1)
+    assert caplog.messages == [f"{tmp_path / name}: {len(RUBBISH) + 1} broken line(s) left out"]
+    assert (tmp_path / name).read_bytes() == b"\n".join([*good[:2], b""])
+    assert RunFolder(tmp_path).rows(name) == folder.rows(name)
+    assert len(caplog.messages) == 1, "nothing is broken any more"
+
+
+def test_a_text_with_bytes_that_are_no_characters_is_read(tmp_path, caplog):
+    (tmp_path / "samples.jsonl").write_bytes(b'{"phase": 1, "completion": "caf\xe9"}\n')
+    folder = RunFolder(tmp_path)
+    folder.rewind(1)
+    assert folder.rows("samples.jsonl") == [{"phase": 1, "completion": "caf\ufffd"}]
+    assert caplog.messages == []
 
 
 def test_json_is_replaced_whole(tmp_path):
@@ -156,6 +237,18 @@ def test_json_is_replaced_whole(tmp_path):
         folder.write_json("result.json", {"score": object()})
     assert json.loads(path.read_text()) == {"score": 2}
     assert os.listdir(folder.path) == ["result.json"]
+
+
+def test_what_an_earlier_attempt_logged_is_removed_and_nothing_else(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.clear()
+    folder.log(1, {"loss": 1.0})
+    folder.log_samples(1, [{"text": "a"}])
+    folder.log_histograms(1, {"scores": Histogram(edges=(0.0, 1.0), counts=(1,))})
+    folder.write_status("failed")
+    (tmp_path / "train.log").write_text("said", encoding="utf-8")
+    folder.clear()
+    assert sorted(os.listdir(tmp_path)) == ["status.json", "train.log"]
 
 
 @pytest.mark.parametrize(

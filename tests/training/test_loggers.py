@@ -3,24 +3,29 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import wandb
 from pydantic import ValidationError
 
 from rlhf_exp.network import reachable
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.training.folder import Sink
-from rlhf_exp.training.loggers import LocalLogger, Logger, RunInfo, WandbLogger
+from rlhf_exp.training import wandb_run
+from rlhf_exp.training.folder import RunFolder, Sink
+from rlhf_exp.training.loggers import LocalLogger, Logger, WandbLogger
+
+from .wandb_runs import info, inspect, offline_runs, own_folders
 
 KEY = "a" * 40
 ROW = {"prompt": "a", "completion": "[b]", "score": 0.5}
@@ -28,14 +33,8 @@ ROW = {"prompt": "a", "completion": "[b]", "score": 0.5}
 
 @pytest.fixture(scope="module", autouse=True)
 def wandb_folders(tmp_path_factory):
-    """W&B's own folders, which it reads once."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR", "ARTIFACT_DIR"):
-            patch.setenv(f"WANDB_{name}", str(tmp_path_factory.mktemp("wandb")))
-        patch.setenv("WANDB_ERROR_REPORTING", "false")
-        wandb.teardown()
+    with own_folders(tmp_path_factory.mktemp("wandb")):
         yield
-        wandb.teardown()
 
 
 @pytest.fixture(autouse=True)
@@ -76,39 +75,13 @@ def server(monkeypatch) -> Iterator[list[str]]:
         http.shutdown()
 
 
-def info(folder: Path, name: str = "run", group: str | None = None) -> RunInfo:
-    return RunInfo(
-        name=name,
-        group=group,
-        job_type="ppo",
-        config={"stage": {"kl_coef": 0.25}, "seed": 1},
-        shared_folder=folder / "shared",
-    )
-
-
-def offline_runs(folder: Path) -> list[Path]:
-    return sorted((folder / "shared" / "wandb").glob("offline-run-*"))
-
-
-def inspect(run: Path, option: str) -> list[dict[str, Any]]:
-    """What W&B's own reader finds in a run's directory: its records, or with --summary one."""
-    options = ["--json", *filter(None, [option])]
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", *options, str(run)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    return (
-        json.loads(f"[{done.stdout}]")
-        if option
-        else [*map(json.loads, done.stdout.split("\n")[:-1])]
-    )
-
-
 def opens(logger: WandbLogger, folder: Path) -> str:
     """Whether the logger runs W&B offline, or nothing."""
     with logger.open(info(folder)) as sinks:
         if not sinks:
             assert not (folder / "shared").exists()
             return "disabled"
-    assert len(offline_runs(folder)) == 1
+    assert len(offline_runs(folder / "shared")) == 1
     return "offline"
 
 
@@ -181,7 +154,7 @@ def test_a_server_that_refuses_is_an_error_where_online_is_asked_for(
 
 
 def test_runs_of_one_process_stay_apart_and_hold_what_they_were_given(tmp_path, caplog, capfd):
-    logger = WandbLogger(mode="offline", project="films", tags=("first",))
+    logger = WandbLogger(mode="offline", project="films", tags=("first",), notes="why")
     # The second begins before the first is over, as after a job that could not end its run.
     with pytest.raises(KeyboardInterrupt), logger.open(info(tmp_path, "job 0")) as sinks:  # noqa: PT012
         sinks[0].log(1, {"eval/score": 0.125})
@@ -194,7 +167,7 @@ def test_runs_of_one_process_stay_apart_and_hold_what_they_were_given(tmp_path, 
     assert "Traceback" not in capfd.readouterr().err
     # Both began within the same second, so their names do not tell them apart.
     [run] = {path.parents[3] for path in (tmp_path / "shared").rglob("*.table.json")}
-    [failed] = {*offline_runs(tmp_path)} - {run}
+    [failed] = {*offline_runs(tmp_path / "shared")} - {run}
     assert any(f"wandb sync {run}" in message for message in caplog.messages)
     with ThreadPoolExecutor() as pool:
         first, second, records = pool.map(
@@ -205,8 +178,8 @@ def test_runs_of_one_process_stay_apart_and_hold_what_they_were_given(tmp_path, 
     assert (first["name"], first["state"], first["exit_code"]) == ("job 0", "failed", 1)
     assert first["summary"]["eval/score"] == 0.125
     assert (second["name"], second["state"], second["exit_code"]) == ("job 1", "finished", 0)
-    assert (second["project"], second["tags"]) == ("films", ["first"])
-    assert second["config"]["stage"]["kl_coef"] == 0.25
+    assert (second["project"], second["tags"], second["notes"]) == ("films", ["first"], "why")
+    assert second["config"] == {"run": "job 1", "stage": {"kl_coef": 0.25}, "seed": 1}
     assert second["summary"]["eval/score"] == 0.75
 
     history = [r["history"]["item"] for r in records if r["type"] == "history"]
@@ -220,47 +193,204 @@ def test_runs_of_one_process_stay_apart_and_hold_what_they_were_given(tmp_path, 
     metrics = [r["metric"] for r in records if r["type"] == "metric"]
     assert any(m.get("glob_name") == "*" and m["step_metric"] == "phase" for m in metrics)
     [table] = [json.loads(path.read_text()) for path in run.rglob("*.table.json")]
-    assert table["columns"] == ["prompt", "completion", "score"]
-    assert table["data"] == [["a", "[b]", i] for i in range(32)]
+    assert table["columns"] == ["phase", "prompt", "completion", "score"]
+    assert table["data"] == [[2, "a", "[b]", i] for i in range(32)]
 
 
-# W&B's processes are killed in a process of their own, where nothing else is left without them.
-DIES = """
-import logging, psutil, sys
+# In a process of its own, where nothing is left without W&B's processes, and whose end is seen.
+SIGNALLED = """
+import logging, psutil, signal, sys, time
 from pathlib import Path
 from rlhf_exp.training.folder import RunFolder
 from rlhf_exp.training.loggers import RunInfo, WandbLogger
 
 logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-logging.getLogger("wandb").disabled = True
-path = Path(sys.argv[1])
+path, name = Path(sys.argv[1]), sys.argv[2]
 info = RunInfo(name="run", group=None, job_type="ppo", config={}, shared_folder=path)
-with RunFolder(path, lambda: WandbLogger(mode="offline").open(info)) as folder:
+with RunFolder(path, lambda: WandbLogger(mode="offline", finish_s=15).open(info)) as folder:
     folder.start()
     folder.log(1, {"a": 1.0})
-    killed = [p for p in psutil.Process().children(recursive=True) if "wandb" in p.name()]
-    for process in killed:
-        process.kill()
-    psutil.wait_procs(killed, timeout=10)
+    folder.log_samples(1, [{"prompt": "a"}])
+    own = [p for p in psutil.Process().children(recursive=True) if p.name() == "wandb-core"]
+    assert own
+    if name != "none":
+        own[0].send_signal(getattr(signal, name))
+    if name == "SIGKILL":
+        psutil.wait_procs(own, timeout=10)
+    start = time.monotonic()
     for phase in (2, 3, 4):
         folder.log(phase, {"a": 1.0})
+        time.sleep(0.1)
     folder.log_samples(4, [{"prompt": "a"}])
-print(len(killed) > 0, [row["phase"] for row in folder.rows()])
+    took = time.monotonic() - start
+print(took < 1, [row["phase"] for row in folder.rows()], own[0].pid)
 """
 
 
-def test_a_run_goes_on_without_wandb_when_its_process_dies(tmp_path):
-    command = [sys.executable, "-c", DIES, str(tmp_path)]
-    # Without the address of this process's W&B, which it would join.
-    own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=60, check=True)
-    lines = done.stdout.splitlines()
-    assert lines[-1] == "True [1, 2, 3, 4]"
-    warned = [line.partition(" (")[0] for line in lines if line.startswith("W&B")]
-    assert warned == ["W&B failed", "W&B could not finish its run"]
+@pytest.mark.parametrize(
+    ("signal", "warning"),
+    [
+        ("none", None),
+        ("SIGKILL", "W&B failed ("),
+        ("SIGSTOP", "W&B failed (not finished after 1 s; later: wandb sync "),
+    ],
+)
+def test_a_run_goes_on_and_ends_when_wandbs_service_dies_or_stops(tmp_path, signal, warning):
+    script = SIGNALLED.replace("finish_s=15", "finish_s=1") if signal == "SIGSTOP" else SIGNALLED
+    home, path = tmp_path / "home", tmp_path / "run"
+    home.mkdir()
+    # Without the address of this process's W&B, which it would join, and W&B's folders.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment = {**own, "HOME": str(home), "WANDB_ERROR_REPORTING": "false"}
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path), signal], env=environment, capture_output=True,
+        text=True, timeout=100, check=True,
+    )  # fmt: skip
+    assert time.monotonic() - start < 60
+    *said, last = done.stdout.splitlines()
+    words, _, pid = last.rpartition(" ")
+    assert words == "True [1, 2, 3, 4]"
+    assert len(said) == (warning is not None), said
+    assert all(line.startswith(warning) for line in said), said
+    assert done.stderr == ""
+    assert not psutil.pid_exists(int(pid))
+    assert [*home.iterdir()] == []
+    staged = [*(path / "wandb" / "data").rglob("*")]
+    assert any(file.is_file() for file in staged)
 
 
-@pytest.mark.parametrize("field", [{"mode": "onlin"}, {"project": ""}, {"tags": "abc"}, {"key": 1}])
+class Serves(BaseHTTPRequestHandler):
+    """As much of W&B's server as lets a run begin and send its rows."""
+
+    def do_POST(self) -> None:
+        self.server.wait()
+        asked = self.rfile.read(int(self.headers["Content-Length"] or 0)).decode()
+        data = {}
+        if "upsertBucket" in asked:
+            name = json.loads(asked)["variables"]["name"]
+            project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "me"}}
+            bucket = {"id": "b", "name": name, "displayName": name, "config": "{}"}
+            bucket |= {"project": project, "historyLineCount": 0}
+            data["upsertBucket"] = {"bucket": bucket, "inserted": True}
+        body = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    """It answers, until it `dies` or `hangs`."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Serves)
+        self.answers = threading.Event()
+        self.answers.set()
+        self.wait: Callable[[], bool] = self.answers.wait
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def dies(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def hangs(self) -> None:
+        self.answers.clear()
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_server_that_goes_away_holds_nothing_up(tmp_path, monkeypatch, caplog, how):
+    monkeypatch.setattr(wandb_run, "SERVICE_S", 1.0)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    server = Server()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    wandb.teardown()
+    logger = WandbLogger(mode="online", finish_s=1)
+    with RunFolder(tmp_path, lambda: logger.open(info(tmp_path))) as folder:
+        folder.start()
+        folder.log(1, {"eval/score": 0.5})
+        time.sleep(0.5)
+        getattr(server, how)()
+        start = time.monotonic()
+        for phase in range(2, 50):
+            folder.log(phase, {"eval/score": 0.25})
+        assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 10
+    server.answers.set()
+    assert [row["phase"] for row in folder.rows()] == [*range(1, 50)]
+    [warning] = [message for message in caplog.messages if message.startswith("W&B failed")]
+    [run] = (tmp_path / "shared" / "wandb").glob("run-*")
+    assert f"later: wandb sync {run})" in warning
+    [kept] = inspect(run, "--summary")
+    assert kept["summary"]["best/eval_score"] == 0.5
+    assert not [p for p in psutil.Process().children() if p.name().startswith("wandb-")]
+
+    server.dies()
+    monkeypatch.delenv("WANDB_BASE_URL")
+    assert opens(WandbLogger(mode="offline"), tmp_path / "next") == "offline"
+
+
+def test_a_folder_that_cannot_be_written_is_said_once(tmp_path, caplog):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "wandb").write_text("a file")
+    with RunFolder(tmp_path, lambda: WandbLogger(mode="offline").open(info(tmp_path))) as folder:
+        folder.start()
+        folder.log(1, {"a": 1.0})
+    [warning] = [message for message in caplog.messages if message.startswith("W&B")]
+    assert re.fullmatch(
+        r"W&B cannot start \(.*File exists: .*wandb'\); going on without it", warning
+    )
+    assert [row["phase"] for row in folder.rows()] == [1]
+
+
+BETWEEN = """
+import logging, psutil, sys
+from pathlib import Path
+from rlhf_exp.training.loggers import RunInfo, WandbLogger
+
+logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+path = Path(sys.argv[1])
+for name in "abc":
+    info = RunInfo(name=name, group=None, job_type="ppo", config={}, shared_folder=path / name)
+    with WandbLogger(mode="offline").open(info) as sinks:
+        print(name, len(sinks))
+    if name == "a":
+        [service] = [p for p in psutil.Process().children() if p.name() == "wandb-core"]
+        service.kill()
+        service.wait()
+"""
+
+
+def test_a_service_that_died_between_two_runs_costs_one_of_them(tmp_path):
+    own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    done = subprocess.run(
+        [sys.executable, "-c", BETWEEN, str(tmp_path)],
+        env={**own, "WANDB_ERROR_REPORTING": "false"},
+        capture_output=True, text=True, timeout=100, check=True,
+    )  # fmt: skip
+    first, warning, second, third = done.stdout.splitlines()
+    assert (first, second, third) == ("a 1", "b 0", "c 1")
+    assert re.fullmatch(r"W&B cannot start \(.+\); going on without it", warning)
+    assert done.stderr == ""
+
+
+def test_what_wandb_would_put_into_the_home_is_the_users_to_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "theirs"))
+    monkeypatch.delenv("WANDB_CACHE_DIR")
+    with WandbLogger(mode="offline").open(info(tmp_path)):
+        assert os.environ["WANDB_DATA_DIR"] == str(tmp_path / "theirs")
+        assert os.environ["WANDB_CACHE_DIR"] == str(tmp_path / "shared" / "wandb" / "cache")
+    assert "WANDB_CACHE_DIR" not in os.environ
+
+
+@pytest.mark.parametrize(
+    "field", [{"mode": "onlin"}, {"project": ""}, {"tags": "abc"}, {"finish_s": 0}, {"key": 1}]
+)
 def test_settings_out_of_range_are_refused(field):
     with pytest.raises(ValidationError, match="1 validation error"):
         WandbLogger(**field)

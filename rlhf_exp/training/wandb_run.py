@@ -1,0 +1,95 @@
+"""A W&B run that cannot hold training up: what it is told is said on a thread of its own, and when
+it fails or stops answering it is dropped with one warning.
+
+It knows how W&B's service dies, and nothing of what is logged.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+log = logging.getLogger(__name__)
+
+MAX_WAITING = 10_000
+SERVICE_S = 5.0  # for a service that answers to end; a dead one does not take them
+
+Call = Callable[[Any], object]
+
+
+class WandbRun:
+    """Hands calls on to a run of W&B, in their order, and never waits but in `close`."""
+
+    def __init__(self, run: Any, *, finish_s: float) -> None:
+        self._run, self._finish_s = run, finish_s
+        self._calls: queue.Queue[Call] = queue.Queue(MAX_WAITING)
+        self._finished, self._failed = False, threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._work, name="W&B", daemon=True)
+        self._thread.start()
+
+    def call(self, call: Call) -> None:
+        """Has the call made with the run, soon; not at all once one has failed."""
+        if self._failed.is_set():
+            return
+        try:
+            self._calls.put_nowait(call)
+        except queue.Full:
+            self._give_up("it has stopped answering")
+
+    def close(self, *, exit_code: int) -> None:
+        """Ends the run once everything is said, and waits for that `finish_s` seconds at most."""
+
+        def finish(run: Any) -> None:
+            # Not `with run`, which prints the traceback of what was raised.
+            run.finish(exit_code=exit_code)
+            self._finished = True
+
+        self.call(finish)
+        self._thread.join(self._finish_s)
+        if self._thread.is_alive():
+            files = Path(self._run.dir).parent
+            self._give_up(f"not finished after {self._finish_s:g} s; later: wandb sync {files}")
+        if self._failed.is_set():
+            drop_service(lambda: self._run.finish(exit_code=exit_code))
+
+    def _work(self) -> None:
+        while not (self._finished or self._failed.is_set()):
+            call = self._calls.get()
+            try:
+                call(self._run)
+            except Exception as error:
+                self._give_up(str(error).partition("\n")[0] or type(error).__name__)
+
+    def _give_up(self, why: str) -> None:
+        with self._lock:
+            if not self._failed.is_set():
+                self._failed.set()
+                log.warning("W&B failed (%s); going on without it, the run's folder has all", why)
+
+
+def drop_service(*last: Callable[[], object]) -> None:
+    """Takes W&B's service out of this process, after the last calls if it still answers: the next
+    run starts one of its own, and the interpreter does not wait for this one when it ends."""
+
+    def tear_down() -> None:
+        import wandb
+
+        for end in (*last, wandb.teardown):
+            try:
+                end()
+            except Exception as error:  # as they do where the service is dead
+                log.debug("W&B's service: %s", error)
+
+    thread = threading.Thread(target=tear_down, name="W&B teardown", daemon=True)
+    thread.start()
+    thread.join(SERVICE_S)
+    if thread.is_alive():
+        # It would go on trying to upload, long after this process.
+        for process in psutil.Process().children():
+            if process.name().startswith("wandb-"):
+                process.kill()
