@@ -288,5 +288,7 @@ def _line(error: BaseException, file: str | None = None) -> str:
     calls = list(traceback.extract_tb(error.__traceback__))
     while any(call.filename == __file__ for call in calls):
         calls = calls[1:]
-    found = [call for call in calls if call.filename == file] or calls
+    # Not where a library was when it raised, or W&B, which puts itself in the place of sys.exit.
+    own = [call for call in calls if "site-packages" not in Path(call.filename).parts]
+    found = [call for call in calls if call.filename == file] or own or calls
     return f" at {found[-1].filename}:{found[-1].lineno}" if found else ""
