@@ -1,0 +1,150 @@
+"""What commonly goes wrong in a run, seen from its curves: each warning says the numbers and what
+to try.
+
+The thresholds are rules of thumb; a warning is a reason to look, not a verdict.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from rlhf_exp.report.runs import Run
+
+MIN_PHASES = 8  # fewer tell no trend
+COLLAPSED = 0.5  # of the first distinct-3
+LOW_ENTROPY = 0.1  # nats a token
+KL_RISE, KL_FACTOR = 0.01, 1.5  # nats a token
+CLIPPED, OFTEN = 0.4, 0.1  # a clip fraction; a share of phases
+OVERFIT = 1.05  # of the lowest held-out loss
+
+
+def diagnose(run: Run) -> list[str]:
+    """The run's warnings, the gravest first."""
+    checks: tuple[Callable[[Run], str | None], ...] = (
+        _not_finite,
+        _repeats,
+        _low_entropy,
+        _kl_for_nothing,
+        _bad_values,
+        _clips,
+        _overfits,
+    )
+    return [warning for check in checks if (warning := check(run))]
+
+
+def _not_finite(run: Run) -> str | None:
+    for name in ("objective/scores", "objective/kl", "loss/total", "train/loss"):
+        phases = run.train.nulls.get(name)
+        if phases:
+            return (
+                f"{name} is not finite at phase {phases[0]} ({len(phases)} phases in all): lower"
+                " optimizer.base_lr or stage.max_grad_norm, or compute in fp32"
+            )
+    return None
+
+
+def _repeats(run: Run) -> str | None:
+    for curves, name in ((run.evaluated, "eval/distinct_3"), (run.train, "sample/distinct_3")):
+        known = curves.known(name)
+        if len(known) < 2:
+            continue
+        first, last = known[0][1], known[-1][1]
+        if last < COLLAPSED * first:
+            return (
+                f"{name} fell from {first:.3g} to {last:.3g}: completions repeat themselves or each"
+                " other (collapse); raise stage.kl_coef or stage.ent_coef, stop earlier, and read"
+                " the samples: the reward may like one phrase"
+            )
+        return None
+    return None
+
+
+def _low_entropy(run: Run) -> str | None:
+    known = run.train.known("objective/entropy") or run.evaluated.known("eval/entropy")
+    if not known:
+        return None
+    last = _end(known)
+    if last >= LOW_ENTROPY or known[0][1] < LOW_ENTROPY:
+        return None
+    return (
+        f"entropy near 0: {known[0][1]:.3g} at first, {last:.2g} nats a token at the end; the"
+        " policy no longer explores; raise stage.ent_coef or stage.kl_coef, unless each prompt has"
+        " one right answer"
+    )
+
+
+def _kl_for_nothing(run: Run) -> str | None:
+    scores, kls = run.train.known("objective/scores"), run.train.known("objective/kl")
+    if len(scores) < MIN_PHASES or len(kls) < MIN_PHASES:
+        return None
+    end, kl_end, noise = _end(scores), _end(kls), _standard_error(scores)
+    for where, start in (("phase 1", 0), ("the middle", len(scores) // 2)):
+        before = _mean(scores[start : start + _window(scores)])
+        kl_before = _mean(kls[min(start, len(kls) - 1) :][: _window(kls)])
+        rises = kl_end - kl_before > KL_RISE and kl_end > KL_FACTOR * kl_before
+        if rises and end <= before + noise:
+            return (
+                f"KL rises with no reward: from {where} on KL went {kl_before:.3g} -> {kl_end:.3g}"
+                f" nats a token, the score {before:.3g} -> {end:.3g}; raise stage.kl_coef, lower"
+                " optimizer.base_lr, or stop earlier"
+            )
+    return None
+
+
+def _bad_values(run: Run) -> str | None:
+    known = run.train.known("val/explained_variance")
+    if len(known) < MIN_PHASES:
+        return None
+    late = _mean(known[-(len(known) // 4) :])
+    if late >= 0:
+        return None
+    return (
+        f"value explained variance {late:.2g} over the last quarter: the value head predicts worse"
+        " than a constant; raise optimizer.head_lr or stage.vf_coef, or take larger batches"
+    )
+
+
+def _clips(run: Run) -> str | None:
+    known = run.train.known("policy/clipfrac")
+    above = [phase for phase, value in known if value > CLIPPED]
+    if not above or len(above) < OFTEN * len(known):
+        return None
+    most = max(value for _, value in known)
+    return (
+        f"clip fraction above {CLIPPED} in {len(above)} of {len(known)} phases (at most"
+        f" {most:.2g}, first at phase {above[0]}): updates are too large; lower optimizer.base_lr"
+        " or take fewer minibatches a phase"
+    )
+
+
+def _overfits(run: Run) -> str | None:
+    known = run.evaluated.known("heldout/loss")
+    if len(known) < 3:
+        return None
+    phase, lowest = min(known, key=lambda point: point[1])
+    last = known[-1][1]
+    if lowest <= 0 or last <= OVERFIT * lowest:
+        return None
+    return (
+        f"held-out loss rose from {lowest:.4g} (phase {phase}) to {last:.4g}: overfitting; train"
+        " for fewer epochs, on more data, or with a lower optimizer.base_lr"
+    )
+
+
+def _window(known: list[tuple[int, float]]) -> int:
+    return max(2, len(known) // 10)
+
+
+def _mean(known: list[tuple[int, float]]) -> float:
+    return float(np.mean([value for _, value in known])) if known else math.nan
+
+
+def _end(known: list[tuple[int, float]]) -> float:
+    return _mean(known[-_window(known) :])
+
+
+def _standard_error(known: list[tuple[int, float]]) -> float:
+    """Of a window's mean; the spread is that between neighboring phases, free of the trend."""
+    steps = np.diff([value for _, value in known])
+    return float(np.std(steps) / math.sqrt(2 * _window(known)))

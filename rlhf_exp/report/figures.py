@@ -1,0 +1,239 @@
+"""The report's pictures as PNGs: the frontier, the curves, the parameters.
+
+It draws a payload and computes nothing.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_exp.report.grouping import short_names, show_value
+from rlhf_exp.report.wording import best_first, front_of
+from rlhf_exp.training.curves import INK, MUTED, SCORE
+
+# After Okabe and Ito, told apart by color-blind readers too; the HTML page uses the same.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#b5559a", "#b98100", "#3a9bd9", "#5b4fa2", "#7a5c3e")
+CURVES = (
+    ("train", "objective/scores"),
+    ("train", "objective/kl"),
+    ("train", "objective/entropy"),
+    ("train", "sample/distinct_3"),
+    ("train", "val/explained_variance"),
+    ("train", "policy/clipfrac"),
+    ("train", "train/loss"),
+    ("eval", "heldout/loss"),
+    ("eval", "heldout/accuracy"),
+)
+BESIDE = 24  # characters of a label that fits beside its dot
+TICKED = 6  # so many different numbers are the axis's ticks themselves
+LOG_FROM = 8  # the ratio of a parameter's ends from which its axis is logarithmic
+
+
+def write_figures(payload: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Those of frontier.png, curves.png and parameters.png that the payload has data for."""
+    drawn = (draw_frontier, draw_curves, draw_parameters)
+    paths = [draw(payload, folder) for draw in drawn]
+    return [path for path in paths if path is not None]
+
+
+def draw_frontier(payload: Mapping[str, Any], folder: Path) -> Path | None:
+    """Score against KL: a group's mean at the end with its interval, the way there as a thin line,
+    and the Pareto front. None if no group has both."""
+    groups = [
+        group
+        for group in payload["groups"]
+        if group["score"]["mean"] is not None and group["kl"]["mean"] is not None
+    ]
+    if not groups:
+        return None
+    figure, (axis,) = _panels(1, columns=1, size=(8.0, 5.0))
+    colors = _colors(payload)
+    chosen = {group["id"] for group in choose_groups({**payload, "groups": groups})}
+    beside = all(len(group["label"]) <= BESIDE for group in groups)
+    front = sorted((g["kl"]["mean"], g["score"]["mean"]) for g in groups if g["pareto"])
+    axis.plot(*zip(*front, strict=True), color=MUTED, linewidth=1, linestyle="--", zorder=1,
+              drawstyle="steps-post", label="Pareto front")  # fmt: skip
+    for group in groups:
+        color, on, own = colors[group["id"]], group["pareto"], group["id"] in chosen
+        path = [(p["kl"], p["score"]) for p in group["path"]] if own else []
+        if path:
+            axis.plot(*zip(*path, strict=True), color=color, linewidth=0.8, alpha=0.4, zorder=2)
+        kl, score = group["kl"], group["score"]
+        axis.errorbar(
+            kl["mean"], score["mean"], xerr=_error(kl), yerr=_error(score), fmt="o", color=color,
+            markersize=8 if on else 5, markerfacecolor=color if on else "white",
+            elinewidth=1, capsize=2, zorder=3 + own,
+            label=_label(group) if own and not beside else None,
+        )  # fmt: skip
+        if own and beside:
+            axis.annotate(_label(group), (kl["mean"], score["mean"]), xytext=(7, -11),
+                          textcoords="offset points", fontsize=8, color=color)  # fmt: skip
+    unit = " (nats a token)" if payload["kl"].endswith("/kl") else ""
+    axis.set_xlabel(f"{payload['kl']}{unit}", color=INK)
+    axis.set_ylabel(payload["score"], color=INK)
+    axis.set_title("score against KL: lines by phase, dots at the end, filled on the front",
+                   loc="left", color=INK, fontsize=10)  # fmt: skip
+    axis.margins(x=0.12)
+    if beside:
+        axis.legend(frameon=False, loc="lower right", labelcolor=INK, fontsize=8)
+    else:
+        figure.set_size_inches(8, 6.2)
+        _legend_below(figure, [axis])
+    return _save(figure, folder / "frontier.png")
+
+
+def draw_curves(payload: Mapping[str, Any], folder: Path) -> Path | None:
+    """Up to eight groups' means by phase with their intervals over seeds, a panel a metric. None if
+    there are no curves."""
+    metrics = [(side, name) for side, name in CURVES if name in payload["metrics"][side]]
+    if not metrics:
+        return None
+    groups = choose_groups(payload)
+    rows = math.ceil(len(metrics) / 2)
+    figure, panels = _panels(len(metrics), columns=2, size=(10.0, 0.8 + 2.3 * rows))
+    colors = _colors(payload)
+    for axis, (side, name) in zip(panels, metrics, strict=False):
+        for group in groups:
+            curves = group["curves"][side]
+            if name not in curves:
+                continue
+            band = {end: _floats(curves[name][end]) for end in ("mean", "low", "high")}
+            style = {"color": colors[group["id"]], "linewidth": 1.2}
+            mark = "o-" if side == "eval" else "-"
+            axis.plot(
+                curves["phase"], band["mean"], mark, label=_label(group), markersize=4, **style
+            )
+            axis.fill_between(curves["phase"], band["low"], band["high"], color=style["color"],
+                              alpha=0.18, linewidth=0)  # fmt: skip
+        axis.set_title(name, loc="left", color=INK, fontsize=9)
+    _legend_below(figure, panels)
+    return _save(figure, folder / "curves.png")
+
+
+def draw_parameters(payload: Mapping[str, Any], folder: Path) -> Path | None:
+    """Each run's final score against each parameter, the most important first and at most nine.
+    None if there is no parameter or no score."""
+    runs = [run for run in payload["runs"] if run["final"]["score"] is not None]
+    shares = {entry["parameter"]: entry["share"] for entry in payload["importance"]}
+    parameters = sorted(payload["parameters"], key=lambda name: -shares.get(name, 0))[:9]
+    if not runs or not parameters:
+        return None
+    columns = min(3, len(parameters))
+    size = (max(5.0, 3.6 * columns), 0.5 + 2.8 * math.ceil(len(parameters) / columns))
+    figure, panels = _panels(len(parameters), columns=columns, size=size)
+    names = short_names(payload["parameters"])
+    for axis, name in zip(panels, parameters, strict=False):
+        done = [run["status"] == "done" for run in runs]
+        xs = _places(axis, [run["parameters"].get(name) for run in runs])
+        ys = [run["final"]["score"] for run in runs]
+        for kept, face, alpha in ((True, SCORE, 0.6), (False, "none", 1.0)):
+            points = [(x, y) for x, y, d in zip(xs, ys, done, strict=True) if d == kept]
+            if points:
+                axis.scatter(*zip(*points, strict=True), s=22, facecolors=face, edgecolors=SCORE,
+                             alpha=alpha, linewidths=0.8)  # fmt: skip
+        share = f"  ({shares[name]:.0%})" if name in shares else ""
+        axis.set_title(f"{_escaped(names[name])}{share}", loc="left", color=INK, fontsize=9)
+    for axis in panels[::columns]:
+        axis.set_ylabel(payload["score"], color=INK)
+    return _save(figure, folder / "parameters.png")
+
+
+def choose_groups(payload: Mapping[str, Any], count: int = len(COLORS)) -> list[dict[str, Any]]:
+    """Up to so many groups in their order: all; or those on the front, evenly along it if it has
+    more, and then the best scores."""
+    groups = list(payload["groups"])
+    if len(groups) <= count:
+        return groups
+    front = front_of(payload)
+    others = [group for group in best_first(groups) if not group["pareto"]]
+    if len(front) > count:
+        front = [front[round(i * (len(front) - 1) / (count - 1))] for i in range(count)]
+    chosen = {group["id"] for group in [*front, *others][:count]}
+    return [group for group in groups if group["id"] in chosen]
+
+
+def _places(axis: Any, values: Sequence[Any]) -> list[float]:
+    """Where on the x axis: at the number, or a place a value where some are no numbers."""
+    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        if min(values) > 0 and max(values) / min(values) >= LOG_FROM:
+            axis.set_xscale("log")
+        numbers = sorted(set(values))
+        if len(numbers) <= TICKED:
+            axis.set_xticks(numbers, [f"{number:.4g}" for number in numbers])
+            axis.set_xticks([], minor=True)
+        return [float(value) for value in values]
+    shown = [show_value(value, limit=18) for value in values]
+    order = sorted(set(shown))
+    axis.set_xticks(range(len(order)), [_escaped(word) for word in order], rotation=20, ha="right")
+    return [float(order.index(word)) for word in shown]
+
+
+def _colors(payload: Mapping[str, Any]) -> dict[int, str]:
+    """A color a group: its own for up to eight, else those of the chosen and gray."""
+    chosen = [group["id"] for group in choose_groups(payload)]
+    colors = {group["id"]: MUTED for group in payload["groups"]}
+    return colors | dict(zip(chosen, COLORS, strict=False))
+
+
+def _label(group: Mapping[str, Any]) -> str:
+    text = _escaped(group["label"])
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def _escaped(text: str) -> str:
+    # Matplotlib reads what stands between dollar signs as a formula.
+    return text.replace("$", r"\$")
+
+
+def _error(interval: Mapping[str, float | None]) -> list[list[float]] | None:
+    mean, low, high = interval["mean"], interval["low"], interval["high"]
+    if mean is None or low is None or high is None:
+        return None
+    # Rounded apart, an end may lie on the wrong side of the mean.
+    return [[max(0.0, mean - low)], [max(0.0, high - mean)]]
+
+
+def _floats(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+def _panels(count: int, *, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    rows = math.ceil(count / columns)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for axis in axes[count:]:
+        axis.remove()
+    for axis in axes[:count]:
+        axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(colors=MUTED)
+    return figure, axes[:count]
+
+
+def _legend_below(figure: Any, panels: Sequence[Any]) -> None:
+    """One legend for all panels, an entry a label, in as many columns as fit."""
+    handles = {
+        label: handle
+        for axis in panels
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    longest = max((len(label) for label in handles), default=0)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        frameon=False,
+        ncols=4 if longest < 20 else 3 if longest < 32 else 2,
+        fontsize=8 if longest < 45 else 7,
+        labelcolor=INK,
+    )
+
+
+def _save(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path

@@ -1,0 +1,187 @@
+"""Which parameters the runs differ in, and which runs differ in nothing but the seed.
+
+It knows configurations, not metrics.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_exp.report.runs import Run
+
+SEEDS = {"seed", "prepare_seed"}
+# Where things are written and on what they are computed; no part of the experiment.
+ELSEWHERE = {"name", "artifacts_dir", "resume", "until", "device", "allow_targets"}
+ELSEWHERE |= {"skip_completed", "dry_run"}
+ELSEWHERE_GROUPS = ("logger.", "hub.")
+TARGET = "._target_"  # ends the key of what a group of the configuration chose
+STAGE = "stage"
+MANY = 8  # of more parameters, those that only ever change together are shown as one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Runs with equal parameters, by their places in the list of runs."""
+
+    label: str
+    parameters: dict[str, Any]
+    runs: list[int]
+
+
+def varied_parameters(runs: Sequence[Run]) -> list[str]:
+    """The dotted keys whose values differ between runs of one kind of stage, in the
+    configuration's order, and the stage if there are several. A group of which the runs chose
+    different options is one of them, without the keys that only some of the options have; a key
+    that differs among runs with the same option stays. Copies of another key below `prepare` are
+    left out, and so, if there are more than eight, are keys that change only together with one
+    before them."""
+    kinds: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.config:
+            kinds.setdefault(_key(_value(run, STAGE)), []).append(run)
+    found: dict[str, None] = {STAGE: None} if len(kinds) > 1 else {}
+    for kind in kinds.values():
+        found |= dict.fromkeys(_parameters_within(kind))
+    known = [run for run in runs if run.config]
+    values = {name: _key([_value(run, name) for run in known]) for name in found}
+    own = {values[name] for name in found if not name.startswith("prepare.")}
+    names = [n for n in found if not n.startswith("prepare.") or values[n] not in own]
+    if len(names) > MANY:
+        names = list({_partition(known, name): name for name in reversed(names)}.values())[::-1]
+    return names
+
+
+def settings_of(run: Run, parameters: Sequence[str]) -> dict[str, Any]:
+    """The run's values of the parameters: of a group the name of the class that it chose; None
+    where it has no such key."""
+    values = {name: _value(run, name) for name in parameters}
+    return {n: show_value(v) if f"{n}{TARGET}" in run.config else v for n, v in values.items()}
+
+
+def split_configs(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """What all runs with a known configuration have in common, and each run's values of what
+    differs; None where a run has no such key."""
+    known = [run for run in runs if run.config]
+    differing = {name: [run.config.get(name) for run in runs] for name in _differing(known)}
+    config = known[0].config if known else {}
+    return {name: value for name, value in config.items() if name not in differing}, differing
+
+
+def group_runs(runs: Sequence[Run], parameters: Sequence[str]) -> list[Group]:
+    """The groups, sorted by their parameters, numbers as numbers. A run whose configuration is
+    unknown is a group of its own, named after its folder, at the end."""
+    by_values: dict[str, list[int]] = {}
+    for index, run in enumerate(runs):
+        key = _key([_value(run, name) for name in parameters])
+        by_values.setdefault(key if run.config else f"run {index}", []).append(index)
+    groups = []
+    for members in by_values.values():
+        run = runs[members[0]]
+        values = settings_of(run, parameters) if run.config else {}
+        label = label_of(values) or (str(run.config["name"]) if "name" in run.config else run.name)
+        groups.append(Group(label=label, parameters=values, runs=members))
+    unknown = {groups.index(g): not runs[g.runs[0]].config for g in groups}
+    order = sorted(
+        range(len(groups)),
+        key=lambda i: (unknown[i], [sortable(v) for v in groups[i].parameters.values()]),
+    )
+    return [groups[i] for i in order]
+
+
+def repeated(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
+    """A line for each group in which a seed occurs twice."""
+    lines = []
+    for group in groups:
+        seen: dict[str, Run] = {}
+        for run in (runs[i] for i in group.runs if runs[i].config):
+            seeds = _key([run.config.get(name) for name in sorted(SEEDS)])
+            if seeds in seen:
+                same = f"the same parameters and seed as {seen[seeds].folder}"
+                lines.append(f"{run.folder}: {same}; both count")
+            seen.setdefault(seeds, run)
+    return lines
+
+
+def short_names(parameters: Sequence[str]) -> dict[str, str]:
+    """The last word of each dotted key; as many more as it takes to tell them apart."""
+    names = {}
+    for key in parameters:
+        words = key.split(".")
+        for count in range(1, len(words) + 1):
+            name = ".".join(words[-count:])
+            if sum(f".{other}".endswith(f".{name}") for other in parameters) == 1:
+                break
+        names[key] = name
+    return names
+
+
+def label_of(values: Mapping[str, Any]) -> str:
+    """The parameters as "kl_coef=0.3, clip_coef=0.2"."""
+    names = short_names(list(values))
+    return ", ".join(f"{names[key]}={show_value(value)}" for key, value in values.items())
+
+
+def show_value(value: Any, *, limit: int = 40) -> str:
+    """A value of a configuration, short: numbers with four digits, classes by their name."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    if text.startswith("rlhf_exp."):
+        text = text.rpartition(".")[2]
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def sortable(value: Any) -> tuple[int, float, str]:
+    """A key that sorts values of any kind: null, booleans, numbers by size, then texts."""
+    if value is None:
+        return (0, 0.0, "")
+    if isinstance(value, bool):
+        return (1, float(value), "")
+    if isinstance(value, int | float):
+        return (2, float(value), "")
+    return (3, 0.0, _key(value))
+
+
+def _differing(runs: Sequence[Run]) -> list[str]:
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    return [key for key in keys if len({_key(run.config.get(key)) for run in runs}) > 1]
+
+
+def _parameters_within(kind: Sequence[Run]) -> list[str]:
+    differing = [key for key in _differing(kind) if not _is_elsewhere(key)]
+    chosen = [key.removesuffix(TARGET) for key in differing if key.endswith(TARGET)]
+    kept = [
+        key
+        for key in differing
+        if all(key in run.config for run in kind)
+        or not _follows(kind, key, [name for name in chosen if key.startswith(f"{name}.")])
+    ]
+    return [key.removesuffix(TARGET) for key in kept]
+
+
+def _follows(runs: Sequence[Run], key: str, groups: Sequence[str]) -> bool:
+    """Whether the options chosen for these groups, the key's own aside, tell its value."""
+    options = [_key([_value(run, n) for n in groups if f"{n}{TARGET}" != key]) for run in runs]
+    pairs = {(option, _key(run.config.get(key))) for option, run in zip(options, runs, strict=True)}
+    return len(pairs) == len(set(options))
+
+
+def _value(run: Run, name: str) -> Any:
+    return run.config.get(f"{name}{TARGET}", run.config.get(name))
+
+
+def _is_elsewhere(key: str) -> bool:
+    return key in SEEDS | ELSEWHERE or f"{key}.".startswith(ELSEWHERE_GROUPS)
+
+
+def _partition(runs: Sequence[Run], name: str) -> tuple[int | str, ...]:
+    """Which runs share a value: the same for two keys that change together. Where no two runs do,
+    it tells nothing, and the key stands for itself."""
+    numbers: dict[str, int] = {}
+    places = [numbers.setdefault(_key(_value(run, name)), len(numbers)) for run in runs]
+    return (name,) if len(numbers) == len(runs) > 2 else tuple(places)
+
+
+def _key(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)

@@ -1,0 +1,241 @@
+"""How much of the scores' spread each parameter explains, alone and in pairs.
+
+Grids are decomposed by variance; other searches through a random forest. Where the runs are too few
+to tell an effect from the noise between seeds it says so and gives no number.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rlhf_exp.report.grouping import sortable
+
+FULL = 0.8  # of the grid's cells; with fewer filled the effects are not separable
+MIN_NOISE_DF = 2
+MIN_FOREST_RUNS = 12
+LEVELS, BACKGROUND = 8, 128
+MAX_PAIRED = 10  # parameters whose pairs are looked at
+INSTALL = "pip install 'rlhf_exp[judge]'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Importance:
+    """Shares of the scores' variance, largest first, the share that is noise, and how they were
+    computed or why not. Shares need not sum to 1: what three parameters do together is left out."""
+
+    parameters: list[tuple[str, float]]
+    pairs: list[tuple[str, str, float]]
+    noise: float | None
+    note: str
+
+
+def measure_importance(
+    settings: Sequence[Mapping[str, Any]], scores: Sequence[float], parameters: Sequence[str]
+) -> Importance:
+    """The importances of the parameters, from a run's settings and score each."""
+    columns = {name: _codes([row.get(name) for row in settings]) for name in parameters}
+    columns = {name: codes for name, codes in columns.items() if len(set(codes)) > 1}
+    columns, copies = _without_copies(columns)
+    reason = _too_few(columns, scores)
+    if reason:
+        return Importance(parameters=[], pairs=[], noise=None, note=reason)
+    target = np.asarray(scores, dtype=float)
+    cells = len(set(zip(*columns.values(), strict=True)))
+    full = cells >= FULL * math.prod(len(set(codes)) for codes in columns.values())
+    found = _decompose_grid(columns, target) if full else _decompose_forest(columns, target)
+    moving = "".join(f" {copy} changes only together with {first}." for copy, first in copies)
+    return Importance(
+        parameters=sorted(found.parameters, key=lambda entry: -entry[1]),
+        pairs=sorted(found.pairs, key=lambda entry: -entry[2]),
+        noise=found.noise,
+        note=found.note + moving,
+    )
+
+
+def _codes(values: Sequence[Any]) -> list[float]:
+    """Numbers as they are; else places in the sorted order."""
+    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        return [float(value) for value in values]
+    keys = [json.dumps(value, sort_keys=True, default=str) for value in values]
+    order = {key: place for place, (_, key) in enumerate(
+        sorted({(sortable(value), key) for value, key in zip(values, keys, strict=True)})
+    )}  # fmt: skip
+    return [float(order[key]) for key in keys]
+
+
+def _without_copies(
+    columns: Mapping[str, list[float]],
+) -> tuple[dict[str, list[float]], list[tuple[str, str]]]:
+    """The columns that are no copies of one before, and (copy, original) for the others."""
+    firsts: dict[tuple[int, ...], str] = {}
+    kept, copies = {}, []
+    for name, codes in columns.items():
+        numbers: dict[float, int] = {}
+        partition = tuple(numbers.setdefault(code, len(numbers)) for code in codes)
+        if len(numbers) == len(
+            codes
+        ):  # all different, as in a random search: is it the same order?
+            partition = tuple(np.argsort(np.asarray(codes)).tolist())
+        first = firsts.setdefault(partition, name)
+        if first == name:
+            kept[name] = codes
+        else:
+            copies.append((name, first))
+    return kept, copies
+
+
+def _too_few(columns: Mapping[str, Sequence[float]], scores: Sequence[float]) -> str | None:
+    if not columns:
+        return "no importances: the finished runs differ in no parameter"
+    if len(scores) < 4:
+        return f"no importances: {len(scores)} finished runs are too few; it takes 4"
+    if np.ptp(np.asarray(scores, dtype=float)) < 1e-12:
+        return "no importances: all runs end with the same score"
+    return None
+
+
+def _decompose_grid(columns: Mapping[str, Sequence[float]], target: np.ndarray) -> Importance:
+    """Analysis of variance by least squares on the runs: each effect's share is epsilon squared,
+    (sum of squares - df * mean square of the noise) / total, which is 0 in the mean for a
+    parameter without effect (Kelley, An unbiased correlation ratio measure, 1935). The noise is
+    what differs between runs with equal parameters, where there are such."""
+    names = list(columns)
+    mains = {name: _indicators(columns[name]) for name in names}
+    pairs = {
+        (a, b): np.einsum("ri,rj->rij", mains[a], mains[b]).reshape(len(target), -1)
+        for a, b in itertools.combinations(names, 2)
+    }
+    cells = np.unique(np.array(list(columns.values())).T, axis=0, return_inverse=True)[1]
+    pure = _fit(target, [_indicators(cells.reshape(-1).astype(float).tolist())])
+    fits = {"cells": pure, "pairs": _fit(target, [*mains.values(), *pairs.values()])}
+    additive = fits["mains"] = _fit(target, list(mains.values()))
+    kind = next((kind for kind in fits if fits[kind][1] >= MIN_NOISE_DF), None)
+    if kind is None:
+        note = "no importances: too few runs to tell effects from noise; add seeds"
+        return Importance(parameters=[], pairs=[], noise=None, note=note)
+    square = fits[kind][0] / fits[kind][1]
+    total = float(((target - target.mean()) ** 2).sum())
+    share = _share_against(target, square, total)
+    single = [
+        (name, share([m for other, m in mains.items() if other != name], additive))
+        for name in names
+    ]
+    both = [] if kind == "mains" else [
+        (a, b, share(
+            [*mains.values(), *(p for pair, p in pairs.items() if pair != (a, b))], fits["pairs"]
+        ))
+        for a, b in pairs
+    ]  # fmt: skip
+    noise = min(1.0, square * (len(target) - 1) / total)
+    return Importance(parameters=single, pairs=both, noise=noise, note=_grid_note(kind, noise))
+
+
+def _grid_note(kind: str, noise: float) -> str:
+    source = {
+        "cells": "between seeds",
+        "pairs": "what no pair of parameters explains, as no two runs differ in the seed alone",
+        "mains": "what no single parameter explains, as no two runs differ in the seed alone; so"
+        " interactions cannot be told from it",
+    }[kind]
+    return (
+        "Shares of the variance of the final score over a grid: sums of squares, less what noise"
+        f" alone would give (epsilon squared). Noise ({source}): {noise:.0%}."
+    )
+
+
+Fit = tuple[float, int]  # residual sum of squares, degrees of freedom left
+
+
+def _fit(target: np.ndarray, blocks: Sequence[np.ndarray]) -> Fit:
+    design = np.hstack([np.ones((len(target), 1)), *blocks])
+    solution, _, rank, _ = np.linalg.lstsq(design, target, rcond=1e-9)
+    return float(((target - design @ solution) ** 2).sum()), len(target) - int(rank)
+
+
+def _share_against(
+    target: np.ndarray, square: float, total: float
+) -> Callable[[Sequence[np.ndarray], Fit], float]:
+    """The share of an effect from the design without it and the fit with it."""
+
+    def share(without: Sequence[np.ndarray], whole: Fit) -> float:
+        rest, df = _fit(target, without)
+        return max(0.0, (rest - whole[0] - (df - whole[1]) * square) / total)
+
+    return share
+
+
+def _indicators(codes: Sequence[float]) -> np.ndarray:
+    """One column a level, each less its mean: so a pair's columns hold little of the singles."""
+    levels = np.unique(np.asarray(codes))
+    return (np.asarray(codes)[:, None] == levels).astype(float) - 1 / len(levels)
+
+
+def _decompose_forest(columns: Mapping[str, Sequence[float]], target: np.ndarray) -> Importance:
+    """Functional ANOVA of a random forest (Hutter, Hoos and Leyton-Brown, ICML 2014): the variance
+    of its predictions averaged over all other parameters. Unlike there the averages are over the
+    observed settings, and shares are scaled by the R squared of the runs left out of each tree."""
+    if len(target) < MIN_FOREST_RUNS:
+        note = (
+            f"no importances: {len(target)} finished runs that are no grid are too few; it takes"
+            f" {MIN_FOREST_RUNS}"
+        )
+        return Importance(parameters=[], pairs=[], noise=None, note=note)
+    try:
+        from sklearn.ensemble import RandomForestRegressor
+    except ImportError:
+        note = f"no importances: the runs are no grid, and a forest needs scikit-learn: {INSTALL}"
+        return Importance(parameters=[], pairs=[], noise=None, note=note)
+    table = np.array(list(columns.values())).T
+    forest = RandomForestRegressor(200, min_samples_leaf=2, oob_score=True, random_state=0)
+    forest.fit(table, target)
+    explained = float(forest.oob_score_)
+    if explained <= 0:
+        note = (
+            "no importances: a random forest predicts the runs that it was not shown no better than"
+            f" their mean does (R squared {explained:.2f}): the scores are noise, or the runs too"
+            " few"
+        )
+        return Importance(parameters=[], pairs=[], noise=None, note=note)
+    single, both = _marginals(forest.predict, table, list(columns))
+    whole = float(np.var(forest.predict(table))) or 1.0
+    note = (
+        "Shares of the variance of the final score by a random forest's averaged predictions"
+        f" (functional ANOVA); of runs that its trees were not shown it explains {explained:.0%},"
+        " and the shares are of that."
+    )
+    return Importance(
+        parameters=[(name, min(1.0, value / whole) * explained) for name, value in single],
+        pairs=[(a, b, min(1.0, value / whole) * explained) for a, b, value in both],
+        noise=1 - explained,
+        note=note,
+    )
+
+
+def _marginals(
+    predict: Callable[[np.ndarray], np.ndarray], table: np.ndarray, names: Sequence[str]
+) -> tuple[list[tuple[str, float]], list[tuple[str, str, float]]]:
+    """The variances of the averaged predictions: of each parameter, and of each pair beyond its
+    two."""
+    random = np.random.default_rng(0)
+    rows = random.permutation(len(table))[:BACKGROUND]
+    levels = [np.quantile(column, (np.arange(LEVELS) + 0.5) / LEVELS, method="nearest")
+              for column in table.T]  # fmt: skip
+
+    def averaged(places: Sequence[int]) -> np.ndarray:
+        grid = list(itertools.product(*(levels[place] for place in places)))
+        points = np.tile(table[rows], (len(grid), 1))
+        points[:, list(places)] = np.repeat(np.array(grid), len(rows), axis=0)
+        return predict(points).reshape(len(grid), len(rows)).mean(axis=1)
+
+    alone = [float(np.var(averaged([place]))) for place in range(len(names))]
+    strongest = sorted(range(len(names)), key=lambda place: -alone[place])[:MAX_PAIRED]
+    both = [
+        (names[a], names[b], max(0.0, float(np.var(averaged([a, b]))) - alone[a] - alone[b]))
+        for a, b in itertools.combinations(sorted(strongest), 2)
+    ]
+    return list(zip(names, alone, strict=True)), both

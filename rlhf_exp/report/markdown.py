@@ -1,0 +1,211 @@
+"""The report as Markdown with pictures beside it, for a pull request or a notebook of experiments.
+
+Whatever a model or a configuration wrote is escaped: it shows as the text that it is, in one cell.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_exp.report.grouping import short_names, show_value
+from rlhf_exp.report.wording import (
+    INTERVALS,
+    best_first,
+    count_statuses,
+    front_of,
+    one_line,
+    show_interval,
+    show_number,
+)
+
+MAX_ROWS = 30  # of a table, and of the warnings
+MAX_SAMPLED_RUNS = 3
+MAX_CELL = 500  # characters
+SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$^-])")
+
+
+def write_markdown(payload: Mapping[str, Any], pictures: Sequence[Path], path: Path) -> Path:
+    """Writes the report; the pictures lie in its folder."""
+    names = {picture.name for picture in pictures}
+    parts = [
+        f"# {escape(payload['title'])}",
+        f"{payload['made']}, from {_listed(payload['sources'])}. {count_statuses(payload)}.",
+        *_headline(payload),
+        *_picture("frontier.png", "score against KL", names),
+        *_groups(payload),
+        *_picture("curves.png", "curves with means and intervals over seeds", names),
+        *_parameters(payload, names),
+        *_runs(payload),
+        *_warnings(payload),
+        *_samples(payload),
+        *_configuration(payload),
+        *_problems(payload),
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path
+
+
+def escape(text: str, *, limit: int = MAX_CELL) -> str:
+    """The text as one line of Markdown that shows it and nothing else: no markup, no HTML, no link,
+    no formula, no end of a cell."""
+    text = text if len(text) <= limit else f"{text[:limit]}…"
+    text = one_line(text)
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = SPECIAL.sub(r"\\\1", text.replace("\t", " "))
+    # Bare addresses become links too.
+    text = text.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
+    return re.sub(r"^(\s*\d+)\. ", r"\1\\. ", text).strip()
+
+
+def _listed(texts: Iterable[str]) -> str:
+    return ", ".join(escape(text) for text in texts)
+
+
+def _picture(name: str, description: str, names: set[str]) -> list[str]:
+    return [f"![{description}]({name})"] if name in names else []
+
+
+def _headline(payload: Mapping[str, Any]) -> list[str]:
+    front = front_of(payload)
+    if not front:
+        return []
+    lines = [
+        f"- **{escape(group['label'])}**: {escape(payload['score'])}"
+        f" {escape(show_interval(group['score']))} at {escape(payload['kl'])}"
+        f" {escape(show_interval(group['kl']))}"
+        for group in front[:MAX_ROWS]
+    ]
+    lead = "Best trade-offs (no other has both a higher score and a lower KL):"
+    return [lead, "\n".join(lines)]
+
+
+def _groups(payload: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [
+            escape(group["label"]),
+            str(len(group["runs"])),
+            show_interval(group["score"]),
+            show_interval(group["kl"]),
+            "yes" if group["pareto"] else "",
+        ]
+        for group in best_first(payload["groups"])
+    ]
+    if len(rows) < 2:
+        return []
+    head = ["parameters", "runs", escape(payload["score"]), escape(payload["kl"]), "on the front"]
+    return ["## By parameters", INTERVALS, *_table(head, rows, ":--:")]
+
+
+def _parameters(payload: Mapping[str, Any], names: set[str]) -> list[str]:
+    if not payload["parameters"]:
+        return []
+    rows = [
+        [escape(entry["parameter"]), f"{entry['share']:.1%}"] for entry in payload["importance"]
+    ]
+    rows += [
+        [" x ".join(escape(name) for name in entry["parameters"]), f"{entry['share']:.1%}"]
+        for entry in payload["interactions"]
+        if entry["share"] >= 0.001
+    ]
+    table = _table(["parameter", "share of the variance"], rows, "--:") if rows else []
+    return [
+        "## Parameters",
+        *_picture("parameters.png", "final score against each parameter", names),
+        *table,
+        escape(payload["importance_note"], limit=2000),
+    ]
+
+
+def _runs(payload: Mapping[str, Any]) -> list[str]:
+    def rank(run: Mapping[str, Any]) -> tuple[bool, float]:
+        score = run["final"]["score"]
+        return (score is None, -(score or 0.0))
+
+    rows = []
+    for run in sorted(payload["runs"], key=rank):
+        final = run["final"]
+        status = run["status"] + (f": {run['error']}" if run["error"] else "")
+        names = ("score", "best_score", "kl", "entropy", "distinct_3", "seconds")
+        numbers = [show_number(final[name]) for name in names]
+        warnings = str(len(run["warnings"]) or "")
+        name = escape(run["name"])
+        rows.append([name, escape(status, limit=120), str(run["phases"]), *numbers, warnings])
+    head = ["run", "status", "phases", "score", "best", "KL", "entropy", "distinct-3", "seconds"]
+    return ["## Runs", *_table([*head, "warnings"], rows, "--:")] if rows else []
+
+
+def _warnings(payload: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"- **{escape(run['name'])}**: {escape(warning)}"
+        for run in payload["runs"]
+        for warning in run["warnings"]
+    ]
+    return ["## Warnings", "\n".join(_bounded(lines, "- "))] if lines else []
+
+
+def _samples(payload: Mapping[str, Any]) -> list[str]:
+    """Of the best run of each group on the front, or of the best runs."""
+    runs = [run for run in payload["runs"] if run["samples"]]
+    runs.sort(key=lambda run: -(run["final"]["score"] or float("-inf")))
+    front = {group["id"] for group in front_of(payload)}
+    firsts = {run["group"]: run for run in reversed(runs) if run["group"] in front}
+    parts = []
+    for run in (list(firsts.values())[::-1] or runs)[:MAX_SAMPLED_RUNS]:
+        rows = [
+            [
+                escape(sample["prompt"]),
+                show_number(sample["score_before"]),
+                escape(sample["before"]),
+                show_number(sample["score_after"]),
+                escape(sample["after"] or ""),
+            ]
+            for sample in run["samples"]
+        ]
+        head = ["prompt", "score", "before", "score", "after"]
+        parts += [f"### {escape(run['name'])}", *_table(head, rows, "---")]
+    return ["## Samples, first and last evaluation", *parts] if parts else []
+
+
+def _configuration(payload: Mapping[str, Any]) -> list[str]:
+    short = short_names(list(payload["differing"]))
+    rows = [
+        [f"{escape(short[key])}" if short[key] == key else escape(key), _values(values)]
+        for key, values in payload["differing"].items()
+    ]
+    table = _table(["key", "values"], rows, "---") if rows else []
+    lines = [f"{json.dumps(k)[1:-1]}: {json.dumps(v)}" for k, v in payload["common"].items()]
+    folded = [
+        "<details><summary>Configuration that all runs share</summary>",
+        "```yaml\n" + "\n".join(lines) + "\n```",
+        "</details>",
+    ]
+    return ["## Configuration", *table, *(folded if lines else [])]
+
+
+def _values(values: Sequence[Any]) -> str:
+    different = list(dict.fromkeys(show_value(value) for value in values))
+    shown = ", ".join(escape(value) for value in different[:8])
+    return shown if len(different) <= 8 else f"{shown} and {len(different) - 8} more"
+
+
+def _problems(payload: Mapping[str, Any]) -> list[str]:
+    lines = [f"- {escape(problem)}" for problem in payload["problems"]]
+    return ["## What could not be read or was left out", "\n".join(lines)] if lines else []
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], rule: str) -> list[str]:
+    """A table of cells that are escaped, its columns but the first aligned by the rule; and how
+    many rows were left out."""
+    kept = rows[:MAX_ROWS]
+    lines = [head, ["---", *[rule] * (len(head) - 1)], *kept]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    left = len(rows) - len(kept)
+    return [text, f"... and {left} more in report.html"] if left else [text]
+
+
+def _bounded(lines: list[str], mark: str) -> list[str]:
+    left = len(lines) - MAX_ROWS
+    return [*lines[:MAX_ROWS], f"{mark}... and {left} more in report.html"] if left > 0 else lines

@@ -1,0 +1,341 @@
+"""Everything that a report shows, as one JSON-able dict that page, Markdown and terminal share.
+
+It knows what to show of how many runs, not how it looks. Numbers have four significant digits.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_exp.report.diagnosis import diagnose
+from rlhf_exp.report.grouping import (
+    Group,
+    group_runs,
+    repeated,
+    settings_of,
+    split_configs,
+    varied_parameters,
+)
+from rlhf_exp.report.importance import Importance, measure_importance
+from rlhf_exp.report.runs import Curves, Run, read_runs
+from rlhf_exp.report.samples import Sample, encodable
+from rlhf_exp.report.statistics import bootstrap_mean, pareto_front
+
+MAX_NUMBERS = 1_000_000  # in curves: 7 MB of JSON beside Plotly's 5 in a page of 15
+ENOUGH_PHASES = 100  # thinned to no fewer, while there are metrics a report can do without
+MAX_TEXT_BYTES = 2_000_000  # of all samples as JSON
+MAX_TEXT = 2000  # characters of a prompt or a completion
+# What a report can do without, the first to go.
+LESS_TELLING = ("time/", "lr/", "grad_norm/", "loss/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """The two metrics that the frontier is over."""
+
+    score: str = "eval/score"
+    kl: str = "eval/kl"
+
+
+def build_payload(paths: Sequence[Path], names: Names, *, made: datetime) -> dict[str, Any]:
+    """The report of the runs at and below the paths.
+
+    Of the frontier, the groups' means and the importances are only runs that are done; if none is,
+    all that have an evaluation after phase 0. The other runs have their place in "runs".
+    """
+    runs, problems = read_runs(paths)
+    parameters = varied_parameters(runs)
+    groups = group_runs(runs, parameters)
+    counted, remarks = _counted(runs, names)
+    problems += remarks + repeated(runs, groups)
+    shown, kept = _choose_curves(runs, groups, problems)
+    common, differing = split_configs(runs)
+    importance = _importance(runs, counted, parameters, names)
+    text_limit = _text_limit(runs)
+    return {
+        "title": _title(runs, paths),
+        "made": made.strftime("%Y-%m-%d %H:%M"),
+        "sources": [encodable(str(path)) for path in paths],
+        "score": names.score,
+        "kl": names.kl,
+        "parameters": parameters,
+        "metrics": shown,
+        "runs": [
+            {
+                **_describe_run(run, index, groups, parameters, names),
+                "curves": _run_curves(run, shown, kept),
+                "samples": [_clipped(sample, text_limit) for sample in run.samples],
+            }
+            for index, run in enumerate(runs)
+        ],
+        "groups": _describe_groups(runs, groups, counted, names, shown, kept),
+        "importance": [
+            {"parameter": name, "share": rounded(share)} for name, share in importance.parameters
+        ],
+        "interactions": [
+            {"parameters": [a, b], "share": rounded(share)} for a, b, share in importance.pairs
+        ],
+        "importance_noise": rounded(importance.noise),
+        "importance_note": importance.note,
+        "common": common,
+        "differing": differing,
+        "problems": problems,
+    }
+
+
+def rounded(value: float | None) -> float | None:
+    """The number with four significant digits; None for what is unknown or not finite."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+
+
+def _rounded_all(values: np.ndarray) -> list[float | None]:
+    return [None if value != value else float(f"{value:.4g}") for value in values.tolist()]
+
+
+def _title(runs: Sequence[Run], paths: Sequence[Path]) -> str:
+    names = {str(run.config["name"]) for run in runs if "name" in run.config}
+    name = (
+        names.pop()
+        if len(names) == 1
+        else ", ".join(encodable(path.resolve().name) for path in paths)
+    )
+    return f"{name}: {len(runs)} run{'' if len(runs) == 1 else 's'}"
+
+
+def _counted(runs: Sequence[Run], names: Names) -> tuple[set[int], list[str]]:
+    """The runs that the means are over, and what is to be said of the others."""
+    scored = {index for index, run in enumerate(runs) if run.final(names.score) is not None}
+    done = {index for index in scored if runs[index].status == "done"}
+    remarks = []
+    if not runs:
+        return set(), []
+    if not scored:
+        have = sorted({n for run in runs for n in run.evaluated.values if n.startswith("heldout/")})
+        hint = f"; they have {', '.join(have)}: name one with --score" if have else ""
+        remarks.append(f"frontier: no run has {names.score} after its phase 0{hint}")
+    elif not done:
+        remarks.append("frontier: no run is done; it shows each run's last evaluation so far")
+    elif len(scored) > len(done):
+        count = len(scored) - len(done)
+        which = "1 run that is" if count == 1 else f"{count} runs that are"
+        remarks.append(f"frontier: {which} not done left out of means, front and importances")
+    return done or scored, remarks
+
+
+def _choose_curves(
+    runs: Sequence[Run], groups: Sequence[Group], problems: list[str]
+) -> tuple[dict[str, list[str]], set[int] | None]:
+    """The metrics that have curves, and the phases that training's are thinned to (None: all), so
+    that a page of many runs stays small."""
+    train = list(dict.fromkeys(name for run in runs for name in run.train.values))
+    evaluated = list(dict.fromkeys(name for run in runs for name in run.evaluated.values))
+    copies = len(runs) + 3 * len(groups)
+    longest = max((len(run.train.phases) for run in runs), default=0)
+    dropped = []
+    for prefix in LESS_TELLING:
+        fitting = longest / max(1, _stride(len(train), longest, copies))
+        rest = [name for name in train if not name.startswith(prefix)]
+        if fitting < min(longest, ENOUGH_PHASES) and len(rest) < len(train):
+            train = rest
+            dropped.append(f"{prefix}*")
+    if dropped:
+        problems.append(
+            f"curves: without {', '.join(dropped)} to keep the report small; metrics.jsonl has them"
+        )
+    shown = {"train": train, "eval": evaluated}
+    stride = _stride(len(train), longest, copies)
+    if stride <= 1:
+        return shown, None
+    problems.append(f"curves: one phase in {stride}, to keep the report small")
+    phases = sorted({phase for run in runs for phase in run.train.phases})
+    return shown, {*phases[::stride], *(run.train.phases[-1] for run in runs if run.train.phases)}
+
+
+def _stride(metrics: int, phases: int, copies: int) -> int:
+    return math.ceil(metrics * phases * copies / MAX_NUMBERS)
+
+
+def _describe_run(
+    run: Run, index: int, groups: Sequence[Group], parameters: Sequence[str], names: Names
+) -> dict[str, Any]:
+    best = [value for _, value in run.curves(names.score).known(names.score)]
+    final = {
+        "score": run.final(names.score),
+        "kl": run.final(names.kl),
+        "entropy": _either(run.evaluated.last("eval/entropy"), run.train.last("objective/entropy")),
+        "distinct_3": _either(
+            run.evaluated.last("eval/distinct_3"), run.train.last("sample/distinct_3")
+        ),
+        "best_score": max(best, default=None),
+        "seconds": run.seconds,
+    }
+    return {
+        "id": index,
+        "name": run.name,
+        "folder": encodable(str(run.folder)),
+        "status": run.status,
+        "error": run.error,
+        "seed": run.seed,
+        "group": next(g for g, group in enumerate(groups) if index in group.runs),
+        "parameters": settings_of(run, parameters),
+        "phases": max([0, *run.train.phases[-1:], *run.evaluated.phases[-1:]]),
+        "final": {name: rounded(value) for name, value in final.items()},
+        "warnings": diagnose(run),
+    }
+
+
+def _either(first: float | None, second: float | None) -> float | None:
+    return second if first is None else first
+
+
+def _run_curves(
+    run: Run, shown: Mapping[str, Sequence[str]], kept: set[int] | None
+) -> dict[str, Any]:
+    curves = {}
+    for side, source in (("train", run.train), ("eval", run.evaluated)):
+        phases = _kept_phases(source.phases, kept if side == "train" else None)
+        table = _table([source], phases, [n for n in shown[side] if n in source.values])
+        columns = {name: _rounded_all(values[0]) for name, values in table.items()}
+        curves[side] = {"phase": phases, **columns}
+    return curves
+
+
+def _kept_phases(phases: Iterable[int], kept: set[int] | None) -> list[int]:
+    return sorted(p for p in set(phases) if kept is None or p in kept)
+
+
+def _table(
+    sources: Sequence[Curves], phases: Sequence[int], metrics: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Of each metric a row a run and a column a phase; NaN where a run has no value."""
+    place = {phase: column for column, phase in enumerate(phases)}
+    tables = {name: np.full((len(sources), len(phases)), math.nan) for name in metrics}
+    for row, source in enumerate(sources):
+        taken = [i for i, phase in enumerate(source.phases) if phase in place]
+        columns = [place[source.phases[i]] for i in taken]
+        for name in metrics:
+            if name in source.values:
+                tables[name][row, columns] = source.values[name][taken]
+    return tables
+
+
+def _describe_groups(
+    runs: Sequence[Run],
+    groups: Sequence[Group],
+    counted: set[int],
+    names: Names,
+    shown: Mapping[str, Sequence[str]],
+    kept: set[int] | None,
+) -> list[dict[str, Any]]:
+    described: list[dict[str, Any]] = []
+    for index, group in enumerate(groups):
+        members = [runs[i] for i in group.runs if i in counted]
+        described.append(
+            {
+                "id": index,
+                "label": group.label,
+                "parameters": group.parameters,
+                "runs": group.runs,
+                "score": _interval(members, names.score),
+                "kl": _interval(members, names.kl),
+                "path": _path(members, names),
+                "curves": _group_curves(members or [runs[i] for i in group.runs], shown, kept),
+            }
+        )
+    points = [
+        tuple(math.nan if g[m]["mean"] is None else g[m]["mean"] for m in ("kl", "score"))
+        for g in described
+    ]
+    front = pareto_front([(kl, score) for kl, score in points])
+    return [{**group, "pareto": on} for group, on in zip(described, front, strict=True)]
+
+
+def _interval(runs: Sequence[Run], metric: str) -> dict[str, float | None]:
+    values = [value for run in runs if (value := run.final(metric)) is not None]
+    interval = bootstrap_mean(np.array(values, dtype=float).reshape(-1, 1))
+    ends = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+    return {name: rounded(float(array[0])) for name, array in ends.items()}
+
+
+def _path(runs: Sequence[Run], names: Names) -> list[dict[str, Any]]:
+    """The means at each phase at which all runs of the group have both metrics."""
+    points = [
+        (dict(r.curves(names.score).known(names.score)), dict(r.curves(names.kl).known(names.kl)))
+        for r in runs
+    ]
+    if not points:
+        return []
+    phases = set.intersection(*(score.keys() & kl.keys() for score, kl in points))
+    return [
+        {
+            "phase": phase,
+            "score": rounded(float(np.mean([score[phase] for score, _ in points]))),
+            "kl": rounded(float(np.mean([kl[phase] for _, kl in points]))),
+        }
+        for phase in sorted(phases)
+    ]
+
+
+def _group_curves(
+    runs: Sequence[Run], shown: Mapping[str, Sequence[str]], kept: set[int] | None
+) -> dict[str, Any]:
+    curves = {}
+    for side in ("train", "eval"):
+        sources = [run.train if side == "train" else run.evaluated for run in runs]
+        every = (phase for source in sources for phase in source.phases)
+        phases = _kept_phases(every, kept if side == "train" else None)
+        metrics = [n for n in shown[side] if any(n in source.values for source in sources)]
+        columns: dict[str, Any] = {"phase": phases}
+        if metrics:
+            tables = _table(sources, phases, metrics)
+            interval = bootstrap_mean(np.hstack([tables[name] for name in metrics]))
+            parts = [
+                np.split(a, len(metrics)) for a in (interval.mean, interval.low, interval.high)
+            ]
+            for i, name in enumerate(metrics):
+                ends = zip(("mean", "low", "high"), parts, strict=True)
+                columns[name] = {end: _rounded_all(part[i]) for end, part in ends}
+        curves[side] = columns
+    return curves
+
+
+def _importance(
+    runs: Sequence[Run], counted: set[int], parameters: Sequence[str], names: Names
+) -> Importance:
+    chosen = [runs[i] for i in sorted(counted) if runs[i].config]
+    scores = [score for run in chosen if (score := run.final(names.score)) is not None]
+    settings = [settings_of(run, parameters) for run in chosen]
+    return measure_importance(settings, scores, parameters)
+
+
+def _text_limit(runs: Sequence[Run]) -> int:
+    """How many characters of a text are shown, so that all of them fit as JSON, in which many take
+    six bytes."""
+    samples = [sample for run in runs for sample in run.samples]
+    texts = [text[:MAX_TEXT] for s in samples for text in (s.prompt, s.before, s.after) if text]
+    escaped = sum(len(json.dumps(text)) for text in texts)
+    if escaped <= MAX_TEXT_BYTES:
+        return MAX_TEXT
+    return int(MAX_TEXT_BYTES / len(texts) * sum(map(len, texts)) / escaped)
+
+
+def _clipped(sample: Sample, limit: int) -> dict[str, Any]:
+    """Of a long prompt its end is shown, of a long completion its beginning: where they meet."""
+    prompt = sample.prompt if len(sample.prompt) <= limit else f"…{sample.prompt[-limit:]}"
+    before, after = (
+        text if text is None or len(text) <= limit else f"{text[:limit]}…"
+        for text in (sample.before, sample.after)
+    )
+    return {
+        "prompt": prompt,
+        "before": before,
+        "after": after,
+        "score_before": rounded(sample.score_before),
+        "score_after": rounded(sample.score_after),
+    }

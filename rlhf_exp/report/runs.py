@@ -1,0 +1,322 @@
+"""Run folders as records: found below any path and read whatever state they are in.
+
+It knows files and their faults, not what the numbers mean. What cannot be read becomes a line of
+`problems` with its path; nothing here raises for the content of a folder.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import numpy as np
+
+from rlhf_exp.report.samples import Sample, encodable, read_samples
+
+# Folders in sweeps and runs that hold no runs of their own.
+NO_RUNS = {"wandb", "checkpoints", "model", "report", "artifacts", "__pycache__"}
+SWEEP_FILES = {"multirun.yaml", "sweep.json"}
+MAX_DEPTH = 4  # outputs/NAME/sweeps/STAMP/JOB is four below outputs
+EVALUATED = ("eval/", "heldout/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """Metrics by phase; NaN where a phase has none. Each array is as long as `phases`. `nulls`: the
+    phases at which a metric was written as null, which is how training writes what is not
+    finite."""
+
+    phases: list[int]
+    values: dict[str, np.ndarray]
+    nulls: dict[str, list[int]]
+
+    def last(self, name: str) -> float | None:
+        """The metric's last number."""
+        known = self.known(name)
+        return known[-1][1] if known else None
+
+    def known(self, name: str) -> list[tuple[int, float]]:
+        """(phase, value) wherever there is a value."""
+        array = self.values.get(name)
+        if array is None:
+            return []
+        pairs = zip(self.phases, array.tolist(), strict=True)
+        return [(phase, value) for phase, value in pairs if not math.isnan(value)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run: what it was asked (`config`, dotted keys) and what it left behind."""
+
+    folder: Path
+    name: str
+    status: str
+    error: str | None
+    config: dict[str, Any]
+    train: Curves
+    evaluated: Curves
+    after: dict[str, float]
+    seconds: float | None
+    samples: list[Sample]
+
+    @property
+    def seed(self) -> int | None:
+        """The run's seed, if its configuration is known."""
+        seed = self.config.get("seed")
+        return seed if isinstance(seed, int) else None
+
+    def curves(self, metric: str) -> Curves:
+        """The curves that the metric is among."""
+        return self.evaluated if metric.startswith(EVALUATED) else self.train
+
+    def final(self, metric: str) -> float | None:
+        """The metric at the run's end: its last value after phase 0, else that of result.json."""
+        known = self.curves(metric).known(metric)
+        if known and (known[-1][0] > 0 or self.status == "done"):
+            return known[-1][1]
+        return self.after.get(metric)
+
+
+def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The runs at and below the paths, each once, and what could not be read."""
+    problems: list[str] = []
+    folders: dict[Path, Path] = {}
+    for path in paths:
+        before = len(problems)
+        found = list(_find(path, MAX_DEPTH, problems, set()))
+        if not found and len(problems) == before:
+            problems.append(f"{path}: no run in it (a run has a status.json or a metrics.jsonl)")
+        for folder in found:
+            folders.setdefault(_resolved(folder), folder)
+    names = _distinct_names(list(folders.values()))
+    runs = [_read_run(folder, names[folder], problems) for folder in folders.values()]
+    return runs, [encodable(problem) for problem in problems]
+
+
+def _find(path: Path, depth: int, problems: list[str], seen: set[Path]) -> Iterator[Path]:
+    try:
+        inside = set(os.listdir(path))
+    except OSError as error:
+        problems.append(f"{path}: {error.strerror}")
+        return
+    if "status.json" in inside or "metrics.jsonl" in inside:
+        yield path
+        return
+    if ".hydra" in inside:
+        problems.append(f"{path}: a job that has not begun, or was killed before it did")
+        return
+    if _resolved(path) in seen or not depth:
+        return
+    seen.add(_resolved(path))
+    for name in sorted(inside, key=_numerically):
+        if name.startswith(".") or name in NO_RUNS or not os.path.isdir(path / name):
+            continue
+        count = len(problems)
+        below = list(_find(path / name, depth - 1, problems, seen))
+        yield from below
+        # Job folders begin with their number.
+        job = name[0].isdigit() and not SWEEP_FILES.isdisjoint(inside)
+        if job and not below and len(problems) == count:
+            problems.append(f"{path / name}: no status.json and no metrics.jsonl")
+
+
+def _numerically(name: str) -> tuple[float, str]:
+    number = name.partition("_")[0]
+    return (float(number) if number.isdecimal() else math.inf, name)
+
+
+def _resolved(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _distinct_names(folders: Sequence[Path]) -> dict[Path, str]:
+    """Each folder's name, with its parents' where two have the same."""
+    names = {folder: _resolved(folder).name for folder in folders}
+    for level in (2, 3, 4):
+        counts: dict[str, int] = {}
+        for name in names.values():
+            counts[name] = counts.get(name, 0) + 1
+        for folder, name in names.items():
+            if counts[name] > 1:
+                names[folder] = "/".join(_resolved(folder).parts[-level:])
+    return names
+
+
+def _read_run(folder: Path, name: str, problems: list[str]) -> Run:
+    status = _read_json(folder / "status.json", problems)
+    result = _read_json(folder / "result.json", problems)
+    state = status.get("status")
+    if not isinstance(state, str):
+        state = "done" if "after" in result else "unknown"
+    rows = read_rows(folder / "metrics.jsonl", problems, growing=state == "running")
+    if not rows and state == "done":
+        problems.append(f"{folder}: no metrics, though its status is done")
+    train, evaluated = _curves(rows)
+    after, seconds, error = result.get("after"), result.get("seconds"), status.get("error")
+    return Run(
+        folder=folder,
+        name=encodable(name),
+        status=encodable(state),
+        error=None if error is None else encodable(str(error)),
+        config=_read_config(folder, problems),
+        train=train,
+        evaluated=evaluated,
+        after=_numbers(after) if isinstance(after, Mapping) else {},
+        seconds=_numbers(seconds).get("total") if isinstance(seconds, Mapping) else None,
+        samples=read_samples(folder / "samples.jsonl", problems),
+    )
+
+
+def read_rows(path: Path, problems: list[str], *, growing: bool) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl that are objects with a phase. `growing`: a run is writing it, so
+    that an unfinished last line is no fault."""
+    content = _read_bytes(path, problems)
+    rows, wrong = [], []
+    lines = content.split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        row = _parse(line)
+        if isinstance(row, dict) and _is_phase(row.get("phase")):
+            rows.append(row)
+        elif number == len(lines) and _parse(line) is None:
+            if not growing:
+                problems.append(f"{path}: the last line is cut off; left out")
+        else:
+            wrong.append(number)
+    if wrong:
+        what = "a line is not" if len(wrong) == 1 else f"{len(wrong)} lines are not"
+        first = f"line {wrong[0]}" if len(wrong) == 1 else f"line {wrong[0]} first"
+        problems.append(f"{path}: {what} a JSON object with a phase ({first}); left out")
+    return rows
+
+
+def _read_bytes(path: Path, problems: list[str]) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        problems.append(f"{path}: {error.strerror}")
+        return b""
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):  # includes what is not UTF-8
+        return None
+
+
+def _is_phase(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """The entries that are finite numbers."""
+    found = {}
+    for name, value in row.items():
+        if isinstance(value, (float, int)) and not isinstance(value, bool):
+            try:
+                number = float(value)
+            except OverflowError:  # an integer of 309 digits
+                continue
+            if math.isfinite(number):
+                found[name] = number
+    return found
+
+
+def _curves(rows: Sequence[Mapping[str, Any]]) -> tuple[Curves, Curves]:
+    """Training's and the evaluations' curves. Of a metric that a phase has twice, the later
+    counts: a resumed run wrote it again."""
+    by_phase: dict[int, dict[str, Any]] = {}
+    names: dict[str, None] = {}
+    for row in rows:
+        by_phase.setdefault(row["phase"], {}).update(row)
+        names |= dict.fromkeys(row)
+    names.pop("phase", None)
+    evaluated = [name for name in names if name.startswith(EVALUATED)]
+    trained = [name for name in names if not name.startswith(EVALUATED)]
+    return _aligned(by_phase, trained), _aligned(by_phase, evaluated)
+
+
+def _aligned(by_phase: Mapping[int, Mapping[str, Any]], names: Sequence[str]) -> Curves:
+    own = set(names)
+    phases = sorted(p for p, row in by_phase.items() if not own.isdisjoint(row))
+    table = [by_phase[phase] for phase in phases]
+    arrays = {name: _array([row.get(name) for row in table]) for name in names}
+    holes = [name for name, array in arrays.items() if np.isnan(array).any()]
+    nulls = {n: [p for p in phases if by_phase[p].get(n, 0) is None] for n in holes}
+    return Curves(
+        phases=phases,
+        values={n: array for n, array in arrays.items() if not np.isnan(array).all()},
+        nulls={name: at for name, at in nulls.items() if at},
+    )
+
+
+def _array(values: Sequence[Any]) -> np.ndarray:
+    """The values as numbers, NaN for what is none or not finite."""
+    # Of 900,000 values of a sweep nearly all are floats, which numpy converts at once.
+    if {*map(type, values)} <= {float, NoneType}:
+        array = np.array(values, dtype=float)
+        array[np.isinf(array)] = math.nan
+        return array
+    return np.array([_numbers({"": value}).get("", math.nan) for value in values], dtype=float)
+
+
+def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
+    content = _read_bytes(path, problems)
+    if not content:
+        # Not path.is_file(), which raises where the folder is out of reach.
+        if os.path.isfile(path) and os.access(path, os.R_OK):
+            problems.append(f"{path}: empty")
+        return {}
+    parsed = _parse(content)
+    if isinstance(parsed, dict):
+        return parsed
+    problems.append(f"{path}: not a JSON object")
+    return {}
+
+
+def _read_config(folder: Path, problems: list[str]) -> dict[str, Any]:
+    """The resolved configuration, dotted; else Hydra's, in which ${...} stays text."""
+    config = _read_json(folder / "resolved_config.json", problems)
+    path = folder / ".hydra" / "config.yaml"
+    if not config and os.path.isfile(path):
+        import yaml  # type: ignore[import-untyped]
+
+        try:
+            config = yaml.safe_load(_read_bytes(path, problems))
+        except (yaml.YAMLError, ValueError, RecursionError):
+            config = {}
+        if not isinstance(config, dict) or not config:
+            problems.append(f"{path}: not a YAML mapping")
+            config = {}
+    if not config:
+        problems.append(f"{folder}: no configuration: its parameters and seed are unknown")
+    return dict(_flatten(config))
+
+
+def _flatten(config: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield encodable(f"{prefix}{key}"), _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON can hold it: YAML also knows dates, infinity and keys of any kind."""
+    if isinstance(value, Mapping):
+        return {encodable(str(key)): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    return encodable(str(value))

@@ -1,0 +1,69 @@
+"""Numbers, intervals and what else Markdown and terminal say in the same words."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+LINE_ENDS = re.compile("\r\n|[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]")
+# Controls, and marks that turn the direction of what follows.
+UNSEEN = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069]")
+
+INTERVALS = (
+    "Means over seeds with 95 % bootstrap intervals; of two or three seeds an interval is no more"
+    " than the lowest and the highest of them."
+)
+
+FEW = 3  # so many seeds have an interval that is no more than the lowest and the highest of them
+
+
+def name_intervals(payload: Mapping[str, Any]) -> str:
+    """What the intervals are: "95 % bootstrap intervals", or of groups of few runs what these come
+    to; "" if no group's score has one."""
+    if all(group["score"]["low"] is None for group in payload["groups"]):
+        return ""
+    few = all(len(group["runs"]) <= FEW for group in payload["groups"])
+    return "the lowest and the highest seed" if few else "95 % bootstrap intervals"
+
+
+def show_number(value: float | None) -> str:
+    """The number with four digits; "-" where it is unknown."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def show_interval(interval: Mapping[str, float | None]) -> str:
+    """ "0.97 [0.96, 0.98]", without brackets where there is no interval."""
+    if interval["low"] is None or interval["high"] is None:
+        return show_number(interval["mean"])
+    mean, low, high = (f"{interval[end]:.3g}" for end in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def one_line(text: str) -> str:
+    """The text with its line ends shown as arrows, and with nothing that a terminal obeys or that
+    hides or turns what follows."""
+    return UNSEEN.sub("\N{REPLACEMENT CHARACTER}", LINE_ENDS.sub(" ↵ ", text))
+
+
+def front_of(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The groups on the Pareto front, the lowest KL first."""
+    front = [group for group in payload["groups"] if group["pareto"]]
+    return sorted(front, key=lambda group: group["kl"]["mean"])
+
+
+def best_first(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The groups on the front and then the others, each by their mean score, those without one
+    last."""
+    means = [group["score"]["mean"] for group in groups]
+    order = sorted(
+        range(len(groups)),
+        key=lambda i: (not groups[i]["pareto"], means[i] is None, -(means[i] or 0.0)),
+    )
+    return [groups[i] for i in order]
+
+
+def count_statuses(payload: Mapping[str, Any]) -> str:
+    """ "11 done, 1 failed"."""
+    counts: dict[str, int] = {}
+    for run in payload["runs"]:
+        counts[run["status"]] = counts.get(run["status"], 0) + 1
+    return ", ".join(f"{count} {status}" for status, count in counts.items())

@@ -1,0 +1,54 @@
+"""Compares runs: python scripts/compare.py SWEEP_OR_RUNS...
+
+Writes report.html, report.md and their pictures, and prints a table. No account, no network.
+"""
+
+import argparse
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from rlhf_exp.report.figures import write_figures
+from rlhf_exp.report.markdown import write_markdown
+from rlhf_exp.report.page import write_page
+from rlhf_exp.report.payload import Names, build_payload
+from rlhf_exp.report.terminal import print_report
+
+
+def main() -> None:
+    """Reads the arguments, writes the report, prints its essentials."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("paths", nargs="+", type=Path, help="runs, sweeps, or folders of them")
+    parser.add_argument("--out", type=Path, help="folder (report in the one path, else ./report)")
+    parser.add_argument("--score", default=Names.score, help=f"metric to raise ({Names.score})")
+    parser.add_argument("--kl", default=Names.kl, help=f"metric to keep low ({Names.kl})")
+    parser.add_argument("--wandb", action="store_true", help="add the figures to the sweep in W&B")
+    parser.add_argument("--no-html", action="store_true", help="Markdown and pictures alone")
+    arguments = parser.parse_args()
+    paths = arguments.paths
+    if arguments.wandb and len(paths) > 1:
+        parser.error("--wandb adds the report to one sweep: give one folder")
+    out = arguments.out or (paths[0] / "report" if len(paths) == 1 else Path("report"))
+    names = Names(score=arguments.score, kl=arguments.kl)
+    payload = build_payload(paths, names, made=datetime.now())
+    if not payload["runs"]:
+        parser.exit(1, "\n".join([*payload["problems"], "nothing to report: no run was found\n"]))
+    try:
+        pictures = write_figures(payload, out)
+        written = [write_markdown(payload, pictures, out / "report.md")]
+        page = None if arguments.no_html else write_page(payload, out / "report.html")
+        written += [page] if page else []
+    except OSError as error:
+        parser.exit(2, f"error: cannot write {error.filename}: {error.strerror}; set --out\n")
+    print_report(payload, Console())
+    for path in written:
+        print(path)
+    if arguments.wandb:
+        from rlhf_exp.report.wandb_report import log_report  # takes torch along
+
+        log_report(paths[0], pictures, page=page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Run folders as training leaves them, with made-up numbers.
+
+python -m tests.report.build_runs FOLDER --runs 200 --phases 200
+"""
+
+import argparse
+import itertools
+import json
+import math
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+KL_COEFS = (0.03, 0.1, 0.3, 1.0)
+WORDS = (
+    "the",
+    "film",
+    "was",
+    "a",
+    "bold",
+    "warm",
+    "dull",
+    "slow",
+    "plot",
+    "great",
+    "poor",
+    "music",
+)
+
+
+def config(*, kl_coef: float = 0.3, clip_coef: float = 0.2, lr: float = 3e-4, seed: int = 1):
+    """A resolved configuration, shortened."""
+    return {
+        "name": "reviews",
+        "seed": seed,
+        "prepare_seed": 0,
+        "artifacts_dir": "outputs/artifacts",
+        "stage": {
+            "_target_": "rlhf_exp.stages.ppo.PPO",
+            "kl_coef": kl_coef,
+            "clip_coef": clip_coef,
+            "value_clip_coef": None,
+        },
+        "optimizer": {"base_lr": lr, "head_lr": 1e-3},
+        "task": {"_target_": "rlhf_exp.tasks.reviews.Reviews", "prefix": "this movie was really"},
+        "logger": {"_target_": "rlhf_exp.training.loggers.LocalLogger"},
+    }
+
+
+def rows(settings: Mapping[str, Any], *, phases: int = 20, eval_every: int = 10):
+    """The rows of metrics.jsonl: a score that rises towards a plateau which a smaller penalty makes
+    higher, and a KL that it makes larger."""
+    stage, seed = settings["stage"], settings["seed"]
+    noise = random.Random(f"{seed} {stage} {settings['optimizer']}")
+    plateau = 0.98 - 0.1 * stage["kl_coef"] + noise.gauss(0, 0.005)
+    drift = 0.1 / (0.3 + stage["kl_coef"]) + noise.gauss(0, 0.005)
+    written = [evaluation(0, 0.52, 0.0, noise)]
+    for phase in range(1, phases + 1):
+        done = 1 - math.exp(-5 * phase / phases)
+        score = 0.52 + (plateau - 0.52) * done
+        written.append(rollout(phase, score + noise.gauss(0, 0.01), drift * done**2, noise))
+        if phase % eval_every == 0 or phase == phases:
+            written.append(evaluation(phase, score, drift * done**2, noise))
+    return written
+
+
+def evaluation(phase: int, score: float, kl: float, noise: random.Random) -> dict[str, Any]:
+    """A row of an evaluation."""
+    names = {"score": score, "kl": kl, "kl_sum": 20 * kl, "entropy": 1.3 + noise.gauss(0, 0.02)}
+    names |= {"distinct_3": 0.4 + noise.gauss(0, 0.005), "len_mean": 20.0}
+    return {"phase": phase, **{f"eval/{name}": value for name, value in names.items()}}
+
+
+def rollout(phase: int, score: float, kl: float, noise: random.Random) -> dict[str, Any]:
+    """A row of a rollout, with every metric that PPO writes."""
+    row = {
+        "objective/scores": score,
+        "objective/scores_std": 0.1,
+        "objective/kl": kl,
+        "objective/kl_sum": 20 * kl,
+        "objective/entropy": 1.3,
+        "val/explained_variance": 0.5,
+        "sample/len_mean": 20.0,
+        "sample/distinct_3": 0.4,
+        "loss/total": 0.02,
+        "loss/policy": -0.01,
+        "loss/value": 0.3,
+        "loss/kl": kl,
+        "loss/entropy": 1.3,
+        "policy/approxkl": 0.004,
+        "policy/clipfrac": 0.05,
+        "grad_norm/base": 2.0,
+        "grad_norm/head": 0.5,
+        "lr/base": 3e-4,
+        "lr/head": 1e-3,
+        "time/sample_s": 0.0184764,
+        "time/learn_s": 0.1119824,
+        "time/tokens_per_s": 431.3678,
+    }
+    return {"phase": phase, **{k: v * (1 + noise.gauss(0, 1e-3)) for k, v in row.items()}}
+
+
+def supervised_rows(*, updates: int = 10) -> list[dict[str, Any]]:
+    """The rows of a supervised stage."""
+    train = [{"phase": n, "train/loss": 2 / n, "lr/base": 1e-3} for n in range(1, updates + 1)]
+    return [*train, {"phase": updates, "heldout/loss": 0.3, "heldout/accuracy": 0.9}]
+
+
+def samples(phases: Sequence[int], *, count: int = 64) -> list[dict[str, Any]]:
+    """The rows of samples.jsonl."""
+    return [
+        {
+            "phase": phase,
+            "prompt": f"this movie number {index} was",
+            "completion": f" after {phase} {' '.join(random.Random(index).choices(WORDS, k=20))}",
+            "score": 0.5 + 0.4 * (phase > 0),
+            "kl_sum": 0.1,
+        }
+        for phase in phases
+        for index in range(count)
+    ]
+
+
+def write_run(
+    folder: Path,
+    settings: Mapping[str, Any] | None,
+    metrics: Sequence[Mapping[str, Any]],
+    *,
+    status: str = "done",
+    error: str | None = None,
+    shown: Sequence[Mapping[str, Any]] = (),
+) -> Path:
+    """Writes one run folder; result.json if the status is done."""
+    folder.mkdir(parents=True)
+    write_json(folder / "status.json", {"status": status, "error": error})
+    if settings is not None:
+        write_json(folder / "resolved_config.json", settings)
+    write_lines(folder / "metrics.jsonl", metrics)
+    if shown:
+        write_lines(folder / "samples.jsonl", shown)
+    evaluations = [{k: v for k, v in r.items() if k != "phase"} for r in metrics if "eval/kl" in r]
+    if status == "done" and evaluations:
+        result = {"before": evaluations[0], "after": evaluations[-1], "seconds": {"total": 33.1}}
+        write_json(folder / "result.json", result)
+    return folder
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file."""
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_lines(path: Path, content: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+
+
+def write_sweep(
+    folder: Path,
+    grid: Mapping[str, Sequence[Any]],
+    *,
+    phases: int = 20,
+    eval_every: int = 10,
+    limit: int | None = None,
+) -> Path:
+    """Writes a sweep folder with a run a combination of the grid's values (keys of `config`)."""
+    folder.mkdir(parents=True)
+    (folder / "multirun.yaml").write_text("hydra: {}\n", encoding="utf-8")
+    combinations = itertools.islice(itertools.product(*grid.values()), limit)
+    for number, values in enumerate(combinations):
+        chosen = dict(zip(grid, values, strict=True))
+        settings = config(**chosen)
+        name = ",".join(f"{key}={value}" for key, value in chosen.items())
+        write_run(
+            folder / f"{number}_{name}",
+            settings,
+            rows(settings, phases=phases, eval_every=eval_every),
+            shown=samples(range(0, phases + 1, eval_every)),
+        )
+    return folder
+
+
+def main() -> None:
+    """Writes a sweep of any size."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--runs", type=int, default=12)
+    parser.add_argument("--phases", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    grid = {"kl_coef": KL_COEFS, "seed": range(1, arguments.seeds + 1)}
+    if arguments.runs > len(KL_COEFS) * arguments.seeds:
+        clip_coefs = (0.1, 0.2, 0.3, 0.4)
+        lrs = [1e-5 * 2**n for n in range(arguments.runs)]
+        grid = {"lr": lrs, "clip_coef": clip_coefs, **grid}
+    write_sweep(arguments.folder, grid, phases=arguments.phases, limit=arguments.runs)
+
+
+if __name__ == "__main__":
+    main()

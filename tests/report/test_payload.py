@@ -1,0 +1,235 @@
+import json
+from datetime import datetime
+
+import pytest
+
+from rlhf_exp.report import payload as module
+from rlhf_exp.report.payload import Names, build_payload, rounded
+from tests.report.build_runs import config, rows, samples, supervised_rows, write_run, write_sweep
+
+MADE = datetime(2026, 11, 21, 2, 0)
+
+
+def report(*paths, **names):
+    payload = build_payload(paths, Names(**names), made=MADE)
+    # Whatever was read, it is JSON and UTF-8, which a page and a Markdown file need.
+    json.dumps(payload, allow_nan=False, ensure_ascii=False).encode()
+    return payload
+
+
+def point(phase, score, kl):
+    return {"phase": phase, "eval/score": score, "eval/kl": kl}
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Two penalties, the first with three seeds of which one failed on its way."""
+    ends = [(0.1, 1, 0.9, 0.3, "done"), (0.1, 2, 0.7, 0.1, "done"), (0.1, 3, 0.2, 9.0, "failed")]
+    ends.append((1.0, 1, 0.6, 0.05, "done"))
+    for i, (kl_coef, seed, score, kl, status) in enumerate(ends):
+        lines = [point(0, 0.5, 0.0), {"phase": 1, "objective/kl": 1 / 3}, point(4, score, kl)]
+        settings = config(kl_coef=kl_coef, seed=seed)
+        write_run(tmp_path / "sweep" / f"{i}_job", settings, lines, status=status)
+    return tmp_path / "sweep"
+
+
+def test_groups_are_means_over_the_finished_seeds(sweep):
+    payload = report(sweep)
+    first, second = payload["groups"]
+    assert (first["label"], first["runs"], second["runs"]) == ("kl_coef=0.1", [0, 1, 2], [3])
+    assert first["score"] == {"mean": 0.8, "low": 0.7, "high": 0.9}
+    assert first["kl"] == {"mean": 0.2, "low": 0.1, "high": 0.3}
+    assert second["score"] == {"mean": 0.6, "low": None, "high": None}
+    assert first["path"] == [
+        {"phase": 0, "score": 0.5, "kl": 0.0},
+        {"phase": 4, "score": 0.8, "kl": 0.2},
+    ]
+    assert [group["pareto"] for group in payload["groups"]] == [True, True]
+    assert first["curves"]["eval"]["eval/kl"] == {
+        "mean": [0.0, 0.2],
+        "low": [0.0, 0.1],
+        "high": [0.0, 0.3],
+    }
+    assert first["curves"]["train"] == {
+        "phase": [1],
+        "objective/kl": {"mean": [0.3333], "low": [0.3333], "high": [0.3333]},
+    }
+
+
+def test_the_option_of_a_group_is_a_parameter_by_its_class_in_every_place(tmp_path):
+    options = {"Length": {"target_tokens": 16}, "Keyword": {"keywords": ["great"]}}
+    for seed in (1, 2, 3):
+        for score, (name, keys) in enumerate(options.items()):
+            reward = {"_target_": f"rlhf_exp.rewards.{name.lower()}.{name}", **keys}
+            lines = [point(4, score + seed / 100, 0.1)]
+            write_run(tmp_path / f"{name}{seed}", config(seed=seed) | {"reward": reward}, lines)
+    payload = report(tmp_path)
+    assert payload["parameters"] == ["reward"]
+    assert [group["parameters"] for group in payload["groups"]] == [
+        {"reward": "Keyword"},
+        {"reward": "Length"},
+    ]
+    assert {run["parameters"]["reward"] for run in payload["runs"]} == set(options)
+    (importance,) = payload["importance"]
+    assert importance["parameter"] == "reward"
+    assert importance["share"] > 0.9
+    assert set(payload["differing"]) == {
+        "seed",
+        *(f"reward.{key}" for key in ("_target_", "target_tokens", "keywords")),
+    }
+
+
+def test_a_run_that_is_not_done_is_shown_with_its_end_so_far_and_left_out_of_means(sweep):
+    payload = report(sweep)
+    run = payload["runs"][2]
+    assert (run["status"], run["group"], run["final"]["score"]) == ("failed", 0, 0.2)
+    assert payload["problems"] == [
+        "frontier: 1 run that is not done left out of means, front and importances"
+    ]
+
+
+def test_if_no_run_is_done_the_frontier_shows_them_so_far(sweep):
+    for folder in sweep.iterdir():
+        status = {"status": "running", "error": None}
+        (folder / "status.json").write_text(json.dumps(status), encoding="utf-8")
+    payload = report(sweep)
+    assert payload["groups"][0]["score"] == {"mean": 0.6, "low": 0.2, "high": 0.9}
+    assert payload["problems"] == [
+        "frontier: no run is done; it shows each run's last evaluation so far"
+    ]
+
+
+def test_a_run_is_described(tmp_path):
+    lines = [point(0, 0.5, 0.0), point(2, 0.93216, 0.2), point(4, 0.8, 1 / 3)]
+    lines[-1] |= {"eval/entropy": 1.25, "objective/entropy": 9.0, "sample/distinct_3": 0.4}
+    folder = write_run(
+        tmp_path / "run", config(), lines, shown=samples([0, 4]), status="done", error=None
+    )
+    payload = report(folder)
+    (run,) = payload["runs"]
+    assert run["final"] == {
+        "score": 0.8,
+        "kl": 0.3333,
+        "entropy": 1.25,
+        "distinct_3": 0.4,
+        "best_score": 0.9322,
+        "seconds": 33.1,
+    }
+    assert (run["id"], run["name"], run["seed"], run["phases"]) == (0, "run", 1, 4)
+    assert run["curves"]["eval"]["eval/score"] == [0.5, 0.9322, 0.8]
+    assert len(run["samples"]) == 8
+    assert run["samples"][0]["score_after"] == 0.9
+    assert (payload["title"], payload["made"]) == ("reviews: 1 run", "2026-11-21 02:00")
+    assert (payload["parameters"], payload["differing"]) == ([], {})
+    assert payload["common"]["stage.kl_coef"] == 0.3
+    assert payload["groups"][0]["label"] == "reviews"
+    assert "differ in no parameter" in payload["importance_note"]
+
+
+def test_a_grid_has_its_importances(tmp_path):
+    write_sweep(tmp_path / "s", {"kl_coef": [0.1, 1.0], "lr": [1e-4, 2e-4], "seed": [1, 2, 3]})
+    payload = report(tmp_path / "s")
+    assert payload["importance"][0]["parameter"] == "stage.kl_coef"
+    assert payload["importance"][0]["share"] > 0.9
+    assert payload["interactions"][0]["parameters"] == ["stage.kl_coef", "optimizer.base_lr"]
+    assert 0 < payload["importance_noise"] < 0.1
+    assert payload["differing"]["seed"] == [1, 2, 3] * 4
+
+
+def test_other_metrics_can_be_asked_for(sweep):
+    payload = report(sweep, score="objective/kl", kl="eval/score")
+    assert payload["groups"][1]["score"]["mean"] == 0.3333
+    assert payload["groups"][1]["kl"]["mean"] == 0.6
+
+
+def test_supervised_runs_are_shown_without_a_frontier(tmp_path):
+    write_run(tmp_path / "sft", config(), supervised_rows())
+    payload = report(tmp_path)
+    assert payload["groups"][0]["score"] == {"mean": None, "low": None, "high": None}
+    assert payload["groups"][0]["pareto"] is False
+    assert payload["groups"][0]["path"] == []
+    assert payload["metrics"] == {
+        "train": ["train/loss", "lr/base"],
+        "eval": ["heldout/loss", "heldout/accuracy"],
+    }
+    assert payload["problems"] == [
+        "frontier: no run has eval/score after its phase 0; they have heldout/accuracy,"
+        " heldout/loss: name one with --score"
+    ]
+    assert report(tmp_path, score="heldout/accuracy")["runs"][0]["final"]["score"] == 0.9
+
+
+def test_stages_of_two_kinds_and_two_sweeps_stand_side_by_side(tmp_path):
+    write_sweep(tmp_path / "a", {"seed": [1, 2]})
+    write_sweep(tmp_path / "b", {"seed": [1, 2]})
+    sft = {"name": "sft", "seed": 1, "stage": {"_target_": "SFT", "epochs": 2}}
+    write_run(tmp_path / "c", sft, supervised_rows())
+    payload = report(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    assert [len(group["runs"]) for group in payload["groups"]] == [4, 1]
+    assert sum("the same parameters and seed" in problem for problem in payload["problems"]) == 2
+
+
+def test_nothing_to_read_is_a_payload_with_problems(tmp_path):
+    payload = report(tmp_path)
+    assert (payload["runs"], payload["groups"]) == ([], [])
+    assert len(payload["problems"]) == 1
+
+
+def test_runs_of_rubbish_are_a_payload_with_problems(tmp_path):
+    for name in ("status.json", "metrics.jsonl", "resolved_config.json", "samples.jsonl"):
+        folder = tmp_path / f"broken_{name}"
+        write_run(folder, config(), rows(config(), phases=3), shown=samples([0, 3]))
+        (folder / name).write_bytes(b"\x00\xff\xfe{\n" * 50)
+        nothing = tmp_path / f"only_{name}"
+        nothing.mkdir()
+        (nothing / name).write_bytes(b"{}\n[")
+        (nothing / "status.json").touch()
+    payload = report(tmp_path)
+    assert len(payload["runs"]) == 8
+    for run in payload["runs"]:
+        assert any(run["folder"] in problem for problem in payload["problems"])
+    statuses = {run["name"]: run["status"] for run in payload["runs"]}
+    assert statuses["broken_status.json"] == "done"
+    assert statuses["only_metrics.jsonl"] == "unknown"
+
+
+def test_curves_of_many_runs_are_thinned_and_lose_the_less_telling(tmp_path, monkeypatch):
+    write_sweep(tmp_path / "s", {"seed": [1, 2]}, phases=50, eval_every=25)
+    monkeypatch.setattr(module, "ENOUGH_PHASES", 16)
+    # 2 runs and thrice 1 group are 5 copies: of 22 metrics there is room for one phase in 5, of 19
+    # and 17 for one in 4, of the 15 that three prefixes leave for one in 3.
+    monkeypatch.setattr(module, "MAX_NUMBERS", 1250)
+    payload = report(tmp_path / "s")
+    names = payload["metrics"]["train"]
+    assert not [name for name in names if name.startswith(("time/", "lr/", "grad_norm/"))]
+    assert {"objective/kl", "loss/kl", "val/explained_variance"} <= {*names}
+    for owner in (payload["runs"][0], payload["groups"][0]):
+        phases = owner["curves"]["train"]["phase"]
+        assert (phases[0], phases[1], phases[-1]) == (1, 4, 50)
+        assert owner["curves"]["eval"]["phase"] == [0, 25, 50]
+    assert len(payload["problems"]) == 2
+    copies = 5 * len(names) * len(phases)
+    assert copies < 1.1 * 1250  # the last phase is always kept
+
+
+def test_long_texts_are_cut_where_prompt_and_completion_meet(tmp_path, monkeypatch):
+    shown = samples([0, 4], count=2)
+    for row in shown:
+        row["prompt"], row["completion"] = "电" * 3000 + "end", "beginning" + "影" * 3000
+    folder = write_run(tmp_path / "run", config(), rows(config()), shown=shown)
+    sample = report(folder)["runs"][0]["samples"][0]
+    assert sample["prompt"].endswith("电end")
+    assert sample["prompt"].startswith("…")
+    assert sample["before"].startswith("beginning")
+    assert [len(sample[name]) for name in ("prompt", "before", "after")] == [2001] * 3
+    monkeypatch.setattr(module, "MAX_TEXT_BYTES", 6000)
+    cut = report(folder)["runs"][0]["samples"]
+    assert 5000 < len(json.dumps([list(s.values()) for s in cut])) < 7000
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [(0.123456, 0.1235), (-123456.0, -123500.0), (1e-9, 1e-9), (float("nan"), None), (None, None)],
+)
+def test_numbers_have_four_digits(value, kept):
+    assert rounded(value) == kept
