@@ -5,8 +5,8 @@ It knows nothing of Hydra: whoever calls hands in what turns configuration into 
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from rlhf_exp.hf import quieten_transformers
-from rlhf_exp.settings import PARTS, ConfigError
+from rlhf_exp.settings import PARTS, REFERENCE, ConfigError
+from rlhf_exp.stages.foresight import foresee
 from rlhf_exp.steps import Instantiate, Prepared, Step, prepare, read_steps
 from rlhf_exp.training.checkpoint import newest_checkpoint
 from rlhf_exp.training.context import Context
@@ -44,18 +45,30 @@ class Job:
     chosen: frozenset[str]
 
 
-def run_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate) -> None:
-    """Checks the whole configuration, builds what the run stands on, and runs its stage. Raises
-    ConfigError with everything that is wrong, before anything is built."""
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A configuration that is all right: its steps, how many of them are prepared, and the groups
+    that belong to none."""
+
+    steps: Sequence[Step]
+    last: int
+    logger: Logger
+    hub: HubSettings
+
+
+def check_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate) -> Plan:
+    """What a configuration describes. Raises ConfigError with everything that is wrong."""
     steps = read_steps(config)
     last = _last_to_prepare(steps, job.until)
     problems: list[str] = []
+    built: dict[str, tuple[Any, dict[str, Any]]] = {}
     for step in steps:
         try:
-            stage, run_parts = step.build(instantiate)
+            built[step.name] = stage, run_parts = step.build(instantiate)
         except ConfigError as error:
             problems.append(str(error))
     if not problems and job.until is None:
+        problems += foresee(run_parts, built, prefix=REFERENCE)
         problems += [
             f"{part}: {type(stage).__name__} takes none, so that it would be ignored: leave"
             f" {part}=... out"
@@ -66,13 +79,19 @@ def run_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate
     problems += [] if hub is None else _push_problems(hub, job)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
+    return Plan(steps=steps, last=last, logger=logger, hub=hub)
+
+
+def run_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate) -> None:
+    """Checks the whole configuration, builds what the run stands on, and runs its stage. Raises
+    ConfigError with everything that is wrong, before anything is built."""
+    plan = check_experiment(config, job, instantiate)
     if job.resume:
         newest_checkpoint(job.path)  # raises here rather than after minutes of preparing
     quieten_transformers()
     prepared = prepare(
-        steps[:last],
+        plan.steps[: plan.last],
         instantiate,
-        run_parts={} if job.until else run_parts,
         root=job.artifacts_dir,
         seed=job.prepare_seed,
         device=job.device,
@@ -80,9 +99,10 @@ def run_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate
     if job.until is not None:
         _stop_early(prepared, job.path)
         return
-    _run_stage(steps[-1].resolved(prepared.folders), prepared, config, job, logger, instantiate)
+    step = plan.steps[-1].resolved(prepared.folders)
+    _run_stage(step, prepared, config, job, plan.logger, instantiate)
     if (job.path / "model").is_dir():
-        hub.upload(job.path / "model")
+        plan.hub.upload(job.path / "model")
 
 
 def _push_problems(hub: HubSettings, job: Job) -> list[str]:
@@ -137,9 +157,13 @@ def _run_stage(
         shared_folder=job.path.parent if job.sweep else job.path,
     )
 
-    def begin() -> AbstractContextManager[list[Sink]]:
+    @contextmanager
+    def begin() -> Iterator[list[Sink]]:
         folder.write_json("resolved_config.json", resolved)
-        return logger.open(info)
+        if not job.resume:
+            folder.clear()
+        with logger.open(info) as sinks:
+            yield sinks
 
     with RunFolder(job.path, begin) as folder:
         context = Context(folder=folder, seed=job.seed, device=job.device, resume=job.resume)
@@ -153,6 +177,7 @@ def _run_stage(
         prepared.copy_figures(job.path)
         if (job.path / "model").is_dir():
             write_model_card(job.path, resolved, result)
+        folder.log_result(result)
         folder.write_status("done")
     log.info("seconds: %s", "  ".join(f"{k} {v:.1f}" for k, v in result["seconds"].items()))
     log.info("run folder: %s", job.path)

@@ -8,8 +8,6 @@ inside functions, so that `--help` and `--cfg` answer at once.
 import difflib
 import errno
 import functools
-import hashlib
-import inspect
 import json
 import logging
 import os
@@ -20,48 +18,40 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 import pydantic
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import configure_log, setup_globals
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from rlhf_exp.settings import (
-    PARTS,
-    ConfigError,
-    FolderName,
-    Index,
-    Text,
-    field_problem,
-    settings,
-)
+from rlhf_exp.own_keys import read_own_keys
+from rlhf_exp.settings import ConfigError, field_problem
+from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs
+from rlhf_exp.sweeps.isolation import call_in_process, describe_end
+from rlhf_exp.sweeps.jobs import BadJobs
+from rlhf_exp.sweeps.state import read_state
+from rlhf_exp.targets import forbidden_module, targets
+from rlhf_exp.training.claims import LOCK, claimed, is_claimed
+
+if TYPE_CHECKING:
+    from rlhf_exp.experiment import Job
+    from rlhf_exp.steps import Instantiate
 
 log = logging.getLogger(__name__)
 
 ALLOWED_TARGETS = ("rlhf_exp.", "torch.optim.")
-GROUPS = {"stage", *PARTS, "logger", "hub"}
-UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR}
+UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST}
+# Launchers that are packages of their own, and the extra that brings them.
+LAUNCHERS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm",
+             "ray": "ray"}  # fmt: skip
 CONF = Path(__file__).resolve().parents[1] / "conf"
-
-
-@settings
-class RunSettings:
-    """The keys of a configuration that are not groups; conf/config.yaml says what they mean."""
-
-    name: FolderName
-    seed: Index
-    prepare_seed: Index
-    device: Text
-    artifacts_dir: Text
-    allow_targets: tuple[Text, ...]
-    prepare: dict[str, dict[str, Any]]
-    until: Text | None
-    resume: Text | None
 
 
 def _run_dir(resume: str | None, otherwise: str) -> str:
@@ -74,15 +64,6 @@ def _run_dir(resume: str | None, otherwise: str) -> str:
     return resume
 
 
-def _slug(text: str, limit: int = 80) -> str:
-    """A folder name from overrides: no slashes, and a hash in place of what is too long."""
-    name = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", str(text)).strip("-") or "default"
-    if len(name) <= limit:
-        return name
-    return f"{name[: limit - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
-OmegaConf.register_new_resolver("slug", _slug, replace=True)
 OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
 OmegaConf.register_new_resolver(
     "hydra_dir", lambda resume: ".hydra/resumed" if resume else ".hydra", replace=True
@@ -99,8 +80,8 @@ def instantiate(
     if "_target_" not in config:
         problems.append(f"{path}: no option is chosen; choose one: {path.rpartition('.')[2]}=...")
         return None
-    for target in _targets(config):
-        module = _forbidden_module(target, tuple(allowed))
+    for target in targets(config):
+        module = forbidden_module(target, tuple(allowed), ALLOWED_TARGETS, find=get_object)
         if module is not None:
             problems.append(
                 f"{path}._target_={target} is outside of {', '.join(allowed)}; if you trust that"
@@ -121,92 +102,96 @@ def instantiate(
         return None
 
 
-def _forbidden_module(target: str, allowed: tuple[str, ...]) -> str | None:
-    """The module that a target belongs to if it is not an allowed one. Names of an allowed module
-    may lead out of it again, to what it imports: rlhf_exp.run.shutil.rmtree."""
-    if not target.startswith(allowed):
-        return target.rpartition(".")[0] or target
-    if not target.startswith(ALLOWED_TARGETS):
-        return None  # the user trusts it
-    try:
-        module = inspect.getmodule(hydra.utils.get_object(target))
-    except (ImportError, ValueError):
-        return None  # there is none of that name, as who instantiates it will say
-    if module is None or f"{module.__name__}.".startswith(allowed):
-        return None
-    return module.__name__
-
-
-def _targets(config: Any) -> Iterator[str]:
-    if isinstance(config, Mapping):
-        if "_target_" in config:
-            yield str(config["_target_"])
-        for value in config.values():
-            yield from _targets(value)
-    elif isinstance(config, list):
-        for value in config:
-            yield from _targets(value)
-
-
 def execute(cfg: DictConfig, path: Path) -> None:
     """Checks the whole configuration, builds what the run stands on, and runs its stage."""
-    from rlhf_exp.experiment import Job, run_experiment
-    from rlhf_exp.training.context import pick_device
+    from rlhf_exp.experiment import run_experiment
+    from rlhf_exp.training.checkpoint import has_checkpoint
     from rlhf_exp.training.processor import use_processor_well
 
-    use_processor_well()
+    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
     resumed = cfg.get("resume")
-    config = to_container(_config_of(Path(str(resumed))) if resumed else cfg)
+    given = _config_of(Path(str(resumed))) if resumed else cfg
+    if cfg.get("dry_run"):
+        _say_plan(check(given, path, words, sweep=False), path)
+        return
+    use_processor_well()
+    # A job of a sweep comes back to its folder if it was cut: by a queue or by skip_completed.
+    resume = bool(resumed) or (_is_sweep() and has_checkpoint(path))
+    config = to_container(given)
+    run_experiment(config, *_read(config, path, words, sweep=_is_sweep(), resume=resume))
+
+
+def _say_plan(config: Mapping[str, Any], path: Path) -> None:
+    seconds = expected_seconds(config, finished_runs(path.parent.parent))
+    took = "how long it takes is unknown" if seconds is None else f"it takes about {seconds:.0f} s"
+    stage = str(config["stage"]["_target_"]).rpartition(".")[2]
+    steps = ", ".join([*config["prepare"], stage])
+    log.info("all is well: %s in %s; %s; nothing was started", steps, path, took)
+    output = str(HydraConfig.get().output_subdir)
+    if {file.name for file in path.iterdir()} == {output, "train.log", LOCK}:
+        shutil.rmtree(path)  # nobody's but this call's
+    elif output.endswith("resumed"):
+        shutil.rmtree(path / output)
+
+
+def check(
+    cfg: DictConfig, path: Path, words: Sequence[str], *, sweep: bool, here: bool = True
+) -> dict[str, Any]:
+    """The resolved configuration of a job that `words` of the command line describe. `here` says
+    that it is going to run on this machine. Raises ConfigError with everything that is wrong."""
+    from rlhf_exp.experiment import check_experiment
+
+    config = to_container(cfg)
+    if sweep and config["resume"]:
+        raise ConfigError("resume is for a single run: leave out -m, or use skip_completed=true")
+    device = {} if here else {"device": "cpu"}
+    check_experiment(config, *_read({**config, **device}, path, words, sweep=sweep, resume=False))
+    return config
+
+
+def _read(
+    config: Mapping[str, Any], path: Path, words: Sequence[str], *, sweep: bool, resume: bool
+) -> tuple["Job", "Instantiate"]:
+    from rlhf_exp.experiment import Job
+    from rlhf_exp.training.context import pick_device
+
     own = read_own_keys(config)
+    if own.skip_completed and not sweep:
+        raise ConfigError("skip_completed=true is for sweeps: add -m")
     allowed = (*ALLOWED_TARGETS, *(f"{module}." for module in own.allow_targets))
     job = Job(
         path=path,
-        sweep=HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN,
-        resume=bool(resumed),
+        sweep=sweep,
+        resume=resume,
         device=pick_device(own.device),
         seed=own.seed,
         prepare_seed=own.prepare_seed,
         artifacts_dir=Path(own.artifacts_dir),
         until=own.until,
-        chosen=_chosen(),
+        # The groups that the command line sets, wholly or by a key.
+        chosen=frozenset(re.split(r"[.=@]", word.lstrip("+"))[0] for word in words),
     )
-    run_experiment(config, job, functools.partial(instantiate, allowed=allowed))
+    return job, functools.partial(instantiate, allowed=allowed)
 
 
-def _chosen() -> frozenset[str]:
-    """The groups that the command line sets, wholly or by a key."""
-    if not HydraConfig.initialized():
-        return frozenset()
-    words = HydraConfig.get().overrides.task
-    return frozenset(re.split(r"[.=@]", word.lstrip("+"))[0] for word in words)
+def _is_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def _config_of(folder: Path) -> DictConfig:
     """The configuration of a run that ended. Raises ConfigError if it is finished, and for
     overrides beside resume."""
     overrides = HydraConfig.get().overrides
-    others = [o for o in overrides.task if not o.startswith("resume=")]
+    others = [o for o in overrides.task if not o.startswith(("resume=", "dry_run="))]
     others += [o for o in overrides.hydra if o.startswith("hydra.run")]
     if others:
         raise ConfigError(
             f"resume={folder} takes that run's own configuration: leave out {', '.join(others)}"
         )
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise ConfigError("resume is for a single run: leave out -m")
     status = json.loads((folder / "status.json").read_text(encoding="utf-8"))["status"]
     if status == "done":
         raise ConfigError(f"resume={folder}: that run is finished")
     return OmegaConf.load(folder / ".hydra" / "config.yaml")  # type: ignore[return-value]
-
-
-def read_own_keys(config: Mapping[str, Any]) -> RunSettings:
-    """The configuration's keys that are not groups. Raises ConfigError with everything that is
-    wrong with them, keys that there are not included."""
-    try:
-        return RunSettings(**{key: config[key] for key in config.keys() - GROUPS})
-    except pydantic.ValidationError as error:
-        problems = sorted(field_problem("", detail) for detail in error.errors())
-        raise ConfigError("\n".join(problems)) from error
 
 
 def to_container(cfg: DictConfig) -> dict[str, Any]:
@@ -222,29 +207,64 @@ def to_container(cfg: DictConfig) -> dict[str, Any]:
 
 
 class AlreadySaid(Exception):
-    """Ends a job of a sweep that has said what is wrong, so that the other jobs run; its argument
-    is the exit code."""
+    """Ends a job or a sweep that has said what is wrong; its argument is the exit code."""
 
 
 def job(cfg: DictConfig) -> None:
-    """One job of train.py: runs it and turns what goes wrong into a message, a status and an exit
-    code."""
+    """One job of train.py: a single run in this process, a sweep's in one of its own, so that
+    nothing that happens to it takes the others down."""
+    path = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
+    if not _is_sweep():
+        with claimed(path):
+            attempt(cfg, path)
+        return
+    from rlhf_exp.training.folder import RunFolder
+
+    if read_state(path).status == "done":  # a queue that preempts may start it once more
+        return
+    log_file = path / f"{HydraConfig.get().job.name}.log"
+    # Plain, since the classes of launchers' settings cannot be pickled everywhere.
+    plain = OmegaConf.to_container(HydraConfig.instance().cfg, resolve=True)  # type: ignore[arg-type]
+    own = OmegaConf.to_container(cfg)
+    code = call_in_process(_isolated, plain, own, path, log=log_file)
+    unsaid = read_state(path).status in ("waiting", "running") and not is_claimed(path)
+    if code and unsaid:
+        RunFolder(path).write_status("failed", describe_end(code))
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
+        raise AlreadySaid(code)
+
+
+def _isolated(hydra_config: dict[str, Any], config: dict[str, Any], path: Path) -> None:
+    from rlhf_exp.training.folder import RunFolder
+
+    setup_globals()
+    hydra_config["hydra"]["job_logging"]["root"]["handlers"] = ["file"]
+    hydra_cfg = OmegaConf.create(hydra_config)
+    HydraConfig.instance().cfg = hydra_cfg  # type: ignore[assignment]
+    configure_log(hydra_cfg.hydra.job_logging, hydra_cfg.hydra.verbose)
+    with claimed(path):
+        RunFolder(path).write_status("running")
+        attempt(OmegaConf.create(config), path)
+
+
+def attempt(cfg: DictConfig, path: Path) -> None:
+    """Runs a job and turns what goes wrong into a message, a status and an exit code."""
     from rlhf_exp.training.context import TrainingError
     from rlhf_exp.training.folder import RunFolder
     from rlhf_exp.training.progress import file_log
 
-    path = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
-    single = HydraConfig.get().mode == RunMode.RUN
     file = file_log()
     try:
         execute(cfg, path)
     except ConfigError as error:
         log.error("error: %s", _bounded(str(error)))
-        if not single:
+        if _is_sweep():
             RunFolder(path).write_status("failed", str(error))
-            raise AlreadySaid(2) from error
-        # Nothing ran, so nothing but the log is left behind.
-        shutil.rmtree(path / str(HydraConfig.get().output_subdir), ignore_errors=True)
+        else:  # nothing ran, so nothing but the log is left behind
+            shutil.rmtree(path / str(HydraConfig.get().output_subdir), ignore_errors=True)
+            (path / LOCK).unlink()
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         log.error("interrupted; what was logged so far is in %s", path)
@@ -254,12 +274,12 @@ def job(cfg: DictConfig) -> None:
         log.error("error: %s\nwhat was logged so far is in %s", error, path)
         file.exception("traceback")
         RunFolder(path).write_status("failed", str(error))
-        if not single:
-            raise AlreadySaid(error.exit_code) from error
         raise SystemExit(error.exit_code) from None
     except Exception as error:
         file.exception("traceback")
         RunFolder(path).write_status("failed", f"{type(error).__name__}: {error}")
+        if _is_sweep():
+            raise SystemExit(1) from None
         raise
 
 
@@ -278,6 +298,8 @@ def guard(main: Callable[[], None]) -> None:
     if os.environ.get("HYDRA_FULL_ERROR"):
         main()
         return
+    if "--dry-run" in sys.argv:
+        sys.argv = [*(word for word in sys.argv if word != "--dry-run"), "dry_run=true"]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises in place of printing
     try:
         main()
@@ -289,7 +311,8 @@ def guard(main: Callable[[], None]) -> None:
         message = explain(error)
         if message is None:
             raise
-        print(f"error: {_bounded(message)}", file=sys.stderr)
+        shown = message if isinstance(error, BadJobs) else _bounded(message)
+        print(f"error: {shown}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -334,6 +357,8 @@ def _missing_option(error: MissingConfigException) -> str:
     options = sorted(error.options or ())
     close = difflib.get_close_matches(option, options, n=1)
     hint = f" Did you mean {group}={close[0]}?" if close else ""
+    if group == "hydra/launcher" and option in LAUNCHERS:
+        hint = f" It is there after: pip install 'rlhf_exp[{LAUNCHERS[option]}]'"
     return f"{group}={option}: no such option.{hint}\navailable: {', '.join(options)}"
 
 

@@ -154,18 +154,16 @@ def prepare(
     steps: Sequence[Step],
     instantiate: Instantiate,
     *,
-    run_parts: Mapping[str, Any],
     root: Path,
     seed: int,
     device: torch.device,
 ) -> Prepared:
-    """Builds the artifact of each step of `prepare` or reuses it; `run_parts` are the parts of the
-    run that stands on them.
+    """Builds the artifact of each step of `prepare` or reuses it.
 
     An artifact is known by the hash of its configuration, the hashes of the artifacts and the
     files that go into it, the seed, and the code of its stage and parts with all that they import.
-    Before anything is built, everything that can be known of the steps and of the run on top of
-    them is checked: raises ConfigError.
+    Before anything is built, everything that can be known of the steps is checked: raises
+    ConfigError.
     """
     store = ArtifactStore(root)
     built = {step.name: step.build(instantiate) for step in steps}
@@ -176,7 +174,7 @@ def prepare(
         keys[step.name] = content_hash(descriptions[step.name])
     missing = [s for s in steps if not store.folder(s.name, keys[s.name]).is_dir()]
     if missing:
-        _check_before_building(missing, run_parts, built)
+        _check_before_building(missing, built)
     folders: dict[str, str] = {}
     results: dict[str, Any] = {}
     clock = Stopwatch()
@@ -236,7 +234,6 @@ def classes_of(value: Any) -> set[type]:
 
 def _check_before_building(
     missing: Sequence[Step],
-    run_parts: Mapping[str, Any],
     built: Mapping[str, tuple[Any, Mapping[str, Any]]],
 ) -> None:
     problems = []
@@ -245,6 +242,5 @@ def _check_before_building(
         if isinstance(stage, ReadsTexts) and not step.reads_made_task:
             problems += [f"{step.path}{problem}" for problem in stage.check_texts(**parts)]
         problems += [f"{step.path}{p}" for p in foresee(parts, built, prefix=REFERENCE)]
-    problems += foresee(run_parts, built, prefix=REFERENCE)
     if problems:
         raise ConfigError("\n".join(problems))

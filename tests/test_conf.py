@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import json
 import re
 import shlex
@@ -12,9 +13,13 @@ from typing import Any
 import hydra
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_exp import run
+from rlhf_exp.own_keys import GROUPS, read_own_keys
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.steps import read_steps
 from rlhf_exp.tasks.reviews import Reviews
@@ -26,6 +31,10 @@ OPTIONS = sorted(
 PARTS = [option for option in OPTIONS if not option.startswith(("experiment/", "sweep/"))]
 EXPERIMENTS = [option.partition("/")[2] for option in OPTIONS if option.startswith("experiment/")]
 SWEEPS = [option.partition("/")[2] for option in OPTIONS if option.startswith("sweep/")]
+SWEEPERS = sorted(path.stem for path in CONF.glob("hydra/sweeper/*.yaml"))
+LAUNCHERS = sorted(path.stem for path in CONF.glob("hydra/launcher/*.yaml"))
+OF_HYDRA = [f"hydra/sweeper/{name}" for name in SWEEPERS]
+OF_HYDRA += [f"hydra/launcher/{name}" for name in LAUNCHERS]
 
 # Keys that a file gives another value than the class, and why a class may have none of its own.
 OTHER_THAN_DEFAULT = {
@@ -151,10 +160,15 @@ def compose(*overrides: str) -> DictConfig:
     return hydra.compose("config", overrides=list(overrides))
 
 
+def compose_hydra(*overrides: str) -> DictConfig:
+    """Hydra's own part of a configuration."""
+    return hydra.compose("config", overrides=list(overrides), return_hydra_config=True).hydra
+
+
 def build_all(overrides: Sequence[str]) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Each step's stage and parts, by the step's name."""
     config = run.to_container(compose(*overrides))
-    run.read_own_keys(config)
+    read_own_keys(config)
     build = functools.partial(run.instantiate, allowed=run.ALLOWED_TARGETS)
     return {step.name: step.build(build) for step in read_steps(config)}
 
@@ -206,19 +220,19 @@ def test_the_default_is_the_reviews_experiment():
 
 def test_the_keys_that_are_not_groups_are_read_and_described():
     config = run.to_container(compose("~experiment"))
-    own = run.read_own_keys(config)
-    assert {field.name for field in dataclasses.fields(own)} | run.GROUPS == config.keys()
+    own = read_own_keys(config)
+    assert {field.name for field in dataclasses.fields(own)} | GROUPS == config.keys()
     assert (own.seed, own.prepare_seed, own.allow_targets) == (1, 0, ())
 
 
-@pytest.mark.parametrize("option", [*PARTS, "config"])
+@pytest.mark.parametrize("option", [*PARTS, *OF_HYDRA, "config"])
 def test_every_key_has_a_comment(option):
     lines = (CONF / f"{option}.yaml").read_text().splitlines()
     assert re.match(r"# .*[.!]", lines[0]), "the first line says what it is"
     if option == "config":
         lines = lines[lines.index("  - _self_") : lines.index("hydra:")]
     for line in lines:
-        if re.match(r"\s*\w+: ", line) and not line.lstrip().startswith("_target_"):
+        if re.match(r"\s*[\w/]+: ", line) and not line.lstrip().startswith("_target_"):
             assert re.search(r"\S\s+# \S", line), line
 
 
@@ -253,12 +267,27 @@ def test_an_experiment_fits_together_by_the_commands_that_it_gives(name, data, m
     assert load(f"experiment/{name}")["name"] == name
 
 
+def ends(key: str, swept: str) -> list[str]:
+    """Values that a key takes in a sweep: all choices or both ends of an interval."""
+    [override] = OverridesParser.create().parse_overrides([f"{key}={swept}"])
+    assert override.is_sweep_override(), f"{key} is not swept"
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return [str(value.start), str(value.end)]
+    return [*override.sweep_string_iterator()]
+
+
 @pytest.mark.parametrize("name", SWEEPS)
 def test_a_sweep_names_keys_that_there_are_and_values_that_they_take(name):
-    assert [f"sweep={name}"] in commands(CONF / "sweep" / f"{name}.yaml")
-    params = load(f"sweep/{name}")["hydra"]["sweeper"]["params"]
-    assert params
-    values = {key: str(value).split(",") for key, value in params.items()}
+    own = load(f"sweep/{name}").get("hydra", {}).get("sweeper", {}).get("params", {})
+    [words] = commands(CONF / "sweep" / f"{name}.yaml")
+    if own:
+        assert words == [f"sweep={name}"]
+        assert compose_hydra(*words).sweeper.params == own
+    else:  # the command line says what is swept
+        own = dict(word.split("=") for word in words)
+    values = {key: ends(key, str(swept)) for key, swept in own.items()}
+    assert values
     for i in (0, -1):
         overrides = [f"{key}={value[i]}" for key, value in values.items()]
         cfg = compose(f"sweep={name}", *overrides)
@@ -266,6 +295,33 @@ def test_a_sweep_names_keys_that_there_are_and_values_that_they_take(name):
             float(value[i]) for value in values.values()
         ]
         build_all(overrides)
+
+
+def test_a_sweeper_is_chosen_by_the_sweep():
+    assert compose_hydra().sweeper == compose_hydra("hydra/sweeper=grid").sweeper
+    targets = {name: compose_hydra(f"sweep={name}").sweeper["_target_"] for name in SWEEPS}
+    assert targets["grid"] != targets["search"]
+    own = {compose_hydra(f"hydra/sweeper={name}").sweeper["_target_"] for name in SWEEPERS}
+    assert {*targets.values()} == own
+
+
+@pytest.mark.parametrize("name", SWEEPERS)
+def test_the_keys_of_a_sweeper_are_those_that_it_reads(name):
+    config = compose_hydra(f"hydra/sweeper={name}").sweeper
+    assert config.keys() - {"_target_"} == load(f"hydra/sweeper/{name}").keys()
+    read = inspect.signature(get_class(config["_target_"])).parameters
+    assert read.keys() == config.keys() - {"_target_"}
+    assert hydra.utils.instantiate(config)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_the_keys_of_a_launcher_are_those_that_it_has(name):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    config = compose_hydra(f"hydra/launcher={name}", "name=mine").launcher
+    keys = load(f"hydra/launcher/{name}")
+    assert keys
+    # Its own configuration is of a class, so that one that it does not have fails to compose.
+    assert {key: config[key] for key in keys} == keys | {"name": "mine"}
 
 
 def test_imdb_sentiment_has_the_hyperparameters_of_the_notebook():

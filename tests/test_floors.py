@@ -10,23 +10,28 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rlhf_exp"
 FILES = sorted(PACKAGE.rglob("*.py"))
+# What Hydra finds by its place, and so stands beside the package.
+PLUGINS = sorted((PACKAGE.parent / "hydra_plugins").rglob("*.py"))
 MODULES = [path for path in FILES if path != PACKAGE / "__init__.py"]
 # A module imports from lower floors and from its own subpackage.
 FLOORS = [
-    {"functional", "types", "settings", "network", "hf", "environment"},
-    {"models", "tasks", "training"},
+    {"functional", "types", "settings", "network", "hf", "environment", "targets"},
+    {"models", "tasks", "training", "own_keys"},
     {"rollout", "rewards"},
     {"stages", "interp", "report"},
-    {"steps"},
+    {"steps", "sweeps"},
     {"experiment"},
     {"run"},
 ]
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
-HEAVY = {"transformers", "transformer_lens", "matplotlib", "wandb", "peft", "datasets", "requests"}
+HEAVY = {
+    "transformers", "transformer_lens", "matplotlib", "wandb", "peft", "datasets", "requests",
+    "optuna", "plotly",
+}  # fmt: skip
 # Importing tokenizers costs what it is for; tasks import it when they build one.
 IMPORTED_WHERE_CALLED = "rlhf_exp.tasks.tokenizers"
 # Data: the words and rules of a grammar, which are no harder to read for being many.
-LONG = {"tasks/review_grammar.py"}
+LONG = {"rlhf_exp/tasks/review_grammar.py"}
 
 
 def module_name(path: Path) -> str:
@@ -69,13 +74,22 @@ def test_every_part_of_the_package_has_its_floor():
     assert not (PACKAGE / "utils.py").exists()
 
 
-def test_only_the_composition_root_knows_hydra():
+def test_only_the_composition_root_and_the_plugin_know_hydra():
     knowing = {
         module_name(path)
-        for path in FILES
+        for path in [*FILES, *PLUGINS]
         if {module.partition(".")[0] for module in imports(path)} & {"hydra", "omegaconf"}
     }
-    assert knowing == {"rlhf_exp.run"}
+    assert knowing == {
+        "rlhf_exp.run",
+        "hydra_plugins.rlhf_exp_launching",
+        "hydra_plugins.rlhf_exp_sweepers",
+    }
+
+
+def test_the_plugin_is_imported_by_none():
+    for path in FILES:
+        assert "hydra_plugins" not in {module.partition(".")[0] for module in imports(path)}
 
 
 def test_the_side_wings_are_imported_by_none():
@@ -100,15 +114,17 @@ def test_importing_the_package_imports_nothing_that_takes_seconds():
     assert imported.isdisjoint(HEAVY | {"sklearn"})
 
 
-def test_a_command_line_is_read_without_torch():
-    imported = imported_with("import rlhf_exp.run")
+@pytest.mark.parametrize("module", ["rlhf_exp.run", "hydra_plugins.rlhf_exp_sweepers"])
+def test_a_command_line_is_read_without_torch(module):
+    imported = imported_with(f"import {module}")
+    assert module in imported
     assert imported.isdisjoint(HEAVY | {"torch", "rlhf_exp.steps"})
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_name)
+@pytest.mark.parametrize("path", [*FILES, *PLUGINS], ids=module_name)
 def test_files_and_functions_are_short(path):
     source = path.read_text(encoding="utf-8")
-    if path.relative_to(PACKAGE).as_posix() not in LONG:
+    if path.relative_to(PACKAGE.parent).as_posix() not in LONG:
         assert source.count("\n") <= 400
     tree = ast.parse(source)
     for node in ast.walk(tree):

@@ -387,10 +387,10 @@ def test_a_reward_that_is_not_finite_stops_the_run_by_phase_and_cause(tmp_path, 
     assert phases == [0, 1]
 
 
-def test_a_job_of_a_sweep_that_stops_leaves_the_others_and_its_code(tmp_path, my_rewards):
+def test_a_job_of_a_sweep_that_stops_leaves_the_others(tmp_path, my_rewards):
     broken = own(my_rewards, "Broken", "+reward.after=8,1000")
     outcome = train(tmp_path, "-m", *broken)
-    assert (outcome.code, outcome.raised) == (2, None)
+    assert (outcome.code, outcome.raised) == (1, None)
     assert "Traceback" not in outcome.out + outcome.err
     jobs = sorted(tmp_path.glob("outputs/run/sweeps/*/*/status.json"))
     assert [json.loads(path.read_text())["status"] for path in jobs] == ["failed", "done"]
@@ -465,20 +465,6 @@ def test_all_that_is_missing_is_named(config_of):
     ]
 
 
-def slug(text: str) -> str:
-    return OmegaConf.create({"text": text, "slug": "${slug:${text}}"}).slug
-
-
-def test_a_job_is_a_folder_name():
-    assert slug("stage.kl_coef=0.1,model.base_model=a/b c") == (
-        "stage.kl_coef=0.1,model.base_model=a-b-c"
-    )
-    assert slug("/") == "default"
-    long = [slug("x" * 100 + end) for end in ("a", "b")]
-    assert len({*long}) == 2
-    assert all(len(name) == 80 and name.startswith("x" * 71) for name in long)
-
-
 def test_every_run_has_an_id_of_its_own(config_of):
     ids = [OmegaConf.create({"a": "${run_id:}", "b": "${run_id:}"}) for _ in range(2)]
     assert ids[0].a == ids[0].b
@@ -518,6 +504,5 @@ def test_a_push_is_of_one_run(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     pushed = ["hub.push=true", "hub.repo=me/model"]
     sweep = train(tmp_path, "-m", *TINY, *pushed, "seed=1,2")
-    assert sweep.code == 2
-    assert "the jobs of a sweep would overwrite it: set hub.push=false" in sweep.out
+    assert_refused(sweep, r"the jobs of a sweep would overwrite it: set hub\.push=false")
     assert_refused(train(tmp_path, "until=base", *pushed), r"and until=base ends before: set hub")

@@ -142,7 +142,6 @@ def made(config: Mapping[str, Any], root: Path, seed: int = 0) -> dict[str, Path
     found = prepare(
         read_steps(config)[:-1],
         build,
-        run_parts={},
         root=root,
         seed=seed,
         device=torch.device("cpu"),

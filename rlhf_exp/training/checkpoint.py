@@ -48,6 +48,11 @@ def write_checkpoint(
     return final
 
 
+def has_checkpoint(run: Path) -> bool:
+    """Whether a run can go on from a checkpoint."""
+    return bool(_finished(run))
+
+
 def newest_checkpoint(run: Path) -> Path:
     """The folder of a run's newest checkpoint. Raises ConfigError if there is none."""
     finished = _finished(run)

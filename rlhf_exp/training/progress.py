@@ -3,6 +3,7 @@ the lines."""
 
 import logging
 import sys
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 
@@ -31,6 +32,7 @@ class Progress:
 
     def __init__(self, total: int, *, unit: str) -> None:
         self.total, self.unit = total, unit
+        tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves
         self._stack = ExitStack()
         self.bar = tqdm(
             total=total, unit=unit, leave=False, dynamic_ncols=True, disable=not on_terminal()

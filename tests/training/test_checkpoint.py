@@ -9,7 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.training.checkpoint import newest_checkpoint, read_newest_checkpoint, write_checkpoint
+from rlhf_exp.training.checkpoint import (
+    has_checkpoint,
+    newest_checkpoint,
+    read_newest_checkpoint,
+    write_checkpoint,
+)
 
 TENSORS = {
     "weights": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),
@@ -107,3 +112,13 @@ def test_one_that_cannot_be_read(file: str, kept: float | None, tmp_path: Path) 
         (path / file).write_bytes(content[: int(kept * len(content))])
     with pytest.raises(ConfigError, match=f"^{path} cannot be read: "):
         read_newest_checkpoint(tmp_path)
+
+
+def test_a_run_can_go_on_once_a_checkpoint_is_finished(tmp_path: Path) -> None:
+    assert not has_checkpoint(tmp_path / "nothing")
+    assert not has_checkpoint(tmp_path)
+    (tmp_path / "checkpoints" / ".phase-000003.partial").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "phase-last").mkdir()
+    assert not has_checkpoint(tmp_path)
+    write_checkpoint(tmp_path, 4, TENSORS, NUMBERS)
+    assert has_checkpoint(tmp_path)

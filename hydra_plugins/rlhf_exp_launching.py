@@ -1,0 +1,264 @@
+"""Hydra's part of starting a sweep's jobs: composing and checking them, and handing them to a
+launcher, whatever becomes of it.
+"""
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobStatus
+from hydra.errors import HydraException
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.text import Text
+
+from rlhf_exp import run
+from rlhf_exp.settings import ConfigError
+from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs
+from rlhf_exp.sweeps.isolation import SWEEP_PID
+from rlhf_exp.sweeps.jobs import (
+    NOT_RESULTS,
+    RECORD,
+    BadJobs,
+    SweepJob,
+    identity,
+    read_record,
+    write_record,
+)
+from rlhf_exp.sweeps.monitor import Monitor, problems, summary
+from rlhf_exp.sweeps.settling import await_end, mark_dead, mark_failed, settle, unsaid
+from rlhf_exp.sweeps.state import read_state
+from rlhf_exp.training.claims import claimed, is_claimed
+
+OWN = ("skip_completed=", "dry_run=")  # of the sweep, not of its jobs
+MANY = 20  # jobs that take long enough to check to say so
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What has to be known of a launcher. `at_once` is how many jobs it runs at a time, `counts`
+    whether it keeps to that itself; `keeps` says that a job that has not started yet may still do
+    so after the launcher has failed; `here` that its processes are this machine's."""
+
+    at_once: int
+    counts: bool = True
+    keeps: bool = False
+    here: bool = True
+
+
+class Launching:
+    """Checks and launches the jobs of one sweep, which has a folder to itself."""
+
+    def __init__(self, context: HydraContext, function: TaskFunction, config: DictConfig) -> None:
+        self._context, self._config = context, config
+        self.kind = _kind(config)
+        self._launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=context, task_function=function, config=config
+        )
+        self.folder = Path(str(config.hydra.sweep.dir))
+        self.dry_run, self.skip_completed = bool(config.dry_run), bool(config.skip_completed)
+        self.console = Console()
+
+    def say(self, line: str) -> None:
+        """Prints a line as it is, however long."""
+        self.console.print(Text(line), soft_wrap=True)
+
+    def parse(self, words: Sequence[str]) -> list[Override]:
+        """Those words of a command line that concern jobs. Raises ConfigError for a sweep over what
+        is no part of a job."""
+        parser = OverridesParser.create(config_loader=self._context.config_loader)
+        overrides = parser.parse_overrides([w for w in words if not w.lstrip("+").startswith(OWN)])
+        for override in overrides:
+            key = override.get_key_element().lstrip("+~")
+            if override.is_sweep_override() and key.split(".")[0] in NOT_RESULTS:
+                raise ConfigError(f"{key}: the jobs would be the same; give it one value")
+        return overrides
+
+    def check(self, jobs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[SweepJob]:
+        """The jobs, each given as its words and those of them that are swept. Raises BadJobs with
+        all that cannot run."""
+        if len(jobs) >= MANY:
+            self.say(f"checking {len(jobs)} jobs")
+        checked: list[SweepJob] = []
+        problems: dict[str, list[str]] = {}
+        runs = Path(str(self._config.hydra.run.dir)).parent.parent
+        finished = finished_runs(runs, self.folder) if self.dry_run else []
+        for number, (words, swept) in enumerate(jobs):
+            job = SweepJob(overrides=tuple(words), swept=tuple(swept), identity="", phases=None)
+            try:
+                config = run.check(
+                    self._compose(words), self.folder, words, sweep=True, here=self.kind.here
+                )
+            except (ConfigError, HydraException, OmegaConfBaseException) as error:
+                for line in (run.explain(error) or str(error)).splitlines():
+                    problems.setdefault(line, []).append(f"job {number} ({job.label})")
+                continue
+            phases = config["stage"].get("total_phases")
+            seconds = expected_seconds(config, finished)
+            checked.append(replace(job, identity=identity(config), phases=phases, seconds=seconds))
+        if problems:
+            raise BadJobs(problems, len(jobs))
+        return checked
+
+    def _compose(self, words: Sequence[str]) -> DictConfig:
+        config = self._context.config_loader.load_sweep_config(self._config, list(words))
+        with open_dict(config):
+            del config["hydra"]
+        return config
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """The sweep's folder is this process's own within the block. Raises ConfigError for a
+        folder that holds a sweep unless that is to be completed, for a completion without a folder,
+        and while jobs of the sweep are running."""
+        if self.skip_completed and not read_record(self.folder):
+            self._refuse_new_folder()
+        with claimed(self.folder):
+            known = read_record(self.folder)
+            if known and not self.skip_completed:
+                raise ConfigError(
+                    f"hydra.sweep.dir={self.folder} holds a sweep already: add skip_completed=true"
+                    " to run what is missing there, or name another folder"
+                )
+            running = [job for job in known if is_claimed(job.folder)]
+            if running:
+                raise ConfigError(
+                    f"job {running[0].number} in {running[0].folder} is still running: wait for it,"
+                    " or stop it"
+                )
+            yield
+
+    def _refuse_new_folder(self) -> None:
+        if any(word.startswith("hydra.sweep.dir=") for word in self._config.hydra.overrides.hydra):
+            return  # one command for the first time and for all others
+        old = sorted(self.folder.parent.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime)
+        hint = f"; the newest is {old[-1].parent}" if old else ""
+        raise ConfigError(
+            "skip_completed=true needs the folder of the sweep to complete:"
+            f" hydra.sweep.dir=FOLDER{hint}"
+        )
+
+    def run(self, jobs: Sequence[SweepJob], *, batch_size: int | None, title: str = "") -> None:
+        """Launches placed jobs, at most so many at a time, and returns when all have ended, done or
+        not."""
+        write_record(self.folder, jobs, command=sys.argv)
+        OmegaConf.save(self._config, self.folder / "multirun.yaml")
+        for job in jobs:
+            (job.folder / "status.json").unlink(missing_ok=True)
+        size = batch_size or max(1, len(jobs))
+        if not self.kind.counts:
+            size = batch_size or self.kind.at_once
+            share = max(1, (os.cpu_count() or 1) // size)
+            os.environ.setdefault("OMP_NUM_THREADS", str(share))
+        if self.kind.here and not self.kind.keeps:
+            os.environ[SWEEP_PID] = str(os.getpid())  # whose end ends the jobs
+        try:
+            with _signals_interrupt(), Monitor(jobs, self.console, title=title):
+                for begin in range(0, len(jobs), size):
+                    self._launch(jobs[begin : begin + size])
+        except (KeyboardInterrupt, SystemExit):
+            settle(jobs, "interrupted")
+            self.console.print(summary(jobs))
+            self.say_how_to_go_on()
+            raise
+
+    def _launch(self, jobs: Sequence[SweepJob]) -> None:
+        again: set[int] = set()
+        while jobs:
+            broken = False
+            words = [[*job.overrides, f"hydra.sweep.subdir='{job.folder.name}'"] for job in jobs]
+            try:
+                returned = self._launcher.launch(words, initial_job_idx=jobs[0].number)
+                for job, result in zip(jobs, returned, strict=True):
+                    if result.status == JobStatus.FAILED:
+                        # Not return_value, which raises and prints.
+                        mark_failed(job, result._return_value)
+            except Exception as error:  # of the launcher; jobs keep theirs to themselves
+                self.say(f"launcher: {type(error).__name__}: {error}")
+                broken = True
+            await_end(jobs)
+            # A pool that broke has ended jobs that had nothing to do with it: once more, once.
+            innocent = [j for j in unsaid(jobs) if broken and j.number not in again]
+            if self.kind.keeps:
+                innocent = []
+            for job in innocent:
+                again.add(job.number)
+                (job.folder / "status.json").unlink()
+            mark_dead(jobs, "failed")
+            left = [job for job in jobs if read_state(job.folder).status == "waiting"]
+            if self.kind.keeps or (len(left) == len(jobs) and not innocent):
+                return
+            jobs = left
+
+    def conclude(self, jobs: Sequence[SweepJob]) -> None:
+        """Says how the jobs ended and what to do next. Raises AlreadySaid if one is not done."""
+        self.console.print(summary(jobs))
+        found = problems(jobs)
+        for line in found:
+            self.say(line)
+        script = Path(sys.argv[0]).parent / "scripts" / "compare.py"
+        self.say(f"compare them: python {shlex.join([str(script), str(self.folder)])}")
+        if found:
+            self.say_how_to_go_on()
+            raise run.AlreadySaid(1)
+
+    def say_how_to_go_on(self) -> None:
+        """The command that completes the sweep."""
+        given = ("hydra.sweep.dir=", "skip_completed=")
+        words = [word for word in sys.argv if not word.startswith(given)]
+        words += [f"hydra.sweep.dir={self.folder}", "skip_completed=true"]
+        self.say(f"run what is missing: python {shlex.join(words)}")
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Has SIGTERM and a closed terminal end the sweep as Ctrl-C does, with their own exit codes."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN  # as under nohup
+    ]
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _kind(config: DictConfig) -> Kind:
+    """What kind of launcher is chosen. Raises ConfigError where it would run as many jobs as there
+    are cores without having been asked to."""
+    launcher, cores = config.hydra.launcher, os.cpu_count() or 1
+    target = str(launcher.get("_target_"))
+    if "hydra_joblib_launcher" in target:
+        given = [w for w in config.hydra.overrides.hydra if w.startswith("hydra.launcher.n_jobs=")]
+        if launcher.n_jobs == -1 and not given:
+            raise ConfigError(
+                "hydra/launcher=joblib starts as many jobs as there are cores, each with a model of"
+                " its own: say how many, hydra.launcher.n_jobs=2"
+            )
+        return Kind(at_once=int(launcher.n_jobs) if launcher.n_jobs > 0 else cores)
+    if "SlurmLauncher" in target:
+        return Kind(at_once=int(launcher.array_parallelism), keeps=True, here=False)
+    if "LocalLauncher" in target:  # of submitit; it starts all that it is given
+        at_once = int(config.hydra.sweeper.max_batch_size or cores)
+        return Kind(at_once=at_once, counts=False, keeps=True)
+    if "hydra_ray_launcher" in target:
+        return Kind(at_once=cores, here=False)
+    return Kind(at_once=1)

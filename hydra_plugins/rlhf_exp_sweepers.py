@@ -1,0 +1,178 @@
+"""Hydra's sweepers: which jobs there are. Here since Hydra takes plugins from no other package."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Private, and the one place that knows how Hydra makes a grid; hydra-core is pinned below 1.4.
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from hydra_plugins.rlhf_exp_launching import Launching
+from rlhf_exp.settings import ConfigError
+from rlhf_exp.sweeps.jobs import BadJobs, SweepJob, place, read_record
+from rlhf_exp.sweeps.monitor import show_plan
+from rlhf_exp.sweeps.search import Interval, Search, Space, Trial, check_search, corners
+from rlhf_exp.sweeps.state import read_state
+
+BEST = 5
+
+
+class GridSweeper(Sweeper):
+    """Every combination of the swept values."""
+
+    def __init__(self, max_batch_size: int | None, params: Mapping[str, Any]) -> None:
+        _check_counts(max_batch_size=max_batch_size)
+        self._batch_size, self._params = max_batch_size, params
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Hydra's way of handing over what a sweeper needs."""
+        self._launching = Launching(hydra_context, task_function, config)
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Checks all jobs and runs them."""
+        launching = self._launching
+        words = [*(f"{key}={value}" for key, value in self._params.items()), *arguments]
+        overrides = launching.parse(words)
+        for override in overrides:
+            if override.is_sweep_override() and not override.is_discrete_sweep():
+                key = override.get_key_element()
+                raise ConfigError(f"{key}: an interval is for a search; add hydra/sweeper=search")
+        [grid] = BasicSweeper.split_arguments(overrides, None)
+        swept = {o.get_key_element() for o in overrides if o.is_sweep_override()}
+        given = [(row, [w for w in row if w.split("=")[0] in swept]) for row in grid]
+        checked = launching.check(given)
+        jobs = place(launching.folder, checked)
+        if len(jobs) < len(given):
+            launching.say(f"{len(given) - len(jobs)} of {len(given)} jobs are others again")
+        if launching.dry_run:
+            show_plan(jobs, launching.console, at_once=launching.kind.at_once)
+            return
+        with launching.owned():
+            jobs = place(launching.folder, checked)  # the folder may have been another's until now
+            todo = [job for job in jobs if read_state(job.folder).status != "done"]
+            done = f", {len(jobs) - len(todo)} of them done" if len(todo) < len(jobs) else ""
+            launching.say(f"sweep: {len(jobs)} jobs{done}, in {launching.folder}")
+            launching.run(todo, batch_size=self._batch_size)
+            launching.conclude(jobs)
+
+
+class SearchSweeper(Sweeper):
+    """Settings drawn by Optuna, each batch after the results of the one before."""
+
+    def __init__(
+        self,
+        sampler: str,
+        n_trials: int,
+        maximize: Sequence[str],
+        minimize: Sequence[str],
+        seed: int,
+        max_batch_size: int | None,
+        params: Mapping[str, Any],
+    ) -> None:
+        _check_counts(max_batch_size=max_batch_size, n_trials=n_trials)
+        self._metrics = dict.fromkeys(maximize, "maximize") | dict.fromkeys(minimize, "minimize")
+        check_search(sampler, self._metrics)
+        self._sampler, self._seed = sampler, seed
+        self._n_trials, self._batch_size, self._params = n_trials, max_batch_size, params
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Hydra's way of handing over what a sweeper needs."""
+        self._launching = Launching(hydra_context, task_function, config)
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Checks the ends of the space and searches it."""
+        launching = self._launching
+        words = [*(f"{key}={value}" for key, value in self._params.items()), *arguments]
+        space, fixed = _space(launching.parse(words))
+        ends = launching.check([_of_values(fixed, values) for values in corners(space)])
+        batch_size = self._batch_size or launching.kind.at_once
+        launching.say(
+            f"search: {self._n_trials} trials over {', '.join(space)}, {batch_size} at a time,"
+            f" in {launching.folder}"
+        )
+        if launching.dry_run:
+            show_plan(ends, launching.console, at_once=batch_size, trials=self._n_trials)
+            return
+        with launching.owned():
+            search = Search(
+                launching.folder, sampler=self._sampler, seed=self._seed, metrics=self._metrics
+            )
+            begin = search.num_done
+            for number in range(begin, self._n_trials, batch_size):  # also where some fail, it ends
+                size = min(batch_size, self._n_trials - number)
+                title = f"trial {number + 1} to {number + size} of {self._n_trials}: "
+                trials = [search.ask(space) for _ in range(size)]
+                self._run_batch(search, trials, fixed, title=title)
+            best = search.best()
+            for values, metrics in best[:BEST]:
+                found = dict(zip(self._metrics, metrics, strict=True))
+                launching.say(f"best: {found} with {values}")
+            if len(best) > BEST:
+                launching.say(f"and {len(best) - BEST} more on the Pareto front")
+            launching.conclude(read_record(launching.folder))
+
+    def _run_batch(
+        self, search: Search, trials: Sequence[Trial], fixed: Sequence[str], *, title: str
+    ) -> None:
+        launching = self._launching
+        drawn: list[tuple[Trial, SweepJob]] = []
+        for trial in trials:
+            try:
+                [job] = launching.check([_of_values(fixed, trial.values)])
+            except BadJobs as error:  # values that are right, but not together
+                launching.say(f"trial {trial.number}: {error}")
+                search.tell(trial, None)
+                continue
+            drawn.append((trial, job))
+        jobs = place(launching.folder, [job for _, job in drawn])
+        undone = [job for job in jobs if read_state(job.folder).status != "done"]
+        launching.run(undone, batch_size=None, title=title)
+        folders = {job.identity: job.folder for job in jobs}
+        for trial, job in drawn:
+            folder = folders[job.identity]
+            search.tell(trial, folder if read_state(folder).status == "done" else None)
+
+
+def _space(overrides: Sequence[Override]) -> tuple[Space, list[str]]:
+    """The swept keys with what they range over, and the words of the others."""
+    space: dict[str, Interval | tuple[str, ...]] = {}
+    fixed = []
+    for override in overrides:
+        key, value = override.get_key_element(), override.value()
+        if isinstance(value, IntervalSweep):
+            assert value.start is not None
+            assert value.end is not None
+            space[key] = Interval(
+                low=value.start, high=value.end, log="log" in value.tags,
+                integer=isinstance(value.start, int),
+            )  # fmt: skip
+        elif override.is_sweep_override():
+            space[key] = tuple(override.sweep_string_iterator())
+        else:
+            space.pop(key, None)  # the command line fixes what the file sweeps
+            fixed.append(f"{key}={override.get_value_element_as_str()}")
+    if not space:
+        raise ConfigError(
+            "nothing to search: give a key an interval, stage.kl_coef=interval(0.1,1)"
+        )
+    return space, fixed
+
+
+def _of_values(
+    fixed: Sequence[str], values: Mapping[str, str]
+) -> tuple[Sequence[str], Sequence[str]]:
+    swept = [f"{key}={value}" for key, value in values.items()]
+    return [*fixed, *swept], swept
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ConfigError(f"hydra.sweeper.{name}={count}: it must be 1 or more")

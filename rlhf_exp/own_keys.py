@@ -1,0 +1,45 @@
+"""The keys of a configuration that are not groups; conf/config.yaml says what they mean."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pydantic
+
+from rlhf_exp.settings import (
+    PARTS,
+    ConfigError,
+    FolderName,
+    Index,
+    Text,
+    field_problem,
+    settings,
+)
+
+GROUPS = {"stage", *PARTS, "logger", "hub"}
+
+
+@settings
+class RunSettings:
+    """The keys' values."""
+
+    name: FolderName
+    seed: Index
+    prepare_seed: Index
+    device: Text
+    artifacts_dir: Text
+    allow_targets: tuple[Text, ...]
+    prepare: dict[str, dict[str, Any]]
+    until: Text | None
+    resume: Text | None
+    skip_completed: bool
+    dry_run: bool
+
+
+def read_own_keys(config: Mapping[str, Any]) -> RunSettings:
+    """The configuration's keys that are not groups. Raises ConfigError with everything that is
+    wrong with them, keys that there are not included."""
+    try:
+        return RunSettings(**{key: config[key] for key in config.keys() - GROUPS})
+    except pydantic.ValidationError as error:
+        problems = sorted(field_problem("", detail) for detail in error.errors())
+        raise ConfigError("\n".join(problems)) from error

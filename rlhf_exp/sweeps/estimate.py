@@ -1,0 +1,69 @@
+"""How long a job will take, judged by finished runs of the same shape."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+NEWEST = 50
+# What a phase's time depends on, apart from coefficients and rates.
+SHAPE = {
+    "stage": {"_target_", "batch_size", "num_minibatches", "batches_per_learning_phase",
+              "eval_every", "eval_samples", "dtype", "gradient_checkpointing"},
+    "model": {"_target_", "engine", "num_layers", "d_model"},
+    "task": {"_target_", "path"},
+    "sampler": {"_target_", "gen_len"},
+    "reward": {"_target_"},
+}  # fmt: skip
+BY_PHASE = ("rollout", "learn", "evaluate")
+
+
+def finished_runs(*roots: Path) -> list[tuple[dict[str, Any], dict[str, float]]]:
+    """Configuration and seconds by part of the newest finished runs below the folders, also those
+    of sweeps, the newest first."""
+    patterns = ("*/result.json", "*/*/result.json", "*/sweeps/*/*/result.json")
+    paths = {p.resolve() for root in roots for pattern in patterns for p in root.glob(pattern)}
+    found = []
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)[:NEWEST]:
+        try:
+            seconds = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+            config = json.loads((path.parent / "resolved_config.json").read_text(encoding="utf-8"))
+            own = {
+                part: float(spent)
+                for part, spent in seconds.items()
+                if not part.startswith(("total", "prepare."))
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # of another kind, or half written
+        if own and isinstance(config, dict):  # else it ended after a step of `prepare`
+            found.append((config, own))
+    return found
+
+
+def expected_seconds(
+    config: Mapping[str, Any],
+    finished: Sequence[tuple[Mapping[str, Any], Mapping[str, float]]],
+) -> float | None:
+    """The seconds that a run takes apart from `prepare`, by the first of the finished ones that has
+    the same shape, or None if there is none."""
+    shape = _shape(config)
+    for other, seconds in finished:
+        try:
+            if _shape(other) != shape:
+                continue
+            scale = _phases(config) / _phases(other)
+            return float(sum(v * (scale if k in BY_PHASE else 1) for k, v in seconds.items()))
+        except (KeyError, TypeError, AttributeError):
+            continue
+    return None
+
+
+def _phases(config: Mapping[str, Any]) -> int:
+    return config["stage"].get("total_phases", 1)
+
+
+def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        group: {key: (config.get(group) or {}).get(key) for key in sorted(keys)}
+        for group, keys in SHAPE.items()
+    }

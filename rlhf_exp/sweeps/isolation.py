@@ -1,0 +1,109 @@
+"""Runs a function in a process of its own, so that nothing that happens to it, a kill for memory
+included, reaches the caller.
+
+The process is forked from a server that has imported the libraries once and done nothing else, so
+that it begins within a fraction of a second.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+# What nearly every run imports and what takes longest.
+PRELOADED = (
+    "rlhf_exp.environment", "rlhf_exp.experiment", "rlhf_exp.stages.ppo",
+    "transformers.modeling_utils", "transformers.models.auto.modeling_auto",
+    "transformers.models.gpt2.modeling_gpt2", "matplotlib.backends.backend_agg",
+)  # fmt: skip
+SWEEP_PID = "RLHF_EXP_SWEEP_PID"  # environment: the process whose end ends those of its jobs
+POLL_S = 1.0
+NOTICE_S = 5.0  # for a process that was interrupted with its caller
+GRACE_S = 60.0  # for one that was asked to stop
+
+
+def call_in_process(function: Callable[..., None], *arguments: Any, log: Path) -> int:
+    """Calls the function in another process, its output appended to the log, and returns the exit
+    code, which is minus the number of the signal that killed it. Function and arguments are
+    pickled. An interrupt of the caller ends it too."""
+    process = _context().Process(
+        target=_run, args=(function, arguments, log.resolve(), dict(os.environ))
+    )
+    process.start()
+    try:
+        process.join()
+    except BaseException:
+        _stop(process)
+        raise
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def describe_end(exit_code: int) -> str:
+    """How a process ended that has not said so itself."""
+    if exit_code >= 0:
+        return f"ended with exit code {exit_code}"
+    try:
+        name = signal.Signals(-exit_code).name
+    except ValueError:
+        name = f"signal {-exit_code}"
+    return f"killed by {name}" + ("; was there enough memory?" if name == "SIGKILL" else "")
+
+
+def _context() -> Any:
+    methods = multiprocessing.get_all_start_methods()
+    if multiprocessing.get_start_method(allow_none=True) not in (None, *methods):
+        # A worker of joblib tells its children of a method that only joblib knows.
+        multiprocessing.set_start_method("spawn", force=True)
+    if "forkserver" not in methods:
+        return multiprocessing.get_context("spawn")
+    context: BaseContext = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    return context
+
+
+def _stop(process: Any) -> None:
+    # A Ctrl-C in a terminal has reached it as well; another signal has not.
+    process.join(NOTICE_S)
+    if process.exitcode is None:
+        os.kill(process.pid, signal.SIGINT)
+        process.join(GRACE_S)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+
+
+def _run(
+    function: Callable[..., None],
+    arguments: Sequence[Any],
+    log: Path,
+    environment: Mapping[str, str],
+) -> None:
+    # The server keeps the environment that it began with.
+    os.environ.clear()
+    os.environ.update(environment)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    threading.Thread(target=_end_with_caller, daemon=True).start()
+    function(*arguments)
+
+
+def _end_with_caller() -> None:
+    import psutil
+
+    caller = multiprocessing.parent_process()
+    assert caller is not None
+    sweep = int(os.environ.get(SWEEP_PID) or os.getpid())
+    # The caller may be a worker of a pool that does not notice its own caller's end.
+    while psutil.pid_exists(sweep) and not wait([caller.sentinel], timeout=POLL_S):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,146 @@
+"""The jobs of a sweep: what they are called, which of them are known already, and sweep.json, which
+says so to whoever comes later.
+
+A job is known by what determines its results, so that the same sweep can be started again, or with
+more values, in the same folder.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rlhf_exp.settings import ConfigError
+from rlhf_exp.training.artifacts import content_hash
+
+RECORD = "sweep.json"
+# Where results go and on what they are computed, not what they are.
+NOT_RESULTS = {
+    "name", "skip_completed", "dry_run", "resume", "logger", "hub", "artifacts_dir",
+    "allow_targets", "device",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepJob:
+    """One job. `overrides` are words of Hydra's command line, `swept` those that the jobs differ
+    in; `identity` is a hash of the configuration; `phases` is how many there will be, None for a
+    stage without phases; `seconds` is how long it may take, if that is known."""
+
+    overrides: tuple[str, ...]
+    swept: tuple[str, ...]
+    identity: str
+    phases: int | None
+    seconds: float | None = None
+    number: int = -1
+    folder: Path = Path()
+
+    @property
+    def label(self) -> str:
+        """The swept overrides with the last part of their keys, as far as that is unambiguous."""
+        return ",".join(_shortened(self.swept)) or "all defaults"
+
+
+class BadJobs(ConfigError):
+    """Jobs that cannot run: each problem with all the jobs that have it."""
+
+    def __init__(self, problems: Mapping[str, Sequence[str]], number: int) -> None:
+        bad = {job for jobs in problems.values() for job in jobs}
+        lines = [f"{problem}\n  in {', '.join(jobs)}" for problem, jobs in problems.items()]
+        told = f"{len(bad)} of {number} jobs cannot run, so that nothing was started:"
+        super().__init__("\n".join([told, *lines]))
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """A hash of everything in a resolved configuration that determines a run's results."""
+    return content_hash({k: v for k, v in config.items() if k not in NOT_RESULTS})
+
+
+def slug(text: str, limit: int = 80) -> str:
+    """A folder name: no slashes, and a hash in place of what is too long."""
+    name = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", text).strip("-") or "default"
+    if len(name) <= limit:
+        return name
+    return f"{name[: limit - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _shortened(words: Sequence[str]) -> list[str]:
+    pairs = [word.lstrip("+~").split("=", 1) for word in words]
+    last = Counter(key.rpartition(".")[2] for key, *_ in pairs)
+    short = []
+    for key, *value in pairs:
+        name = key.rpartition(".")[2]
+        short.append("=".join([name if last[name] == 1 else key, *map(_rounded, value)]))
+    return short
+
+
+def _rounded(value: str) -> str:
+    value = re.sub(r"\\(.)", r"\1", value).strip("'\"")  # as it was before Hydra quoted it
+    # A search draws numbers of 17 digits.
+    if not re.fullmatch(r"-?\d*\.\d{5,}(e-?\d+)?|-?\d+\.\d+e-?\d+", value):
+        return value
+    return f"{float(value):.4g}"
+
+
+def place(sweep: Path, jobs: Sequence[SweepJob]) -> list[SweepJob]:
+    """The jobs with their numbers and folders below the sweep's: those of the record for the ones
+    that it knows, the next free numbers for the others, and one for jobs that are the same. Raises
+    ConfigError if there is a record that cannot be read."""
+    known = {job.identity: job for job in read_record(sweep)}
+    free = max((job.number for job in known.values()), default=-1) + 1
+    placed: dict[str, SweepJob] = {}
+    for job in jobs:
+        if job.identity in placed:
+            continue
+        if job.identity in known:
+            old = known[job.identity]
+            placed[job.identity] = replace(job, number=old.number, folder=old.folder)
+            continue
+        name = f"{free}_{slug(job.label)}"
+        placed[job.identity] = replace(job, number=free, folder=sweep / name)
+        free += 1
+    return list(placed.values())
+
+
+def read_record(sweep: Path) -> list[SweepJob]:
+    """The jobs that a sweep's folder was made for; none if there is no record."""
+    path = sweep / RECORD
+    if not path.is_file():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["jobs"]
+        return [
+            SweepJob(
+                overrides=tuple(row["overrides"]),
+                swept=tuple(row["swept"]),
+                identity=row["identity"],
+                phases=row["phases"],
+                number=row["number"],
+                folder=sweep / row["folder"],
+            )
+            for row in rows
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}): name another hydra.sweep.dir, or remove the file and"
+            " let all jobs run again"
+        ) from error
+
+
+def write_record(sweep: Path, jobs: Sequence[SweepJob], *, command: Sequence[str]) -> None:
+    """Writes sweep.json: the jobs, those of an earlier record included, and the command line."""
+    every = {job.identity: job for job in [*read_record(sweep), *jobs]}
+    rows = [
+        {**asdict(job), "folder": job.folder.name, "seconds": None}
+        for job in sorted(every.values(), key=lambda job: job.number)
+    ]
+    sweep.mkdir(parents=True, exist_ok=True)
+    partial = sweep / f".{RECORD}.partial"
+    text = json.dumps({"command": list(command), "jobs": rows}, indent=2)
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, sweep / RECORD)

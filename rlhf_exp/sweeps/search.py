@@ -1,0 +1,202 @@
+"""A search over hyperparameters by Optuna, kept in a file of the sweep's folder, so that it can be
+cut and go on: <https://optuna.readthedocs.io>, its ask-and-tell interface.
+
+It knows intervals, choices and results, not how jobs are run.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_exp.settings import ConfigError
+
+STUDY = "study.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """Numbers from `low` to `high`, both included; `log` draws them evenly on a log scale."""
+
+    low: int | float
+    high: int | float
+    log: bool
+    integer: bool
+
+
+Space = Mapping[str, Interval | tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One drawn setting: `values` by key, as on the command line."""
+
+    number: int
+    values: dict[str, str]
+
+
+class Search:
+    """A study in `folder`, a new one or the one that is there. Trials that had no result are drawn
+    again first. Raises ConfigError without Optuna, for an unknown sampler, and for a study of other
+    metrics."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        sampler: str,
+        seed: int,
+        metrics: Mapping[str, str],
+    ) -> None:
+        optuna = _optuna()
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
+        check_search(sampler, metrics)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._metrics = tuple(metrics)
+        self._highest_first = next(iter(metrics.values())) == "maximize"
+        storage = JournalStorage(JournalFileBackend(str(folder / STUDY)))
+        names = [study.study_name for study in optuna.get_all_study_summaries(storage)]
+        drawn = 0
+        if names:
+            drawn = len(optuna.load_study(study_name="sweep", storage=storage).trials)
+        kinds = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+        self._study = optuna.create_study(
+            study_name="sweep",
+            storage=storage,
+            load_if_exists=True,
+            directions=list(metrics.values()),
+            # Draws of a search that goes on are new ones.
+            sampler=kinds[sampler](seed=seed + drawn),
+        )
+        self._refuse_other(metrics, folder)
+        self._take_up()
+
+    def _refuse_other(self, metrics: Mapping[str, str], folder: Path) -> None:
+        # Optuna knows their directions and neither compares these nor knows names.
+        own = [list(of) for of in metrics.items()]
+        old = self._study.user_attrs.get("metrics", own)
+        if old != own:
+            raise ConfigError(
+                f"hydra.sweeper.maximize and minimize: the study in {folder} is of"
+                f" {', '.join(': '.join(of) for of in old)}: take these in this order, name another"
+                f" hydra.sweep.dir, or remove {folder / STUDY} to search anew on the runs that are"
+                " done"
+            )
+        self._study.set_user_attr("metrics", own)
+
+    def _take_up(self) -> None:
+        from optuna.trial import TrialState
+
+        trials = self._study.trials
+        done = [t.params for t in trials if t.state == TrialState.COMPLETE]
+        queued = [t for t in trials if t.state == TrialState.WAITING]
+        done += [trial.system_attrs.get("fixed_params", {}) for trial in queued]
+        for trial in trials:
+            if trial.state == TrialState.RUNNING:
+                self._study.tell(trial.number, state=TrialState.FAIL)
+            if trial.state in (TrialState.RUNNING, TrialState.FAIL) and trial.params not in done:
+                self._study.enqueue_trial(trial.params, skip_if_exists=False)
+                done.append(trial.params)
+
+    @property
+    def num_done(self) -> int:
+        """How many trials have a result."""
+        from optuna.trial import TrialState
+
+        return sum(trial.state == TrialState.COMPLETE for trial in self._study.trials)
+
+    def ask(self, space: Space) -> Trial:
+        """Draws a setting. Raises ConfigError for a space that the study's earlier one excludes."""
+        try:
+            trial = self._study.ask({key: _distribution(of) for key, of in space.items()})
+        except ValueError as error:
+            raise ConfigError(
+                f"the search in this folder was begun over other values ({error}): name another"
+                " hydra.sweep.dir"
+            ) from error
+        return Trial(number=trial.number, values={k: str(v) for k, v in trial.params.items()})
+
+    def tell(self, trial: Trial, folder: Path | None) -> None:
+        """Hands in the result of a trial, whose run left it in `folder`; None for a run that was
+        not done. Raises ConfigError if a metric is not in the result."""
+        from optuna.trial import TrialState
+
+        if folder is None:
+            self._study.tell(trial.number, state=TrialState.FAIL)
+            return
+        self._study.tell(trial.number, read_metrics(folder, self._metrics))
+
+    def best(self) -> list[tuple[dict[str, Any], list[float]]]:
+        """The settings that no other is better than, with their metrics, the best by the
+        first metric first."""
+        found = [(trial.params, list(trial.values)) for trial in self._study.best_trials]
+        return sorted(found, key=lambda pair: pair[1], reverse=self._highest_first)
+
+
+def read_metrics(folder: Path, names: Sequence[str]) -> list[float]:
+    """Metrics of the last evaluation of a run that is done. Raises ConfigError for one that it does
+    not have."""
+    after = json.loads((folder / "result.json").read_text(encoding="utf-8"))["after"]
+    for name in names:
+        if name not in after:
+            raise ConfigError(
+                f"hydra.sweeper: {name} is no result of these runs; they have:"
+                f" {', '.join(sorted(after))}"
+            )
+    return [float(after[name]) for name in names]
+
+
+def corners(space: Space) -> list[dict[str, str]]:
+    """Settings that hold both ends of each interval and every choice at least once."""
+    every = {key: _ends(of) for key, of in space.items()}
+    first = {key: values[0] for key, values in every.items()}
+    return [
+        first,
+        *({**first, key: value} for key, values in every.items() for value in values[1:]),
+    ]
+
+
+def _ends(of: Interval | tuple[str, ...]) -> list[str]:
+    if isinstance(of, tuple):
+        return list(of)
+    kind = int if of.integer else float
+    return [str(kind(of.low)), str(kind(of.high))]
+
+
+def _distribution(of: Interval | tuple[str, ...]) -> Any:
+    from optuna.distributions import (
+        CategoricalDistribution,
+        FloatDistribution,
+        IntDistribution,
+    )
+
+    if isinstance(of, tuple):
+        return CategoricalDistribution(of)
+    if of.integer:
+        return IntDistribution(int(of.low), int(of.high), log=of.log)
+    return FloatDistribution(of.low, of.high, log=of.log)
+
+
+def check_search(sampler: str, metrics: Mapping[str, str]) -> None:
+    """Raises ConfigError for an unknown sampler or direction, and if there is no metric."""
+    if sampler not in ("tpe", "random"):
+        raise ConfigError(f"hydra.sweeper.sampler={sampler}: use tpe or random")
+    if not metrics:
+        raise ConfigError("name a metric: hydra.sweeper.maximize=[eval/score]")
+    for name, direction in metrics.items():
+        if direction not in ("maximize", "minimize"):
+            raise ConfigError(f"{name}: {direction}: maximize or minimize")
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError(
+            "hydra/sweeper=search needs Optuna: pip install 'rlhf_exp[search]'"
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna

@@ -1,0 +1,73 @@
+"""How far the jobs of a sweep are, read from what they write into their folders: the same for every
+launcher and every machine that shares the disk."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+KNOWN = ("running", "done", "failed", "interrupted")
+TAIL = 1 << 14  # bytes; a row of metrics.jsonl has about 1 kB
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobState:
+    """`status` is that of status.json, or "waiting" without a known one; score and KL are the
+    newest of metrics.jsonl, of an evaluation if the run is done."""
+
+    status: str
+    error: str | None = None
+    phase: int | None = None
+    score: float | None = None
+    kl: float | None = None
+
+
+def read_state(folder: Path) -> JobState:
+    """The state of a job; what cannot be read counts as not there yet."""
+    status = _read_json(folder / "status.json")
+    newest: dict[str, Any] = {}
+    evaluated: dict[str, Any] = {}
+    for row in _last_rows(folder / "metrics.jsonl"):
+        newest.update(row)
+        if "eval/score" in row:
+            evaluated = row
+    done = status.get("status") == "done"
+    side, score = (
+        ("eval", "eval/score") if done and evaluated else ("objective", "objective/scores")
+    )
+    source = evaluated if side == "eval" else newest
+    return JobState(
+        status=status["status"] if status.get("status") in KNOWN else "waiting",
+        error=status.get("error"),
+        phase=newest.get("phase"),
+        score=source.get(score),
+        kl=source.get(f"{side}/kl"),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _last_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            file.seek(0, 2)
+            begin = max(0, file.tell() - TAIL)
+            file.seek(begin)
+            lines = file.read().split(b"\n")
+    except OSError:
+        return []
+    rows = []
+    for line in lines[1 if begin else 0 : -1]:  # the last is being written
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows

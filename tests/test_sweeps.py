@@ -1,0 +1,389 @@
+"""Sweeps: checked before they start, watched while they run, completed after some jobs failed."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rlhf_exp.training.claims import is_claimed
+from tests.test_cli import environment
+from tests.test_run import TINY, TRAIN, assert_refused, train, written
+
+SMALL = [*TINY, "logger=local", "hydra.sweep.dir=sweep"]
+TWO_AT_A_TIME = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+# f3 raises, f5 is killed and f7 gives NaN, each in the phase after its first checkpoint, until the
+# file "mended" is there.
+REWARDS = """
+import os, signal
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+def make(job):
+    calls = 0
+    def reward(completions, **_):
+        nonlocal calls
+        calls += 1
+        if calls == 4 and not (HERE / "mended").exists():
+            if job == 3:
+                raise RuntimeError("the judge is out of order")
+            if job == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if job == 7:
+                return [float("nan")] * len(completions)
+        return [float(len(text)) for text in completions]
+    return reward
+
+for number in range(12):
+    globals()[f"f{number}"] = make(number)
+"""
+
+
+def sweep(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(TRAIN), "-m", *words],
+        cwd=folder,
+        env=environment(folder / "of wandb"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def states(folder: Path) -> dict[int, dict[str, Any]]:
+    """status.json by job number."""
+    return {
+        int(path.parent.name.partition("_")[0]): json.loads(path.read_text())
+        for path in (folder / "sweep").glob("*/status.json")
+    }
+
+
+def phases(job: Path) -> list[int]:
+    rows = [json.loads(line) for line in (job / "metrics.jsonl").read_text().splitlines()]
+    return [row["phase"] for row in rows if "eval/score" not in row]
+
+
+def await_that(holds: Callable[[], bool], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 100
+    while not holds():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_one_bad_job_and_none_starts(tmp_path):
+    outcome = train(tmp_path, "-m", *SMALL, "stage.kl_coef=0.1,-1", "sampler.gen_len=6,-2,4")
+    assert (outcome.code, outcome.raised, outcome.out) == (2, None, "")
+    assert "4 of 6 jobs cannot run, so that nothing was started" in outcome.err
+    assert re.search(
+        r"stage\.kl_coef=-1: .*\n  in job 1 \(gen_len=6,kl_coef=-1\), job 3 .*, job 5 ", outcome.err
+    )
+    assert re.search(r"sampler\.gen_len=-2: .*\n  in job 2 \(.*\), job 3 \(", outcome.err)
+    assert written(tmp_path) == []
+
+
+def test_a_dry_run_shows_the_jobs_and_starts_none(tmp_path):
+    outcome = train(tmp_path, "-m", *SMALL, "stage.kl_coef=0.1,1", "seed=1,2", "--dry-run")
+    assert (outcome.code, outcome.raised) == (0, None)
+    for line in ("0  kl_coef=0.1, seed=1  0_kl_coef=0.1,seed=1  to run", "4 of 4 jobs to run"):
+        assert line in outcome.out
+    assert "no finished run of this shape" in outcome.out
+    assert written(tmp_path) == []
+
+
+def test_a_dry_run_of_one_run_checks_it(tmp_path):
+    outcome = train(tmp_path, *TINY, "--dry-run")
+    assert (outcome.code, outcome.raised) == (0, None)
+    assert re.search(r"all is well: PPO in outputs/run/\S+; .*; nothing was started", outcome.out)
+    assert written(tmp_path) == []
+    assert_refused(train(tmp_path, *TINY, "--dry-run", "stage.kl_coef=-1"), r"stage\.kl_coef=-1")
+
+
+def test_of_twelve_jobs_three_fail_and_are_completed(tmp_path):
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    functions = ",".join(f"rewards.py:f{number}" for number in range(12))
+    words = [*SMALL, *TWO_AT_A_TIME, "reward=function", f"reward.function={functions}"]
+    words += ["stage.total_phases=5", "stage.checkpoint_every=2", "skip_completed=true"]
+    first = sweep(tmp_path, *words)
+    assert first.returncode == 1, first.stdout
+    assert "Traceback" not in first.stdout
+    found = states(tmp_path)
+    failed = {number for number, state in found.items() if state["status"] != "done"}
+    assert (len(found), failed) == (12, {3, 5, 7})
+    for number, reason in {
+        3: "the judge is out of order",
+        5: "killed by SIGKILL",
+        7: "nan",
+    }.items():
+        assert reason in found[number]["error"]
+        line = rf"^job {number} \(function=rewards\.py:f{number}\) failed: .*{reason}.*; see sweep/"
+        assert re.search(line, first.stdout, re.MULTILINE)
+    [log] = (tmp_path / "sweep").glob("3_*/train.log")
+    assert "RuntimeError: the judge is out of order" in log.read_text()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("sweep/*/metrics.jsonl")}
+
+    (tmp_path / "mended").touch()
+    second = sweep(tmp_path, *words)
+    assert second.returncode == 0, second.stdout
+    assert "sweep: 12 jobs, 9 of them done" in second.stdout
+    assert {state["status"] for state in states(tmp_path).values()} == {"done"}
+    for path, changed in before.items():
+        mended = path.parent.name[:2] in ("3_", "5_", "7_")
+        assert (path.stat().st_mtime_ns != changed) == mended
+        assert phases(path.parent) == [1, 2, 3, 4, 5]
+        went_on = "going on after phase 2" in (path.parent / "train.log").read_text()
+        assert went_on == mended
+
+
+def test_a_killed_job_takes_no_other_down_in_the_plain_launcher(tmp_path):
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    words = ["reward=function", "reward.function=rewards.py:f5,rewards.py:f1"]
+    outcome = train(tmp_path, "-m", *SMALL, *words, "stage.total_phases=4")
+    assert (outcome.code, outcome.raised) == (1, None)
+    assert {n: state["status"] for n, state in states(tmp_path).items()} == {0: "failed", 1: "done"}
+    assert "job 0 (function=rewards.py:f5) failed: killed by SIGKILL" in outcome.out
+
+
+def test_a_dry_run_removes_nothing_that_was_there(tmp_path):
+    assert train(tmp_path, *TINY, "logger=local", "hydra.run.dir=run").code == 0
+    assert train(tmp_path, *TINY, "logger=local", "hydra.run.dir=run", "--dry-run").code == 0
+    assert (tmp_path / "run" / "result.json").is_file()
+    broken = [*TINY, "logger=local", "hydra.run.dir=cut", "reward=function"]
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    words = ["reward.function=rewards.py:f3", "stage.total_phases=5", "stage.checkpoint_every=2"]
+    assert train(tmp_path, *broken, *words).code == 2
+    before = written(tmp_path / "cut")
+    planned = train(tmp_path, "resume=cut", "--dry-run")
+    assert planned.code == 0
+    assert "all is well: PPO in cut" in planned.out
+    assert written(tmp_path / "cut") == before
+
+
+def test_two_at_once_in_one_folder_are_refused(tmp_path):
+    words = [*SMALL, "stage.total_phases=5000", "seed=1,2", "skip_completed=true"]
+    process = subprocess.Popen(
+        [sys.executable, str(TRAIN), "-m", *words],
+        cwd=tmp_path, env=environment(tmp_path / "of wandb"), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    with process:
+        rows = tmp_path / "sweep" / "0_seed=1" / "metrics.jsonl"
+        await_that(lambda: rows.is_file() and rows.read_text().count("\n") > 3, process)
+        outcome = train(tmp_path, "-m", *words)
+        assert_refused(outcome, r"sweep: another process is running in this folder")
+        process.send_signal(signal.SIGTERM)
+        said = process.stdout.read()
+    assert process.returncode == 143, said
+    assert "run what is missing" in said
+    assert {n: state["status"] for n, state in states(tmp_path).items()} == {0: "interrupted"}
+
+
+def test_the_end_of_a_sweep_is_that_of_its_jobs(tmp_path):
+    words = [*SMALL, *TWO_AT_A_TIME, "stage.total_phases=5000", "seed=1,2"]
+    process = subprocess.Popen(
+        [sys.executable, str(TRAIN), "-m", *words],
+        cwd=tmp_path, env=environment(tmp_path / "of wandb"), text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    jobs = [tmp_path / "sweep" / name for name in ("0_seed=1", "1_seed=2")]
+    deadline = time.monotonic() + 100
+    while not all((job / "metrics.jsonl").is_file() for job in jobs):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(is_claimed(job) for job in jobs):
+        assert time.monotonic() < deadline, "a job outlives its sweep"
+        time.sleep(0.1)
+
+
+def test_a_sweep_under_nohup_outlives_its_terminal(tmp_path):
+    words = [*SMALL, "stage.total_phases=300", "seed=1,2"]
+    process = subprocess.Popen(
+        [sys.executable, str(TRAIN), "-m", *words],
+        cwd=tmp_path, env=environment(tmp_path / "of wandb"), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )  # fmt: skip
+    with process:
+        rows = tmp_path / "sweep" / "0_seed=1" / "metrics.jsonl"
+        await_that(lambda: rows.is_file() and rows.read_text().count("\n") > 3, process)
+        process.send_signal(signal.SIGHUP)
+        said = process.stdout.read()
+    assert process.returncode == 0, said
+    assert {state["status"] for state in states(tmp_path).values()} == {"done"}
+
+
+def test_what_makes_no_other_job_is_not_swept(tmp_path):
+    outcome = train(tmp_path, "-m", *SMALL, "logger.notes=a,b")
+    assert_refused(outcome, r"logger\.notes: the jobs would be the same; give it one value")
+    outcome = train(tmp_path, "-m", *SMALL, "seed=1,1,2", "--dry-run")
+    assert "1 of 3 jobs are others again" in outcome.out
+    assert "2 of 2 jobs to run" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["stage.kl_coef=interval(0.1,1)"],
+            r"stage\.kl_coef: an interval is for a search; add hydra/sweeper=",
+        ),
+        (["sweep=search", "hydra.sweeper.sampler=tpee"], r"hydra\.sweeper\.sampler=tpee: use tpe"),
+        (["sweep=search", "hydra.sweeper.n_trials=0"], r"hydra\.sweeper\.n_trials=0: it must be 1"),
+        (["hydra.sweeper.max_batch_size=-1"], r"hydra\.sweeper\.max_batch_size=-1: it must be 1"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused(tmp_path, words, message):
+    outcome = train(tmp_path, "-m", *TINY, "hydra.sweep.dir=sweep", *words, "--dry-run")
+    assert (outcome.code, outcome.raised) == (2, None)
+    assert re.search(message, outcome.err), outcome.err
+    assert_refused(train(tmp_path, *TINY, "skip_completed=true"), r"is for sweeps: add -m")
+
+
+def test_a_folder_holds_one_sweep(tmp_path):
+    assert train(tmp_path, "-m", *SMALL, "seed=1").code == 0
+    again = train(tmp_path, "-m", *SMALL, "seed=1,2")
+    assert_refused(again, r"hydra\.sweep\.dir=sweep holds a sweep already: add skip_completed=true")
+    more = train(tmp_path, "-m", *SMALL, "seed=2,1", "skip_completed=true")
+    assert more.code == 0
+    assert "sweep: 2 jobs, 1 of them done" in more.out
+    assert {path.name for path in (tmp_path / "sweep").glob("*_*")} == {
+        "0_all-defaults",
+        "1_seed=2",
+    }
+
+
+def test_completing_needs_the_folder(tmp_path):
+    words = [word for word in SMALL if not word.startswith("hydra.sweep.dir")]
+    outcome = train(tmp_path, "-m", *words, "seed=1,2", "skip_completed=true")
+    assert_refused(outcome, r"skip_completed=true needs the folder .* hydra\.sweep\.dir=FOLDER")
+
+
+def test_joblib_is_told_how_many(tmp_path):
+    outcome = train(tmp_path, "-m", *SMALL, "seed=1,2", "hydra/launcher=joblib")
+    assert_refused(outcome, r"say how many, hydra\.launcher\.n_jobs=2")
+    missing = train(tmp_path, "-m", *SMALL, "seed=1,2", "hydra/launcher=ray")
+    assert_refused(missing, r"pip install 'rlhf_exp\[ray\]'")
+
+
+def test_control_c_ends_a_sweep_that_says_how_it_goes_on(tmp_path):
+    words = [*SMALL, "stage.total_phases=5000", "seed=1,2"]
+    process = subprocess.Popen(
+        [sys.executable, str(TRAIN), "-m", *words],
+        cwd=tmp_path, env=environment(tmp_path / "of wandb"), start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    with process:
+        rows = tmp_path / "sweep" / "0_seed=1" / "metrics.jsonl"
+        await_that(lambda: rows.is_file() and rows.read_text().count("\n") > 3, process)
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.stdout.read()
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert re.search(
+        r"run what is missing: python .* hydra\.sweep\.dir=sweep skip_completed=true", said
+    )
+    assert {n: state["status"] for n, state in states(tmp_path).items()} == {0: "interrupted"}
+
+
+def test_a_preempted_job_is_queued_again_and_goes_on(tmp_path):
+    (tmp_path / "rewards.py").write_text(
+        "import time\n\ndef slow(completions, **_):\n    time.sleep(0.4)\n"
+        "    return [float(len(text)) for text in completions]\n"
+    )
+    words = [*SMALL, "hydra/launcher=submitit_local", "seed=1,2", "reward=function",
+             "reward.function=rewards.py:slow", "stage.total_phases=12", "stage.eval_every=12",
+             "stage.checkpoint_every=2"]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, str(TRAIN), "-m", *words],
+        cwd=tmp_path, env=environment(tmp_path / "of wandb"), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    job = tmp_path / "sweep" / "0_seed=1"
+    with process:
+        await_that(lambda: (job / "checkpoints" / "phase-000002").is_dir(), process)
+        [task] = [
+            found.pid
+            for found in psutil.process_iter(["cmdline"])
+            if "submitit.core._submit" in (found.info["cmdline"] or ())
+            and found.ppid() == _controller(tmp_path, job)
+        ]
+        os.kill(task, signal.SIGUSR2)
+        said = process.stdout.read()
+    assert process.returncode == 0, said
+    assert {n: state["status"] for n, state in states(tmp_path).items()} == {0: "done", 1: "done"}
+    assert "going on after phase" in (job / "train.log").read_text()
+    assert "going on" not in (tmp_path / "sweep" / "1_seed=2" / "train.log").read_text()
+    assert phases(job) == list(range(1, 13))
+
+
+def _controller(folder: Path, job: Path) -> int:
+    """The process that submitit has made for a job; its number is the name of a folder."""
+    pickles = list((folder / "sweep" / ".submitit").glob("*/*_submitted.pkl"))
+    [found] = [path for path in pickles if f"'{job.name}'".encode() in path.read_bytes()]
+    return int(found.parent.name)
+
+
+def test_a_search_draws_runs_and_goes_on(tmp_path):
+    words = [*SMALL, "hydra/sweeper=search", "hydra.sweeper.minimize=[eval/kl]"]
+    words += ["stage.kl_coef=tag(log,interval(0.1,1))", "stage.num_minibatches=1,2"]
+    dry = train(tmp_path, "-m", *words, "hydra.sweeper.n_trials=2", "--dry-run")
+    assert (dry.code, dry.raised) == (0, None), dry.err
+    assert "kl_coef=1.0, num_minibatches=1" in dry.out
+    assert "both ends of each interval are right; 2 trials to run" in dry.out
+    assert written(tmp_path) == []
+    outcome = train(tmp_path, "-m", *words, "hydra.sweeper.n_trials=2")
+    assert (outcome.code, outcome.raised) == (0, None), outcome.out + outcome.err
+    assert len(states(tmp_path)) == 2
+    assert re.search(
+        r"best: \{'eval/score': .*'eval/kl': .*\} with \{'stage\.kl_coef': 0\.", outcome.out
+    )
+    more = train(tmp_path, "-m", *words, "hydra.sweeper.n_trials=3", "skip_completed=true")
+    assert (more.code, more.raised) == (0, None), more.out + more.err
+    assert {state["status"] for state in states(tmp_path).values()} == {"done"}
+    assert len(states(tmp_path)) == 3
+    drawn = set()
+    for path in (tmp_path / "sweep").glob("*/resolved_config.json"):
+        stage = json.loads(path.read_text())["stage"]
+        assert 0.1 <= stage["kl_coef"] <= 1
+        drawn.add(stage["kl_coef"])
+    assert len(drawn) == 3
+
+
+def test_a_terminal_shows_a_table_that_lives(tmp_path):
+    main, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, str(TRAIN), "-m", *SMALL, "seed=1,2", "stage.total_phases=40"],
+        cwd=tmp_path, stdout=terminal, stderr=terminal, close_fds=True,
+        env=environment(tmp_path / "of wandb", TERM="xterm", COLUMNS="90", LINES="30"),
+    )  # fmt: skip
+    os.close(terminal)
+    said = b""
+    while True:
+        try:
+            said += os.read(main, 1 << 16)
+        except OSError:  # the end, on Linux
+            break
+    assert process.wait(timeout=60) == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode())
+    assert "2 waiting" in text
+    assert "1 running, 1 waiting" in text
+    assert re.search(r"0 +seed=1 +running +\d+/40", text)
+    last = text[text.rindex("#  job") :]
+    assert re.search(r"0 +seed=1 +done +40/40 .*\n1 +seed=2 +done +40/40", last.replace("\r", ""))
