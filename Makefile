@@ -15,7 +15,7 @@ run: $(STAMP)
 	$(BIN)/python train.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
