@@ -6,11 +6,12 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -74,9 +75,10 @@ class Launching:
         """Prints a line as it is, however long."""
         self.console.print(Text(line), soft_wrap=True)
 
-    def parse(self, words: Sequence[str]) -> list[Override]:
-        """Those words of a command line that concern jobs. Raises ConfigError for a sweep over what
-        is no part of a job."""
+    def parse(self, params: Mapping[str, Any], arguments: Sequence[str]) -> list[Override]:
+        """A sweeper's params, then those words of the command line that concern jobs. Raises
+        ConfigError for a sweep over what is no part of a job."""
+        words = [*(f"{key}={value}" for key, value in params.items()), *arguments]
         parser = OverridesParser.create(config_loader=self._context.config_loader)
         overrides = parser.parse_overrides([w for w in words if not w.lstrip("+").startswith(OWN)])
         for override in overrides:

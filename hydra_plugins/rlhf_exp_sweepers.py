@@ -36,8 +36,7 @@ class GridSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Checks all jobs and runs them."""
         launching = self._launching
-        words = [*(f"{key}={value}" for key, value in self._params.items()), *arguments]
-        overrides = launching.parse(words)
+        overrides = launching.parse(self._params, arguments)
         for override in overrides:
             if override.is_sweep_override() and not override.is_discrete_sweep():
                 key = override.get_key_element()
@@ -89,8 +88,7 @@ class SearchSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Checks the ends of the space and searches it."""
         launching = self._launching
-        words = [*(f"{key}={value}" for key, value in self._params.items()), *arguments]
-        space, fixed = _space(launching.parse(words))
+        space, fixed = _space(launching.parse(self._params, arguments))
         ends = launching.check([_of_values(fixed, values) for values in corners(space)])
         batch_size = self._batch_size or launching.kind.at_once
         launching.say(

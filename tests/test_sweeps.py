@@ -62,6 +62,15 @@ def sweep(folder: Path, *words: str) -> subprocess.CompletedProcess:
     )
 
 
+def begin(folder: Path, *words: str, **options: Any) -> subprocess.Popen:
+    """The same, not waited for."""
+    return subprocess.Popen(
+        [sys.executable, str(TRAIN), "-m", *words],
+        cwd=folder, env=environment(folder / "of wandb"), text=True,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options},
+    )  # fmt: skip
+
+
 def states(folder: Path) -> dict[int, dict[str, Any]]:
     """status.json by job number."""
     return {
@@ -173,11 +182,7 @@ def test_a_dry_run_removes_nothing_that_was_there(tmp_path):
 
 def test_two_at_once_in_one_folder_are_refused(tmp_path):
     words = [*SMALL, "stage.total_phases=5000", "seed=1,2", "skip_completed=true"]
-    process = subprocess.Popen(
-        [sys.executable, str(TRAIN), "-m", *words],
-        cwd=tmp_path, env=environment(tmp_path / "of wandb"), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    process = begin(tmp_path, *words)
     with process:
         rows = tmp_path / "sweep" / "0_seed=1" / "metrics.jsonl"
         await_that(lambda: rows.is_file() and rows.read_text().count("\n") > 3, process)
@@ -192,11 +197,7 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path):
 
 def test_the_end_of_a_sweep_is_that_of_its_jobs(tmp_path):
     words = [*SMALL, *TWO_AT_A_TIME, "stage.total_phases=5000", "seed=1,2"]
-    process = subprocess.Popen(
-        [sys.executable, str(TRAIN), "-m", *words],
-        cwd=tmp_path, env=environment(tmp_path / "of wandb"), text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = begin(tmp_path, *words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     jobs = [tmp_path / "sweep" / name for name in ("0_seed=1", "1_seed=2")]
     deadline = time.monotonic() + 100
     while not all((job / "metrics.jsonl").is_file() for job in jobs):
@@ -213,12 +214,9 @@ def test_the_end_of_a_sweep_is_that_of_its_jobs(tmp_path):
 
 def test_a_sweep_under_nohup_outlives_its_terminal(tmp_path):
     words = [*SMALL, "stage.total_phases=300", "seed=1,2"]
-    process = subprocess.Popen(
-        [sys.executable, str(TRAIN), "-m", *words],
-        cwd=tmp_path, env=environment(tmp_path / "of wandb"), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
-    )  # fmt: skip
+    process = begin(
+        tmp_path, *words, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    )
     with process:
         rows = tmp_path / "sweep" / "0_seed=1" / "metrics.jsonl"
         await_that(lambda: rows.is_file() and rows.read_text().count("\n") > 3, process)
@@ -283,12 +281,12 @@ def test_joblib_is_told_how_many(tmp_path):
 
 def test_control_c_ends_a_sweep_that_says_how_it_goes_on(tmp_path):
     words = [*SMALL, "stage.total_phases=5000", "seed=1,2"]
-    process = subprocess.Popen(
-        [sys.executable, str(TRAIN), "-m", *words],
-        cwd=tmp_path, env=environment(tmp_path / "of wandb"), start_new_session=True, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    process = begin(
+        tmp_path,
+        *words,
+        start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
     with process:
         rows = tmp_path / "sweep" / "0_seed=1" / "metrics.jsonl"
         await_that(lambda: rows.is_file() and rows.read_text().count("\n") > 3, process)
@@ -310,11 +308,7 @@ def test_a_preempted_job_is_queued_again_and_goes_on(tmp_path):
     words = [*SMALL, "hydra/launcher=submitit_local", "seed=1,2", "reward=function",
              "reward.function=rewards.py:slow", "stage.total_phases=12", "stage.eval_every=12",
              "stage.checkpoint_every=2"]  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, str(TRAIN), "-m", *words],
-        cwd=tmp_path, env=environment(tmp_path / "of wandb"), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    process = begin(tmp_path, *words)
     job = tmp_path / "sweep" / "0_seed=1"
     with process:
         await_that(lambda: (job / "checkpoints" / "phase-000002").is_dir(), process)

@@ -7,7 +7,6 @@ more values, in the same folder.
 
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.training.artifacts import content_hash
+from rlhf_exp.training.files import write_whole
 
 RECORD = "sweep.json"
 # Where results go and on what they are computed, not what they are.
@@ -139,8 +139,5 @@ def write_record(sweep: Path, jobs: Sequence[SweepJob], *, command: Sequence[str
         {**asdict(job), "folder": job.folder.name, "seconds": None}
         for job in sorted(every.values(), key=lambda job: job.number)
     ]
-    sweep.mkdir(parents=True, exist_ok=True)
-    partial = sweep / f".{RECORD}.partial"
     text = json.dumps({"command": list(command), "jobs": rows}, indent=2)
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, sweep / RECORD)
+    write_whole(sweep / RECORD, text + "\n")

@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import logging
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
+from rlhf_exp.training.files import write_whole
 from rlhf_exp.training.metrics import Histogram, summarize
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class RunFolder:
         """Removes the rows of later phases, which a resumed run writes again, and broken lines."""
         for name in (name for name in ROWS if (self.path / name).exists()):
             kept = [line for line, row in self._lines(name) if row["phase"] <= phase]
-            self._write(name, "".join(f"{line}\n" for line in kept))
+            write_whole(self.path / name, "".join(f"{line}\n" for line in kept))
 
     def clear(self) -> None:
         """Removes the rows that an earlier attempt in this folder left."""
@@ -130,15 +130,17 @@ class RunFolder:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file."""
-        self._write(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_whole(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def write_status(self, status: Status, error: str | None = None) -> None:
         """Writes status.json."""
-        self._write("status.json", json.dumps({"status": status, "error": error}) + "\n")
+        write_whole(
+            self.path / "status.json", json.dumps({"status": status, "error": error}) + "\n"
+        )
 
     def write_environment(self) -> None:
         """Writes environment.txt: commit, platform and the versions of all packages."""
-        self._write("environment.txt", "\n".join(environment()) + "\n")
+        write_whole(self.path / "environment.txt", "\n".join(environment()) + "\n")
 
     def _lines(self, name: str) -> list[tuple[str, dict[str, Any]]]:
         """The lines that are rows, each with its row."""
@@ -157,12 +159,6 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-    def _write(self, name: str, text: str) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        partial = self.path / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, self.path / name)
 
 
 def _parse_row(line: str) -> dict[str, Any] | None:
