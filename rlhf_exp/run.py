@@ -32,6 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from rlhf_exp.own_keys import read_own_keys
+from rlhf_exp.resuming import find_run
 from rlhf_exp.settings import ConfigError, field_problem
 from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs
 from rlhf_exp.sweeps.isolation import call_in_process, describe_end
@@ -57,11 +58,7 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 def _run_dir(resume: str | None, otherwise: str) -> str:
     """The folder of a run: that of the run that is resumed, or a new one. Raises ConfigError if
     there is no such run."""
-    if not resume:
-        return otherwise
-    if not all((Path(resume) / name).is_file() for name in (".hydra/config.yaml", "status.json")):
-        raise ConfigError(f"resume={resume}: no run's folder, which has .hydra/ and status.json")
-    return resume
+    return otherwise if not resume else str(find_run(resume, Path(otherwise).parent.parent))
 
 
 OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)

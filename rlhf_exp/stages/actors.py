@@ -3,11 +3,13 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.models.loading import ModelSettings, build_policy
-from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
+from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.reference import Reference, ReferenceSettings
 from rlhf_exp.rewards.protocol import ReadsPrompts, ReadsTokens, Reward, RewardFunction
 from rlhf_exp.rollout.sampler import Sampler, eos_token
@@ -65,12 +67,14 @@ def load_actors(
     )
 
 
-def fingerprints(task: Task, model: ModelSettings, policy: CausalTransformer) -> dict[str, str]:
-    """Hashes of the prompts and of the model that a run stands on, by field; a model of the hub is
-    known by its commit. Not of the reward, which may be mended where it failed."""
-    commit = vars(policy.language_model.config).get("_commit_hash")
-    files = model.fingerprint() if isinstance(model, Fingerprinted) else ""
-    return {"task": task.fingerprint(), "model": f"{files} {commit}"}
+def fingerprints(network: PreTrainedModel, **parts: Any) -> dict[str, str]:
+    """Hashes of the files that a run's parts (task, model ...) stand on, by field; a model of the
+    hub is known by its commit. Not for the reward, which may be mended where it failed."""
+    found = {
+        name: part.fingerprint() if isinstance(part, Fingerprinted) else ""
+        for name, part in parts.items()
+    }
+    return found | {"model": f"{found['model']} {vars(network.config).get('_commit_hash')}"}
 
 
 def without(prompts: PromptBatch, others: PromptBatch) -> PromptBatch:

@@ -1,9 +1,10 @@
 """Rollouts: completions sampled, scored and measured, one batch ahead of learning if asked to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,7 +16,7 @@ from rlhf_exp.stages.actors import Actors
 from rlhf_exp.stages.evaluation import checked_scores, sample
 from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.training.timing import Stopwatch
-from rlhf_exp.types import Completions, Generation, Rollout
+from rlhf_exp.types import Completions, Generation, PromptBatch, Rollout
 
 
 class Collector:
@@ -43,8 +44,7 @@ class Collector:
         self._waiting: tuple[Rollout, Callable[[], Tensor]] | None = None
 
     def collect(self, state: TrainState, lap: Stopwatch, *, another: bool) -> Rollout:
-        """The rollout of the state's phase. `another` says that a phase follows before the state
-        is saved: a batch sampled ahead is not part of the state."""
+        """The rollout of the state's phase. `another` says that a phase follows."""
         if self._waiting is None:
             self._waiting = self._start(state, state.phase, lap)
         rollout, scores = self._waiting
@@ -53,6 +53,62 @@ class Collector:
             self._waiting = self._start(state, state.phase + 1, lap)
         with lap("score"):
             return replace(rollout, scores=scores())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The batch that was sampled ahead, with its scores, which are waited for; nothing
+        without one."""
+        if self._waiting is None:
+            return {}
+        rollout = self._settled()
+        found = {f.name: getattr(rollout, f.name) for f in fields(rollout)}
+        del found["completions"]
+        completions, prompts = rollout.completions, rollout.completions.prompts
+        return found | {
+            "completions.tokens": completions.tokens,
+            "completions.mask": completions.mask,
+            "prompts.tokens": prompts.tokens,
+            "prompts.mask": prompts.mask,
+        }
+
+    def numbers(self) -> dict[str, Any]:
+        """The texts of that batch, and which of the prompts they complete."""
+        if self._waiting is None:
+            return {}
+        completions = self._waiting[0].completions
+        places = {id(row): i for i, row in enumerate(self.actors.train_prompts.rows)}
+        return {
+            "texts": list(completions.texts),
+            "rows": [places[id(row)] for row in completions.prompts.rows],
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Goes on from what both were taken of."""
+        self._waiting = None
+        if not numbers:
+            return
+        device = self.actors.policy.device
+        found = {name: tensor.to(device) for name, tensor in tensors.items()}
+        rows = self.actors.train_prompts.rows
+        prompts = PromptBatch(
+            tokens=found.pop("prompts.tokens"),
+            mask=found.pop("prompts.mask"),
+            rows=tuple(rows[i] for i in numbers["rows"]),
+        )
+        completions = Completions(
+            prompts=prompts,
+            tokens=found.pop("completions.tokens"),
+            mask=found.pop("completions.mask"),
+            texts=tuple(numbers["texts"]),
+        )
+        rollout = Rollout(completions=completions, **found)
+        self._waiting = rollout, lambda: rollout.scores
+
+    def _settled(self) -> Rollout:
+        assert self._waiting is not None
+        waiting, scores = self._waiting
+        rollout = replace(waiting, scores=scores())
+        self._waiting = rollout, lambda: rollout.scores
+        return rollout
 
     def wait_for_reward(self) -> None:
         """Returns when the thread is idle: a reward need not bear two calls at once, and an

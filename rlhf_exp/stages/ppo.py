@@ -47,6 +47,7 @@ from rlhf_exp.training.optim import (
 )
 from rlhf_exp.training.precision import Dtype, compute_dtype
 from rlhf_exp.training.progress import Progress
+from rlhf_exp.training.saver import Saver, Together
 from rlhf_exp.training.timing import Stopwatch
 from rlhf_exp.types import Experience, Layout, Rollout
 
@@ -173,12 +174,17 @@ class PPO(Objective):
                 batch_size=self.batch_size,
                 total_phases=self.total_phases,
                 seed=context.seed,
-                inputs=fingerprints(task, model, actors.policy),
+                inputs=fingerprints(actors.policy.language_model, task=task, model=model),
             )
             clock.seconds = state.seconds  # those of a resumed run go on
-            if context.resume:
-                state.load(context.folder.path)
-                context.folder.rewind(state.phase)
+            collector = self.collector(actors)
+            saver = Saver(
+                context,
+                Together(loop=state, ahead=collector),
+                every=self.checkpoint_every,
+                optimizer=state.optimizer,
+            )
+            if saver.restore():
                 log.info("going on after phase %d", state.phase)
         context.folder.start()
         memory = resident_memory(actors.policy, actors.reference)
@@ -187,7 +193,7 @@ class PPO(Objective):
             self.warm_up(actors)
         if sampler.truncates:
             log.info(TRUNCATION_NOTE)
-        self._train(context, actors, state, clock)
+        self._train(context, state, collector, saver, clock)
         with clock("save"):
             save_policy(actors.policy, context.folder.path / "model")
         before, after = read_evaluations(context.folder)
@@ -235,31 +241,41 @@ class PPO(Objective):
                 policy.hidden_states(tokens, mask if padded else None).sum().backward()
             policy.zero_grad(set_to_none=True)
 
-    def _train(self, context: Context, actors: Actors, state: TrainState, clock: Stopwatch) -> None:
-        if not context.resume:
-            self._evaluate(context, actors, 0, clock)
-        collector = self.collector(actors)
-        with Progress(self.total_phases, unit="phase") as progress:
+    def _train(
+        self,
+        context: Context,
+        state: TrainState,
+        collector: Collector,
+        saver: Saver,
+        clock: Stopwatch,
+    ) -> None:
+        with saver.steps(), Progress(self.total_phases, unit="phase") as progress:
+            if state.phase == 0:
+                self._evaluate(context, collector, state, clock)
             while state.phase < self.total_phases:
-                save_follows = self._is_due(self.checkpoint_every, state.phase + 1)
-                another = state.phase + 1 < self.total_phases and not save_follows
+                another = state.phase + 1 < self.total_phases
                 seen = LastPass() if self._is_due(self.histograms_every, state.phase + 1) else None
                 metrics = self.phase(state, collector, clock, another=another, seen=seen)
                 context.folder.log(state.phase, metrics)
                 if seen is not None:
                     context.folder.log_histograms(state.phase, seen.histograms())
                 progress.advance(state.phase, metrics)
+                score, is_best = None, False
                 if self._is_due(self.eval_every, state.phase):
-                    collector.wait_for_reward()
-                    self._evaluate(context, actors, state.phase, clock)
-                if self._is_due(self.checkpoint_every, state.phase):
-                    with clock("save"):
-                        state.save(context.folder.path)
+                    score = self._evaluate(context, collector, state, clock)
+                    is_best = state.note_evaluation(score)
+                with clock("save"):
+                    saver.step_done(state.phase, is_last=not another, score=score, is_best=is_best)
 
     def _is_due(self, every: int | None, phase: int) -> bool:
         return every is not None and (phase % every == 0 or phase == self.total_phases)
 
-    def _evaluate(self, context: Context, actors: Actors, phase: int, clock: Stopwatch) -> None:
+    def _evaluate(
+        self, context: Context, collector: Collector, state: TrainState, clock: Stopwatch
+    ) -> float:
+        """Evaluates, logs, and returns the mean score."""
+        collector.wait_for_reward()
+        actors, phase = collector.actors, state.phase
         with clock("evaluate"), actors.policy.working():
             result = evaluate(
                 actors.policy,
@@ -275,6 +291,7 @@ class PPO(Objective):
         context.folder.log(phase, result.metrics)
         context.folder.log_samples(phase, result.samples)
         log.info("evaluation at phase %d: %s", phase, brief(result.metrics))
+        return result.metrics["eval/score"]
 
     def collector(self, actors: Actors) -> Collector:
         """What makes the rollouts of a run."""
@@ -291,7 +308,7 @@ class PPO(Objective):
         another: bool = False, seen: LastPass | None = None,
     ) -> dict[str, float]:  # fmt: skip
         """One phase: rollout, experience, learning. Returns its metrics. `another` says that one
-        follows before the state is saved; `seen` is given what histograms are made of."""
+        follows; `seen` is given what histograms are made of."""
         state.phase += 1
         actors, lap = collector.actors, Stopwatch()
         with state.policy.working():
