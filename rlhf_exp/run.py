@@ -1,12 +1,10 @@
 """The composition root: from a composed configuration to running stages.
 
-The only file of the package that knows Hydra and OmegaConf. All settings are built and checked
-first, which takes milliseconds; weights are loaded after that. What imports torch is imported
-inside functions, so that `--help` and `--cfg` answer at once.
+The only file of the package, beside complaints.py, that knows Hydra and OmegaConf. All settings are
+built and checked first, which takes milliseconds; weights are loaded after that. What imports torch
+is imported inside functions, so that `--help` and `--cfg` answer at once.
 """
 
-import difflib
-import errno
 import functools
 import json
 import logging
@@ -15,23 +13,33 @@ import re
 import secrets
 import shutil
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
 import pydantic
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log, setup_globals
-from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from rlhf_exp import complaints
 from rlhf_exp.own_keys import read_own_keys
+from rlhf_exp.redaction import (
+    redact,
+    redact_words,
+    redacted_keys,
+    remember,
+    remember_environment,
+    remember_words,
+    scrub,
+    scrub_logs,
+    scrub_tracebacks,
+)
 from rlhf_exp.settings import ConfigError, field_problem
 from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs
 from rlhf_exp.sweeps.isolation import call_in_process, describe_end
@@ -39,6 +47,7 @@ from rlhf_exp.sweeps.jobs import BadJobs
 from rlhf_exp.sweeps.state import read_state
 from rlhf_exp.targets import forbidden_module, targets
 from rlhf_exp.training.claims import LOCK, claimed, is_claimed
+from rlhf_exp.training.files import write_whole
 
 if TYPE_CHECKING:
     from rlhf_exp.experiment import Job
@@ -47,10 +56,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ALLOWED_TARGETS = ("rlhf_exp.", "torch.optim.")
-UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST}
-# Launchers that are packages of their own, and the extra that brings them.
-LAUNCHERS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm",
-             "ray": "ray"}  # fmt: skip
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
@@ -65,9 +70,6 @@ def _run_dir(resume: str | None, otherwise: str) -> str:
 
 
 OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
-OmegaConf.register_new_resolver(
-    "hydra_dir", lambda resume: ".hydra/resumed" if resume else ".hydra", replace=True
-)
 OmegaConf.register_new_resolver(
     "run_id", lambda: secrets.token_hex(3), use_cache=True, replace=True
 )
@@ -127,11 +129,8 @@ def _say_plan(config: Mapping[str, Any], path: Path) -> None:
     stage = str(config["stage"]["_target_"]).rpartition(".")[2]
     steps = ", ".join([*config["prepare"], stage])
     log.info("all is well: %s in %s; %s; nothing was started", steps, path, took)
-    output = str(HydraConfig.get().output_subdir)
-    if {file.name for file in path.iterdir()} == {output, "train.log", LOCK}:
+    if {file.name for file in path.iterdir()} == {"train.log", LOCK}:
         shutil.rmtree(path)  # nobody's but this call's
-    elif output.endswith("resumed"):
-        shutil.rmtree(path / output)
 
 
 def check(
@@ -201,9 +200,13 @@ def to_container(cfg: DictConfig) -> dict[str, Any]:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
             raise ConfigError("\n".join(f"{key} is required: set {key}=..." for key in missing))
-        return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+        config = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    remember(config)
+    if hidden := redacted_keys(config):
+        raise ConfigError("\n".join(f"{key} is kept out of files: set {key}=..." for key in hidden))
+    return config  # type: ignore[return-value]
 
 
 class AlreadySaid(Exception):
@@ -214,14 +217,17 @@ def job(cfg: DictConfig) -> None:
     """One job of train.py: a single run in this process, a sweep's in one of its own, so that
     nothing that happens to it takes the others down."""
     path = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
+    scrub_logs()
     if not _is_sweep():
         with claimed(path):
+            _write_configuration(cfg, path)
             attempt(cfg, path)
         return
     from rlhf_exp.training.folder import RunFolder
 
     if read_state(path).status == "done":  # a queue that preempts may start it once more
         return
+    _write_configuration(cfg, path)
     log_file = path / f"{HydraConfig.get().job.name}.log"
     # Plain, since the classes of launchers' settings cannot be pickled everywhere.
     plain = OmegaConf.to_container(HydraConfig.instance().cfg, resolve=True)  # type: ignore[arg-type]
@@ -236,6 +242,32 @@ def job(cfg: DictConfig) -> None:
         raise AlreadySaid(code)
 
 
+def _written_to(cfg: DictConfig, path: Path) -> Path:
+    return path / (".hydra/resumed" if cfg.get("resume") else ".hydra")
+
+
+def _write_configuration(cfg: DictConfig, path: Path) -> None:
+    """What Hydra would write if output_subdir were not null, without secrets, each file whole."""
+    if cfg.get("dry_run"):
+        return
+    of_hydra: Any = HydraConfig.instance().cfg
+    words = of_hydra.hydra.overrides.task
+    for name, part in {"config": cfg, "hydra": of_hydra, "overrides": words}.items():
+        write_whole(_written_to(cfg, path) / f"{name}.yaml", to_yaml(part))
+
+
+def to_yaml(config: DictConfig | ListConfig) -> str:
+    """A configuration as it was given, without secrets."""
+    plain = redact(OmegaConf.to_container(config))
+    if isinstance(plain, list):
+        plain = redact_words(plain)
+    elif "hydra" in plain:
+        job, words = plain["hydra"]["job"], plain["hydra"]["overrides"]
+        job["override_dirname"] = redact_words([job["override_dirname"]])[0]
+        words.update({kind: redact_words(given) for kind, given in words.items()})
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
+
+
 def _isolated(hydra_config: dict[str, Any], config: dict[str, Any], path: Path) -> None:
     from rlhf_exp.training.folder import RunFolder
 
@@ -244,6 +276,7 @@ def _isolated(hydra_config: dict[str, Any], config: dict[str, Any], path: Path) 
     hydra_cfg = OmegaConf.create(hydra_config)
     HydraConfig.instance().cfg = hydra_cfg  # type: ignore[assignment]
     configure_log(hydra_cfg.hydra.job_logging, hydra_cfg.hydra.verbose)
+    scrub_logs()
     with claimed(path):
         RunFolder(path).write_status("running")
         attempt(OmegaConf.create(config), path)
@@ -263,7 +296,7 @@ def attempt(cfg: DictConfig, path: Path) -> None:
         if _is_sweep():
             RunFolder(path).write_status("failed", str(error))
         else:  # nothing ran, so nothing but the log is left behind
-            shutil.rmtree(path / str(HydraConfig.get().output_subdir), ignore_errors=True)
+            shutil.rmtree(_written_to(cfg, path), ignore_errors=True)
             (path / LOCK).unlink()
         raise SystemExit(2) from None
     except KeyboardInterrupt:
@@ -295,6 +328,9 @@ def guard(main: Callable[[], None]) -> None:
 
     With HYDRA_FULL_ERROR=1 in the environment everything comes with its traceback.
     """
+    remember_words(sys.argv)
+    remember_environment()
+    scrub_tracebacks()
     if os.environ.get("HYDRA_FULL_ERROR"):
         main()
         return
@@ -317,77 +353,7 @@ def guard(main: Callable[[], None]) -> None:
 
 
 def explain(error: BaseException) -> str | None:
-    """Hydra's complaint about a command line or a file, in a few lines with the fix; None for an
-    error that is not Hydra's."""
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    for link in chain:
-        if isinstance(link, ConfigError):
-            return str(link)
-        if isinstance(link, MissingConfigException) and link.options:
-            return _missing_option(link)
-    for link in chain:
-        if isinstance(link, ConfigAttributeError | ConfigKeyError) and link.full_key:
-            return f"{link.full_key}: no such key.{_suggestion(link.full_key)}"
-    group = re.search(r"Could not override '([^']+)'", str(error))
-    if isinstance(error, HydraException) and group:
-        return f"{group[1]}: no such key or group.{_suggestion(group[1])}"
-    if isinstance(error, OSError) and error.errno in UNWRITABLE:
-        return (
-            f"cannot write {error.filename}: {error.strerror}; name other folders with"
-            " hydra.run.dir=... and artifacts_dir=..."
-        )
-    if isinstance(error, ValueError) and "override must be a string or a list" in str(error):
-        return "a group takes one of its options, not null; leave it out with ~, as in ~experiment"
-    if isinstance(error, HydraException | OmegaConfBaseException) or _is_from_hydra(error):
-        return "\n".join(line for line in str(error).splitlines() if line.strip())
-    return None
-
-
-def _is_from_hydra(error: BaseException) -> bool:
-    modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(modules) and modules[-1].startswith("hydra.")
-
-
-def _missing_option(error: MissingConfigException) -> str:
-    group, _, option = (error.missing_cfg_file or "").rpartition("/")
-    options = sorted(error.options or ())
-    close = difflib.get_close_matches(option, options, n=1)
-    hint = f" Did you mean {group}={close[0]}?" if close else ""
-    if group == "hydra/launcher" and option in LAUNCHERS:
-        hint = f" It is there after: pip install 'rlhf_exp[{LAUNCHERS[option]}]'"
-    return f"{group}={option}: no such option.{hint}\navailable: {', '.join(options)}"
-
-
-def _suggestion(key: str) -> str:
-    """ " Did you mean ...?" from the keys and groups that there are, or nothing."""
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        try:
-            config = hydra.compose("config", overrides=_group_choices())
-        except (HydraException, OmegaConfBaseException):  # the choices are what is wrong
-            config = hydra.compose("config")
-        known = list(_paths(OmegaConf.to_container(config)))
-    known += [group.name for group in CONF.iterdir() if group.is_dir()]
-    by_last = {path.rpartition(".")[2]: path for path in reversed(known)}
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-    close = close or [
-        by_last[name]
-        for name in difflib.get_close_matches(key.rpartition(".")[2], by_last, n=1, cutoff=0.7)
-    ]
-    return f" Did you mean {close[0]}?" if close else " See: python train.py --cfg job"
-
-
-def _group_choices() -> list[str]:
-    groups = {group.name for group in CONF.iterdir() if group.is_dir()}
-    return [word for word in sys.argv[1:] if word.partition("=")[0] in groups and "," not in word]
-
-
-def _paths(config: Any, prefix: str = "") -> Iterator[str]:
-    if isinstance(config, Mapping):
-        for key, value in config.items():
-            yield f"{prefix}{key}"
-            yield from _paths(value, f"{prefix}{key}.")
+    """What is wrong with a command line or a file, in a few lines without secrets; None for an
+    error that is not the user's."""
+    message = complaints.explain(error, CONF)
+    return None if message is None else scrub(message)

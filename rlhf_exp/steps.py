@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from rlhf_exp.redaction import redact
 from rlhf_exp.settings import PARTS, REFERENCE, ConfigError, Fingerprinted
 from rlhf_exp.stages.foresight import foresee
 from rlhf_exp.training.artifacts import ArtifactStore, content_hash, source_hash
@@ -183,7 +184,7 @@ def prepare(
         def build(path: Path, step: Step = step) -> None:
             stage, parts = step.resolved(folders).build(instantiate)
             with RunFolder(path) as folder:
-                folder.write_json("made_of.json", descriptions[step.name])
+                folder.write_json("made_of.json", redact(descriptions[step.name]))
                 result = stage.run(Context(folder=folder, seed=seed, device=device), **parts)
                 folder.write_json("result.json", result)
                 folder.write_status("done")
