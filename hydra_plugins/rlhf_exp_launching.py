@@ -19,12 +19,13 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobStatus
 from hydra.errors import HydraException
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.text import Text
 
 from rlhf_exp import run
+from rlhf_exp.redaction import redact_words, scrub
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs
 from rlhf_exp.sweeps.isolation import SWEEP_PID
@@ -41,6 +42,7 @@ from rlhf_exp.sweeps.monitor import Monitor, problems, summary
 from rlhf_exp.sweeps.settling import await_end, mark_dead, mark_failed, settle, unsaid
 from rlhf_exp.sweeps.state import read_state
 from rlhf_exp.training.claims import claimed, is_claimed
+from rlhf_exp.training.files import write_whole
 
 OWN = ("skip_completed=", "dry_run=")  # of the sweep, not of its jobs
 MANY = 20  # jobs that take long enough to check to say so
@@ -72,8 +74,8 @@ class Launching:
         self.console = Console()
 
     def say(self, line: str) -> None:
-        """Prints a line as it is, however long."""
-        self.console.print(Text(line), soft_wrap=True)
+        """Prints a line, however long, as it is but for secrets."""
+        self.console.print(Text(scrub(line)), soft_wrap=True)
 
     def parse(self, params: Mapping[str, Any], arguments: Sequence[str]) -> list[Override]:
         """A sweeper's params, then those words of the command line that concern jobs. Raises
@@ -155,7 +157,7 @@ class Launching:
         """Launches placed jobs, at most so many at a time, and returns when all have ended, done or
         not."""
         write_record(self.folder, jobs, command=sys.argv)
-        OmegaConf.save(self._config, self.folder / "multirun.yaml")
+        write_whole(self.folder / "multirun.yaml", run.to_yaml(self._config))
         for job in jobs:
             (job.folder / "status.json").unlink(missing_ok=True)
         size = batch_size or max(1, len(jobs))
@@ -220,7 +222,7 @@ class Launching:
         given = ("hydra.sweep.dir=", "skip_completed=")
         words = [word for word in sys.argv if not word.startswith(given)]
         words += [f"hydra.sweep.dir={self.folder}", "skip_completed=true"]
-        self.say(f"run what is missing: python {shlex.join(words)}")
+        self.say(f"run what is missing: python {shlex.join(redact_words(words))}")
 
 
 @contextmanager

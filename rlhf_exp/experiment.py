@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rlhf_exp.hf import quieten_transformers
+from rlhf_exp.redaction import redact
 from rlhf_exp.settings import PARTS, REFERENCE, ConfigError
 from rlhf_exp.stages.foresight import foresee
 from rlhf_exp.steps import Instantiate, Prepared, Step, prepare, read_steps
@@ -149,19 +150,19 @@ def _run_stage(
     instantiate: Instantiate,
 ) -> None:
     stage, parts = step.build(instantiate)
-    resolved = {**config, **step.config}
+    shown = redact({**config, **step.config})
     seed_shared_generators(job.seed)
     info = RunInfo(
         name=job.path.name,
         group=job.path.parent.name if job.sweep else None,
         job_type=type(stage).__module__.rpartition(".")[2],
-        config=config,
+        config=redact(config),
         shared_folder=job.path.parent if job.sweep else job.path,
     )
 
     @contextmanager
     def begin() -> Iterator[list[Sink]]:
-        folder.write_json("resolved_config.json", resolved)
+        folder.write_json("resolved_config.json", shown)
         if not job.resume:
             folder.clear()
         with logger.open(replace(info, run_id=folder.run_id)) as sinks:
@@ -180,7 +181,7 @@ def _run_stage(
         folder.write_json("result.json", result)
         prepared.copy_figures(job.path)
         if (job.path / "model").is_dir():
-            write_model_card(job.path, resolved, result)
+            write_model_card(job.path, shown, result)
         folder.log_result(result)
         folder.write_status("done")
     log.info("seconds: %s", "  ".join(f"{k} {v:.1f}" for k, v in result["seconds"].items()))

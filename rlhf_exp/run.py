@@ -1,38 +1,61 @@
 """The composition root: from a composed configuration to running stages.
 
-The only file of the package that knows Hydra and OmegaConf. All settings are built and checked
-first, which takes milliseconds; weights are loaded after that. What imports torch is imported
-inside functions, so that `--help` and `--cfg` answer at once.
+The only file of the package, beside complaints.py, that knows Hydra and OmegaConf. All settings are
+built and checked first, which takes milliseconds; weights are loaded after that. What imports torch
+is imported inside functions, so that `--help` and `--cfg` answer at once.
 """
 
-import difflib
 import errno
 import functools
-import json
 import logging
 import os
 import re
 import secrets
 import shutil
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
 import pydantic
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log, setup_globals
-from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from rlhf_exp import complaints
 from rlhf_exp.own_keys import read_own_keys
-from rlhf_exp.resuming import find_run
+from rlhf_exp.queueing import requeue
+from rlhf_exp.redaction import (
+    REDACTED,
+    redact,
+    redact_words,
+    redacted_keys,
+    remember,
+    remember_environment,
+    remember_words,
+    scrub,
+    scrub_logs,
+    scrub_tracebacks,
+)
+from rlhf_exp.resuming import (
+    AUTO,
+    CONFIG,
+    Change,
+    adds_phases,
+    apply,
+    changes,
+    check_changes,
+    find_run,
+    is_done,
+    is_run,
+)
 from rlhf_exp.settings import ConfigError, field_problem
 from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs
 from rlhf_exp.sweeps.isolation import call_in_process, describe_end
@@ -40,18 +63,20 @@ from rlhf_exp.sweeps.jobs import BadJobs
 from rlhf_exp.sweeps.state import read_state
 from rlhf_exp.targets import forbidden_module, targets
 from rlhf_exp.training.claims import LOCK, claimed, is_claimed
+from rlhf_exp.training.files import write_whole
 
 if TYPE_CHECKING:
     from rlhf_exp.experiment import Job
     from rlhf_exp.steps import Instantiate
+    from rlhf_exp.training.folder import Status
+    from rlhf_exp.training.stopping import StopRequests
 
 log = logging.getLogger(__name__)
 
 ALLOWED_TARGETS = ("rlhf_exp.", "torch.optim.")
-UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST}
-# Launchers that are packages of their own, and the extra that brings them.
-LAUNCHERS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm",
-             "ray": "ray"}  # fmt: skip
+OVERRIDES = ".hydra/overrides.yaml"
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+OF_THE_START = ("resume", "resume_with", "dry_run")  # of this start of a run alone
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
@@ -62,9 +87,6 @@ def _run_dir(resume: str | None, otherwise: str) -> str:
 
 
 OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
-OmegaConf.register_new_resolver(
-    "hydra_dir", lambda resume: ".hydra/resumed" if resume else ".hydra", replace=True
-)
 OmegaConf.register_new_resolver(
     "run_id", lambda: secrets.token_hex(3), use_cache=True, replace=True
 )
@@ -99,23 +121,35 @@ def instantiate(
         return None
 
 
-def execute(cfg: DictConfig, path: Path) -> None:
-    """Checks the whole configuration, builds what the run stands on, and runs its stage."""
+def execute(cfg: DictConfig, path: Path, stop: "StopRequests | None" = None) -> None:
+    """Checks the whole configuration, builds what the run stands on, and runs its stage. `stop`
+    asks it to end early."""
     from rlhf_exp.experiment import run_experiment
     from rlhf_exp.training.checkpoint import has_checkpoint
     from rlhf_exp.training.processor import use_processor_well
+    from rlhf_exp.training.timing import PROCESS_BEGAN
 
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
-    resumed = cfg.get("resume")
-    given = _config_of(Path(str(resumed))) if resumed else cfg
+    resumed = _resumed(cfg, path) if cfg.get("resume") else None
+    given = resumed.config if resumed else cfg
     if cfg.get("dry_run"):
         _say_plan(check(given, path, words, sweep=False), path)
         return
     use_processor_well()
+    if resumed and resumed.changes:
+        check(given, path, words, sweep=False)
+        write_whole(path / CONFIG, to_yaml(given))
+        write_whole(path / OVERRIDES, to_yaml(OmegaConf.create([*resumed.words])))
     # A job of a sweep comes back to its folder if it was cut: by a queue or by skip_completed.
     resume = bool(resumed) or (_is_sweep() and has_checkpoint(path))
     config = to_container(given)
-    run_experiment(config, *_read(config, path, words, sweep=_is_sweep(), resume=resume))
+    job, instantiate = _read(config, path, words, sweep=_is_sweep(), resume=resume)
+    if stop is not None:
+        job = replace(job, stop=stop)
+        if config["max_minutes"] is not None:
+            began = time.monotonic() if _is_sweep() else PROCESS_BEGAN
+            stop.limit(config["max_minutes"], began=began)
+    run_experiment(config, job, instantiate)
 
 
 def _say_plan(config: Mapping[str, Any], path: Path) -> None:
@@ -124,11 +158,8 @@ def _say_plan(config: Mapping[str, Any], path: Path) -> None:
     stage = str(config["stage"]["_target_"]).rpartition(".")[2]
     steps = ", ".join([*config["prepare"], stage])
     log.info("all is well: %s in %s; %s; nothing was started", steps, path, took)
-    output = str(HydraConfig.get().output_subdir)
-    if {file.name for file in path.iterdir()} == {output, "train.log", LOCK}:
+    if {file.name for file in path.iterdir()} == {"train.log", LOCK}:
         shutil.rmtree(path)  # nobody's but this call's
-    elif output.endswith("resumed"):
-        shutil.rmtree(path / output)
 
 
 def check(
@@ -175,20 +206,46 @@ def _is_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def _config_of(folder: Path) -> DictConfig:
-    """The configuration of a run that ended. Raises ConfigError if it is finished, and for
-    overrides beside resume."""
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """The configuration that a run goes on with, what of it is another than before, and the words
+    of the command lines that it comes from."""
+
+    config: DictConfig
+    changes: Sequence[Change]
+    words: Sequence[str]
+
+
+def _resumed(cfg: DictConfig, folder: Path) -> Resumed:
+    """A run's own configuration with what the command line may change in it. Raises ConfigError for
+    what it may not, and for a run that is done and gets no more phases."""
     overrides = HydraConfig.get().overrides
-    others = [o for o in overrides.task if not o.startswith(("resume=", "dry_run="))]
-    others += [o for o in overrides.hydra if o.startswith("hydra.run")]
-    if others:
+    if str(cfg.resume) != str(folder):
         raise ConfigError(
-            f"resume={folder} takes that run's own configuration: leave out {', '.join(others)}"
+            f"resume={cfg.resume} goes on in that folder: leave out hydra.run.dir, or give"
+            " resume=auto with it"
         )
-    status = json.loads((folder / "status.json").read_text(encoding="utf-8"))["status"]
-    if status == "done":
-        raise ConfigError(f"resume={folder}: that run is finished")
-    return OmegaConf.load(folder / ".hydra" / "config.yaml")  # type: ignore[return-value]
+    own: Any = OmegaConf.load(folder / CONFIG)
+    before = [str(word) for word in OmegaConf.load(folder / OVERRIDES)]
+    asked = [word for word in overrides.task if word.lstrip("+").split("=")[0] not in OF_THE_START]
+    found: list[Change] = []
+    if asked:
+        # Hydra's, since a word may choose another option of a group.
+        known = [word for word in before if REDACTED not in word]
+        known = [word for word in known if word.split("=")[0] not in OF_THE_START]
+        old, new = (
+            OmegaConf.to_container(hydra.compose("config", overrides=words))
+            for words in (known, known + asked)
+        )
+        found = changes(old, new)  # type: ignore[arg-type]
+        hidden = redacted_keys(OmegaConf.to_container(own))
+        check_changes(found, [*cfg.resume_with, *hidden], run=folder)
+    if is_done(folder) and not adds_phases(found):
+        raise ConfigError(
+            f"resume={folder}: that run is done; give it more phases, or another seed"
+        )
+    changed = apply(OmegaConf.to_container(own), found)  # type: ignore[arg-type]
+    return Resumed(config=OmegaConf.create(changed), changes=found, words=[*before, *asked])
 
 
 def to_container(cfg: DictConfig) -> dict[str, Any]:
@@ -198,9 +255,13 @@ def to_container(cfg: DictConfig) -> dict[str, Any]:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
             raise ConfigError("\n".join(f"{key} is required: set {key}=..." for key in missing))
-        return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+        config = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    remember(config)
+    if hidden := redacted_keys(config):
+        raise ConfigError("\n".join(f"{key} is kept out of files: set {key}=..." for key in hidden))
+    return config  # type: ignore[return-value]
 
 
 class AlreadySaid(Exception):
@@ -211,14 +272,26 @@ def job(cfg: DictConfig) -> None:
     """One job of train.py: a single run in this process, a sweep's in one of its own, so that
     nothing that happens to it takes the others down."""
     path = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
+    scrub_logs()
+    logging.raiseExceptions = False  # a log that the disk does not take would fill the terminal
     if not _is_sweep():
+        if cfg.resume:
+            cfg.resume = str(path) if str(cfg.resume) == AUTO and is_run(path) else cfg.resume
+            cfg.resume = None if str(cfg.resume) == AUTO else cfg.resume
+        elif is_run(path):
+            raise ConfigError(
+                f"hydra.run.dir={path} holds a run already: go on with it by resume={path}, or name"
+                " another folder"
+            )
         with claimed(path):
+            _write_configuration(cfg, path)
             attempt(cfg, path)
         return
     from rlhf_exp.training.folder import RunFolder
 
     if read_state(path).status == "done":  # a queue that preempts may start it once more
         return
+    _write_configuration(cfg, path)
     log_file = path / f"{HydraConfig.get().job.name}.log"
     # Plain, since the classes of launchers' settings cannot be pickled everywhere.
     plain = OmegaConf.to_container(HydraConfig.instance().cfg, resolve=True)  # type: ignore[arg-type]
@@ -233,6 +306,33 @@ def job(cfg: DictConfig) -> None:
         raise AlreadySaid(code)
 
 
+def _written_to(cfg: DictConfig, path: Path) -> Path:
+    return path / (".hydra/resumed" if cfg.get("resume") else ".hydra")
+
+
+def _write_configuration(cfg: DictConfig, path: Path) -> None:
+    """What Hydra would write if output_subdir were not null, without secrets, each file whole."""
+    if cfg.get("dry_run"):
+        return
+    of_hydra: Any = HydraConfig.instance().cfg
+    words = of_hydra.hydra.overrides.task
+    # The configuration last: a folder that has it is a run's.
+    for name, part in {"hydra": of_hydra, "overrides": words, "config": cfg}.items():
+        write_whole(_written_to(cfg, path) / f"{name}.yaml", to_yaml(part))
+
+
+def to_yaml(config: DictConfig | ListConfig) -> str:
+    """A configuration as it was given, without secrets."""
+    plain = redact(OmegaConf.to_container(config))
+    if isinstance(plain, list):
+        plain = redact_words(plain)
+    elif "hydra" in plain:
+        job, words = plain["hydra"]["job"], plain["hydra"]["overrides"]
+        job["override_dirname"] = redact_words([job["override_dirname"]])[0]
+        words.update({kind: redact_words(given) for kind, given in words.items()})
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
+
+
 def _isolated(hydra_config: dict[str, Any], config: dict[str, Any], path: Path) -> None:
     from rlhf_exp.training.folder import RunFolder
 
@@ -241,6 +341,7 @@ def _isolated(hydra_config: dict[str, Any], config: dict[str, Any], path: Path) 
     hydra_cfg = OmegaConf.create(hydra_config)
     HydraConfig.instance().cfg = hydra_cfg  # type: ignore[assignment]
     configure_log(hydra_cfg.hydra.job_logging, hydra_cfg.hydra.verbose)
+    scrub_logs()
     with claimed(path):
         RunFolder(path).write_status("running")
         attempt(OmegaConf.create(config), path)
@@ -251,33 +352,61 @@ def attempt(cfg: DictConfig, path: Path) -> None:
     from rlhf_exp.training.context import TrainingError
     from rlhf_exp.training.folder import RunFolder
     from rlhf_exp.training.progress import file_log
+    from rlhf_exp.training.stopping import Interrupted, StopRequests
 
     file = file_log()
+    end = functools.partial(_write_status, path)
+    stop = StopRequests(abandon=functools.partial(end, "interrupted"))
     try:
-        execute(cfg, path)
+        with stop.listening():
+            execute(cfg, path, stop)
+    except Interrupted as stopped:
+        log.error("stopped by %s; go on with: python train.py resume=%s", stopped, path)
+        end("interrupted", str(stopped))
+        if stopped.to_be_requeued:
+            requeue()
+        raise SystemExit(stopped.exit_code) from None
     except ConfigError as error:
         log.error("error: %s", _bounded(str(error)))
         if _is_sweep():
             RunFolder(path).write_status("failed", str(error))
         else:  # nothing ran, so nothing but the log is left behind
-            shutil.rmtree(path / str(HydraConfig.get().output_subdir), ignore_errors=True)
+            shutil.rmtree(_written_to(cfg, path), ignore_errors=True)
             (path / LOCK).unlink()
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         log.error("interrupted; what was logged so far is in %s", path)
-        RunFolder(path).write_status("interrupted", "KeyboardInterrupt")
+        end("interrupted", "KeyboardInterrupt")
         raise SystemExit(130) from None
     except TrainingError as error:
         log.error("error: %s\nwhat was logged so far is in %s", error, path)
         file.exception("traceback")
-        RunFolder(path).write_status("failed", str(error))
+        end("failed", str(error))
         raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
+        told = f"{error.filename or path} cannot be written: {error.strerror}"
+        log.error("error: %s; mend that, then: python train.py resume=%s", told, path)
+        file.exception("traceback")
+        end("failed", told)
+        raise SystemExit(1) from None
     except Exception as error:
         file.exception("traceback")
-        RunFolder(path).write_status("failed", f"{type(error).__name__}: {error}")
+        end("failed", f"{type(error).__name__}: {error}")
         if _is_sweep():
             raise SystemExit(1) from None
         raise
+
+
+def _write_status(path: Path, status: "Status", why: str) -> None:
+    """The status of a run that has ended, if there is room for it."""
+    from rlhf_exp.training.folder import RunFolder
+
+    try:
+        RunFolder(path).write_status(status, why)
+    except OSError as error:
+        log.warning("%s/status.json cannot be written: %s", path, error.strerror)
 
 
 def _bounded(message: str, limit: int = 9) -> str:
@@ -292,6 +421,9 @@ def guard(main: Callable[[], None]) -> None:
 
     With HYDRA_FULL_ERROR=1 in the environment everything comes with its traceback.
     """
+    remember_words(sys.argv)
+    remember_environment()
+    scrub_tracebacks()
     if os.environ.get("HYDRA_FULL_ERROR"):
         main()
         return
@@ -314,77 +446,7 @@ def guard(main: Callable[[], None]) -> None:
 
 
 def explain(error: BaseException) -> str | None:
-    """Hydra's complaint about a command line or a file, in a few lines with the fix; None for an
-    error that is not Hydra's."""
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    for link in chain:
-        if isinstance(link, ConfigError):
-            return str(link)
-        if isinstance(link, MissingConfigException) and link.options:
-            return _missing_option(link)
-    for link in chain:
-        if isinstance(link, ConfigAttributeError | ConfigKeyError) and link.full_key:
-            return f"{link.full_key}: no such key.{_suggestion(link.full_key)}"
-    group = re.search(r"Could not override '([^']+)'", str(error))
-    if isinstance(error, HydraException) and group:
-        return f"{group[1]}: no such key or group.{_suggestion(group[1])}"
-    if isinstance(error, OSError) and error.errno in UNWRITABLE:
-        return (
-            f"cannot write {error.filename}: {error.strerror}; name other folders with"
-            " hydra.run.dir=... and artifacts_dir=..."
-        )
-    if isinstance(error, ValueError) and "override must be a string or a list" in str(error):
-        return "a group takes one of its options, not null; leave it out with ~, as in ~experiment"
-    if isinstance(error, HydraException | OmegaConfBaseException) or _is_from_hydra(error):
-        return "\n".join(line for line in str(error).splitlines() if line.strip())
-    return None
-
-
-def _is_from_hydra(error: BaseException) -> bool:
-    modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(modules) and modules[-1].startswith("hydra.")
-
-
-def _missing_option(error: MissingConfigException) -> str:
-    group, _, option = (error.missing_cfg_file or "").rpartition("/")
-    options = sorted(error.options or ())
-    close = difflib.get_close_matches(option, options, n=1)
-    hint = f" Did you mean {group}={close[0]}?" if close else ""
-    if group == "hydra/launcher" and option in LAUNCHERS:
-        hint = f" It is there after: pip install 'rlhf_exp[{LAUNCHERS[option]}]'"
-    return f"{group}={option}: no such option.{hint}\navailable: {', '.join(options)}"
-
-
-def _suggestion(key: str) -> str:
-    """ " Did you mean ...?" from the keys and groups that there are, or nothing."""
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        try:
-            config = hydra.compose("config", overrides=_group_choices())
-        except (HydraException, OmegaConfBaseException):  # the choices are what is wrong
-            config = hydra.compose("config")
-        known = list(_paths(OmegaConf.to_container(config)))
-    known += [group.name for group in CONF.iterdir() if group.is_dir()]
-    by_last = {path.rpartition(".")[2]: path for path in reversed(known)}
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-    close = close or [
-        by_last[name]
-        for name in difflib.get_close_matches(key.rpartition(".")[2], by_last, n=1, cutoff=0.7)
-    ]
-    return f" Did you mean {close[0]}?" if close else " See: python train.py --cfg job"
-
-
-def _group_choices() -> list[str]:
-    groups = {group.name for group in CONF.iterdir() if group.is_dir()}
-    return [word for word in sys.argv[1:] if word.partition("=")[0] in groups and "," not in word]
-
-
-def _paths(config: Any, prefix: str = "") -> Iterator[str]:
-    if isinstance(config, Mapping):
-        for key, value in config.items():
-            yield f"{prefix}{key}"
-            yield from _paths(value, f"{prefix}{key}.")
+    """What is wrong with a command line or a file, in a few lines without secrets; None for an
+    error that is not the user's."""
+    message = complaints.explain(error, CONF)
+    return None if message is None else scrub(message)

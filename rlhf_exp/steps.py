@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from rlhf_exp.redaction import redact
 from rlhf_exp.settings import PARTS, REFERENCE, ConfigError, Fingerprinted
 from rlhf_exp.stages.foresight import foresee
 from rlhf_exp.training.artifacts import ArtifactStore, content_hash, source_hash
@@ -191,7 +192,7 @@ def prepare(
                 shutil.rmtree(path)
             seed_shared_generators(seed)
             with RunFolder(path) as folder:
-                folder.write_json("made_of.json", descriptions[step.name])
+                folder.write_json("made_of.json", redact(descriptions[step.name]))
                 context = Context(
                     folder=folder,
                     seed=seed,

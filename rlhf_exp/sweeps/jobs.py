@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlhf_exp.redaction import redact_words
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.training.artifacts import content_hash
 from rlhf_exp.training.files import write_whole
@@ -42,8 +43,9 @@ class SweepJob:
 
     @property
     def label(self) -> str:
-        """The swept overrides with the last part of their keys, as far as that is unambiguous."""
-        return ",".join(_shortened(self.swept)) or "all defaults"
+        """The swept overrides with the last part of their keys, as far as that is unambiguous, and
+        without secrets."""
+        return ",".join(_shortened(redact_words(self.swept))) or "all defaults"
 
 
 class BadJobs(ConfigError):
@@ -133,11 +135,18 @@ def read_record(sweep: Path) -> list[SweepJob]:
 
 
 def write_record(sweep: Path, jobs: Sequence[SweepJob], *, command: Sequence[str]) -> None:
-    """Writes sweep.json: the jobs, those of an earlier record included, and the command line."""
+    """Writes sweep.json: the jobs, those of an earlier record included, and the command line, all
+    without secrets."""
     every = {job.identity: job for job in [*read_record(sweep), *jobs]}
     rows = [
-        {**asdict(job), "folder": job.folder.name, "seconds": None}
+        {
+            **asdict(job),
+            "overrides": redact_words(job.overrides),
+            "swept": redact_words(job.swept),
+            "folder": job.folder.name,
+            "seconds": None,
+        }
         for job in sorted(every.values(), key=lambda job: job.number)
     ]
-    text = json.dumps({"command": list(command), "jobs": rows}, indent=2)
+    text = json.dumps({"command": redact_words(command), "jobs": rows}, indent=2)
     write_whole(sweep / RECORD, text + "\n")

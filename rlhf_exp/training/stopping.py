@@ -3,6 +3,7 @@
 It knows when a run may stop, not what it does then.
 """
 
+import math
 import os
 import signal
 import threading
@@ -38,24 +39,21 @@ class Interrupted(BaseException):
 class StopRequests:
     """Whether a run is asked to stop. Within `steps` a first signal waits for the end of a step;
     outside of it, as while a model is loaded, it raises Interrupted at once. A second signal ends
-    the process where it is, after `abandon(why)`.
-
-    `limit_s` is how long the run may take, counted from `began` (of time.monotonic; by default
-    now): the time is up where another step as long as the longest so far would not fit.
+    the process where it is, after `abandon(why)`; but a caller that has hung up may have
+    interrupted before.
     """
 
-    def __init__(
-        self,
-        *,
-        limit_s: float | None = None,
-        began: float | None = None,
-        abandon: Callable[[str], None] = lambda why: None,
-    ) -> None:
-        began = time.monotonic() if began is None else began
-        self._limit_s, self._began, self._abandon = limit_s, began, abandon
+    def __init__(self, *, abandon: Callable[[str], None] = lambda why: None) -> None:
+        self._abandon = abandon
+        self._limit_s, self._began = math.inf, time.monotonic()
         self._asked: Interrupted | None = None
         self._in_steps = False
         self._last = self._longest = 0.0
+
+    def limit(self, minutes: float, *, began: float) -> None:
+        """The run may take so long, counted from `began` of time.monotonic(): the time is up where
+        another step as long as the longest so far would not fit. One step is always made."""
+        self._limit_s, self._began = 60 * minutes, began
 
     @contextmanager
     def listening(self) -> Iterator["StopRequests"]:
@@ -89,16 +87,17 @@ class StopRequests:
         now = time.monotonic()
         self._longest = max(self._longest, now - self._last)
         self._last = now
-        if self._asked is None and self._limit_s is not None:
-            left = self._began + self._limit_s - now
-            if left < self._longest:
-                why = f"max_minutes={self._limit_s / 60:g} would be over before the next step was"
-                self._asked = Interrupted(why, TIME_IS_UP)
+        left = self._began + self._limit_s - now
+        if self._asked is None and left < self._longest:
+            why = f"max_minutes={self._limit_s / 60:g} would be over before another step was"
+            self._asked = Interrupted(why, TIME_IS_UP)
         return self._asked
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         name, code = signal.Signals(number).name, 128 + number
         if self._asked is not None:
+            if name == "SIGHUP":
+                return
             self._abandon(f"{name}, the second")
             _say(f"\n{name} once more: ending at once\n")
             os._exit(code)

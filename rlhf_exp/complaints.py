@@ -1,0 +1,103 @@
+"""Hydra's complaints in a few lines, with the fix.
+
+It knows how Hydra and OmegaConf fail and which options there are, and nothing of what a run does.
+"""
+
+import difflib
+import errno
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from rlhf_exp.settings import ConfigError
+
+UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST}
+# Launchers that are packages of their own, and the extra that brings them.
+LAUNCHERS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm",
+             "ray": "ray"}  # fmt: skip
+
+
+def explain(error: BaseException, conf: Path) -> str | None:
+    """Hydra's complaint about a command line or a file, in a few lines with the fix; None for an
+    error that is not Hydra's. `conf` holds the groups."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for link in chain:
+        if isinstance(link, ConfigError):
+            return str(link)
+        if isinstance(link, MissingConfigException) and link.options:
+            return _missing_option(link)
+    for link in chain:
+        if isinstance(link, ConfigAttributeError | ConfigKeyError) and link.full_key:
+            return f"{link.full_key}: no such key.{_suggestion(link.full_key, conf)}"
+    group = re.search(r"Could not override '([^']+)'", str(error))
+    if isinstance(error, HydraException) and group:
+        return f"{group[1]}: no such key or group.{_suggestion(group[1], conf)}"
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        return (
+            f"cannot write {error.filename}: {error.strerror}; name other folders with"
+            " hydra.run.dir=... and artifacts_dir=..."
+        )
+    if isinstance(error, ValueError) and "override must be a string or a list" in str(error):
+        return "a group takes one of its options, not null; leave it out with ~, as in ~experiment"
+    if isinstance(error, HydraException | OmegaConfBaseException) or _is_from_hydra(error):
+        return "\n".join(line for line in str(error).splitlines() if line.strip())
+    return None
+
+
+def _is_from_hydra(error: BaseException) -> bool:
+    modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(modules) and modules[-1].startswith("hydra.")
+
+
+def _missing_option(error: MissingConfigException) -> str:
+    group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    options = sorted(error.options or ())
+    close = difflib.get_close_matches(option, options, n=1)
+    hint = f" Did you mean {group}={close[0]}?" if close else ""
+    if group == "hydra/launcher" and option in LAUNCHERS:
+        hint = f" It is there after: pip install 'rlhf_exp[{LAUNCHERS[option]}]'"
+    return f"{group}={option}: no such option.{hint}\navailable: {', '.join(options)}"
+
+
+def _suggestion(key: str, conf: Path) -> str:
+    """ " Did you mean ...?" from the keys and groups that there are, or nothing."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(conf), version_base="1.3"):
+        try:
+            config = hydra.compose("config", overrides=_group_choices(conf))
+        except (HydraException, OmegaConfBaseException):  # the choices are what is wrong
+            config = hydra.compose("config")
+        known = list(_paths(OmegaConf.to_container(config)))
+    known += [group.name for group in conf.iterdir() if group.is_dir()]
+    by_last = {path.rpartition(".")[2]: path for path in reversed(known)}
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    close = close or [
+        by_last[name]
+        for name in difflib.get_close_matches(key.rpartition(".")[2], by_last, n=1, cutoff=0.7)
+    ]
+    return f" Did you mean {close[0]}?" if close else " See: python train.py --cfg job"
+
+
+def _group_choices(conf: Path) -> list[str]:
+    groups = {group.name for group in conf.iterdir() if group.is_dir()}
+    return [word for word in sys.argv[1:] if word.partition("=")[0] in groups and "," not in word]
+
+
+def _paths(config: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            yield f"{prefix}{key}"
+            yield from _paths(value, f"{prefix}{key}.")

@@ -1,0 +1,240 @@
+"""What is secret in a configuration, and text without it.
+
+A value is known as a secret by its key. It knows no file and no logger that might get to see one:
+each of them asks here.
+"""
+
+import json
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+from urllib.parse import quote
+
+REDACTED = "***"
+
+# A tokenizer is none.
+_SECRET = re.compile(r"token(?!i[sz])|key|secret|password|passwd", re.IGNORECASE)
+# So ends a key whose value is one whatever its type, and so that of a mapping of secrets.
+_SECRETS_END = re.compile(r"(token|key|secret|password|passwd)s?$", re.IGNORECASE)
+_NUMBERS_END = re.compile(r"(token|key|secret|password|passwd)$", re.IGNORECASE)
+# Keys of this project's own that are named alike; those that end in _env name a variable.
+NO_SECRETS = frozenset({
+    "max_tokens", "min_tokens", "first_tokens_min", "first_tokens_max", "target_tokens",
+    "crop_min_tokens", "token_noise", "keyword", "keywords",
+})  # fmt: skip
+_REFERENCE = re.compile(r"\$\{(oc\.env:)?[\w.\[\]]+(,\s*null)?\}|\?\?\?|")
+_QUERY = re.compile(r"[?&;]([\w.-]+)=([^&;#\s]+)")
+_VALUE = (
+    r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|\[[^\]]*\]?|\{[^}]*\}?"
+    r"|\$\{[^}]*\}|(?:\\.|[^,\]}\s\\&])+"
+)
+_PATH = re.compile(r"[+~]*[\w./@:-]+")
+_INSIDE = re.compile(
+    rf"([\w.-]*(?:token|key|secret|passw)[\w-]*)(['\"]?\s*[:=]\s*)({_VALUE})", re.I
+)
+# Shorter ones would be found in every other word, as would plain words.
+_SHORTEST = 4
+_NUMBER = re.compile(r"\s*[-+]?\d[\d_]*\.?\d*(e[-+]?\d+)?\s*", re.IGNORECASE)
+_WORD = re.compile(r"[a-z]{,7}")
+_SHORTEST_OF_ENVIRONMENT = 8
+
+_known: set[str] = set()
+
+
+def is_secret(key: str, value: object = "") -> bool:
+    """Whether what a key, or the last part of a dotted one, holds is a secret. Numbers are none
+    unless the key ends in what secrets are called; true, false and null never are."""
+    name = key.rpartition(".")[2]
+    if name in NO_SECRETS or name.lower().endswith("_env") or not _SECRET.search(name):
+        return False
+    if isinstance(value, bool) or value is None:
+        return False
+    return isinstance(value, str) or bool(_NUMBERS_END.search(name))
+
+
+def redact(config: Any) -> Any:
+    """The configuration with REDACTED in place of secrets, wherever they are in it: what such a
+    key holds, what a mapping or a list of that name does, and every text that repeats one.
+    Interpolations stay. The secrets are remembered."""
+    remember(config)
+    return _replaced(config, "", within=False)
+
+
+def redacted_keys(config: Any, prefix: str = "") -> list[str]:
+    """The dotted keys of a configuration whose value is REDACTED, in their order."""
+    if config == REDACTED:
+        return [prefix]
+    items: Iterator[tuple[Any, Any]] = iter(())
+    if isinstance(config, Mapping):
+        items = iter(config.items())
+    elif isinstance(config, list | tuple):
+        items = iter(enumerate(config))
+    return [key for k, v in items for key in redacted_keys(v, f"{prefix}.{k}".lstrip("."))]
+
+
+def remember(config: Any) -> None:
+    """Has `scrub` replace the secrets of a configuration from now on."""
+    for key, value in _secrets(config, "", within=False):
+        plain = _WORD.fullmatch(value) and not re.search("secret|passw", key, re.IGNORECASE)
+        if not plain and (_SECRETS_END.search(key) or "secret" in key.lower()):
+            remember_secret(value)
+
+
+def remember_secret(text: str) -> None:
+    """Has `scrub` replace the text from now on, unless it is too short to tell."""
+    if len(text) >= _SHORTEST:
+        _known.add(text)
+
+
+def remember_words(words: Sequence[str]) -> None:
+    """The same for a command line, which may be one that says nothing sensible."""
+    for word in words:
+        for key, value in _assigned(word):
+            bare = value.strip("'\"[]{}")
+            remember({key: [value, bare, *re.split(r"\s*,\s*", bare)]})
+
+
+def remember_environment() -> None:
+    """The same for the variables of the environment that have such names."""
+    for name, value in os.environ.items():
+        if _NUMBERS_END.search(name) and len(value) >= _SHORTEST_OF_ENVIRONMENT:
+            remember_secret(value)
+
+
+def scrub(text: str) -> str:
+    """The text with REDACTED in place of every secret that is remembered."""
+    for secret in sorted(_known, key=len, reverse=True):
+        for form in _forms(secret):
+            text = text.replace(form, REDACTED)
+    return text
+
+
+def redact_words(words: Sequence[str]) -> list[str]:
+    """Words of a command line with REDACTED in place of secrets: key=value, with the value as
+    Hydra's grammar has it, lists and mappings included."""
+    return [_redact_word(word) for word in words]
+
+
+class Scrubbing(logging.Formatter):
+    """Another formatter's lines, scrubbed, tracebacks included."""
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        return scrub(self._inner.format(record))
+
+
+def scrub_logs() -> None:
+    """Has the handlers that the root logger has now write no secret."""
+    for handler in logging.getLogger().handlers:
+        if not isinstance(handler.formatter, Scrubbing):
+            handler.setFormatter(Scrubbing(handler.formatter or logging.Formatter()))
+
+
+def scrub_tracebacks() -> None:
+    """Has what ends the process be printed without secrets."""
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        print(
+            scrub("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr
+        )
+
+    sys.excepthook = show
+
+
+def _passes_on(key: str, config: Mapping[Any, Any], within: bool) -> bool:
+    """Whether all that a mapping holds is secret: that of api_keys is, that of a part named so is
+    not, since it has keys of its own."""
+    own = bool(_SECRETS_END.search(key)) and is_secret(key)
+    return (within or own) and "_target_" not in config
+
+
+def _replaced(value: Any, key: str, *, within: bool) -> Any:
+    if isinstance(value, Mapping):
+        inside = _passes_on(key, value, within)
+        return {k: _replaced(v, str(k), within=inside) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replaced(v, key, within=within) for v in value]
+    if _is_one(key, value, within=within):
+        return REDACTED
+    if isinstance(value, str) and (_in_query(value) or scrub(value) != value):
+        return REDACTED
+    return value
+
+
+def _is_one(key: str, value: Any, *, within: bool) -> bool:
+    if isinstance(value, str) and _REFERENCE.fullmatch(value):
+        return False
+    if within and not isinstance(value, bool | None):
+        return True
+    return is_secret(key, value)
+
+
+def _secrets(value: Any, key: str, *, within: bool) -> Iterator[tuple[str, str]]:
+    """The secrets of a configuration, each with its key."""
+    if isinstance(value, Mapping):
+        inside = _passes_on(key, value, within)
+        for k, v in value.items():
+            yield from _secrets(v, key if inside else str(k), within=inside)
+    elif isinstance(value, list | tuple):
+        for v in value:
+            yield from _secrets(v, key, within=within)
+    elif _is_one(key, value, within=within) and value != REDACTED:
+        yield key, str(value)
+    elif isinstance(value, str):
+        yield from _in_query(value)
+
+
+def _in_query(url: str) -> list[tuple[str, str]]:
+    """The secrets in the query of a URL, each with its key."""
+    found = _QUERY.findall(url) if "://" in url else []
+    return [(key, value) for key, value in found if is_secret(key) and value != REDACTED]
+
+
+def _forms(secret: str) -> list[str]:
+    """A secret as messages, files and URLs write it."""
+    ways = (secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], quote(secret, safe=""))
+    return sorted(dict.fromkeys(ways), key=len, reverse=True)
+
+
+def _holds_secrets(path: str, value: str) -> bool:
+    """Whether the value of a dotted key in a command line is a secret."""
+    if not _PATH.fullmatch(path) or not value.strip() or _REFERENCE.fullmatch(value):
+        return False
+    if all(re.fullmatch("true|false|null", v.strip(), re.IGNORECASE) for v in value.split(",")):
+        return False
+    *above, last = path.lstrip("+~").split(".")
+    if any(_SECRETS_END.search(part) and is_secret(part) for part in above):
+        return True
+    numbers = all(_NUMBER.fullmatch(part) for part in value.split(","))
+    return is_secret(last, 0 if numbers else value)
+
+
+def _assigned(word: str) -> Iterator[tuple[str, str]]:
+    path, equals, value = word.partition("=")
+    if equals and _holds_secrets(path, value):
+        yield path.rpartition(".")[2], value
+        return
+    for key, _, inner in _INSIDE.findall(word):
+        if _holds_secrets(key, inner):
+            yield key, inner
+
+
+def _redact_word(word: str) -> str:
+    path, equals, value = word.partition("=")
+    if equals and _holds_secrets(path, value):
+        return f"{path}={REDACTED}"
+
+    def replacement(match: re.Match[str]) -> str:
+        key, between, inner = match.groups()
+        return f"{key}{between}{REDACTED}" if _holds_secrets(key, inner) else match[0]
+
+    return scrub(_INSIDE.sub(replacement, word))
