@@ -275,14 +275,11 @@ def job(cfg: DictConfig) -> None:
     scrub_logs()
     logging.raiseExceptions = False  # a log that the disk does not take would fill the terminal
     if not _is_sweep():
-        if cfg.resume:
-            cfg.resume = str(path) if str(cfg.resume) == AUTO and is_run(path) else cfg.resume
-            cfg.resume = None if str(cfg.resume) == AUTO else cfg.resume
-        elif is_run(path):
-            raise ConfigError(
-                f"hydra.run.dir={path} holds a run already: go on with it by resume={path}, or name"
-                " another folder"
-            )
+        try:
+            _settle_resume(cfg, path)
+        except ConfigError as error:
+            log.error("error: %s", error)
+            raise SystemExit(2) from None
         with claimed(path):
             _write_configuration(cfg, path)
             attempt(cfg, path)
@@ -304,6 +301,18 @@ def job(cfg: DictConfig) -> None:
         raise KeyboardInterrupt
     if code:
         raise AlreadySaid(code)
+
+
+def _settle_resume(cfg: DictConfig, path: Path) -> None:
+    """Has resume=auto name the folder if there is a run in it, and nothing if not. Raises
+    ConfigError for a new run where there is one already."""
+    if cfg.resume and str(cfg.resume) == AUTO:
+        cfg.resume = str(path) if is_run(path) else None
+    elif not cfg.resume and is_run(path):
+        raise ConfigError(
+            f"hydra.run.dir={path} holds a run already: go on with it by resume={path}, or name"
+            " another folder"
+        )
 
 
 def _written_to(cfg: DictConfig, path: Path) -> Path:

@@ -45,7 +45,7 @@ class StopRequests:
 
     def __init__(self, *, abandon: Callable[[str], None] = lambda why: None) -> None:
         self._abandon = abandon
-        self._limit_s, self._began = math.inf, time.monotonic()
+        self._limit_s, self._began = math.inf, 0.0
         self._asked: Interrupted | None = None
         self._in_steps = False
         self._last = self._longest = 0.0
