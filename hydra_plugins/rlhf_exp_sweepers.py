@@ -11,6 +11,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from hydra_plugins.rlhf_exp_launching import Launching
+from rlhf_exp.redaction import redact_words
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.sweeps.jobs import BadJobs, SweepJob, place, read_record
 from rlhf_exp.sweeps.monitor import show_plan
@@ -156,6 +157,10 @@ def _space(overrides: Sequence[Override]) -> tuple[Space, list[str]]:
         else:
             space.pop(key, None)  # the command line fixes what the file sweeps
             fixed.append(f"{key}={override.get_value_element_as_str()}")
+    for key, values in space.items():
+        words = [f"{key}={values.low if isinstance(values, Interval) else ','.join(values)}"]
+        if redact_words(words) != words:  # the study's file would have them
+            raise ConfigError(f"{key}: secrets are not searched; give it one value")
     if not space:
         raise ConfigError(
             "nothing to search: give a key an interval, stage.kl_coef=interval(0.1,1)"

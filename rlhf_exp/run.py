@@ -61,7 +61,7 @@ from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs
 from rlhf_exp.sweeps.isolation import call_in_process, describe_end
 from rlhf_exp.sweeps.jobs import BadJobs
 from rlhf_exp.sweeps.state import read_state
-from rlhf_exp.targets import forbidden_module, targets
+from rlhf_exp.targets import forbidden_module, instructions, targets, unusable
 from rlhf_exp.training.claims import LOCK, claimed, is_claimed
 from rlhf_exp.training.files import write_whole
 
@@ -107,6 +107,12 @@ def instantiate(
                 f" module, add it: allow_targets=[{module}]"
             )
             return None
+        if unusable(target, ALLOWED_TARGETS, find=get_object):
+            problems.append(f"{path}._target_={target}: it is no class of settings; see conf/")
+            return None
+    if keys := [*instructions(config, ("rlhf_exp.",))]:
+        problems += [f"{path}: {key} is no key of it; leave it out" for key in keys]
+        return None
     try:
         return hydra.utils.instantiate(config, _convert_="all")
     except InstantiationException as error:

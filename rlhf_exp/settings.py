@@ -8,6 +8,8 @@ from typing import Annotated, Any, Protocol, TypeVar, dataclass_transform, runti
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from rlhf_exp.redaction import redact_words
+
 T = TypeVar("T")
 
 
@@ -71,7 +73,7 @@ def settings(cls: type[T]) -> type[T]:
 
 
 def field_problem(path: str, detail: Any) -> str:
-    """One of pydantic's complaints as a line that names the field below `path`."""
+    """One of pydantic's complaints as a line that names the field below `path`, without secrets."""
     where = ".".join(filter(None, (path, *map(str, detail["loc"]))))
     if detail["type"] == "missing":
         return f"{where}: is required"
@@ -82,4 +84,5 @@ def field_problem(path: str, detail: Any) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if not detail["loc"]:
         return f"{path}: {message}"
-    return f"{where}={detail['input']!r}: {message}"
+    [shown] = redact_words([f"{where}={detail['input']!r}"])
+    return f"{shown}: {message}"

@@ -4,6 +4,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from pydantic.dataclasses import is_pydantic_dataclass
+
 
 def forbidden_module(
     target: str, allowed: tuple[str, ...], own: tuple[str, ...], *, find: Callable[[str], Any]
@@ -21,6 +23,34 @@ def forbidden_module(
     if module is None or f"{module.__name__}.".startswith(allowed):
         return None
     return module.__name__
+
+
+def unusable(target: str, own: tuple[str, ...], *, find: Callable[[str], Any]) -> bool:
+    """Whether one of our own targets is something else than configurations describe. Those of this
+    package are classes of settings, which do nothing when they are built; a function or a method,
+    that of a module's dictionary included, may do anything."""
+    if not target.startswith(own):
+        return False
+    try:
+        found = find(target)
+    except (ImportError, ValueError):
+        return False
+    is_ours = target.startswith("rlhf_exp.")
+    return not isinstance(found, type) or (is_ours and not is_pydantic_dataclass(found))
+
+
+def instructions(config: Any, own: tuple[str, ...]) -> Iterator[str]:
+    """The keys by which a configuration tells Hydra how to build one of our own classes, other than
+    which it is: they do not take positional arguments, nor parts that are not built."""
+    if isinstance(config, Mapping):
+        if str(config.get("_target_", "")).startswith(own):
+            yield from (
+                key for key in ("_args_", "_convert_", "_partial_", "_recursive_") if key in config
+            )
+        config = list(config.values())
+    if isinstance(config, list):
+        for value in config:
+            yield from instructions(value, own)
 
 
 def targets(config: Any) -> Iterator[str]:

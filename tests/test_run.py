@@ -246,6 +246,25 @@ REFUSED = {
         "~experiment reward=sum reward.terms.length.reward._target_=os.getcwd",
         [r"_target_=os\.getcwd is outside"],
     ),
+    "functions and methods of our own": (
+        "reward._target_=rlhf_exp.training.files.write_whole"
+        " task._target_=rlhf_exp.run.sys.modules.clear"
+        " stage._target_=rlhf_exp.run.__builtins__.get"
+        " sampler._target_=rlhf_exp.settings.ConfigError",
+        [r"reward\._target_=rlhf_exp\.training\.files\.write_whole: it is no class of settings",
+         r"modules\.clear: it is no", r"__builtins__\.get: it is no", r"ConfigError: it is no"],
+    ),
+    "a foreign target in a list, in a step, below a mapping": (
+        "~experiment reward.character=[{_target_:os.getcwd}] +stage.x.y._target_=os.abort"
+        " +prepare={base:{stage:{_target_:os._exit},task:{_target_:rlhf_exp.tasks.prefix.Prefix}}}",
+        [r"reward\._target_=os\.getcwd is", r"stage\._target_=os\.abort is", r"=os\._exit is"],
+    ),
+    "instructions to Hydra": (
+        "+stage._partial_=true +reward._args_=[x] +task._recursive_=false +optimizer._convert_=none"
+        " +sampler.x={_target_:rlhf_exp.rewards.length.Length,_partial_:true}",
+        [r"stage: _partial_ is no key of it", r"reward: _args_ is", r"task: _recursive_ is",
+         r"optimizer: _convert_ is", r"sampler: _partial_ is"],
+    ),
     "no such target": ("stage._target_=rlhf_exp.stages.ppo.Foo", [r"stage: Error locating target"]),
     "a dangerous target that is allowed": (
         "allow_targets=[os] reward._target_=os.system",

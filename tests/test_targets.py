@@ -4,8 +4,11 @@ import json
 import shutil
 
 import pytest
+import torch
 
-from rlhf_exp.targets import forbidden_module, targets
+from rlhf_exp.rewards.length import Length
+from rlhf_exp.settings import ConfigError
+from rlhf_exp.targets import forbidden_module, instructions, targets, unusable
 
 OWN = ("rlhf_exp.", "torch.optim.")
 # Names as a configuration has them, and what they lead to.
@@ -16,6 +19,12 @@ NAMES = {
     "rlhf_exp.run.json.dumps": json.dumps,
     "mine.shutil.rmtree": shutil.rmtree,
     "rlhf_exp.settings.seven": 7,
+    "rlhf_exp.rewards.length.Length": Length,
+    "rlhf_exp.rewards.length.Length.load": Length.load,
+    "rlhf_exp.run.__builtins__.get": {}.get,
+    "rlhf_exp.settings.ConfigError": ConfigError,
+    "torch.optim.Adam": torch.optim.Adam,
+    "torch.optim.Adam.step": torch.optim.Adam.step,
 }
 
 
@@ -49,6 +58,33 @@ def find(name: str) -> object:
 )
 def test_the_module_that_is_not_allowed_is_named(target, allowed, module):
     assert forbidden_module(target, allowed, OWN, find=find) == module
+
+
+@pytest.mark.parametrize(
+    ("target", "refused"),
+    [
+        ("rlhf_exp.rewards.length.Length", False),
+        ("torch.optim.Adam", False),
+        ("mine.shutil.rmtree", False),
+        ("rlhf_exp.nothing.there", False),
+        # What does something when it is called, or is nothing that a configuration describes.
+        ("rlhf_exp.targets.targets", True),
+        ("rlhf_exp.rewards.length.Length.load", True),
+        ("rlhf_exp.run.__builtins__.get", True),
+        ("rlhf_exp.settings.ConfigError", True),
+        ("rlhf_exp.settings.seven", True),
+        ("torch.optim.Adam.step", True),
+    ],
+)
+def test_of_our_own_names_those_of_settings_can_be_used(target, refused):
+    assert unusable(target, OWN, find=find) == refused
+
+
+def test_instructions_to_hydra_are_found_wherever_they_are():
+    ours, theirs = {"_target_": "rlhf_exp.x"}, {"_target_": "torch.optim.SGD", "_partial_": True}
+    assert [*instructions({**ours, "a": [theirs, {**ours, "_args_": [1]}]}, OWN[:1])] == ["_args_"]
+    assert [*instructions({"_partial_": True, **ours}, OWN[:1])] == ["_partial_"]
+    assert [*instructions([theirs, 3], OWN[:1])] == []
 
 
 def test_all_targets_are_found_wherever_they_are():

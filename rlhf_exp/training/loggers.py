@@ -6,6 +6,7 @@ breaks it is dropped with one warning while metrics.jsonl goes on.
 
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 from rlhf_exp.network import reachable
+from rlhf_exp.redaction import redact_words
 from rlhf_exp.settings import ConfigError, Positive, Text, settings
 from rlhf_exp.training.folder import Sink
 from rlhf_exp.training.wandb_run import WandbRun, drop_service
@@ -132,7 +134,7 @@ class WandbLogger:
     def _init(self, info: RunInfo, mode: Literal["online", "offline"]) -> Any:
         import wandb
 
-        with _environment("WANDB_MODE", mode):
+        with _environment("WANDB_MODE", mode), _command_line(redact_words(sys.argv)):
             run = wandb.init(
                 project=self.project,
                 entity=self.entity,
@@ -192,6 +194,16 @@ def _environment(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+@contextmanager
+def _command_line(words: list[str]) -> Iterator[None]:
+    # W&B keeps sys.argv with a run, and takes it from nowhere else.
+    before, sys.argv = sys.argv, words
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def _has_key(urls: Sequence[str]) -> bool:
