@@ -1,7 +1,7 @@
 """What changes from phase to phase of PPO, all in one place."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.prompts import PromptStream
 from rlhf_exp.training.checkpoint import read_newest_checkpoint, write_checkpoint
+from rlhf_exp.training.collapse import Watch
 from rlhf_exp.training.optim import AdamWSettings, Schedule
 from rlhf_exp.training.seeding import stream
 from rlhf_exp.types import PromptBatch
@@ -20,7 +21,9 @@ from rlhf_exp.types import PromptBatch
 @dataclass(kw_only=True)
 class TrainState:
     """Everything that changes from phase to phase. What of the policy is not trained is as the
-    model's own files have it; `seconds` are what the run took so far, by part."""
+    model's own files have it. `kl_coef` is what the controller has made of the stage's, None before
+    it has; `stopped` says why no phase follows although more were asked for; `seconds` are what the
+    run took so far, by part."""
 
     policy: TransformerWithValueHead
     optimizer: torch.optim.Optimizer
@@ -30,6 +33,11 @@ class TrainState:
     minibatch_generator: torch.Generator
     inputs: Mapping[str, str]
     phase: int = 0
+    kl_coef: float | None = None
+    skipped_steps: int = 0
+    skipped_rewards: int = 0
+    stopped: str | None = None
+    watch: Watch = field(default_factory=Watch)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -75,6 +83,11 @@ class TrainState:
             "optimizer": self.optimizer.state_dict()["param_groups"],
             "scheduler": self.scheduler.state_dict(),
             "inputs": dict(self.inputs),
+            "kl_coef": self.kl_coef,
+            "skipped_steps": self.skipped_steps,
+            "skipped_rewards": self.skipped_rewards,
+            "stopped": self.stopped,
+            "watch": asdict(self.watch),
             "seconds": self.seconds,
         }
 
@@ -111,6 +124,11 @@ class TrainState:
         self.sample_generator.set_state(tensors["generators.samples"])
         self.minibatch_generator.set_state(tensors["generators.minibatches"])
         self.phase = numbers["phase"]
+        self.kl_coef = numbers["kl_coef"]
+        self.skipped_steps = numbers["skipped_steps"]
+        self.skipped_rewards = numbers["skipped_rewards"]
+        self.stopped = numbers["stopped"]
+        self.watch = Watch(**numbers["watch"])
         self.seconds.update(numbers.get("seconds", {}))
 
     def save(self, run: Path) -> None:

@@ -1,17 +1,22 @@
 """What every supervised stage shares: the settings of its loop, and the loop itself, losses in,
 updates and log lines out."""
 
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rlhf_exp.settings import Count, Positive, settings
+from rlhf_exp.settings import Count, Index, Positive, settings
 from rlhf_exp.training.context import Context, TrainingError
+from rlhf_exp.training.memory import explaining_memory
 from rlhf_exp.training.optim import Schedule, check_schedule, clip_gradients, learning_rates
 from rlhf_exp.training.progress import Progress
 from rlhf_exp.training.seeding import stream_seed
+
+log = logging.getLogger(__name__)
 
 
 @settings
@@ -22,6 +27,8 @@ class Supervised:
     batch_size: Count = 64
     max_grad_norm: Positive = 1.0
     log_every: Count = 50
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_skipped: Index = 10
 
     def num_updates(self, num_examples: int) -> int:
         """Updates in all epochs; the last batch of an epoch may be smaller."""
@@ -46,28 +53,51 @@ class Supervised:
         update of each. After an update `stop` is asked whether it was the last.
 
         Logs train/loss, the gradient norms and the learning rates with the update's number as the
-        phase. Dropout draws from the context's seed. Raises TrainingError naming the update if a
-        loss is not finite.
+        phase. Dropout draws from the context's seed. An update whose loss or gradient is not
+        finite changes neither weights nor moments: it is counted with on_nonfinite="skip", at most
+        max_skipped times, and else raises TrainingError that names it, as running out of memory
+        does.
         """
+        skipped = 0
+        knobs = (f"lower stage.batch_size (now {self.batch_size})", "choose a smaller model")
         with Progress(num_updates, unit="update") as progress, torch.random.fork_rng():
             torch.manual_seed(stream_seed(context.seed, "dropout"))
             for update in range(1, num_updates + 1):
-                loss = next(losses)
-                if not loss.isfinite():
-                    raise TrainingError(
-                        f"update {update}: the loss is {loss.item()}; lower optimizer.base_lr"
-                        " and optimizer.head_lr"
-                    )
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                norms = clip_gradients(optimizer, self.max_grad_norm)
-                optimizer.step()
+                with explaining_memory(f"update {update}: learning", knobs):
+                    loss = next(losses)
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    norms = clip_gradients(optimizer, self.max_grad_norm)
+                    if bool(torch.stack([loss.detach(), *norms.values()]).isfinite().all()):
+                        optimizer.step()
+                    else:
+                        skipped += 1
+                        self._skip(update, loss.item(), norms, skipped)
                 if update % self.log_every == 0 or update == num_updates:
                     metrics = {"train/loss": loss.item()}
                     metrics |= {f"grad_norm/{name}": norm.item() for name, norm in norms.items()}
+                    metrics["train/skipped_steps"] = float(skipped)
                     metrics |= {f"lr/{name}": lr for name, lr in learning_rates(optimizer).items()}
                     context.folder.log(update, metrics)
                     progress.advance(update, metrics)
                 scheduler.step()
                 if stop(update):
                     return
+
+    def _skip(self, update: int, loss: float, norms: Mapping[str, Tensor], skipped: int) -> None:
+        """Says that an update is left out. Raises TrainingError if it must not be."""
+        fault = f"update {update}: the loss is {loss:g}"
+        if math.isfinite(loss):
+            told = ", ".join(f"{name} {norm.item():g}" for name, norm in norms.items())
+            fault += f", the norm of its gradient {told}"
+        if self.on_nonfinite == "stop":
+            raise TrainingError(
+                f"{fault}; lower optimizer.base_lr and optimizer.head_lr, or leave such updates out"
+                " with stage.on_nonfinite=skip"
+            )
+        if skipped > self.max_skipped:
+            raise TrainingError(
+                f"{fault}; that is one more than stage.max_skipped={self.max_skipped} to leave out:"
+                " lower optimizer.base_lr and optimizer.head_lr"
+            )
+        log.warning("%s; it is left out", fault)
