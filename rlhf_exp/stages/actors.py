@@ -10,14 +10,14 @@ import torch
 from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.models.loading import ModelSettings, build_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.models.reference import Reference, ReferenceSettings
+from rlhf_exp.models.reference import Reference, ReferenceSettings, reference_hash
 from rlhf_exp.rewards.protocol import ReadsPrompts, ReadsTokens, Reward, RewardFunction
 from rlhf_exp.rollout.sampler import Sampler, eos_token
 from rlhf_exp.settings import ConfigError, Fingerprinted
 from rlhf_exp.tasks.encoding import leading_ids, tokenizer_factory
 from rlhf_exp.tasks.prompts import encode_prompts, take
 from rlhf_exp.tasks.protocol import AnswerTask, Prompt, ShapesPrompts, Task
-from rlhf_exp.training.context import Context
+from rlhf_exp.training.context import Context, TrainingError
 from rlhf_exp.training.seeding import stream_seed
 from rlhf_exp.types import PromptBatch
 
@@ -27,10 +27,11 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class Actors:
     """Everything that a phase runs on and that no optimizer step replaces. `answers` is the task
-    if it knows exact answers."""
+    if it knows exact answers, `reference_hash` that of the reference as it was loaded."""
 
     policy: TransformerWithValueHead
     reference: Reference
+    reference_hash: str
     score: RewardFunction
     sampler: Sampler
     train_prompts: PromptBatch
@@ -56,9 +57,11 @@ def load_actors(
     if isinstance(task, ShapesPrompts):
         held_out = without(held_out, train)
     score = load_reward(context, reward, policy, task, sampler, (train, held_out))
+    frozen = reference.attach(policy, seed=stream_seed(context.seed, "reference"))
     return Actors(
         policy=policy,
-        reference=reference.attach(policy, seed=stream_seed(context.seed, "reference")),
+        reference=frozen,
+        reference_hash=reference_hash(frozen, policy),
         score=score,
         sampler=sampler,
         train_prompts=train,
@@ -75,6 +78,21 @@ def fingerprints(network: PreTrainedModel, **parts: Any) -> dict[str, str]:
         for name, part in parts.items()
     }
     return found | {"model": f"{found['model']} {vars(network.config).get('_commit_hash')}"}
+
+
+def frozen_hash(actors: Actors) -> str:
+    """The hash of the reference's weights as passes use them."""
+    return reference_hash(actors.reference, actors.policy)
+
+
+def check_frozen(actors: Actors, expected: str) -> None:
+    """Raises TrainingError if the reference's weights are not those of that hash any more."""
+    if frozen_hash(actors) != expected:
+        raise TrainingError(
+            "the reference's weights have changed during the run, so that its KL was to something"
+            " that moved: something writes to weights that nothing may train, such as a reward"
+            " that shares them"
+        )
 
 
 def without(prompts: PromptBatch, others: PromptBatch) -> PromptBatch:

@@ -1,7 +1,9 @@
 """Rollouts: completions sampled, scored and measured, one batch ahead of learning if asked to."""
 
+import logging
+import math
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -10,13 +12,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf_exp.rewards.attempts import ONCE, Patience, checked_scores
+from rlhf_exp.rewards.protocol import RewardError
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import have_ended
 from rlhf_exp.stages.actors import Actors
-from rlhf_exp.stages.evaluation import checked_scores, sample
+from rlhf_exp.stages.evaluation import sample
 from rlhf_exp.stages.train_state import TrainState
+from rlhf_exp.training.background import Background
+from rlhf_exp.training.memory import explaining_memory
 from rlhf_exp.training.timing import Stopwatch
 from rlhf_exp.types import Completions, Generation, PromptBatch, Rollout
+
+log = logging.getLogger(__name__)
+SCORING = (
+    "lower reward.batch_size (of classifier, pair_model and reward_model)",
+    "put the reward on another device (reward.device of classifier and pair_model)",
+)
 
 
 class Collector:
@@ -25,7 +37,8 @@ class Collector:
     With `overlap` the reward scores on a thread while the reference reads the same batch: worth it
     where they compute on different devices. With `ahead` it goes on while the policy samples the
     next batch, which then comes from the policy before the update in between: its ratios start
-    beside 1.
+    beside 1. Of a reward that fails in spite of `patience`, the batch's scores are NaN if
+    `skip_unscored`.
     """
 
     def __init__(
@@ -36,11 +49,14 @@ class Collector:
         missing_eos_penalty: float | None,
         overlap: bool = False,
         ahead: bool = False,
+        patience: Patience = ONCE,
+        skip_unscored: bool = False,
     ) -> None:
         self.actors = actors
         self._rows, self._penalty = rows, missing_eos_penalty
-        self._thread = ThreadPoolExecutor(1, "reward") if overlap or ahead else None
+        self._thread = Background("reward") if overlap or ahead else None
         self._ahead = ahead
+        self._patience, self._skip_unscored = patience, skip_unscored
         self._waiting: tuple[Rollout, Callable[[], Tensor]] | None = None
 
     def collect(self, state: TrainState, lap: Stopwatch, *, another: bool) -> Rollout:
@@ -121,27 +137,42 @@ class Collector:
     ) -> tuple[Rollout, Callable[[], Tensor]]:
         """A batch measured by the policy that sampled it, and what gives its scores."""
         policy, sampler = state.policy, self.actors.sampler
-        with lap("sample"):
+        with lap("sample"), self._explaining(f"phase {phase}: sampling"):
             generation = sample(
                 sampler, policy, next(state.prompts), state.sample_generator,
                 phase=phase, rows=self._rows,
             )  # fmt: skip
         scores = partial(self._scores, generation.completions, phase)
         if self._thread is not None:
-            future: Future[Tensor] = self._thread.submit(scores)
-            return self._measured(state, generation, lap), future.result
-        return self._measured(state, generation, lap), scores
+            future = self._thread.submit(scores)
+            return self._measured(state, generation, phase, lap), future.result
+        return self._measured(state, generation, phase, lap), scores
 
-    def _measured(self, state: TrainState, generation: Generation, lap: Stopwatch) -> Rollout:
+    def _measured(
+        self, state: TrainState, generation: Generation, phase: int, lap: Stopwatch
+    ) -> Rollout:
         to_come = torch.zeros(len(generation.completions.texts), device=state.policy.device)
-        with lap("measure"):
+        with lap("measure"), self._explaining(f"phase {phase}: measuring the samples"):
             return measure(
                 state.policy, self.actors.reference, generation, to_come,
                 temperature=self.actors.sampler.temperature, rows=self._rows,
             )  # fmt: skip
 
+    def _explaining(self, doing: str) -> AbstractContextManager[None]:
+        knobs = (f"lower stage.rollout_batch_size (now {self._rows})", "lower sampler.gen_len")
+        return explaining_memory(doing, knobs)
+
     def _scores(self, completions: Completions, phase: int) -> Float[Tensor, " batch"]:
-        scores = checked_scores(self.actors.score, completions, phase=phase)
+        try:
+            with explaining_memory(f"phase {phase}: scoring", SCORING):
+                scores = checked_scores(
+                    self.actors.score, completions, phase=phase, patience=self._patience
+                )
+        except RewardError as error:
+            if not self._skip_unscored:
+                raise
+            log.warning("%s; nothing is learned from that phase", error)
+            return torch.full((len(completions.texts),), math.nan, device=completions.mask.device)
         if self._penalty is None:
             return scores
         ended = have_ended(completions, self.actors.policy.tokenizer)

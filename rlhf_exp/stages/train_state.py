@@ -1,7 +1,7 @@
 """What changes from phase to phase of PPO, all in one place."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.tasks.prompts import PromptStream
+from rlhf_exp.training.collapse import Watch
 from rlhf_exp.training.optim import (
     AdamWSettings,
     Schedule,
@@ -26,8 +27,9 @@ from rlhf_exp.types import PromptBatch
 @dataclass(kw_only=True)
 class TrainState:
     """Everything that changes from phase to phase. What of the policy is not trained is as the
-    model's own files have it; the best score is an evaluation's; `seconds` are what the run took so
-    far, by part."""
+    model's own files have it; the best score is an evaluation's. `kl_coef` is what the controller
+    has made of the stage's, None before it has; `stopped` says why no phase follows although more
+    were asked for; `seconds` are what the run took so far, by part."""
 
     policy: TransformerWithValueHead
     optimizer: torch.optim.Optimizer
@@ -39,6 +41,11 @@ class TrainState:
     phase: int = 0
     best_score: float | None = None
     best_phase: int = 0
+    kl_coef: float | None = None
+    skipped_steps: int = 0
+    skipped_rewards: int = 0
+    stopped: str | None = None
+    watch: Watch = field(default_factory=Watch)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -85,6 +92,11 @@ class TrainState:
             "best_score": self.best_score,
             "best_phase": self.best_phase,
             "inputs": dict(self.inputs),
+            "kl_coef": self.kl_coef,
+            "skipped_steps": self.skipped_steps,
+            "skipped_rewards": self.skipped_rewards,
+            "stopped": self.stopped,
+            "watch": asdict(self.watch),
             "seconds": dict(self.seconds),
         }
 
@@ -101,6 +113,11 @@ class TrainState:
         self.prompts.restore(below(tensors, "prompts."))
         for name, generator in self._generators().items():
             generator.set_state(tensors[f"generators.{name}"])
+        self.kl_coef = numbers["kl_coef"]
+        self.skipped_steps = numbers["skipped_steps"]
+        self.skipped_rewards = numbers["skipped_rewards"]
+        self.stopped = numbers["stopped"]
+        self.watch = Watch(**numbers["watch"])
         self.seconds.update(numbers["seconds"])
 
     def note_evaluation(self, score: float) -> bool:

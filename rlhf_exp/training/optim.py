@@ -220,13 +220,28 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 
+def tells_finite(name: str) -> bool:
+    """Whether a step is to be taken only if the metric of that name is finite."""
+    return name == "loss/total" or name.startswith("grad_norm/")
+
+
+def nonfinite(step: Mapping[str, float]) -> str | None:
+    """What of a step is not finite, with the loss's terms and the gradient's norms; None if all of
+    it is."""
+    if all(math.isfinite(value) for name, value in step.items() if tells_finite(name)):
+        return None
+    what = "gradient" if math.isfinite(step["loss/total"]) else "loss"
+    terms = (f"{k} {v:g}" for k, v in step.items() if k.startswith(("loss/", "grad_norm/")))
+    return f"the {what} is not finite ({', '.join(terms)})"
+
+
 def check_finite(steps: Sequence[Mapping[str, float]], phase: int) -> None:
-    """Raises TrainingError naming the phase and the first step whose loss is not finite, with the
-    loss's terms."""
-    for number, terms in enumerate(steps, 1):
-        if not math.isfinite(terms["loss/total"]):
-            told = ", ".join(f"{k} {v:g}" for k, v in terms.items() if k.startswith("loss/"))
+    """Raises TrainingError naming the phase and the first step whose loss or gradient is not
+    finite, with the loss's terms and the gradient's norms."""
+    for number, step in enumerate(steps, 1):
+        if (fault := nonfinite(step)) is not None:
             raise TrainingError(
-                f"phase {phase}, step {number}: the loss is not finite ({told}); lower"
-                " optimizer.base_lr and optimizer.head_lr, or raise stage.kl_coef"
+                f"phase {phase}, step {number}: {fault}; lower optimizer.base_lr and"
+                " optimizer.head_lr, raise stage.kl_coef, or leave such steps out with"
+                " stage.on_nonfinite=skip"
             )

@@ -27,7 +27,10 @@ from rlhf_exp.types import Completions, Rollout
 from .test_resume import Failing, files, timeless
 from .toy import RAGGED, context, parts, rows, start
 
-SYNC = PPO(batch_size=9, num_minibatches=3, total_phases=5, eval_samples=6, eval_every=9)
+SYNC = PPO(
+    batch_size=9, num_minibatches=3, total_phases=5, eval_samples=6, eval_every=9,
+    reward_timeout_s=None,
+)  # fmt: skip
 AHEAD = PPO(
     batch_size=9, num_minibatches=3, total_phases=5, eval_samples=6, eval_every=9,
     async_reward=True,

@@ -76,7 +76,8 @@ def test_so_many_updates_are_made_and_some_logged(tmp_path):
     assert asked == [1, 2, 3, 4, 5]
     logged = rows(tmp_path)
     assert [row["phase"] for row in logged] == [2, 4, 5]
-    assert set(logged[0]) == {"phase", "train/loss", "grad_norm/base", "lr/base"}
+    names = {"phase", "train/loss", "train/skipped_steps", "grad_norm/base", "lr/base"}
+    assert set(logged[0]) == names
     # Multipliers of updates 1 to 5: 1/2, 1, 1, 2/3, 1/3.
     assert [row["lr/base"] for row in logged] == pytest.approx([0.1, 0.1 * 2 / 3, 0.1 / 3])
 
