@@ -7,7 +7,7 @@ It knows nothing of Hydra: whoever calls hands in what turns configuration into 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from rlhf_exp.redaction import redact
 from rlhf_exp.settings import PARTS, REFERENCE, ConfigError
 from rlhf_exp.stages.foresight import foresee
 from rlhf_exp.steps import Instantiate, Prepared, Step, prepare, read_steps
-from rlhf_exp.training.checkpoint import newest_checkpoint
 from rlhf_exp.training.context import Context
 from rlhf_exp.training.folder import RunFolder, Sink
 from rlhf_exp.training.hub import HubSettings
 from rlhf_exp.training.loggers import Logger, RunInfo
 from rlhf_exp.training.model_card import write_model_card
+from rlhf_exp.training.seeding import seed_shared_generators
+from rlhf_exp.training.stopping import StopRequests
 from rlhf_exp.training.timing import since_process_start
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 class Job:
     """Where and as what an experiment runs. A job of a sweep shares its parent folder with the
     others; a resumed one goes on in the folder of the run that ended. `chosen` are the groups that
-    the command line names."""
+    the command line names, `stop` is what asks it to end early."""
 
     path: Path
     sweep: bool
@@ -44,6 +45,7 @@ class Job:
     artifacts_dir: Path
     until: str | None
     chosen: frozenset[str]
+    stop: StopRequests = field(default_factory=StopRequests)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +89,6 @@ def run_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate
     """Checks the whole configuration, builds what the run stands on, and runs its stage. Raises
     ConfigError with everything that is wrong, before anything is built."""
     plan = check_experiment(config, job, instantiate)
-    if job.resume:
-        newest_checkpoint(job.path)  # raises here rather than after minutes of preparing
     quieten_transformers()
     prepared = prepare(
         plan.steps[: plan.last],
@@ -96,6 +96,7 @@ def run_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate
         root=job.artifacts_dir,
         seed=job.prepare_seed,
         device=job.device,
+        stop=job.stop,
     )
     if job.until is not None:
         _stop_early(prepared, job.path)
@@ -150,6 +151,7 @@ def _run_stage(
 ) -> None:
     stage, parts = step.build(instantiate)
     shown = redact({**config, **step.config})
+    seed_shared_generators(job.seed)
     info = RunInfo(
         name=job.path.name,
         group=job.path.parent.name if job.sweep else None,
@@ -163,11 +165,13 @@ def _run_stage(
         folder.write_json("resolved_config.json", shown)
         if not job.resume:
             folder.clear()
-        with logger.open(info) as sinks:
+        with logger.open(replace(info, run_id=folder.run_id)) as sinks:
             yield sinks
 
     with RunFolder(job.path, begin) as folder:
-        context = Context(folder=folder, seed=job.seed, device=job.device, resume=job.resume)
+        context = Context(
+            folder=folder, seed=job.seed, device=job.device, resume=job.resume, stop=job.stop
+        )
         result = stage.run(context, **parts)
         result["prepare"] = prepared.results
         result["seconds"] = {**prepared.seconds, **result["seconds"]}

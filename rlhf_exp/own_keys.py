@@ -10,6 +10,7 @@ from rlhf_exp.settings import (
     ConfigError,
     FolderName,
     Index,
+    Positive,
     Text,
     field_problem,
     settings,
@@ -31,6 +32,8 @@ class RunSettings:
     prepare: dict[str, dict[str, Any]]
     until: Text | None
     resume: Text | None
+    resume_with: tuple[Text, ...]
+    max_minutes: Positive | None
     skip_completed: bool
     dry_run: bool
 

@@ -5,15 +5,17 @@ built and checked first, which takes milliseconds; weights are loaded after that
 is imported inside functions, so that `--help` and `--cfg` answer at once.
 """
 
+import errno
 import functools
-import json
 import logging
 import os
 import re
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +31,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_exp import complaints
 from rlhf_exp.own_keys import read_own_keys
+from rlhf_exp.queueing import requeue
 from rlhf_exp.redaction import (
+    REDACTED,
     redact,
     redact_words,
     redacted_keys,
@@ -39,6 +43,18 @@ from rlhf_exp.redaction import (
     scrub,
     scrub_logs,
     scrub_tracebacks,
+)
+from rlhf_exp.resuming import (
+    AUTO,
+    CONFIG,
+    Change,
+    adds_phases,
+    apply,
+    changes,
+    check_changes,
+    find_run,
+    is_done,
+    is_run,
 )
 from rlhf_exp.settings import ConfigError, field_problem
 from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs
@@ -52,21 +68,22 @@ from rlhf_exp.training.files import write_whole
 if TYPE_CHECKING:
     from rlhf_exp.experiment import Job
     from rlhf_exp.steps import Instantiate
+    from rlhf_exp.training.folder import Status
+    from rlhf_exp.training.stopping import StopRequests
 
 log = logging.getLogger(__name__)
 
 ALLOWED_TARGETS = ("rlhf_exp.", "torch.optim.")
+OVERRIDES = ".hydra/overrides.yaml"
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+OF_THE_START = ("resume", "resume_with", "dry_run")  # of this start of a run alone
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 def _run_dir(resume: str | None, otherwise: str) -> str:
     """The folder of a run: that of the run that is resumed, or a new one. Raises ConfigError if
     there is no such run."""
-    if not resume:
-        return otherwise
-    if not all((Path(resume) / name).is_file() for name in (".hydra/config.yaml", "status.json")):
-        raise ConfigError(f"resume={resume}: no run's folder, which has .hydra/ and status.json")
-    return resume
+    return otherwise if not resume else str(find_run(resume, Path(otherwise).parent.parent))
 
 
 OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
@@ -110,23 +127,35 @@ def instantiate(
         return None
 
 
-def execute(cfg: DictConfig, path: Path) -> None:
-    """Checks the whole configuration, builds what the run stands on, and runs its stage."""
+def execute(cfg: DictConfig, path: Path, stop: "StopRequests | None" = None) -> None:
+    """Checks the whole configuration, builds what the run stands on, and runs its stage. `stop`
+    asks it to end early."""
     from rlhf_exp.experiment import run_experiment
     from rlhf_exp.training.checkpoint import has_checkpoint
     from rlhf_exp.training.processor import use_processor_well
+    from rlhf_exp.training.timing import PROCESS_BEGAN
 
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
-    resumed = cfg.get("resume")
-    given = _config_of(Path(str(resumed))) if resumed else cfg
+    resumed = _resumed(cfg, path) if cfg.get("resume") else None
+    given = resumed.config if resumed else cfg
     if cfg.get("dry_run"):
         _say_plan(check(given, path, words, sweep=False), path)
         return
     use_processor_well()
+    if resumed and resumed.changes:
+        check(given, path, words, sweep=False)
+        write_whole(path / CONFIG, to_yaml(given))
+        write_whole(path / OVERRIDES, to_yaml(OmegaConf.create([*resumed.words])))
     # A job of a sweep comes back to its folder if it was cut: by a queue or by skip_completed.
     resume = bool(resumed) or (_is_sweep() and has_checkpoint(path))
     config = to_container(given)
-    run_experiment(config, *_read(config, path, words, sweep=_is_sweep(), resume=resume))
+    job, instantiate = _read(config, path, words, sweep=_is_sweep(), resume=resume)
+    if stop is not None:
+        job = replace(job, stop=stop)
+        if config["max_minutes"] is not None:
+            began = time.monotonic() if _is_sweep() else PROCESS_BEGAN
+            stop.limit(config["max_minutes"], began=began)
+    run_experiment(config, job, instantiate)
 
 
 def _say_plan(config: Mapping[str, Any], path: Path) -> None:
@@ -183,20 +212,46 @@ def _is_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def _config_of(folder: Path) -> DictConfig:
-    """The configuration of a run that ended. Raises ConfigError if it is finished, and for
-    overrides beside resume."""
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """The configuration that a run goes on with, what of it is another than before, and the words
+    of the command lines that it comes from."""
+
+    config: DictConfig
+    changes: Sequence[Change]
+    words: Sequence[str]
+
+
+def _resumed(cfg: DictConfig, folder: Path) -> Resumed:
+    """A run's own configuration with what the command line may change in it. Raises ConfigError for
+    what it may not, and for a run that is done and gets no more phases."""
     overrides = HydraConfig.get().overrides
-    others = [o for o in overrides.task if not o.startswith(("resume=", "dry_run="))]
-    others += [o for o in overrides.hydra if o.startswith("hydra.run")]
-    if others:
+    if str(cfg.resume) != str(folder):
         raise ConfigError(
-            f"resume={folder} takes that run's own configuration: leave out {', '.join(others)}"
+            f"resume={cfg.resume} goes on in that folder: leave out hydra.run.dir, or give"
+            " resume=auto with it"
         )
-    status = json.loads((folder / "status.json").read_text(encoding="utf-8"))["status"]
-    if status == "done":
-        raise ConfigError(f"resume={folder}: that run is finished")
-    return OmegaConf.load(folder / ".hydra" / "config.yaml")  # type: ignore[return-value]
+    own: Any = OmegaConf.load(folder / CONFIG)
+    before = [str(word) for word in OmegaConf.load(folder / OVERRIDES)]
+    asked = [word for word in overrides.task if word.lstrip("+").split("=")[0] not in OF_THE_START]
+    found: list[Change] = []
+    if asked:
+        # Hydra's, since a word may choose another option of a group.
+        known = [word for word in before if REDACTED not in word]
+        known = [word for word in known if word.split("=")[0] not in OF_THE_START]
+        old, new = (
+            OmegaConf.to_container(hydra.compose("config", overrides=words))
+            for words in (known, known + asked)
+        )
+        found = changes(old, new)  # type: ignore[arg-type]
+        hidden = redacted_keys(OmegaConf.to_container(own))
+        check_changes(found, [*cfg.resume_with, *hidden], run=folder)
+    if is_done(folder) and not adds_phases(found):
+        raise ConfigError(
+            f"resume={folder}: that run is done; give it more phases, or another seed"
+        )
+    changed = apply(OmegaConf.to_container(own), found)  # type: ignore[arg-type]
+    return Resumed(config=OmegaConf.create(changed), changes=found, words=[*before, *asked])
 
 
 def to_container(cfg: DictConfig) -> dict[str, Any]:
@@ -224,7 +279,13 @@ def job(cfg: DictConfig) -> None:
     nothing that happens to it takes the others down."""
     path = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     scrub_logs()
+    logging.raiseExceptions = False  # a log that the disk does not take would fill the terminal
     if not _is_sweep():
+        try:
+            _settle_resume(cfg, path)
+        except ConfigError as error:
+            log.error("error: %s", error)
+            raise SystemExit(2) from None
         with claimed(path):
             _write_configuration(cfg, path)
             attempt(cfg, path)
@@ -248,6 +309,18 @@ def job(cfg: DictConfig) -> None:
         raise AlreadySaid(code)
 
 
+def _settle_resume(cfg: DictConfig, path: Path) -> None:
+    """Has resume=auto name the folder if there is a run in it, and nothing if not. Raises
+    ConfigError for a new run where there is one already."""
+    if cfg.resume and str(cfg.resume) == AUTO:
+        cfg.resume = str(path) if is_run(path) else None
+    elif not cfg.resume and is_run(path):
+        raise ConfigError(
+            f"hydra.run.dir={path} holds a run already: go on with it by resume={path}, or name"
+            " another folder"
+        )
+
+
 def _written_to(cfg: DictConfig, path: Path) -> Path:
     return path / (".hydra/resumed" if cfg.get("resume") else ".hydra")
 
@@ -258,7 +331,8 @@ def _write_configuration(cfg: DictConfig, path: Path) -> None:
         return
     of_hydra: Any = HydraConfig.instance().cfg
     words = of_hydra.hydra.overrides.task
-    for name, part in {"config": cfg, "hydra": of_hydra, "overrides": words}.items():
+    # The configuration last: a folder that has it is a run's.
+    for name, part in {"hydra": of_hydra, "overrides": words, "config": cfg}.items():
         write_whole(_written_to(cfg, path) / f"{name}.yaml", to_yaml(part))
 
 
@@ -293,10 +367,20 @@ def attempt(cfg: DictConfig, path: Path) -> None:
     from rlhf_exp.training.context import TrainingError
     from rlhf_exp.training.folder import RunFolder
     from rlhf_exp.training.progress import file_log
+    from rlhf_exp.training.stopping import Interrupted, StopRequests
 
     file = file_log()
+    end = functools.partial(_write_status, path)
+    stop = StopRequests(abandon=functools.partial(end, "interrupted"))
     try:
-        execute(cfg, path)
+        with stop.listening():
+            execute(cfg, path, stop)
+    except Interrupted as stopped:
+        log.error("stopped by %s; go on with: python train.py resume=%s", stopped, path)
+        end("interrupted", str(stopped))
+        if stopped.to_be_requeued:
+            requeue()
+        raise SystemExit(stopped.exit_code) from None
     except ConfigError as error:
         log.error("error: %s", _bounded(str(error)))
         if _is_sweep():
@@ -307,19 +391,37 @@ def attempt(cfg: DictConfig, path: Path) -> None:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         log.error("interrupted; what was logged so far is in %s", path)
-        RunFolder(path).write_status("interrupted", "KeyboardInterrupt")
+        end("interrupted", "KeyboardInterrupt")
         raise SystemExit(130) from None
     except TrainingError as error:
         log.error("error: %s\nwhat was logged so far is in %s", error, path)
         file.exception("traceback")
-        RunFolder(path).write_status("failed", str(error))
+        end("failed", str(error))
         raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
+        told = f"{error.filename or path} cannot be written: {error.strerror}"
+        log.error("error: %s; mend that, then: python train.py resume=%s", told, path)
+        file.exception("traceback")
+        end("failed", told)
+        raise SystemExit(1) from None
     except Exception as error:
         file.exception("traceback")
-        RunFolder(path).write_status("failed", f"{type(error).__name__}: {error}")
+        end("failed", f"{type(error).__name__}: {error}")
         if _is_sweep():
             raise SystemExit(1) from None
         raise
+
+
+def _write_status(path: Path, status: "Status", why: str) -> None:
+    """The status of a run that has ended, if there is room for it."""
+    from rlhf_exp.training.folder import RunFolder
+
+    try:
+        RunFolder(path).write_status(status, why)
+    except OSError as error:
+        log.warning("%s/status.json cannot be written: %s", path, error.strerror)
 
 
 def _bounded(message: str, limit: int = 9) -> str:

@@ -19,10 +19,13 @@ from rlhf_exp.redaction import redact
 from rlhf_exp.settings import PARTS, REFERENCE, ConfigError, Fingerprinted
 from rlhf_exp.stages.foresight import foresee
 from rlhf_exp.training.artifacts import ArtifactStore, content_hash, source_hash
+from rlhf_exp.training.checkpoint import has_checkpoint, remove_checkpoints
 from rlhf_exp.training.context import Context
 from rlhf_exp.training.folder import RunFolder
 from rlhf_exp.training.metrics import describe
 from rlhf_exp.training.precision import computes_bf16
+from rlhf_exp.training.seeding import seed_shared_generators
+from rlhf_exp.training.stopping import StopRequests
 from rlhf_exp.training.timing import Stopwatch
 
 log = logging.getLogger(__name__)
@@ -158,13 +161,14 @@ def prepare(
     root: Path,
     seed: int,
     device: torch.device,
+    stop: StopRequests | None = None,
 ) -> Prepared:
     """Builds the artifact of each step of `prepare` or reuses it.
 
     An artifact is known by the hash of its configuration, the hashes of the artifacts and the
     files that go into it, the seed, and the code of its stage and parts with all that they import.
     Before anything is built, everything that can be known of the steps is checked: raises
-    ConfigError.
+    ConfigError. A build that was interrupted goes on from its newest checkpoint.
     """
     store = ArtifactStore(root)
     built = {step.name: step.build(instantiate) for step in steps}
@@ -183,11 +187,23 @@ def prepare(
 
         def build(path: Path, step: Step = step) -> None:
             stage, parts = step.resolved(folders).build(instantiate)
+            resume = has_checkpoint(path)
+            if not resume:
+                shutil.rmtree(path)
+            seed_shared_generators(seed)
             with RunFolder(path) as folder:
                 folder.write_json("made_of.json", redact(descriptions[step.name]))
-                result = stage.run(Context(folder=folder, seed=seed, device=device), **parts)
+                context = Context(
+                    folder=folder,
+                    seed=seed,
+                    device=device,
+                    resume=resume,
+                    stop=stop or StopRequests(),
+                )
+                result = stage.run(context, **parts)
                 folder.write_json("result.json", result)
                 folder.write_status("done")
+            remove_checkpoints(path)  # of a step that will never have to go on
 
         with clock(f"prepare.{step.name}"):
             folder = store.obtain(step.name, keys[step.name], build)

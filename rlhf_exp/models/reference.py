@@ -4,6 +4,7 @@ The choices differ in memory alone: each reference is the policy as it was befor
 """
 
 import copy
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -167,6 +168,23 @@ def compute_reference_in(
             shared={id(p) for p in policy.parameters()},
         )
         reference.low = dtype
+
+
+def reference_hash(reference: Reference, policy: CausalTransformer) -> str:
+    """The SHA-256 of the reference's weights by name, its output embedding's among them. It is the
+    same for all three kinds on one model, before `compute_reference_in`. One weight at a time is
+    copied."""
+    model = reference if isinstance(reference, CausalTransformer) else policy
+    digest = hashlib.sha256()
+    weights = {
+        name.replace(".base_layer.", "."): weight.detach()
+        for name, weight in model.language_model.named_parameters()
+        if "lora_" not in name
+    }
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {weight.dtype}\n".encode())
+        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

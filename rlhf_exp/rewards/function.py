@@ -63,11 +63,15 @@ class FunctionReward:
         parameters = inspect.signature(function).parameters
         # One loop for all calls: clients that the user's module holds are bound to the loop that
         # they were first used on.
-        runner = asyncio.Runner()
+        runners = [asyncio.Runner()]
 
         def call(given: Mapping[str, list[Any]]) -> Any:
             result = function(**given)
-            return runner.run(_wait_for(result)) if inspect.isawaitable(result) else result
+            if not inspect.isawaitable(result):
+                return result
+            if runners[-1].get_loop().is_running():  # a call that hangs has it, on another thread
+                runners.append(asyncio.Runner())
+            return runners[-1].run(_wait_for(result))
 
         def score(completions: Completions) -> torch.Tensor:
             samples = read_samples(completions)
@@ -84,12 +88,18 @@ class FunctionReward:
             scores = read_scores(values, samples, who=who)
             return torch.tensor(scores, dtype=torch.float32, device=device)
 
-        weakref.finalize(score, runner.close)
+        weakref.finalize(score, _close, runners)
         return score
 
 
 # What a function of the user's may raise; sys.exit() and a cancelled task are no Exception.
 FAULTS = (Exception, SystemExit, asyncio.CancelledError)
+
+
+def _close(runners: Sequence[asyncio.Runner]) -> None:
+    for runner in runners:
+        if not runner.get_loop().is_running():
+            runner.close()
 
 
 async def _wait_for(awaitable: Any) -> Any:

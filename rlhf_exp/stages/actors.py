@@ -3,19 +3,21 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.models.loading import ModelSettings, build_policy
-from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
-from rlhf_exp.models.reference import Reference, ReferenceSettings
+from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.models.reference import Reference, ReferenceSettings, reference_hash
 from rlhf_exp.rewards.protocol import ReadsPrompts, ReadsTokens, Reward, RewardFunction
 from rlhf_exp.rollout.sampler import Sampler, eos_token
 from rlhf_exp.settings import ConfigError, Fingerprinted
 from rlhf_exp.tasks.encoding import leading_ids, tokenizer_factory
 from rlhf_exp.tasks.prompts import encode_prompts, take
 from rlhf_exp.tasks.protocol import AnswerTask, Prompt, ShapesPrompts, Task
-from rlhf_exp.training.context import Context
+from rlhf_exp.training.context import Context, TrainingError
 from rlhf_exp.training.seeding import stream_seed
 from rlhf_exp.types import PromptBatch
 
@@ -25,10 +27,11 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class Actors:
     """Everything that a phase runs on and that no optimizer step replaces. `answers` is the task
-    if it knows exact answers."""
+    if it knows exact answers, `reference_hash` that of the reference as it was loaded."""
 
     policy: TransformerWithValueHead
     reference: Reference
+    reference_hash: str
     score: RewardFunction
     sampler: Sampler
     train_prompts: PromptBatch
@@ -54,9 +57,11 @@ def load_actors(
     if isinstance(task, ShapesPrompts):
         held_out = without(held_out, train)
     score = load_reward(context, reward, policy, task, sampler, (train, held_out))
+    frozen = reference.attach(policy, seed=stream_seed(context.seed, "reference"))
     return Actors(
         policy=policy,
-        reference=reference.attach(policy, seed=stream_seed(context.seed, "reference")),
+        reference=frozen,
+        reference_hash=reference_hash(frozen, policy),
         score=score,
         sampler=sampler,
         train_prompts=train,
@@ -65,12 +70,29 @@ def load_actors(
     )
 
 
-def fingerprints(task: Task, model: ModelSettings, policy: CausalTransformer) -> dict[str, str]:
-    """Hashes of the prompts and of the model that a run stands on, by field; a model of the hub is
-    known by its commit. Not of the reward, which may be mended where it failed."""
-    commit = vars(policy.language_model.config).get("_commit_hash")
-    files = model.fingerprint() if isinstance(model, Fingerprinted) else ""
-    return {"task": task.fingerprint(), "model": f"{files} {commit}"}
+def fingerprints(network: PreTrainedModel, **parts: Any) -> dict[str, str]:
+    """Hashes of the files that a run's parts (task, model ...) stand on, by field; a model of the
+    hub is known by its commit. Not for the reward, which may be mended where it failed."""
+    found = {
+        name: part.fingerprint() if isinstance(part, Fingerprinted) else ""
+        for name, part in parts.items()
+    }
+    return found | {"model": f"{found['model']} {vars(network.config).get('_commit_hash')}"}
+
+
+def frozen_hash(actors: Actors) -> str:
+    """The hash of the reference's weights as passes use them."""
+    return reference_hash(actors.reference, actors.policy)
+
+
+def check_frozen(actors: Actors, expected: str) -> None:
+    """Raises TrainingError if the reference's weights are not those of that hash any more."""
+    if frozen_hash(actors) != expected:
+        raise TrainingError(
+            "the reference's weights have changed during the run, so that its KL was to something"
+            " that moved: something writes to weights that nothing may train, such as a reward"
+            " that shares them"
+        )
 
 
 def without(prompts: PromptBatch, others: PromptBatch) -> PromptBatch:

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.models.scratch import ScratchClassifier
 from rlhf_exp.settings import Count, Fraction, settings
-from rlhf_exp.tasks.batches import length_bucketed, pad_right
+from rlhf_exp.stages.actors import fingerprints
+from rlhf_exp.tasks.batches import BatchStream, length_bucketed, pad_right
 from rlhf_exp.tasks.protocol import LabelledTask, LabelledText
 from rlhf_exp.training.context import Context
 from rlhf_exp.training.optim import AdamWSettings, Schedule
 from rlhf_exp.training.seeding import stream, stream_seed
-from rlhf_exp.training.supervised import Supervised
+from rlhf_exp.training.supervised import Supervised, SupervisedState
 from rlhf_exp.training.timing import Stopwatch
 
 log = logging.getLogger(__name__)
@@ -81,13 +82,17 @@ class TrainClassifier(Supervised):
             num_updates = self.num_updates(len(train.rows))
             adamw = optimizer.build(network.base_model, _head(network))
             network.train()
-            self.fit(
-                context,
-                self._losses(network, train, stream(context.seed, "minibatches")),
-                adamw,
-                schedule.build(adamw, total_steps=num_updates),
-                num_updates=num_updates,
+            generator = stream(context.seed, "minibatches")
+            lengths = [*map(len, train.rows)]
+            state = SupervisedState(
+                network=network,
+                optimizer=adamw,
+                scheduler=schedule.build(adamw, total_steps=num_updates),
+                batches=BatchStream(length_bucketed, lengths, self.batch_size, generator),
+                inputs=fingerprints(network, task=task, model=model),
             )
+            losses = self._losses(network, train, state.batches)
+            self.fit(context, state, losses, num_updates=num_updates)
         with clock("evaluate"):
             metrics = held_out_metrics(network, held_out, batch_size=self.batch_size)
         context.folder.log(num_updates, metrics)
@@ -98,14 +103,12 @@ class TrainClassifier(Supervised):
         return {"after": metrics, "seconds": clock.seconds}
 
     def _losses(
-        self, network: PreTrainedModel, data: "EncodedTexts", generator: torch.Generator
+        self, network: PreTrainedModel, data: "EncodedTexts", batches: BatchStream
     ) -> Iterator[torch.Tensor]:
-        lengths = [*map(len, data.rows)]
-        while True:
-            for index in length_bucketed(lengths, self.batch_size, generator):
-                rows = [self._disturb(data.rows[i], network, generator) for i in index]
-                targets = torch.tensor([data.targets[i] for i in index], device=network.device)
-                yield F.cross_entropy(class_logits(network, rows), targets)
+        for index in batches:
+            rows = [self._disturb(data.rows[i], network, batches.generator) for i in index]
+            targets = torch.tensor([data.targets[i] for i in index], device=network.device)
+            yield F.cross_entropy(class_logits(network, rows), targets)
 
     def _disturb(
         self, row: list[int], network: PreTrainedModel, generator: torch.Generator

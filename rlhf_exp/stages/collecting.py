@@ -1,21 +1,34 @@
 """Rollouts: completions sampled, scored and measured, one batch ahead of learning if asked to."""
 
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+import logging
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import fields, replace
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf_exp.rewards.attempts import ONCE, Patience, checked_scores
+from rlhf_exp.rewards.protocol import RewardError
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import have_ended
 from rlhf_exp.stages.actors import Actors
-from rlhf_exp.stages.evaluation import checked_scores, sample
+from rlhf_exp.stages.evaluation import sample
 from rlhf_exp.stages.train_state import TrainState
+from rlhf_exp.training.background import Background
+from rlhf_exp.training.memory import explaining_memory
 from rlhf_exp.training.timing import Stopwatch
-from rlhf_exp.types import Completions, Generation, Rollout
+from rlhf_exp.types import Completions, Generation, PromptBatch, Rollout
+
+log = logging.getLogger(__name__)
+SCORING = (
+    "lower reward.batch_size (of classifier, pair_model and reward_model)",
+    "put the reward on another device (reward.device of classifier and pair_model)",
+)
 
 
 class Collector:
@@ -24,7 +37,8 @@ class Collector:
     With `overlap` the reward scores on a thread while the reference reads the same batch: worth it
     where they compute on different devices. With `ahead` it goes on while the policy samples the
     next batch, which then comes from the policy before the update in between: its ratios start
-    beside 1.
+    beside 1. Of a reward that fails in spite of `patience`, the batch's scores are NaN if
+    `skip_unscored`.
     """
 
     def __init__(
@@ -35,16 +49,18 @@ class Collector:
         missing_eos_penalty: float | None,
         overlap: bool = False,
         ahead: bool = False,
+        patience: Patience = ONCE,
+        skip_unscored: bool = False,
     ) -> None:
         self.actors = actors
         self._rows, self._penalty = rows, missing_eos_penalty
-        self._thread = ThreadPoolExecutor(1, "reward") if overlap or ahead else None
+        self._thread = Background("reward") if overlap or ahead else None
         self._ahead = ahead
+        self._patience, self._skip_unscored = patience, skip_unscored
         self._waiting: tuple[Rollout, Callable[[], Tensor]] | None = None
 
     def collect(self, state: TrainState, lap: Stopwatch, *, another: bool) -> Rollout:
-        """The rollout of the state's phase. `another` says that a phase follows before the state
-        is saved: a batch sampled ahead is not part of the state."""
+        """The rollout of the state's phase. `another` says that a phase follows."""
         if self._waiting is None:
             self._waiting = self._start(state, state.phase, lap)
         rollout, scores = self._waiting
@@ -53,6 +69,62 @@ class Collector:
             self._waiting = self._start(state, state.phase + 1, lap)
         with lap("score"):
             return replace(rollout, scores=scores())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The batch that was sampled ahead, with its scores, which are waited for; nothing
+        without one."""
+        if self._waiting is None:
+            return {}
+        rollout = self._settled()
+        found = {f.name: getattr(rollout, f.name) for f in fields(rollout)}
+        del found["completions"]
+        completions, prompts = rollout.completions, rollout.completions.prompts
+        return found | {
+            "completions.tokens": completions.tokens,
+            "completions.mask": completions.mask,
+            "prompts.tokens": prompts.tokens,
+            "prompts.mask": prompts.mask,
+        }
+
+    def numbers(self) -> dict[str, Any]:
+        """The texts of that batch, and which of the prompts they complete."""
+        if self._waiting is None:
+            return {}
+        completions = self._waiting[0].completions
+        places = {id(row): i for i, row in enumerate(self.actors.train_prompts.rows)}
+        return {
+            "texts": list(completions.texts),
+            "rows": [places[id(row)] for row in completions.prompts.rows],
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Goes on from what both were taken of."""
+        self._waiting = None
+        if not numbers:
+            return
+        device = self.actors.policy.device
+        found = {name: tensor.to(device) for name, tensor in tensors.items()}
+        rows = self.actors.train_prompts.rows
+        prompts = PromptBatch(
+            tokens=found.pop("prompts.tokens"),
+            mask=found.pop("prompts.mask"),
+            rows=tuple(rows[i] for i in numbers["rows"]),
+        )
+        completions = Completions(
+            prompts=prompts,
+            tokens=found.pop("completions.tokens"),
+            mask=found.pop("completions.mask"),
+            texts=tuple(numbers["texts"]),
+        )
+        rollout = Rollout(completions=completions, **found)
+        self._waiting = rollout, lambda: rollout.scores
+
+    def _settled(self) -> Rollout:
+        assert self._waiting is not None
+        waiting, scores = self._waiting
+        rollout = replace(waiting, scores=scores())
+        self._waiting = rollout, lambda: rollout.scores
+        return rollout
 
     def wait_for_reward(self) -> None:
         """Returns when the thread is idle: a reward need not bear two calls at once, and an
@@ -65,27 +137,42 @@ class Collector:
     ) -> tuple[Rollout, Callable[[], Tensor]]:
         """A batch measured by the policy that sampled it, and what gives its scores."""
         policy, sampler = state.policy, self.actors.sampler
-        with lap("sample"):
+        with lap("sample"), self._explaining(f"phase {phase}: sampling"):
             generation = sample(
                 sampler, policy, next(state.prompts), state.sample_generator,
                 phase=phase, rows=self._rows,
             )  # fmt: skip
         scores = partial(self._scores, generation.completions, phase)
         if self._thread is not None:
-            future: Future[Tensor] = self._thread.submit(scores)
-            return self._measured(state, generation, lap), future.result
-        return self._measured(state, generation, lap), scores
+            future = self._thread.submit(scores)
+            return self._measured(state, generation, phase, lap), future.result
+        return self._measured(state, generation, phase, lap), scores
 
-    def _measured(self, state: TrainState, generation: Generation, lap: Stopwatch) -> Rollout:
+    def _measured(
+        self, state: TrainState, generation: Generation, phase: int, lap: Stopwatch
+    ) -> Rollout:
         to_come = torch.zeros(len(generation.completions.texts), device=state.policy.device)
-        with lap("measure"):
+        with lap("measure"), self._explaining(f"phase {phase}: measuring the samples"):
             return measure(
                 state.policy, self.actors.reference, generation, to_come,
                 temperature=self.actors.sampler.temperature, rows=self._rows,
             )  # fmt: skip
 
+    def _explaining(self, doing: str) -> AbstractContextManager[None]:
+        knobs = (f"lower stage.rollout_batch_size (now {self._rows})", "lower sampler.gen_len")
+        return explaining_memory(doing, knobs)
+
     def _scores(self, completions: Completions, phase: int) -> Float[Tensor, " batch"]:
-        scores = checked_scores(self.actors.score, completions, phase=phase)
+        try:
+            with explaining_memory(f"phase {phase}: scoring", SCORING):
+                scores = checked_scores(
+                    self.actors.score, completions, phase=phase, patience=self._patience
+                )
+        except RewardError as error:
+            if not self._skip_unscored:
+                raise
+            log.warning("%s; nothing is learned from that phase", error)
+            return torch.full((len(completions.texts),), math.nan, device=completions.mask.device)
         if self._penalty is None:
             return scores
         ended = have_ended(completions, self.actors.policy.tokenizer)

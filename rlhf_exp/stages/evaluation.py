@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from rich.console import Console
-from torch import Tensor
 
 from rlhf_exp.functional.masking import masked_mean
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.reference import Reference
-from rlhf_exp.rewards.protocol import RewardError, RewardFunction
+from rlhf_exp.rewards.attempts import ONCE, Patience, checked_scores
+from rlhf_exp.rewards.protocol import RewardFunction
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.stages.answers import exact_match, greedy, judge_answers
@@ -24,7 +23,7 @@ from rlhf_exp.training.curves import plot_ppo, print_before_after
 from rlhf_exp.training.folder import RunFolder
 from rlhf_exp.training.metrics import describe, distinct_n
 from rlhf_exp.training.seeding import stream
-from rlhf_exp.types import Completions, Generation, PromptBatch, Rollout, concatenate
+from rlhf_exp.types import Generation, PromptBatch, Rollout, concatenate
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +63,7 @@ def evaluate(
     seed: int,
     phase: int,
     answers: AnswerTask | None = None,
+    patience: Patience = ONCE,
 ) -> Evaluation:
     """Scores, exact KL and diversity of `num_samples` completions; with the task that knows exact
     `answers` also exact-match rates, sampled and greedy, and the true reward.
@@ -71,7 +71,7 @@ def evaluate(
     The prompts are the same at every call with one seed, in the same order, repeated if there are
     fewer of them than samples; so is the stream of random numbers, which pairs evaluations and
     makes their differences less noisy. None of it is a rollout's. Raises TrainingError naming the
-    phase for logits that are not finite, RewardError for such scores.
+    phase for logits that are not finite, and as `checked_scores` does with that `patience`.
     """
     device = policy.device
     order = torch.randperm(len(prompts.rows), generator=stream(seed, "evaluation prompts"))
@@ -81,7 +81,7 @@ def evaluate(
     chunks = []
     for rows in index.split(ROWS):
         generation = sample(full, policy, take(prompts, rows.to(device)), generator, phase=phase)
-        scores = checked_scores(reward, generation.completions, phase=phase)
+        scores = checked_scores(reward, generation.completions, phase=phase, patience=patience)
         chunks.append(measure(policy, reference, generation, scores, temperature=1.0))
     metrics, samples = _metrics(chunks), sample_rows(chunks)
     if answers is not None:
@@ -123,29 +123,6 @@ def sample(
         )
     except TrainingError as error:
         raise TrainingError(f"phase {phase}: {error}") from error
-
-
-def checked_scores(
-    reward: RewardFunction, completions: Completions, *, phase: int
-) -> Float[Tensor, " batch"]:
-    """The reward's scores in fp32. Raises RewardError naming the phase and a sample unless there
-    is a finite one for each completion."""
-    try:
-        scores = reward(completions).float()
-    except RewardError as error:
-        raise RewardError(f"phase {phase}: {error}") from error
-    if scores.shape != (len(completions.texts),):
-        raise RewardError(
-            f"phase {phase}: the reward gave scores of shape {tuple(scores.shape)} for"
-            f" {len(completions.texts)} samples; it must give one for each"
-        )
-    bad = (~scores.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        raise RewardError(
-            f"phase {phase}: the reward gave {scores[bad[0]].item()} for {len(bad)} of"
-            f" {len(scores)} samples, the first: {completions.full_texts[bad[0]]!r}"
-        )
-    return scores
 
 
 def sample_rows(rollouts: list[Rollout]) -> list[dict[str, Any]]:

@@ -1,10 +1,10 @@
 """A language model measured on held-out examples while it trains, and its best weights kept."""
 
-import copy
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -17,6 +17,7 @@ from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.tasks.protocol import AnswerTask
 from rlhf_exp.training.context import Context, TrainingError
 from rlhf_exp.training.metrics import describe
+from rlhf_exp.training.optim import restore_trained, trained_tensors
 from rlhf_exp.training.seeding import stream
 from rlhf_exp.types import PromptBatch
 
@@ -105,20 +106,36 @@ class BestKept:
     ) -> None:
         self.context, self.held_out = context, held_out
         self.eval_every, self.stop_at = eval_every, stop_at
-        self.deadline = time.monotonic() + (math.inf if max_seconds is None else max_seconds)
+        self.max_seconds = math.inf if max_seconds is None else max_seconds
+        self.began = time.monotonic()
         self.update, self.best = 0, (-math.inf, -math.inf)
-        self._weights: dict[str, torch.Tensor] | None = None
+        self._weights: dict[str, torch.Tensor] = {}
 
     def __call__(self, update: int) -> bool:
         """Whether that was the last update."""
         self.update = update
         reached = self.eval_every is not None and update % self.eval_every == 0 and self._measure()
-        late = time.monotonic() > self.deadline
+        late = time.monotonic() > self.began + self.max_seconds
         if late and not reached:
             log.info("stage.max_seconds is over at update %d", update)
         return reached or late
 
-    def restore(self) -> None:
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The best weights so far."""
+        return self._weights
+
+    def numbers(self) -> dict[str, Any]:
+        """How good they are, and the seconds that training took."""
+        seconds = time.monotonic() - self.began
+        return {"update": self.update, "best": list(self.best), "seconds": seconds}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
+        """Goes on from what both were taken of."""
+        self._weights, self.update = dict(tensors), numbers["update"]
+        self.best = (numbers["best"][0], numbers["best"][1])
+        self.began = time.monotonic() - numbers["seconds"]
+
+    def put_back(self) -> None:
         """Puts the best weights back. Raises TrainingError if none could be measured."""
         if self.eval_every is None:
             return
@@ -130,11 +147,11 @@ class BestKept:
                 " updates; raise stage.epochs or the caps on updates and seconds",
                 self.stop_at, self.best[0], self.update,
             )  # fmt: skip
-        if self._weights is None:
+        if not self._weights:
             raise TrainingError(
                 f"update {self.update}: no held-out loss was finite; lower optimizer.base_lr"
             )
-        self.held_out.policy.language_model.load_state_dict(self._weights)
+        restore_trained(self.held_out.policy.language_model, self._weights)
 
     def _measure(self) -> bool:
         """Measures, keeps the weights if they are the best; whether `stop_at` is reached."""
@@ -148,7 +165,8 @@ class BestKept:
         merit = (0.0 if exact is None else exact, -metrics[LOSS])
         if math.isfinite(metrics[LOSS]) and merit > self.best:
             self.best = merit
-            self._weights = copy.deepcopy(network.state_dict())
+            trained = trained_tensors(network).items()
+            self._weights = {name: p.detach().clone() for name, p in trained}
         return self.stop_at is not None and exact is not None and exact >= self.stop_at
 
 

@@ -9,11 +9,16 @@ from rlhf_exp.types import Experience
 
 
 class LastPass:
-    """What the last pass over a rollout saw. Learning adds each minibatch as it is, without a
-    computation and without making a GPU's host wait; `histograms` does the work afterwards."""
+    """What the last pass over a rollout saw, or the one that stage.target_kl ended. Learning adds
+    each minibatch as it is, without a computation and without making a GPU's host wait;
+    `histograms` does the work afterwards."""
 
     def __init__(self) -> None:
         self._steps: list[tuple[Tensor, ...]] = []
+
+    def restart(self) -> None:
+        """Forgets what was seen, since another pass begins."""
+        self._steps.clear()
 
     def add(self, logprobs: Float[Tensor, "batch completion"], minibatch: Experience) -> None:
         """Notes a minibatch with the log-probs of the policy just before its update."""
@@ -23,7 +28,9 @@ class LastPass:
 
     def histograms(self) -> dict[str, Histogram]:
         """Over the real tokens: the advantages as learning used them, the ratios to the policy that
-        sampled, and the exact KL of that policy to the reference."""
+        sampled, and the exact KL of that policy to the reference. None if no pass was made."""
+        if not self._steps:
+            return {}
         seen: dict[str, list[Tensor]] = {"advantages": [], "ratio": [], "token_kl": []}
         for logprobs, real, advantages, kl, old_logprobs in self._steps:
             seen["advantages"].append(advantages[real])

@@ -27,6 +27,12 @@ from rlhf_exp.models.reference import Reference
 from rlhf_exp.settings import NonNegative, Positive, settings
 from rlhf_exp.types import Experience, Layout, LossOutput
 
+# The metrics of a minibatch.
+TERMS = (
+    "loss/total", "loss/policy", "loss/value", "loss/kl", "loss/entropy", "policy/approxkl",
+    "policy/clipfrac",
+)  # fmt: skip
+
 
 class Pass(NamedTuple):
     """What a pass of the policy over completions gives, with gradients; padding means nothing."""
@@ -57,8 +63,10 @@ class Objective:
         *,
         temperature: float,
         layout: Layout | None = None,
+        kl_coef: float | None = None,
     ) -> LossOutput:
-        """Minus the objective of a minibatch, with its terms. `layout` is that of the batch."""
+        """Minus the objective of a minibatch, with its terms. `layout` is that of the batch,
+        `kl_coef` by default the objective's own."""
         rollout, mask = batch.rollout, batch.rollout.completions.mask
         if policy.engine == "hooked":
             new = textbook_pass(policy, reference, batch, temperature=temperature)
@@ -70,7 +78,8 @@ class Objective:
         )
         value = self._value_loss(new.values, batch)
         kl, ent = masked_mean(new.kl, mask), masked_mean(new.entropy, mask)
-        kl_in_loss = self.kl_coef if self.kl_penalty == "loss" else 0.0
+        kl_coef = self.kl_coef if kl_coef is None else kl_coef
+        kl_in_loss = kl_coef if self.kl_penalty == "loss" else 0.0
         objective = surrogate - self.vf_coef * value + self.ent_coef * ent - kl_in_loss * kl
         with torch.no_grad():
             approx_kl = kl_estimate(rollout.logprobs, new.logprobs, "k2")

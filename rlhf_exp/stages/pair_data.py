@@ -1,8 +1,8 @@
 """Encoded pairs with the scores that a reward model gives them, measured and reported."""
 
-import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from rlhf_exp.functional.losses import pairwise_rank_loss, reward_mse
 from rlhf_exp.models.reward_model import RewardFeatures, RewardModel
 from rlhf_exp.tasks.pair_tokens import EncodedPair, collate
 from rlhf_exp.training.context import Context, TrainingError
+from rlhf_exp.training.optim import restore_trained, trained_tensors
 from rlhf_exp.training.precision import Dtype, autocast
 
 ROWS = 256  # pairs whose features or scores are computed at once, without gradients
@@ -118,7 +119,20 @@ class BestScorer:
             self._measure()
         return self.worse >= self.patience
 
-    def restore(self) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        """The best weights so far."""
+        return self._weights
+
+    def numbers(self) -> dict[str, Any]:
+        """How good they are, and how many measurements since then were no better."""
+        return {"update": self.update, "best": self.best, "worse": self.worse}
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Goes on from what both were taken of."""
+        self._weights = {name: t.to(self.model.backbone.device) for name, t in tensors.items()}
+        self.update, self.best, self.worse = (numbers[n] for n in ("update", "best", "worse"))
+
+    def put_back(self) -> None:
         """Puts the best weights back. Raises TrainingError if none could be measured."""
         if self.update % self.eval_every:
             self._measure()
@@ -127,10 +141,7 @@ class BestScorer:
                 f"update {self.update}: no held-out loss was finite; lower optimizer.head_lr and"
                 " optimizer.base_lr"
             )
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if name in self._weights:
-                    parameter.copy_(self._weights[name])
+        restore_trained(self.model, self._weights)
 
     def _measure(self) -> None:
         loss = self.measure()
@@ -138,8 +149,8 @@ class BestScorer:
         self.worse += 1
         if loss < self.best:
             self.best, self.worse = loss, 0
-            trained = ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
-            self._weights = {name: copy.deepcopy(p.detach()) for name, p in trained}
+            trained = trained_tensors(self.model).items()
+            self._weights = {name: p.detach().clone() for name, p in trained}
 
 
 def pair_loss(scores: Scores, rewards: Scores | None, *, rank_coef: float) -> Float[Tensor, ""]:

@@ -5,53 +5,45 @@ is in TrainState; everything that a user sets is a field of PPO.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
 from pydantic import model_validator
-from torch import Tensor
 
-from rlhf_exp.functional.advantages import gae, normalize_reward, terminal_rewards
-from rlhf_exp.functional.logprobs import kl_estimate
-from rlhf_exp.functional.masking import masked_whiten
 from rlhf_exp.models.loading import ModelSettings, Pretrained
 from rlhf_exp.models.reference import (
-    Reference,
     ReferenceSettings,
     compute_reference_in,
     resident_memory,
 )
 from rlhf_exp.models.saving import save_policy
+from rlhf_exp.rewards.attempts import Patience
 from rlhf_exp.rewards.protocol import Reward
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.sampler import Sampler
-from rlhf_exp.settings import Count, Fingerprinted, Fraction, NonNegative, Positive, settings
-from rlhf_exp.stages.actors import Actors, fingerprints, load_actors
-from rlhf_exp.stages.collecting import Collector
+from rlhf_exp.settings import Count, Fingerprinted, Index, NonNegative, Positive, settings
+from rlhf_exp.stages.actors import Actors, check_frozen, fingerprints, frozen_hash, load_actors
+from rlhf_exp.stages.collecting import SCORING, Collector
 from rlhf_exp.stages.evaluation import brief, evaluate, read_evaluations, report
 from rlhf_exp.stages.histograms import LastPass
-from rlhf_exp.stages.objective import Objective
+from rlhf_exp.stages.learning import Learning
 from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.tasks.protocol import AnswerTask, Task
 from rlhf_exp.training.context import Context
-from rlhf_exp.training.metrics import mean_metrics, read_metrics, rollout_metrics
-from rlhf_exp.training.optim import (
-    AdamWSettings,
-    Schedule,
-    check_finite,
-    check_schedule,
-    clip_gradients,
-    learning_rates,
-)
+from rlhf_exp.training.memory import explaining_memory
+from rlhf_exp.training.metrics import read_metrics, rollout_metrics
+from rlhf_exp.training.optim import AdamWSettings, Schedule, check_schedule, learning_rates
 from rlhf_exp.training.precision import Dtype, compute_dtype
 from rlhf_exp.training.progress import Progress
+from rlhf_exp.training.saver import Saver, Together
 from rlhf_exp.training.timing import Stopwatch
-from rlhf_exp.types import Experience, Layout, Rollout
+from rlhf_exp.types import Experience
 
 log = logging.getLogger(__name__)
 
+LOADING = ("choose a smaller model", "keep no second one, with reference=shared_trunk or lora")
+EVALUATING = ("lower sampler.gen_len", "lower stage.eval_samples", *SCORING)
 TRUNCATION_NOTE = (
     "top_k/top_p: samples come from a truncated distribution, while log-probs, KL and entropy are"
     " the policy's own; sample/kept_mass is its mass on what is kept"
@@ -59,22 +51,16 @@ TRUNCATION_NOTE = (
 
 
 @settings
-class PPO(Objective):
-    """Hyperparameters of the loop, beside the objective's."""
+class PPO(Learning):
+    """Hyperparameters of the loop, beside those of learning."""
 
     total_phases: Count = 100
-    batch_size: Count = 32
-    num_minibatches: Count = 4
-    batches_per_learning_phase: Count = 2
-    gamma: Fraction = 1.0
-    gae_lambda: Fraction = 0.95
-    normalize_reward: bool = True
-    whiten_advantages: Literal["batch", "minibatch", "none"] = "batch"
-    max_grad_norm: Positive = 1.0
     missing_eos_penalty: NonNegative | None = None
+    on_reward_error: Literal["stop", "retry", "skip"] = "stop"
+    reward_retries: Index = 3
+    reward_retry_wait_s: NonNegative = 1.0
+    reward_timeout_s: Positive | None = 1800.0
     rollout_batch_size: Count | None = None
-    micro_batch_size: Count | None = None
-    gradient_checkpointing: bool = False
     dtype: Dtype = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     async_reward: bool = False
@@ -100,9 +86,12 @@ class PPO(Objective):
         return self
 
     @property
-    def minibatch_size(self) -> int:
-        """Completions an optimizer step."""
-        return self.batch_size // self.num_minibatches
+    def patience(self) -> Patience:
+        """What is borne of a reward."""
+        retries = 0 if self.on_reward_error == "stop" else self.reward_retries
+        return Patience(
+            retries=retries, wait_s=self.reward_retry_wait_s, timeout_s=self.reward_timeout_s
+        )
 
     def check(
         self,
@@ -159,12 +148,14 @@ class PPO(Objective):
         """Trains, evaluates before, between and after, saves the policy; returns the result.
 
         Raises ConfigError for parts that do not fit each other, before anything is written,
-        TrainingError naming the phase if the loss is not finite, and RewardError if a score is not.
+        TrainingError naming the phase if the loss or a gradient is not finite, if memory runs out
+        and if the reference has changed, and RewardError if a score is not finite.
         """
         clock = Stopwatch()
-        with clock("load"):
+        with clock("load"), explaining_memory("loading", LOADING):
             actors = load_actors(context, task, model, reward, sampler, reference)
             self.prepare(actors)
+            frozen = frozen_hash(actors)
             state = TrainState.start(
                 actors.policy,
                 optimizer,
@@ -173,12 +164,18 @@ class PPO(Objective):
                 batch_size=self.batch_size,
                 total_phases=self.total_phases,
                 seed=context.seed,
-                inputs=fingerprints(task, model, actors.policy),
+                inputs=fingerprints(actors.policy.language_model, task=task, model=model)
+                | {"reference": actors.reference_hash},
             )
             clock.seconds = state.seconds  # those of a resumed run go on
-            if context.resume:
-                state.load(context.folder.path)
-                context.folder.rewind(state.phase)
+            collector = self.collector(actors)
+            saver = Saver(
+                context,
+                Together(loop=state, ahead=collector),
+                every=self.checkpoint_every,
+                optimizer=state.optimizer,
+            )
+            if saver.restore():
                 log.info("going on after phase %d", state.phase)
         context.folder.start()
         memory = resident_memory(actors.policy, actors.reference)
@@ -187,14 +184,17 @@ class PPO(Objective):
             self.warm_up(actors)
         if sampler.truncates:
             log.info(TRUNCATION_NOTE)
-        self._train(context, actors, state, clock)
+        self._train(context, state, collector, saver, clock)
         with clock("save"):
+            check_frozen(actors, frozen)
             save_policy(actors.policy, context.folder.path / "model")
         before, after = read_evaluations(context.folder)
         report(context.folder, before, after)
         return {
             "before": before.metrics,
             "after": after.metrics,
+            "stopped": state.stopped,
+            "reference_sha256": actors.reference_hash,
             "memory": asdict(memory),
             "seconds": clock.seconds,
         }
@@ -235,32 +235,44 @@ class PPO(Objective):
                 policy.hidden_states(tokens, mask if padded else None).sum().backward()
             policy.zero_grad(set_to_none=True)
 
-    def _train(self, context: Context, actors: Actors, state: TrainState, clock: Stopwatch) -> None:
-        if not context.resume:
-            self._evaluate(context, actors, 0, clock)
-        collector = self.collector(actors)
-        with Progress(self.total_phases, unit="phase") as progress:
-            while state.phase < self.total_phases:
-                save_follows = self._is_due(self.checkpoint_every, state.phase + 1)
-                another = state.phase + 1 < self.total_phases and not save_follows
+    def _train(
+        self,
+        context: Context,
+        state: TrainState,
+        collector: Collector,
+        saver: Saver,
+        clock: Stopwatch,
+    ) -> None:
+        with saver.steps(), Progress(self.total_phases, unit="phase") as progress:
+            if state.phase == 0:
+                self._evaluate(context, collector, state, clock)
+            while state.phase < self.total_phases and state.stopped is None:
+                another = state.phase + 1 < self.total_phases
                 seen = LastPass() if self._is_due(self.histograms_every, state.phase + 1) else None
                 metrics = self.phase(state, collector, clock, another=another, seen=seen)
                 context.folder.log(state.phase, metrics)
-                if seen is not None:
-                    context.folder.log_histograms(state.phase, seen.histograms())
+                if seen is not None and (found := seen.histograms()):
+                    context.folder.log_histograms(state.phase, found)
                 progress.advance(state.phase, metrics)
-                if self._is_due(self.eval_every, state.phase):
-                    collector.wait_for_reward()
-                    self._evaluate(context, actors, state.phase, clock)
-                if self._is_due(self.checkpoint_every, state.phase):
-                    with clock("save"):
-                        state.save(context.folder.path)
+                is_last = not another or state.stopped is not None
+                score, is_best = None, False
+                if is_last or self._is_due(self.eval_every, state.phase):
+                    score = self._evaluate(context, collector, state, clock)
+                    is_best = state.note_evaluation(score)
+                with clock("save"):
+                    saver.step_done(state.phase, is_last=is_last, score=score, is_best=is_best)
 
     def _is_due(self, every: int | None, phase: int) -> bool:
         return every is not None and (phase % every == 0 or phase == self.total_phases)
 
-    def _evaluate(self, context: Context, actors: Actors, phase: int, clock: Stopwatch) -> None:
-        with clock("evaluate"), actors.policy.working():
+    def _evaluate(
+        self, context: Context, collector: Collector, state: TrainState, clock: Stopwatch
+    ) -> float:
+        """Evaluates, logs, and returns the mean score."""
+        collector.wait_for_reward()
+        actors, phase = collector.actors, state.phase
+        explaining = explaining_memory(f"phase {phase}: evaluating", EVALUATING)
+        with clock("evaluate"), actors.policy.working(), explaining:
             result = evaluate(
                 actors.policy,
                 actors.reference,
@@ -271,10 +283,12 @@ class PPO(Objective):
                 seed=context.seed,
                 phase=phase,
                 answers=actors.answers,
+                patience=self.patience,
             )
         context.folder.log(phase, result.metrics)
         context.folder.log_samples(phase, result.samples)
         log.info("evaluation at phase %d: %s", phase, brief(result.metrics))
+        return result.metrics["eval/score"]
 
     def collector(self, actors: Actors) -> Collector:
         """What makes the rollouts of a run."""
@@ -284,6 +298,8 @@ class PPO(Objective):
             missing_eos_penalty=self.missing_eos_penalty,
             overlap=actors.policy.device.type == "cuda",
             ahead=self.async_reward,
+            patience=self.patience,
+            skip_unscored=self.on_reward_error == "skip",
         )
 
     def phase(
@@ -291,108 +307,51 @@ class PPO(Objective):
         another: bool = False, seen: LastPass | None = None,
     ) -> dict[str, float]:  # fmt: skip
         """One phase: rollout, experience, learning. Returns its metrics. `another` says that one
-        follows before the state is saved; `seen` is given what histograms are made of."""
+        follows; `seen` is given what histograms are made of."""
         state.phase += 1
         actors, lap = collector.actors, Stopwatch()
+        kl_coef, rates = self.kl_coef_of(state), learning_rates(state.optimizer)
         with state.policy.working():
             with clock("rollout"), lap("rollout"):
                 rollout = collector.collect(state, lap, another=another)
-                experience = self.build_experience(rollout)
-            rates = learning_rates(state.optimizer)
-            with clock("learn"), lap("learn"):
-                steps = read_metrics(
-                    self.learn(
-                        state,
-                        experience,
-                        actors.reference,
-                        temperature=actors.sampler.temperature,
-                        seen=seen,
-                    )
-                )
-                check_finite(steps, state.phase)
+                experience = self.build_experience(rollout, kl_coef=kl_coef)
+            with clock("learn"), lap("learn"), explaining_memory(
+                f"phase {state.phase}: learning", self.memory_knobs(actors)
+            ):  # fmt: skip
+                learned = self._learned(state, experience, actors, seen=seen)
                 state.scheduler.step()
+        metrics = rollout_metrics(experience, truncates=actors.sampler.truncates)
+        metrics |= self.look(state, rollout, actors, metrics)
+        self.settle(state, metrics)
         seconds = lap.seconds["rollout"] + lap.seconds["learn"]
         return {
-            **rollout_metrics(experience, truncates=actors.sampler.truncates),
-            **mean_metrics(steps),
+            **metrics,
+            "objective/kl_coef": kl_coef,
+            **learned,
+            "train/skipped_steps": float(state.skipped_steps),
+            "train/skipped_rewards": float(state.skipped_rewards),
             **{f"lr/{name}": rate for name, rate in rates.items()},
             **{f"time/{name}_s": value for name, value in lap.seconds.items()},
             "time/tokens_per_s": rollout.completions.mask.sum().item() / seconds,
         }
 
-    def build_experience(self, rollout: Rollout) -> Experience:
-        """Rewards, advantages and returns of a rollout. With kl_penalty="reward" each token is
-        charged kl_coef (log p - log q), the k1 estimate: the exact KL of a position does not
-        depend on the token emitted there, so it would give that token no credit."""
-        mask = rollout.completions.mask
-        scores = normalize_reward(rollout.scores) if self.normalize_reward else rollout.scores
-        rewards = terminal_rewards(scores, mask)
-        if self.kl_penalty == "reward":
-            k1 = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1")
-            rewards = rewards - self.kl_coef * k1
-        advantages = gae(
-            rollout.values, rewards, mask, gamma=self.gamma, gae_lambda=self.gae_lambda
+    def _learned(
+        self, state: TrainState, experience: Experience, actors: Actors, *, seen: LastPass | None
+    ) -> dict[str, float]:
+        """What learning came to; nothing is learned from a batch without scores."""
+        if self.on_reward_error == "skip" and bool(experience.rollout.scores.isnan().any()):
+            state.skipped_rewards += 1
+            self.check_skipped(state)
+            return self.nothing_learned(state)
+        return self.sum_up(
+            state,
+            read_metrics(
+                self.learn(
+                    state,
+                    experience,
+                    actors.reference,
+                    temperature=actors.sampler.temperature,
+                    seen=seen,
+                )
+            ),
         )
-        returns = advantages + rollout.values
-        if self.whiten_advantages == "batch":
-            advantages = masked_whiten(advantages, mask)
-        return Experience(rollout=rollout, rewards=rewards, advantages=advantages, returns=returns)
-
-    def learn(
-        self,
-        state: TrainState,
-        experience: Experience,
-        reference: Reference,
-        *,
-        temperature: float,
-        seen: LastPass | None = None,
-    ) -> Iterator[Mapping[str, Tensor]]:
-        """The optimizer steps of one phase; yields the metrics of each."""
-        layout = Layout.of(experience.rollout.completions, whole=state.policy.is_compiled)
-        for i in range(self.batches_per_learning_phase):
-            noted = seen if i + 1 == self.batches_per_learning_phase else None
-            order = torch.randperm(self.batch_size, generator=state.minibatch_generator)
-            for index in order.split(self.minibatch_size):
-                minibatch = self._whitened(experience[index])
-                state.optimizer.zero_grad(set_to_none=False)
-                metrics = self.backward(
-                    state, minibatch, reference, temperature=temperature, layout=layout[index],
-                    seen=noted,
-                )  # fmt: skip
-                norms = clip_gradients(state.optimizer, self.max_grad_norm)
-                state.optimizer.step()
-                state.policy.weights_changed()
-                yield {**metrics, **{f"grad_norm/{k}": v for k, v in norms.items()}}
-
-    def _whitened(self, minibatch: Experience) -> Experience:
-        if self.whiten_advantages != "minibatch":
-            return minibatch
-        mask = minibatch.rollout.completions.mask
-        return replace(minibatch, advantages=masked_whiten(minibatch.advantages, mask))
-
-    def backward(
-        self,
-        state: TrainState,
-        minibatch: Experience,
-        reference: Reference,
-        *,
-        temperature: float,
-        layout: Layout | None = None,
-        seen: LastPass | None = None,
-    ) -> Mapping[str, Tensor]:
-        """Adds a minibatch's gradients, a micro-batch at a time, and returns its metrics. Each
-        micro-batch counts as much as it has real tokens, so that its size changes memory alone."""
-        layout = layout or Layout.of(minibatch.rollout.completions)
-        rows = torch.arange(len(layout.mask))
-        metrics: dict[str, Tensor] = {}
-        for index in rows.split(self.micro_batch_size or len(rows)):
-            whole = len(index) == len(rows)
-            micro, part = (minibatch, layout) if whole else (minibatch[index], layout[index])
-            share = float(part.mask.sum() / layout.mask.sum())
-            output = self.loss(state.policy, reference, micro, temperature=temperature, layout=part)
-            (share * output.loss).backward()
-            if seen is not None:
-                seen.add(output.logprobs, micro)
-            for name, value in output.metrics.items():
-                metrics[name] = metrics.get(name, torch.zeros_like(value)) + share * value
-        return metrics

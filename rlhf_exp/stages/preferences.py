@@ -2,18 +2,19 @@
 which is better."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from rlhf_exp.models.loading import ModelSettings
 from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.rewards.attempts import checked_scores
 from rlhf_exp.rewards.protocol import Reward, RewardFunction
 from rlhf_exp.rollout.sampler import Sampler, have_ended
 from rlhf_exp.settings import ConfigError, Count, settings
-from rlhf_exp.stages.actors import fitting_prompts, load_reward, load_sampled_policy
-from rlhf_exp.stages.evaluation import checked_scores, sample
+from rlhf_exp.stages.actors import fingerprints, fitting_prompts, load_reward, load_sampled_policy
+from rlhf_exp.stages.evaluation import sample
 from rlhf_exp.tasks.hashing import hash_fraction
 from rlhf_exp.tasks.pairs import FOLDER, Format, write_pairs
 from rlhf_exp.tasks.prompts import PromptStream
@@ -21,6 +22,7 @@ from rlhf_exp.tasks.protocol import DemonstrationTask, Pair, Prompt, PromptRow, 
 from rlhf_exp.training.context import Context, TrainingError
 from rlhf_exp.training.precision import Dtype, autocast
 from rlhf_exp.training.progress import Progress
+from rlhf_exp.training.saver import Saver, check_inputs
 from rlhf_exp.training.seeding import stream
 from rlhf_exp.training.timing import Stopwatch
 from rlhf_exp.types import PromptBatch
@@ -45,6 +47,7 @@ class Preferences:
     batch_size: Count = 256
     format: Format = "jsonl"
     dtype: Dtype = "fp32"
+    checkpoint_every: Count | None = 20
 
     def check(self, *, task: Task, sampler: Sampler, **_: Any) -> list[str]:
         """What is wrong between this stage and its parts. Raises ConfigError for a task whose file
@@ -76,11 +79,17 @@ class Preferences:
                 for texts in split_prompts(task, share)
             ]
             score = load_reward(context, reward, policy, task, sampler, prompts)
+        source = _PairSource(policy, sampler, score, context, self, prompts)
+        source.inputs = fingerprints(policy.language_model, task=task, model=model)
+        saver = Saver(context, source, every=self.checkpoint_every)
+        if saver.restore():
+            log.info("going on after %d prompts", source.num_prompts)
         context.folder.start()
-        source = _PairSource(policy, sampler, score, context, self)
-        with clock("sample"), Progress(self.num_pairs + self.num_held_out, unit="pair") as progress:
-            train = source.take(prompts[0], self.num_pairs, progress)
-            held_out = source.take(prompts[1], self.num_held_out, progress)
+        with clock("sample"), saver.steps(), Progress(source.num_wanted, unit="pair") as progress:
+            while not source.is_complete:
+                source.sample_batch(progress)
+                saver.step_done(source.num_batches, is_last=source.is_complete)
+        train, held_out = source.parts
         with clock("save"):
             for name, pairs in (("train", train), ("test", held_out)):
                 write_pairs(pairs, context.folder.path / FOLDER / f"{name}.{self.format}")
@@ -96,7 +105,8 @@ class Preferences:
 
 
 class _PairSource:
-    """Samples pairs, and counts what it sampled."""
+    """Samples pairs of the prompts to train on, then of the held-out ones, and counts what it
+    sampled. All that changes from batch to batch is its state."""
 
     def __init__(
         self,
@@ -105,29 +115,82 @@ class _PairSource:
         score: RewardFunction,
         context: Context,
         stage: Preferences,
+        prompts: Sequence[PromptBatch],
     ) -> None:
         self.policy, self.sampler, self.score, self.stage = policy, sampler, score, stage
-        self.order = stream(context.seed, "prompts")
+        self.inputs: Mapping[str, str] = {}
+        order = stream(context.seed, "prompts")
+        self.streams = [PromptStream(batch, stage.batch_size, order) for batch in prompts]
         self.generator = stream(context.seed, "sampling", context.device)
-        self.num_prompts = self.num_ties = 0
+        self.wanted = (stage.num_pairs, stage.num_held_out)
+        self.pairs: tuple[list[Pair], list[Pair]] = ([], [])
+        self.tried = [0, 0]
+        self.num_batches = self.num_prompts = self.num_ties = 0
         self.sums = dict.fromkeys(BOTH, 0.0)
 
-    def take(self, prompts: PromptBatch, count: int, progress: Progress) -> list[Pair]:
-        """So many pairs of the prompts, in the order in which they were sampled."""
-        pairs: list[Pair] = []
-        tried = 0
-        for batch in PromptStream(prompts, self.stage.batch_size, self.order):
-            pairs += self._pairs(batch)
-            tried += self.stage.batch_size
-            progress.advance(min(progress.total, self.num_prompts - self.num_ties), self.metrics())
-            if len(pairs) >= count:
-                break
-            if tried >= MIN_TRIED and len(pairs) < MIN_USABLE * tried:
-                raise TrainingError(
-                    f"of {tried} prompts only {len(pairs)} gave two answers of different reward;"
-                    " raise sampler.temperature or choose another reward or model"
-                )
-        return pairs[:count]
+    @property
+    def num_wanted(self) -> int:
+        """Pairs of both parts."""
+        return sum(self.wanted)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there are enough pairs."""
+        return self._part is None
+
+    @property
+    def parts(self) -> tuple[list[Pair], list[Pair]]:
+        """The pairs to train on and the held-out ones, in the order in which they were sampled."""
+        train, held_out = (p[:n] for p, n in zip(self.pairs, self.wanted, strict=True))
+        return train, held_out
+
+    @property
+    def _part(self) -> int | None:
+        short = [len(p) < n for p, n in zip(self.pairs, self.wanted, strict=True)]
+        return short.index(True) if any(short) else None
+
+    def sample_batch(self, progress: Progress) -> None:
+        """Samples a batch of the part that lacks pairs. Raises TrainingError if hardly a prompt's
+        two answers differ in reward."""
+        part = self._part
+        assert part is not None
+        self.pairs[part].extend(self._pairs(next(self.streams[part])))
+        self.tried[part] += self.stage.batch_size
+        self.num_batches += 1
+        progress.advance(min(progress.total, self.num_prompts - self.num_ties), self.metrics())
+        tried, found = self.tried[part], len(self.pairs[part])
+        if tried >= MIN_TRIED and found < min(self.wanted[part], MIN_USABLE * tried):
+            raise TrainingError(
+                f"of {tried} prompts only {found} gave two answers of different reward;"
+                " raise sampler.temperature or choose another reward or model"
+            )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Where the prompts and the generator stand."""
+        pending = {f"pending.{i}": s.state()["pending"] for i, s in enumerate(self.streams)}
+        order = self.streams[0].state()["generator"]  # of both
+        return {**pending, "order": order, "sampling": self.generator.get_state()}
+
+    def numbers(self) -> dict[str, Any]:
+        """The pairs and counts so far, as JSON holds them."""
+        return {
+            "pairs": [[list(pair) for pair in part] for part in self.pairs],
+            "tried": list(self.tried),
+            "counts": [self.num_batches, self.num_prompts, self.num_ties],
+            "sums": dict(self.sums),
+            "inputs": dict(self.inputs),
+        }
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
+        """Goes on from what both were taken of. Raises ConfigError for other inputs."""
+        check_inputs(self.inputs, numbers["inputs"])
+        for i, prompts in enumerate(self.streams):
+            prompts.restore({"pending": tensors[f"pending.{i}"], "generator": tensors["order"]})
+        self.generator.set_state(tensors["sampling"])
+        train, held_out = ([Pair(*pair) for pair in part] for part in numbers["pairs"])
+        self.pairs, self.tried = (train, held_out), list(numbers["tried"])
+        self.num_batches, self.num_prompts, self.num_ties = numbers["counts"]
+        self.sums = dict(numbers["sums"])
 
     def _pairs(self, prompts: PromptBatch) -> list[Pair]:
         twice = torch.arange(len(prompts.rows), device=self.policy.device).repeat_interleave(2)

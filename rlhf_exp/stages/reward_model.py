@@ -2,7 +2,7 @@
 once, and a head on them."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from rlhf_exp.models.loading import ModelSettings, must_be_plain
 from rlhf_exp.models.policy import CausalTransformer
 from rlhf_exp.models.reward_model import HeadKind, HeadShape, RewardModel, save_reward_model
 from rlhf_exp.settings import ConfigError, Count, Index, NonNegative, settings
+from rlhf_exp.stages.actors import fingerprints
 from rlhf_exp.stages.pair_data import (
     BestScorer,
     PairData,
@@ -24,6 +25,7 @@ from rlhf_exp.stages.pair_data import (
     print_pairs,
     score_rows,
 )
+from rlhf_exp.tasks.batches import BatchStream, shuffled
 from rlhf_exp.tasks.encoding import leading_ids
 from rlhf_exp.tasks.pair_tokens import EncodedPair, encode_pairs
 from rlhf_exp.tasks.pairs import hold_out, num_shared
@@ -34,7 +36,7 @@ from rlhf_exp.training.metrics import describe
 from rlhf_exp.training.optim import AdamWSettings, Schedule
 from rlhf_exp.training.precision import Dtype
 from rlhf_exp.training.seeding import stream, stream_seed
-from rlhf_exp.training.supervised import Supervised
+from rlhf_exp.training.supervised import Supervised, SupervisedState
 from rlhf_exp.training.threads import threads_for
 from rlhf_exp.training.timing import Stopwatch
 
@@ -126,7 +128,8 @@ class TrainRewardModel(Supervised):
                 for part in parts
             )
         with clock("train"), threads_for(train.multiplications(self.batch_size)):
-            last = self._train(context, scorer, train, stop_by, optimizer, schedule)
+            inputs = fingerprints(scorer.backbone.language_model, task=task, model=model)
+            last = self._train(context, scorer, train, stop_by, optimizer, schedule, inputs=inputs)
         with clock("evaluate"):
             scores = report.all_scores()
             metrics = pair_metrics(scores, report.rewards)
@@ -188,6 +191,8 @@ class TrainRewardModel(Supervised):
         stop_by: PairData,
         optimizer: AdamWSettings,
         schedule: Schedule,
+        *,
+        inputs: Mapping[str, str],
     ) -> int:
         """Trains the head and restores its best; returns the number of updates."""
         known = train.rewards if self.loss == "mse_rank" else None
@@ -202,28 +207,29 @@ class TrainRewardModel(Supervised):
         best = BestScorer(
             scorer, held_out_loss, context, eval_every=self.eval_every, patience=self.patience
         )
-        self.fit(
-            context,
-            self._losses(context, train),
-            adamw,
-            schedule.build(adamw, total_steps=num_updates),
-            num_updates=num_updates,
-            stop=best,
+        generator = stream(context.seed, "minibatches")
+        state = SupervisedState(
+            network=scorer,
+            optimizer=adamw,
+            scheduler=schedule.build(adamw, total_steps=num_updates),
+            batches=BatchStream(shuffled, range(len(train)), self.batch_size, generator),
+            ending=best,
+            inputs=inputs,
         )
-        best.restore()
+        losses = self._losses(context, train, state.batches)
+        self.fit(context, state, losses, num_updates=num_updates)
+        best.put_back()
         if known is None:  # an order leaves the scale's zero open
             scorer.shift(-torch.cat(train.all_scores()).mean().item())
         return best.update
 
-    def _losses(self, context: Context, train: PairData) -> Iterator[Tensor]:
-        generator = stream(context.seed, "minibatches")
-        while True:
-            order = torch.randperm(len(train), generator=generator).to(context.device)
-            for index in order.split(self.batch_size):
-                rewards = train.rewards
-                if rewards is not None:
-                    rewards = rewards[0][index], rewards[1][index]
-                yield self._loss(train.scores(index), rewards)
+    def _losses(self, context: Context, train: PairData, batches: BatchStream) -> Iterator[Tensor]:
+        for chosen in batches:
+            index = torch.tensor(chosen, device=context.device)
+            rewards = train.rewards
+            if rewards is not None:
+                rewards = rewards[0][index], rewards[1][index]
+            yield self._loss(train.scores(index), rewards)
 
     def _loss(self, scores: Scores, rewards: Scores | None) -> Tensor:
         known = rewards if self.loss == "mse_rank" else None

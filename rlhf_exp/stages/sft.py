@@ -12,8 +12,9 @@ from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.models.loading import ModelSettings, must_be_plain
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.settings import ConfigError, Count, OpenFraction, Positive, settings
+from rlhf_exp.stages.actors import fingerprints
 from rlhf_exp.stages.held_out import BestKept, HeldOut, next_token_loss
-from rlhf_exp.tasks.batches import length_bucketed, shuffled
+from rlhf_exp.tasks.batches import BatchStream, length_bucketed, shuffled
 from rlhf_exp.tasks.encoding import tokenizer_factory
 from rlhf_exp.tasks.examples import (
     Example,
@@ -29,7 +30,7 @@ from rlhf_exp.training.metrics import describe
 from rlhf_exp.training.optim import AdamWSettings, Schedule
 from rlhf_exp.training.precision import Dtype, autocast
 from rlhf_exp.training.seeding import stream, stream_seed
-from rlhf_exp.training.supervised import Supervised
+from rlhf_exp.training.supervised import Supervised, SupervisedState
 from rlhf_exp.training.timing import Stopwatch
 
 log = logging.getLogger(__name__)
@@ -127,16 +128,18 @@ class SFT(Supervised):
                 max_seconds=self.max_seconds,
             )
             network.train()
-            self.fit(
-                context,
-                self._losses(context, network, train),
-                adamw,
-                schedule.build(adamw, total_steps=num_updates),
-                num_updates=num_updates,
-                stop=best,
+            state = SupervisedState(
+                network=network,
+                optimizer=adamw,
+                scheduler=schedule.build(adamw, total_steps=num_updates),
+                batches=self._batches(context, train),
+                ending=best,
+                inputs=fingerprints(network, task=task, model=model),
             )
+            losses = self._losses(context, network, train, state.batches)
+            self.fit(context, state, losses, num_updates=num_updates)
         with clock("evaluate"):
-            best.restore()
+            best.put_back()
             metrics = measured.final()
         context.folder.log(best.update, metrics)
         log.info("%s", describe(metrics))
@@ -176,18 +179,23 @@ class SFT(Supervised):
             held_out.with_answers(task, [d.prompt for d in self._split(task).held_out])
         return held_out
 
-    def _losses(
-        self, context: Context, network: PreTrainedModel, examples: Sequence[Example]
-    ) -> Iterator[torch.Tensor]:
-        generator = stream(context.seed, "minibatches")
-        lengths = [*map(len, examples)]
-        limit = int(network.config.max_position_embeddings)
+    def _batches(self, context: Context, examples: Sequence[Example]) -> BatchStream:
         # Padding asks for texts of like length together; packing does without.
-        batches = length_bucketed if self.layout == "pad" else shuffled
-        while True:
-            for index in batches(lengths, self.batch_size, generator):
-                chosen = [examples[i] for i in index]
-                batch = pad(chosen) if self.layout == "pad" else pack(chosen, limit=limit)
-                with autocast(self.dtype, context.device):
-                    loss = next_token_loss(network, batch)
-                yield loss
+        order = length_bucketed if self.layout == "pad" else shuffled
+        generator = stream(context.seed, "minibatches")
+        return BatchStream(order, [*map(len, examples)], self.batch_size, generator)
+
+    def _losses(
+        self,
+        context: Context,
+        network: PreTrainedModel,
+        examples: Sequence[Example],
+        batches: BatchStream,
+    ) -> Iterator[torch.Tensor]:
+        limit = int(network.config.max_position_embeddings)
+        for index in batches:
+            chosen = [examples[i] for i in index]
+            batch = pad(chosen) if self.layout == "pad" else pack(chosen, limit=limit)
+            with autocast(self.dtype, context.device):
+                loss = next_token_loss(network, batch)
+            yield loss

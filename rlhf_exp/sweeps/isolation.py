@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
@@ -24,14 +25,13 @@ PRELOADED = (
 )  # fmt: skip
 SWEEP_PID = "RLHF_EXP_SWEEP_PID"  # environment: the process whose end ends those of its jobs
 POLL_S = 1.0
-NOTICE_S = 5.0  # for a process that was interrupted with its caller
-GRACE_S = 60.0  # for one that was asked to stop
+GRACE_S = 600.0  # for one that was asked to stop, which finishes a step and saves
 
 
 def call_in_process(function: Callable[..., None], *arguments: Any, log: Path) -> int:
     """Calls the function in another process, its output appended to the log, and returns the exit
     code, which is minus the number of the signal that killed it. Function and arguments are
-    pickled. An interrupt of the caller ends it too."""
+    pickled. An interrupt of the caller asks it to stop too, a second one ends it."""
     process = _context().Process(
         target=_run, args=(function, arguments, log.resolve(), dict(os.environ))
     )
@@ -69,11 +69,13 @@ def _context() -> Any:
 
 
 def _stop(process: Any) -> None:
-    # A Ctrl-C in a terminal has reached it as well; another signal has not.
-    process.join(NOTICE_S)
-    if process.exitcode is None:
-        os.kill(process.pid, signal.SIGINT)
+    """Asks the process to stop and waits; if this is interrupted again, it has to end at once."""
+    os.kill(process.pid, signal.SIGINT)
+    try:
         process.join(GRACE_S)
+    except BaseException:
+        os.kill(process.pid, signal.SIGINT)
+        process.join(POLL_S)
     if process.exitcode is None:
         process.kill()
         process.join()
@@ -85,6 +87,8 @@ def _run(
     log: Path,
     environment: Mapping[str, str],
 ) -> None:
+    # A group of its own: a Ctrl-C in the terminal is its caller's to pass on, once.
+    os.setpgid(0, 0)
     # The server keeps the environment that it began with.
     os.environ.clear()
     os.environ.update(environment)
@@ -106,4 +110,7 @@ def _end_with_caller() -> None:
     # The caller may be a worker of a pool that does not notice its own caller's end.
     while psutil.pid_exists(sweep) and not wait([caller.sentinel], timeout=POLL_S):
         pass
+    hung_up = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN  # under nohup it is not heard
+    os.kill(os.getpid(), signal.SIGHUP if hung_up else signal.SIGTERM)
+    time.sleep(GRACE_S)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -22,8 +22,8 @@ from rlhf_exp.training.files import write_whole
 RECORD = "sweep.json"
 # Where results go and on what they are computed, not what they are.
 NOT_RESULTS = {
-    "name", "skip_completed", "dry_run", "resume", "logger", "hub", "artifacts_dir",
-    "allow_targets", "device",
+    "name", "skip_completed", "dry_run", "resume", "resume_with", "max_minutes", "logger", "hub",
+    "artifacts_dir", "allow_targets", "device",
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Texts as padded batches for supervised training."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Int
@@ -35,6 +35,42 @@ def shuffled(
     """
     for index in torch.randperm(len(lengths), generator=generator).split(batch_size):
         yield index.tolist()
+
+
+Order = Callable[[Sequence[int], int, torch.Generator], Iterable[list[int]]]
+
+
+class BatchStream(Iterator[list[int]]):
+    """Batches of indices without end, an epoch after another, each in the order that `order`
+    (length_bucketed, shuffled) draws from the generator when it begins."""
+
+    def __init__(
+        self, order: Order, lengths: Sequence[int], batch_size: int, generator: torch.Generator
+    ) -> None:
+        self.generator = generator
+        self._order, self._lengths, self._batch_size = order, lengths, batch_size
+        self._pending: list[list[int]] = []
+
+    def __next__(self) -> list[int]:
+        if not self._pending:
+            self._pending = [*self._order(self._lengths, self._batch_size, self.generator)][::-1]
+        return self._pending.pop()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Where the stream stands: the batches still to come of the current epoch, joined, their
+        sizes, and the generator."""
+        batches = self._pending[::-1]
+        return {
+            "pending": torch.tensor([i for batch in batches for i in batch], dtype=torch.long),
+            "sizes": torch.tensor([len(batch) for batch in batches], dtype=torch.long),
+            "generator": self.generator.get_state(),
+        }
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Goes on from where a stream of the same texts stood."""
+        batches = state["pending"].split(state["sizes"].tolist())
+        self._pending = [batch.tolist() for batch in batches][::-1]
+        self.generator.set_state(state["generator"])
 
 
 def pad_right(

@@ -2,7 +2,8 @@
 them.
 
 It knows folders, hashes and locks, not what is built. A build happens in a folder of another name
-that is renamed when it is complete, so whatever has the final name is finished.
+that is renamed when it is complete, so whatever has the final name is finished. What an interrupted
+build left there is the next one's to go on from or to remove.
 """
 
 import ast
@@ -10,13 +11,13 @@ import functools
 import hashlib
 import json
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from rlhf_exp.training.files import move_whole
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -76,7 +77,7 @@ class ArtifactStore:
         """The artifact's folder, built by `build(folder)` if it is not there yet.
 
         While another process builds it, waits. A build that dies leaves nothing with the final
-        name, and the next one starts over.
+        name; the next one is given the folder with what is in it.
         """
         final = self.folder(name, key)
         if final.is_dir():
@@ -95,10 +96,9 @@ class ArtifactStore:
                 return final
             log.info("%s: building", name)
             partial = self.root / f".{final.name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
+            partial.mkdir(exist_ok=True)
             build(partial)
-            os.replace(partial, final)
+            move_whole(partial, final)
             log.info("%s: built %s", name, final)
             return final
         finally:

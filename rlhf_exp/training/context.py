@@ -1,23 +1,25 @@
 """What every stage is handed besides its parts: where to write, on what to compute, from which
 seed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.training.folder import RunFolder
+from rlhf_exp.training.stopping import StopRequests
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """The surroundings of one run of one stage. A resumed run goes on from the newest checkpoint
-    in its folder."""
+    in its folder, or begins anew if it has none; `stop` is whether it is asked to end early."""
 
     folder: RunFolder
     seed: int
     device: torch.device
     resume: bool = False
+    stop: StopRequests = field(default_factory=StopRequests)
 
 
 class TrainingError(RuntimeError):

@@ -8,7 +8,10 @@ import importlib.metadata
 import json
 import logging
 import math
+import os
 import platform
+import re
+import secrets
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -19,11 +22,12 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 
 from rlhf_exp.redaction import scrub
-from rlhf_exp.training.files import write_whole
+from rlhf_exp.training.files import sync, write_whole
 from rlhf_exp.training.metrics import Histogram, summarize
 
 log = logging.getLogger(__name__)
 ROWS = ("metrics.jsonl", "samples.jsonl", "histograms.jsonl")
+RUN_ID = "run_id.txt"
 Status = Literal["running", "done", "failed", "interrupted"]
 
 
@@ -118,11 +122,52 @@ class RunFolder:
         warned of."""
         return [row for _, row in self._lines(name)]
 
-    def rewind(self, phase: int) -> None:
-        """Removes the rows of later phases, which a resumed run writes again, and broken lines."""
-        for name in (name for name in ROWS if (self.path / name).exists()):
-            kept = [line for line, row in self._lines(name) if row["phase"] <= phase]
-            write_whole(self.path / name, "".join(f"{line}\n" for line in kept))
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each file of rows so far."""
+        files = {name: self.path / name for name in ROWS}
+        return {name: file.stat().st_size for name, file in files.items() if file.exists()}
+
+    def sync(self) -> None:
+        """Returns when the disk has the rows so far."""
+        for name in self.sizes():
+            sync(self.path / name)
+
+    def rewind(self, sizes: Mapping[str, int]) -> None:
+        """Removes the rows written since the files had those sizes, which a resumed run writes
+        again. A file that is shorter than that has lost rows and is warned of."""
+        for name in ROWS:
+            file, size = self.path / name, sizes.get(name, 0)
+            if not file.exists() and size == 0:
+                continue
+            if not file.exists() or file.stat().st_size < size:
+                log.warning("%s has lost rows: it is shorter than at the checkpoint", file)
+                file.touch()
+            else:
+                os.truncate(file, size)
+            self._end_line(file)
+
+    @staticmethod
+    def _end_line(file: Path) -> None:
+        """Ends a line that was cut off, so that the next row is one of its own."""
+        with file.open("rb+") as content:
+            if content.seek(0, os.SEEK_END) == 0:
+                return
+            content.seek(-1, os.SEEK_END)
+            if content.read(1) != b"\n":
+                content.write(b"\n")
+
+    @property
+    def run_id(self) -> str:
+        """What the run is called in W&B, the same when it is resumed."""
+        file = self.path / RUN_ID
+        try:
+            known = file.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError):
+            known = ""
+        if not re.fullmatch(r"[a-z0-9]{8,32}", known):
+            known = secrets.token_hex(4)
+            write_whole(file, f"{known}\n")
+        return known
 
     def clear(self) -> None:
         """Removes the rows that an earlier attempt in this folder left."""

@@ -29,13 +29,15 @@ WANDB_URLS = ("https://api.forge.coreweave.com", "https://api.wandb.ai")  # sinc
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What a logger needs to know of a run. `shared_folder` is one for all runs of a sweep."""
+    """What a logger needs to know of a run. `shared_folder` is one for all runs of a sweep;
+    `run_id` is the same when the run is resumed."""
 
     name: str
     group: str | None
     job_type: str
     config: Mapping[str, Any]
     shared_folder: Path
+    run_id: str | None = None
 
 
 @runtime_checkable
@@ -136,6 +138,8 @@ class WandbLogger:
             run = wandb.init(
                 project=self.project,
                 entity=self.entity,
+                id=info.run_id,
+                resume="allow" if info.run_id else None,
                 mode=mode,
                 dir=info.shared_folder,
                 name=info.name,

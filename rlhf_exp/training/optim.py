@@ -156,18 +156,92 @@ def clip_gradients(
     return norms
 
 
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The moments and step counts by "INDEX.NAME" of the parameter, not copied."""
+    return {
+        f"{index}.{name}": tensor
+        for index, moments in optimizer.state_dict()["state"].items()
+        for name, tensor in moments.items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    tensors: Mapping[str, Tensor],
+    *,
+    step: int,
+) -> None:
+    """Puts `optimizer_tensors` back, and both where they stood after so many steps of the
+    scheduler. Rates and all other settings are those that they were built with."""
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, moment = name.partition(".")
+        moments.setdefault(int(index), {})[moment] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    # As if its step() had been called so often.
+    scheduler.load_state_dict(
+        {**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1}
+    )
+    multipliers = [multiplier(step) for multiplier in scheduler.lr_lambdas]
+    for group, base, factor in zip(
+        optimizer.param_groups, scheduler.base_lrs, multipliers, strict=True
+    ):
+        group["lr"] = base * factor
+
+
+def trained_tensors(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: p for name, p in network.named_parameters() if p.requires_grad}
+
+
+def restore_trained(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copies `trained_tensors` of an equal network into this one. Raises ConfigError, before
+    anything is changed, if they are of another."""
+    trained = trained_tensors(network)
+    if {n: p.shape for n, p in trained.items()} != {n: t.shape for n, t in tensors.items()}:
+        raise ConfigError(
+            "the checkpoint is of a model with other trained weights; the run's model has changed"
+            " since"
+        )
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(tensors[name])
+
+
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """The rate of each group, by group name."""
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 
+def tells_finite(name: str) -> bool:
+    """Whether a step is to be taken only if the metric of that name is finite."""
+    return name == "loss/total" or name.startswith("grad_norm/")
+
+
+def nonfinite(step: Mapping[str, float]) -> str | None:
+    """What of a step is not finite, with the loss's terms and the gradient's norms; None if all of
+    it is."""
+    if all(math.isfinite(value) for name, value in step.items() if tells_finite(name)):
+        return None
+    what = "gradient" if math.isfinite(step["loss/total"]) else "loss"
+    terms = (f"{k} {v:g}" for k, v in step.items() if k.startswith(("loss/", "grad_norm/")))
+    return f"the {what} is not finite ({', '.join(terms)})"
+
+
 def check_finite(steps: Sequence[Mapping[str, float]], phase: int) -> None:
-    """Raises TrainingError naming the phase and the first step whose loss is not finite, with the
-    loss's terms."""
-    for number, terms in enumerate(steps, 1):
-        if not math.isfinite(terms["loss/total"]):
-            told = ", ".join(f"{k} {v:g}" for k, v in terms.items() if k.startswith("loss/"))
+    """Raises TrainingError naming the phase and the first step whose loss or gradient is not
+    finite, with the loss's terms and the gradient's norms."""
+    for number, step in enumerate(steps, 1):
+        if (fault := nonfinite(step)) is not None:
             raise TrainingError(
-                f"phase {phase}, step {number}: the loss is not finite ({told}); lower"
-                " optimizer.base_lr and optimizer.head_lr, or raise stage.kl_coef"
+                f"phase {phase}, step {number}: {fault}; lower optimizer.base_lr and"
+                " optimizer.head_lr, raise stage.kl_coef, or leave such steps out with"
+                " stage.on_nonfinite=skip"
             )

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import torch
 
 
@@ -24,8 +25,10 @@ class Stopwatch:
         self.seconds[part] = self.seconds.get(part, 0.0) + elapsed
 
 
+# Of time.monotonic(), since a clock that is set while the process runs must not change it.
+PROCESS_BEGAN = time.monotonic() - max(0.0, time.time() - psutil.Process().create_time())
+
+
 def since_process_start() -> float:
     """Seconds since the process was started, imports included."""
-    import psutil
-
-    return time.time() - psutil.Process().create_time()
+    return time.monotonic() - PROCESS_BEGAN

@@ -203,7 +203,7 @@ def kept(
         network.train()
         stops.append(best(update))
         assert network.training
-    best.restore()
+    best.put_back()
     return best, stops, weight[0].item()
 
 

@@ -216,7 +216,7 @@ def scored(
         stops.append(best(update))
         if stops[-1]:
             break
-    best.restore()
+    best.put_back()
     return scorer, stops
 
 

@@ -11,12 +11,12 @@ from pydantic import ValidationError
 from rlhf_exp.models.loading import load_policy
 from rlhf_exp.models.reference import Lora, ReferenceSettings, SharedTrunk
 from rlhf_exp.models.scratch import Scratch
+from rlhf_exp.rewards.attempts import checked_scores
 from rlhf_exp.rewards.keyword import Keyword
 from rlhf_exp.rewards.length import Length
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError, settings
-from rlhf_exp.stages.evaluation import checked_scores
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.tasks.labelled_text import LabelledTextFile
 from rlhf_exp.training.optim import AdamWSettings, WarmupDecay

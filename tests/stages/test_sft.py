@@ -86,7 +86,8 @@ def test_padded_batches_are_of_like_lengths_and_packed_ones_of_any(
         lambda module, args, kwargs: batches.append(kwargs["input_ids"].flatten().tolist()),
         with_kwargs=True,
     )
-    losses = SFT(batch_size=16, layout=layout)._losses(context(tmp_path), network, examples)
+    stage, given = SFT(batch_size=16, layout=layout), context(tmp_path)
+    losses = stage._losses(given, network, examples, stage._batches(given, examples))
     for _ in range(6):
         next(losses)
     lengths = []

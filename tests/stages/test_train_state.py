@@ -119,16 +119,33 @@ def test_each_stream_of_randomness_is_of_the_seed_and_its_own(tmp_path: Path) ->
     assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
 
 
-def test_the_newest_of_a_folder_is_loaded(tmp_path: Path) -> None:
-    actors, state = started(tmp_path, KINDS["full_copy"])
-    for _ in range(2):
-        advance(actors, state, 1)
-        state.save(tmp_path / "run")
+def test_the_best_evaluation_is_known_the_first_of_equals(tmp_path: Path) -> None:
+    _, state = started(tmp_path, KINDS["full_copy"])
+    seen = []
+    for state.phase, score in enumerate((-1.0, -2.0, 0.5, 0.5), start=1):
+        seen.append(state.note_evaluation(score))
+    assert seen == [True, False, True, False]
+    assert (state.best_score, state.best_phase) == (0.5, 3)
     _, other = started(tmp_path, KINDS["full_copy"])
-    other.load(tmp_path / "run")
-    assert other.phase == 2
-    tensors = state.tensors()
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in other.tensors().items())
+    other.restore(*snapshot(state))
+    assert (other.best_score, other.best_phase) == (0.5, 3)
+
+
+def test_rates_are_those_that_it_is_built_with(tmp_path: Path) -> None:
+    """Also where they have been changed since: a checkpoint knows moments and the phase alone."""
+    actors, state = started(tmp_path, KINDS["full_copy"])
+    advance(actors, state, 2)
+    _, other = start(
+        SMALL, tmp_path, task=RAGGED, model=Scratch(num_layers=2, d_model=16, num_heads=2,
+        context_len=16), optimizer=AdamWSettings(base_lr=5e-3, head_lr=2e-2, weight_decay=0.1),
+        schedule=WarmupDecay(warmup_steps=4),
+    )  # fmt: skip
+    other.restore(*snapshot(state))
+    rates = {group["name"]: group["lr"] for group in other.optimizer.param_groups}
+    assert rates == pytest.approx({"base": 0.75 * 5e-3, "head": 0.75 * 2e-2})
+    other.scheduler.step()
+    rates = {group["name"]: group["lr"] for group in other.optimizer.param_groups}
+    assert rates == pytest.approx({"base": 5e-3, "head": 2e-2})
 
 
 def test_a_state_goes_on_only_from_the_inputs_that_it_had(tmp_path: Path) -> None:

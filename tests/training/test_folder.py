@@ -128,9 +128,12 @@ def test_samples_have_their_phase_and_any_text(tmp_path):
 
 def test_a_rewind_drops_what_a_resumed_run_writes_again(tmp_path):
     folder = RunFolder(tmp_path)
+    sizes = []
     for phase in (0, 1, 2, 3):
         folder.log(phase, {"a": phase / 4})
         folder.log_samples(phase, [{"text": LINE_ENDS}, {"text": "b"}])
+        sizes.append(folder.sizes())
+        folder.sync()
     kept = {
         name: (tmp_path / name).read_text().split("\n")
         for name in ("metrics.jsonl", "samples.jsonl")
@@ -138,15 +141,49 @@ def test_a_rewind_drops_what_a_resumed_run_writes_again(tmp_path):
     for name in kept:
         with (tmp_path / name).open("a") as file:
             file.write('{"phase": 1, "te')  # the power went off here
-    folder.rewind(2)
+    folder.rewind(sizes[2])
     assert (tmp_path / "metrics.jsonl").read_text().split("\n") == [*kept["metrics.jsonl"][:3], ""]
     assert (tmp_path / "samples.jsonl").read_text().split("\n") == [*kept["samples.jsonl"][:6], ""]
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "samples.jsonl"]
     folder.log(3, {"a": 0.75})
     assert (tmp_path / "metrics.jsonl").read_text().split("\n") == kept["metrics.jsonl"]
-    folder.rewind(0)
+    folder.rewind(sizes[0])
     assert [row["phase"] for row in folder.rows()] == [0]
     assert [row["phase"] for row in folder.rows("samples.jsonl")] == [0, 0]
+    folder.rewind({})
+    assert folder.rows() == folder.rows("samples.jsonl") == []
+
+
+def test_a_rewind_tells_rows_of_one_phase_apart(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.log(4, {"train/loss": 1.0})
+    sizes = folder.sizes()
+    folder.log(4, {"heldout/loss": 2.0})  # after the checkpoint of update 4
+    folder.rewind(sizes)
+    assert folder.rows() == [{"phase": 4, "train/loss": 1.0}]
+
+
+@pytest.mark.parametrize("left", [None, b"", b'{"phase": 0}\n{"pha'])
+def test_rows_that_were_lost_are_told_of_and_the_next_has_a_line_of_its_own(tmp_path, caplog, left):
+    folder = RunFolder(tmp_path)
+    folder.log(0, {"a": 1.0})
+    folder.log(1, {"a": 2.0})
+    sizes, file = folder.sizes(), tmp_path / "metrics.jsonl"
+    file.unlink() if left is None else file.write_bytes(left)
+    folder.rewind(sizes)
+    assert caplog.messages == [f"{file} has lost rows: it is shorter than at the checkpoint"]
+    folder.log(2, {"a": 3.0})
+    assert [row["phase"] for row in folder.rows()] == ([0, 2] if left else [2])
+
+
+def test_a_run_has_one_name_for_good(tmp_path):
+    first = RunFolder(tmp_path / "a").run_id
+    assert RunFolder(tmp_path / "a").run_id == first
+    assert RunFolder(tmp_path / "b").run_id != first
+    (tmp_path / "a" / "run_id.txt").write_text("../../elsewhere\n")
+    other = RunFolder(tmp_path / "a").run_id
+    assert other.isalnum()
+    assert RunFolder(tmp_path / "a").run_id == other != first
 
 
 def test_histograms_have_a_row_each_and_are_rewound_too(tmp_path):
@@ -155,6 +192,7 @@ def test_histograms_have_a_row_each_and_are_rewound_too(tmp_path):
     with RunFolder(tmp_path, recorder.open) as folder:
         folder.start()
         for phase in (2, 4):
+            sizes = folder.sizes()
             folder.log(phase, {"x": 1.0})
             folder.log_samples(phase, [{"text": "a"}])
             folder.log_histograms(phase, {"a": a, "b": b})
@@ -163,7 +201,7 @@ def test_histograms_have_a_row_each_and_are_rewound_too(tmp_path):
         {"phase": 2, "name": "a", "counts": [1, 2], "edges": [0.0, 0.5, 1.0]},
         {"phase": 2, "name": "b", "counts": [1, 3], "edges": [0.0, 0.5, 1.0]},
     ]
-    folder.rewind(3)
+    folder.rewind(sizes)
     assert [row["phase"] for row in folder.rows("histograms.jsonl")] == [2, 2]
 
 
@@ -203,23 +241,18 @@ RUBBISH = (
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "histograms.jsonl"])
-def test_broken_lines_are_left_out_told_once_and_removed_by_a_rewind(tmp_path, caplog, name):
+def test_broken_lines_are_left_out_and_told_once(tmp_path, caplog, name):
     folder = RunFolder(tmp_path)
     good = [b'{"phase": 0, "a": 1}', b'{"phase": 1, "a": 2}', b'{"phase": 2, "a": 3}']
     (tmp_path / name).write_bytes(b"\n".join([good[0], *RUBBISH, good[1], GLUED, good[2], b""]))
     for _ in range(2):
         assert [row["a"] for row in folder.rows(name)] == [1, 2, 3]
-    folder.rewind(1)
     assert caplog.messages == [f"{tmp_path / name}: {len(RUBBISH) + 1} broken line(s) left out"]
-    assert (tmp_path / name).read_bytes() == b"\n".join([*good[:2], b""])
-    assert RunFolder(tmp_path).rows(name) == folder.rows(name)
-    assert len(caplog.messages) == 1, "nothing is broken any more"
 
 
 def test_a_text_with_bytes_that_are_no_characters_is_read(tmp_path, caplog):
     (tmp_path / "samples.jsonl").write_bytes(b'{"phase": 1, "completion": "caf\xe9"}\n')
     folder = RunFolder(tmp_path)
-    folder.rewind(1)
     assert folder.rows("samples.jsonl") == [{"phase": 1, "completion": "caf\ufffd"}]
     assert caplog.messages == []
 

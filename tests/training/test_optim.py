@@ -191,10 +191,22 @@ def steps_with(total: float) -> list[dict[str, float]]:
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_terms(total):
     message = (
         rf"^phase 7, step 2: the loss is not finite \(loss/total {total:g}, loss/kl 0.123457\);"
-        r" lower optimizer.base_lr and optimizer.head_lr, or raise stage.kl_coef$"
+        r" lower optimizer.base_lr and optimizer.head_lr, raise stage.kl_coef, or leave such steps"
+        r" out with stage.on_nonfinite=skip$"
     )
     with pytest.raises(TrainingError, match=message):
         check_finite(steps_with(total), 7)
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_stops_it_too(norm):
+    step = {"loss/total": 0.5, "grad_norm/base": norm, "grad_norm/head": 1.0}
+    message = (
+        rf"^phase 7, step 1: the gradient is not finite \(loss/total 0.5, grad_norm/base {norm:g},"
+        r" grad_norm/head 1\);"
+    )
+    with pytest.raises(TrainingError, match=message):
+        check_finite([step], 7)
 
 
 def test_a_finite_loss_goes_on_whatever_its_terms_are():

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from rlhf_exp.settings import ConfigError
+from rlhf_exp.tasks.batches import BatchStream, shuffled
 from rlhf_exp.training.context import Context, TrainingError
 from rlhf_exp.training.folder import RunFolder
 from rlhf_exp.training.optim import AdamWSettings, Constant, WarmupDecay
-from rlhf_exp.training.supervised import Supervised
+from rlhf_exp.training.supervised import AllUpdates, Supervised, SupervisedState
 
 
 def train(
@@ -22,31 +24,47 @@ def train(
     dropout: float = 0.0,
     broken_at: int | None = None,
     stop=lambda update: False,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
 ) -> tuple[nn.Module, list[int]]:
     """A linear model fitted to y = sum(x); returns it and the updates whose loss was asked for."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Dropout(dropout), nn.Linear(3, 1))
     asked: list[int] = []
+    data = torch.rand(20, 3, generator=torch.Generator().manual_seed(3))
+    batches = BatchStream(shuffled, range(20), 8, torch.Generator().manual_seed(4))
 
     def losses():
-        generator = torch.Generator().manual_seed(3)
-        while True:
+        for index in batches:
             asked.append(len(asked) + 1)
-            x = torch.rand(8, 3, generator=generator)
+            x = data[index]
             loss = (model(x)[:, 0] - x.sum(dim=1)).square().mean()
             yield loss * math.nan if asked[-1] == broken_at else loss
 
     adamw = AdamWSettings(base_lr=0.1).build(model)
-    context = Context(folder=RunFolder(path), seed=seed, device=torch.device("cpu"))
-    Supervised(max_grad_norm=max_grad_norm, log_every=log_every).fit(
-        context,
-        losses(),
-        adamw,
-        WarmupDecay(warmup_steps=2, final_scale=0.0).build(adamw, total_steps=num_updates),
-        num_updates=num_updates,
-        stop=stop,
+    context = Context(folder=RunFolder(path), seed=seed, device=torch.device("cpu"), resume=resume)
+    schedule = WarmupDecay(warmup_steps=2, final_scale=0.0)
+    state = SupervisedState(
+        network=model,
+        optimizer=adamw,
+        scheduler=schedule.build(adamw, total_steps=num_updates),
+        batches=batches,
+        ending=Asked(stop),
     )
+    Supervised(
+        max_grad_norm=max_grad_norm, log_every=log_every, checkpoint_every=checkpoint_every
+    ).fit(context, state, losses(), num_updates=num_updates)
     return model, asked
+
+
+class Asked(AllUpdates):
+    """Asks a function whether an update was the last."""
+
+    def __init__(self, stop):
+        self.stop = stop
+
+    def __call__(self, update: int) -> bool:
+        return self.stop(update)
 
 
 def rows(path: Path) -> list[dict]:
@@ -58,7 +76,8 @@ def test_so_many_updates_are_made_and_some_logged(tmp_path):
     assert asked == [1, 2, 3, 4, 5]
     logged = rows(tmp_path)
     assert [row["phase"] for row in logged] == [2, 4, 5]
-    assert set(logged[0]) == {"phase", "train/loss", "grad_norm/base", "lr/base"}
+    names = {"phase", "train/loss", "train/skipped_steps", "grad_norm/base", "lr/base"}
+    assert set(logged[0]) == names
     # Multipliers of updates 1 to 5: 1/2, 1, 1, 2/3, 1/3.
     assert [row["lr/base"] for row in logged] == pytest.approx([0.1, 0.1 * 2 / 3, 0.1 / 3])
 
@@ -155,3 +174,55 @@ def test_a_schedule_must_be_shorter_than_the_updates():
         "schedule.warmup_steps=9 must be below the number of updates (stage.epochs x examples /"
         " stage.batch_size)=9: lower the first or raise the second"
     ]
+
+
+@pytest.mark.parametrize("at", [3, 4, 6])
+def test_a_run_that_was_killed_goes_on_bit_by_bit_dropout_included(tmp_path, at):
+    """Checkpoints at 2, 4 ... within and at the end of an epoch of three batches."""
+
+    def killed(update):
+        if update == at:
+            raise KeyboardInterrupt
+        return False
+
+    options = {"num_updates": 7, "log_every": 1, "dropout": 0.5, "checkpoint_every": 2}
+    whole, _ = train(tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", stop=killed, **options)
+    torch.rand(9)
+    resumed, asked = train(tmp_path / "cut", resume=True, **options)
+    assert len(asked) == 7 - (at - 1) // 2 * 2
+    assert torch.equal(resumed[1].weight, whole[1].weight)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_a_run_that_had_ended_does_not_begin_again(tmp_path):
+    options = {"num_updates": 9, "log_every": 1, "checkpoint_every": 4}
+    first, _ = train(tmp_path, stop=lambda update: update == 3, **options)
+    before = rows(tmp_path)
+    again, asked = train(tmp_path, resume=True, **options)
+    assert asked == []
+    assert torch.equal(first[1].weight, again[1].weight)
+    assert rows(tmp_path) == before
+
+
+def test_a_checkpoint_of_another_model_or_of_other_inputs_is_refused(tmp_path):
+    def state(width, inputs):
+        model = nn.Linear(width, 1)
+        adamw = AdamWSettings().build(model)
+        return SupervisedState(
+            network=model, optimizer=adamw, scheduler=Constant().build(adamw, total_steps=1),
+            batches=BatchStream(shuffled, range(4), 2, torch.Generator()), inputs=inputs,
+        )  # fmt: skip
+
+    saved = state(3, {"task": "a"})
+    saved.update = 5
+    tensors, numbers = saved.tensors(), saved.numbers()
+    with pytest.raises(ConfigError, match=r"^task: what it names has changed"):
+        state(3, {"task": "b"}).restore(tensors, numbers)
+    with pytest.raises(ConfigError, match="other trained weights"):
+        state(4, {"task": "a"}).restore(tensors, numbers)
+    same = state(3, {"task": "a"})
+    same.restore(tensors, numbers)
+    assert same.update == 5
+    assert torch.equal(same.network.weight, saved.network.weight)

@@ -1,0 +1,138 @@
+"""Which run goes on, and with what configuration: its own, but for what it may differ in.
+
+It knows runs' folders and plain configurations, and nothing of Hydra.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_exp.settings import ConfigError
+from rlhf_exp.sweeps.jobs import NOT_RESULTS
+from rlhf_exp.training.claims import is_claimed
+
+AUTO = "auto"
+CONFIG = ".hydra/config.yaml"
+# How often what is already determined is saved or shown.
+FREE = ("stage.checkpoint_every", "stage.histograms_every", "stage.log_every")
+MORE = "stage.total_phases"
+ABSENT = object()
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run has begun in the folder."""
+    return (folder / CONFIG).is_file()
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a run's status says that it is done; one that died may have left none."""
+    try:
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(status, dict) and status.get("status") == "done"
+
+
+def find_run(resume: str, runs: Path) -> Path:
+    """The folder of the run to go on with: the one that is named, or with "auto" the newest below
+    `runs`/NAME/ that is neither done nor still running. Raises ConfigError if there is none."""
+    if resume != AUTO:
+        if not is_run(Path(resume)):
+            raise ConfigError(f"resume={resume}: no run's folder, which has {CONFIG}")
+        return Path(resume)
+    found = [config.parents[1] for config in runs.glob(f"*/*/{CONFIG}")]
+    left = [run for run in found if not is_done(run) and not is_claimed(run)]
+    if not left:
+        raise ConfigError(f"resume={AUTO}: no unfinished run below {runs}: start one, without it")
+    return max(left, key=_last_written)
+
+
+def _last_written(run: Path) -> float:
+    return max(
+        (file.stat().st_mtime for file in (run / "status.json", run / CONFIG) if file.exists()),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A key that has another value; ABSENT where there is no such key."""
+
+    key: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_shown(self.before)} -> {_shown(self.after)}"
+
+
+def _shown(value: Any) -> str:
+    return "absent" if value is ABSENT else "null" if value is None else str(value)
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """The leaves that differ, in the order of their keys."""
+    old, new = dict(_leaves(before)), dict(_leaves(after))
+    return [
+        Change(key=key, before=old.get(key, ABSENT), after=new.get(key, ABSENT))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, ABSENT) != new.get(key, ABSENT)
+    ]
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def check_changes(found: Sequence[Change], allowed: Sequence[str], *, run: Path) -> None:
+    """Raises ConfigError with the changes that would give other results than the run's own
+    configuration, unless `allowed` names the key or a group above it. More phases are always
+    allowed, and so is what concerns no results."""
+    refused = [change for change in found if not _is_free(change, allowed)]
+    if refused:
+        keys = ",".join(change.key for change in refused)
+        lines = "\n".join(f"  {change}" for change in refused)
+        raise ConfigError(
+            f"resume={run} takes that run's own configuration, which differs:\n{lines}\nleave that"
+            f" out, or allow it with 'resume_with=[{keys}]'"
+        )
+
+
+def _is_free(change: Change, allowed: Sequence[str]) -> bool:
+    if change.key in FREE or change.key.split(".")[0] in NOT_RESULTS - {"device"}:
+        return True
+    if change.key == MORE and _is_more(change):
+        return True
+    return any(change.key == key or change.key.startswith(f"{key}.") for key in allowed)
+
+
+def _is_more(change: Change) -> bool:
+    counts = (change.before, change.after)
+    return all(isinstance(n, int) for n in counts) and change.after > change.before
+
+
+def adds_phases(found: Sequence[Change]) -> bool:
+    """Whether the changes give a run more phases, so that one that is done can go on."""
+    return any(change.key == MORE and _is_more(change) for change in found)
+
+
+def apply(config: dict[str, Any], found: Sequence[Change]) -> dict[str, Any]:
+    """The configuration with the changes, itself left as it is."""
+    result: dict[str, Any] = json.loads(json.dumps(config))
+    for change in found:
+        *groups, last = change.key.split(".")
+        place = result
+        for group in groups:
+            if not isinstance(place.get(group), dict):
+                place[group] = {}
+            place = place[group]
+        if change.after is ABSENT:
+            place.pop(last, None)
+        else:
+            place[last] = change.after
+    return result

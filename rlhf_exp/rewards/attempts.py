@@ -1,0 +1,104 @@
+"""Scores of a reward that may raise, hang or give nonsense: asked again, and checked.
+
+It knows when a reward has failed and how often to ask it, not what is to be done without scores.
+"""
+
+import logging
+import time
+from concurrent.futures import wait
+from dataclasses import dataclass
+from pathlib import Path
+from traceback import extract_tb
+
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf_exp.rewards.protocol import RewardError, RewardFunction
+from rlhf_exp.training.background import Background
+from rlhf_exp.training.memory import is_out_of_memory
+from rlhf_exp.types import Completions
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How often a reward is asked again after it failed, after how many seconds the first time
+    (twice as many at each further time), and after how many seconds a call counts as hanging (None:
+    it is waited for)."""
+
+    retries: int = 0
+    wait_s: float = 0.0
+    timeout_s: float | None = None
+
+
+ONCE = Patience()
+
+
+def checked_scores(
+    reward: RewardFunction, completions: Completions, *, phase: int, patience: Patience = ONCE
+) -> Float[Tensor, " batch"]:
+    """The reward's scores in fp32. Raises RewardError naming the phase and the cause if the last
+    attempt, too, raised, took too long or did not give a finite score for each completion. That
+    memory ran out is raised as it is and at once."""
+    attempts, wait_s = patience.retries + 1, patience.wait_s
+    for attempt in range(1, attempts + 1):
+        try:
+            return _attempt(reward, completions, patience.timeout_s)
+        except RewardError as error:
+            if attempt == attempts:
+                tried = f" ({attempts} attempts failed)" if attempts > 1 else ""
+                raise RewardError(f"phase {phase}: {error}{tried}") from error
+            log.warning(
+                "phase %d: attempt %d of %d to get scores failed, the next is in %g s: %s",
+                phase, attempt, attempts, wait_s, error,
+            )  # fmt: skip
+        time.sleep(wait_s)
+        wait_s *= 2
+    raise AssertionError("unreachable")
+
+
+def _attempt(
+    reward: RewardFunction, completions: Completions, timeout_s: float | None
+) -> Float[Tensor, " batch"]:
+    try:
+        scores = _ask(reward, completions, timeout_s)
+    except RewardError:
+        raise
+    except (Exception, SystemExit) as error:
+        if is_out_of_memory(error):
+            raise
+        raise RewardError(f"the reward raised {_told(error)}") from error
+    if scores.shape != (len(completions.texts),):
+        raise RewardError(
+            f"the reward gave scores of shape {tuple(scores.shape)} for"
+            f" {len(completions.texts)} samples; it must give one for each"
+        )
+    bad = (~scores.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise RewardError(
+            f"the reward gave {scores[bad[0]].item()} for {len(bad)} of {len(scores)} samples, the"
+            f" first: {completions.full_texts[bad[0]]!r}"
+        )
+    return scores
+
+
+def _ask(reward: RewardFunction, completions: Completions, timeout_s: float | None) -> Tensor:
+    if timeout_s is None:
+        return reward(completions).float()
+    # A thread for each call, since that of a call that hangs is lost.
+    asked = Background("reward call").submit(lambda: reward(completions).float())
+    if not wait([asked], timeout_s).done:
+        raise RewardError(
+            f"the reward gave no scores within {timeout_s:g} s; if it needs longer, raise"
+            " stage.reward_timeout_s or set it null"
+        )
+    return asked.result()
+
+
+def _told(error: BaseException) -> str:
+    """The exception, and the innermost line that is no library's."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(": ")
+    calls = extract_tb(error.__traceback__)
+    own = [call for call in calls if "site-packages" not in Path(call.filename).parts] or calls
+    return f"{text} at {own[-1].filename}:{own[-1].lineno}"

@@ -1,0 +1,116 @@
+"""Signs that a policy collapses, told while it happens: log lines, and metrics that are 0 or 1.
+
+The thresholds are rules of thumb; a warning is a reason to look, not a verdict.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from rlhf_exp.types import Rollout
+
+log = logging.getLogger(__name__)
+
+FIRST = 5  # phases whose numbers later ones are held against
+SETTLED = 8  # phases after which values should predict something
+COLLAPSED = 0.5  # of the first distinct-3
+LOW_ENTROPY = 0.1  # nats a token
+HIGH_KL = 1.0  # nats a token: each token is e times as likely as to the reference
+BAD_VALUES = -1.0  # explained variance
+
+Sign = tuple[bool, str]
+
+
+@dataclass(kw_only=True)
+class Watch:
+    """What warnings are held against, and which of them are up: a warning is logged when it comes
+    up, and again only after a phase without it."""
+
+    first_distinct: list[float] = field(default_factory=list)
+    first_entropy: list[float] = field(default_factory=list)
+    up: list[str] = field(default_factory=list)
+
+    def look(
+        self,
+        phase: int,
+        metrics: Mapping[str, float],
+        rollout: Rollout,
+        *,
+        gen_len: int,
+        ended: Bool[Tensor, " batch"] | None,
+    ) -> dict[str, float]:
+        """The warnings as metrics, logged where they are new. `ended` says which completions end
+        with EOS, None if nothing stops at it."""
+        if len(self.first_distinct) < FIRST:
+            self.first_distinct.append(metrics["sample/distinct_3"])
+            self.first_entropy.append(metrics["objective/entropy"])
+        signs = {
+            **self._of_samples(metrics),
+            **_of_rollout(rollout, gen_len=gen_len, ended=ended),
+            **_of_values(phase, metrics),
+        }
+        for name, (is_up, text) in signs.items():
+            if is_up and name not in self.up:
+                log.warning("phase %d, %s: %s", phase, name, text)
+        self.up = [name for name, (is_up, _) in signs.items() if is_up]
+        return {name: float(is_up) for name, (is_up, _) in signs.items()}
+
+    def _of_samples(self, metrics: Mapping[str, float]) -> dict[str, Sign]:
+        first = sum(self.first_distinct) / len(self.first_distinct)
+        distinct, entropy = metrics["sample/distinct_3"], metrics["objective/entropy"]
+        return {
+            "warn/repeats": (
+                distinct < COLLAPSED * first,
+                f"sample/distinct_3 is {distinct:.3g}, at first it was {first:.3g}: completions"
+                " repeat themselves or each other; raise stage.kl_coef or stage.ent_coef, and read"
+                " samples.jsonl: the reward may like one phrase",
+            ),
+            "warn/low_entropy": (
+                entropy < LOW_ENTROPY <= self.first_entropy[0],
+                f"the entropy is {entropy:.2g} nats a token: the policy no longer explores; raise"
+                " stage.ent_coef or stage.kl_coef, unless each prompt has one right answer",
+            ),
+        }
+
+
+def _of_rollout(
+    rollout: Rollout, *, gen_len: int, ended: Bool[Tensor, " batch"] | None
+) -> dict[str, Sign]:
+    scores, lengths = rollout.scores, rollout.completions.mask.sum(dim=1)
+    return {
+        "warn/equal_scores": (
+            len(scores) > 1 and bool((scores == scores[0]).all()),
+            f"all {len(scores)} scores are {scores[0].item():.3g}: they say nothing of which"
+            " completion is better; look at the reward, or raise stage.batch_size or"
+            " sampler.temperature",
+        ),
+        "warn/one_token": (
+            gen_len > 1 and bool((lengths == 1).all()),
+            "every completion is a single token; read samples.jsonl: the reward may like empty"
+            " answers",
+        ),
+        "warn/never_ends": (
+            ended is not None and not bool(ended.any()),
+            f"no completion ends within sampler.gen_len={gen_len}; raise it, or set"
+            " stage.missing_eos_penalty",
+        ),
+    }
+
+
+def _of_values(phase: int, metrics: Mapping[str, float]) -> dict[str, Sign]:
+    kl, explained = metrics["objective/kl"], metrics["val/explained_variance"]
+    return {
+        "warn/high_kl": (
+            kl > HIGH_KL,
+            f"the KL to the reference is {kl:.3g} nats a token; raise stage.kl_coef or lower"
+            " optimizer.base_lr",
+        ),
+        "warn/bad_values": (
+            phase > SETTLED and explained < BAD_VALUES,
+            f"val/explained_variance is {explained:.3g}: the value head predicts far worse than a"
+            " constant; raise optimizer.head_lr or stage.vf_coef, or take larger batches",
+        ),
+    }

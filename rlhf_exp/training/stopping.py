@@ -1,0 +1,112 @@
+"""What asks a run to end before its work is done: signals and a limit of time.
+
+It knows when a run may stop, not what it does then.
+"""
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+# What ends a process with a word of warning. Not all systems have all of them.
+SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    if hasattr(signal, name)
+)
+TIME_IS_UP = 75  # EX_TEMPFAIL of sysexits.h: come again
+
+
+class Interrupted(BaseException):
+    """A run that was asked to stop, and can go on; the message says why. `exit_code` is 128 plus
+    the signal's number, or 75 where the time was up. No Exception, as KeyboardInterrupt is none:
+    what handles a failing reward or W&B must not swallow it."""
+
+    def __init__(self, why: str, exit_code: int) -> None:
+        super().__init__(why)
+        self.exit_code = exit_code
+
+    @property
+    def to_be_requeued(self) -> bool:
+        """Whether a queue sent the signal that says so."""
+        return self.exit_code == 128 + getattr(signal, "SIGUSR1", 0)
+
+
+class StopRequests:
+    """Whether a run is asked to stop. Within `steps` a first signal waits for the end of a step;
+    outside of it, as while a model is loaded, it raises Interrupted at once. A second signal ends
+    the process where it is, after `abandon(why)`; but a caller that has hung up may have
+    interrupted before.
+    """
+
+    def __init__(self, *, abandon: Callable[[str], None] = lambda why: None) -> None:
+        self._abandon = abandon
+        self._limit_s, self._began = math.inf, 0.0
+        self._asked: Interrupted | None = None
+        self._in_steps = False
+        self._last = self._longest = 0.0
+
+    def limit(self, minutes: float, *, began: float) -> None:
+        """The run may take so long, counted from `began` of time.monotonic(): the time is up where
+        another step as long as the longest so far would not fit. One step is always made."""
+        self._limit_s, self._began = 60 * minutes, began
+
+    @contextmanager
+    def listening(self) -> Iterator["StopRequests"]:
+        """Signals ask within the block. Python handles them on the main thread alone, so that
+        elsewhere nothing is listened to."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        numbers = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # as under nohup
+        before = {number: signal.signal(number, self._receive) for number in numbers}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def steps(self) -> Iterator[None]:
+        """A loop of steps that are finished or not begun. Raises Interrupted if a stop was asked
+        for before."""
+        if self._asked is not None:
+            raise self._asked
+        self._in_steps, self._last, self._longest = True, time.monotonic(), 0.0
+        try:
+            yield
+        finally:
+            self._in_steps = False
+
+    def asked(self) -> Interrupted | None:
+        """Why to stop now, at the end of a step; None to go on. Each step has to ask."""
+        now = time.monotonic()
+        self._longest = max(self._longest, now - self._last)
+        self._last = now
+        left = self._began + self._limit_s - now
+        if self._asked is None and left < self._longest:
+            why = f"max_minutes={self._limit_s / 60:g} would be over before another step was"
+            self._asked = Interrupted(why, TIME_IS_UP)
+        return self._asked
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        name, code = signal.Signals(number).name, 128 + number
+        if self._asked is not None:
+            if name == "SIGHUP":
+                return
+            self._abandon(f"{name}, the second")
+            _say(f"\n{name} once more: ending at once\n")
+            os._exit(code)
+        self._asked = Interrupted(name, code)
+        if not self._in_steps:
+            raise self._asked
+        _say(f"\n{name}: finishing this step and saving; once more ends at once\n")
+
+
+def _say(line: str) -> None:
+    # Not by a logger or print, which may be in the middle of a line of the code interrupted.
+    os.write(2, line.encode())
