@@ -2,6 +2,7 @@
 nothing that would do so."""
 
 import ast
+import hashlib
 import json
 import pickle
 import shutil
@@ -24,9 +25,10 @@ from rlhf_exp.rewards.pair_model import PairModel
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.tables import read_table
 from rlhf_exp.training.checkpoint import (
+    MANIFEST,
     TENSORS,
-    newest_checkpoint,
-    read_newest_checkpoint,
+    DamagedError,
+    read_checkpoint,
     write_checkpoint,
 )
 from tests.builders import tiny_policy
@@ -133,10 +135,16 @@ def test_a_value_head_that_is_a_pickle_is_refused(ran: Path, tmp_path: Path) -> 
 
 
 def test_a_checkpoint_that_is_a_pickle_is_refused(ran: Path, tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, 1, {"weight": torch.zeros(2)}, {"phase": 1})
-    poison(newest_checkpoint(tmp_path), ran, old=TENSORS, new=TENSORS)
-    with pytest.raises(ConfigError):
-        read_newest_checkpoint(tmp_path)
+    path = write_checkpoint(tmp_path, 1, {"weight": torch.zeros(2)}, {"phase": 1})
+    poison(path, ran, old=TENSORS, new=TENSORS)
+    content = (path / TENSORS).read_bytes()
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["files"][TENSORS] = {
+        "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(),
+    }  # fmt: skip
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(DamagedError, match=r"[Hh]eader"):
+        read_checkpoint(path)
     assert not ran.exists()
 
 
