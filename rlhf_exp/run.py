@@ -82,7 +82,9 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 
 def _run_dir(resume: str | None, otherwise: str) -> str:
     """The folder of a run: that of the run that is resumed, or a new one. Raises ConfigError if
-    there is no such run."""
+    there is no such run, and for a new one that is not below the folder of runs."""
+    if ".." in Path(otherwise).parts:
+        raise ConfigError(f"name: {otherwise} leads elsewhere; use letters, digits, _, - and .")
     return otherwise if not resume else str(find_run(resume, Path(otherwise).parent.parent))
 
 

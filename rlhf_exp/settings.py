@@ -57,7 +57,8 @@ Temperature = Annotated[float, _number, Field(ge=1e-3, allow_inf_nan=False)]
 TopP = Annotated[float, _number, Field(gt=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, _number, Field(ge=1)]
 Index = Annotated[int, _number, Field(ge=0)]
-FolderName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+FOLDER_NAME = r"^\w[\w.-]*$"
+FolderName = Annotated[str, Field(pattern=FOLDER_NAME)]
 Text = Annotated[str, Field(min_length=1)]
 
 

@@ -7,6 +7,7 @@ hands in what turns configuration into objects.
 import inspect
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -16,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from rlhf_exp.redaction import redact
-from rlhf_exp.settings import PARTS, REFERENCE, ConfigError, Fingerprinted
+from rlhf_exp.settings import FOLDER_NAME, PARTS, REFERENCE, ConfigError, Fingerprinted
 from rlhf_exp.stages.foresight import foresee
 from rlhf_exp.training.artifacts import ArtifactStore, content_hash, source_hash
 from rlhf_exp.training.checkpoint import has_checkpoint, remove_checkpoints
@@ -30,6 +31,7 @@ from rlhf_exp.training.timing import Stopwatch
 
 log = logging.getLogger(__name__)
 
+OWN = "run"  # the name of the step that is no step of `prepare`
 # From a group's configuration and its path to the object, or to None with problems appended.
 Instantiate = Callable[[Mapping[str, Any], str, list[str]], Any]
 
@@ -101,14 +103,20 @@ def _misfits(stage: Any, parts: Mapping[str, Any]) -> list[str]:
 def read_steps(config: Mapping[str, Any]) -> list[Step]:
     """The steps of `prepare` in their order, then the run's own.
 
-    Raises ConfigError for a key that a step does not have and for a reference to an artifact that
-    no earlier step makes.
+    Raises ConfigError for a name that cannot be that of a folder, for a key that a step does not
+    have and for a reference to an artifact that no earlier step makes.
     """
+    for name in config["prepare"]:
+        if not re.fullmatch(FOLDER_NAME, name) or name == OWN:
+            raise ConfigError(
+                f"prepare.{name}: a step's name becomes a folder's: use letters, digits, _, - and"
+                f" ., the first neither - nor ., and not {OWN!r}"
+            )
     steps = [
         Step(name=name, path=f"prepare.{name}.", config=step)
         for name, step in config["prepare"].items()
     ]
-    steps.append(Step(name="run", path="", config={k: config.get(k) for k in ("stage", *PARTS)}))
+    steps.append(Step(name=OWN, path="", config={k: config.get(k) for k in ("stage", *PARTS)}))
     for i, step in enumerate(steps):
         for key in step.config.keys() - {"stage", *PARTS}:
             raise ConfigError(f"{step.path}{key}: no such key; known: stage, {', '.join(PARTS)}")

@@ -26,11 +26,12 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, help="sample from this many tokens; 1 is greedy")
     parser.add_argument("--seed", type=int, default=0, help="0")
     parser.add_argument("--chat", action="store_true", help="prompts are a user's messages")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
     arguments = parser.parse_args()
     quieten_transformers()
     prompts = [prompt for prompt in arguments.prompt for _ in range(arguments.num)]
     try:
-        run = read_run(arguments.run)
+        run = read_run(arguments.run, trust_remote_code=arguments.trust_remote_code)
         sampler = CachedSampler(
             gen_len=arguments.gen_len,
             temperature=arguments.temperature,

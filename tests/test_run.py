@@ -159,6 +159,12 @@ def test_what_does_not_compose_is_explained(tmp_path, arguments, messages):
     assert written(tmp_path) == []
 
 
+def test_a_name_leads_nowhere_else(tmp_path):
+    for words in (["name=../../elsewhere"], ["-m", "name=a/../../../elsewhere", "seed=1,2"]):
+        assert_refused(train(tmp_path, *words), r"name: outputs/\S+ leads elsewhere; use letters")
+    assert written(tmp_path) == []
+
+
 # --- what the run refuses before anything is loaded: only the log is written ---
 
 

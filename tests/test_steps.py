@@ -49,6 +49,7 @@ class Write:
     """A stage that writes a text, the task's file and the seed as its model."""
 
     text: str = "text"
+    hf_token: str = ""
 
     def check(self, *, task: Lines) -> list[str]:
         return ["stage.text is empty"] if not self.text else []
@@ -247,6 +248,23 @@ def test_all_bad_parts_of_a_step_are_named_at_once(steps):
         "task",
         "model",
     ]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "/x", "..", ".x", "-x", "", "a\n", "run"])
+def test_a_step_has_a_name_that_a_folder_can_have(steps, name):
+    steps["prepare"] = {name: steps["prepare"]["base"]}
+    with pytest.raises(ConfigError, match=r"^prepare\.[\s\S]*: a step's name becomes a folder's"):
+        read_steps(steps)
+
+
+def test_secrets_make_another_artifact_and_are_not_in_it(steps, tmp_path):
+    folders = []
+    for token in ("hunter-2", "hunter-3"):
+        steps["prepare"]["base"]["stage"]["hf_token"] = token
+        folders.append(made(steps, tmp_path / "artifacts")["base"].parent)
+        shown = json.loads((folders[-1] / "made_of.json").read_text())["parts"]["stage"]
+        assert shown["hf_token"] == "***"
+    assert folders[0] != folders[1]
 
 
 def test_steps_are_built_on_each_other_and_leave_what_they_were_made_of(steps, tmp_path):

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError
@@ -117,6 +118,11 @@ def _explained(loader: str, source: str, field: str, name: str) -> Iterator[bool
     local_only = _local_only(source)
     try:
         yield local_only
+    except UnpicklingError as error:  # of a .bin that holds more than weights
+        raise ConfigError(
+            f"{field}={name!r} cannot be loaded: its weights are a pickle that would run code; save"
+            " it anew as safetensors where you trust it"
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         fix = _fix(str(error), loader, source, field.partition(".")[0], offline=local_only)

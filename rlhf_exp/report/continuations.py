@@ -29,13 +29,14 @@ class RunOnDisk:
 
     @property
     def tuned(self) -> Pretrained:
-        """What the run made of it; code that came with the base is trusted as the run did."""
+        """What the run made of it; code that came with the base is trusted as it is there."""
         trusted = self.base is not None and self.base.trust_remote_code
         return Pretrained(base_model=str(self.folder), trust_remote_code=trusted)
 
 
-def read_run(folder: str | Path) -> RunOnDisk:
-    """The run in a folder. Raises ConfigError if it is none or did not finish."""
+def read_run(folder: str | Path, *, trust_remote_code: bool = False) -> RunOnDisk:
+    """The run in a folder. Code that its model brings is trusted only if both the run and the
+    caller do: a folder may be another's. Raises ConfigError if it is none or did not finish."""
     path = Path(folder).expanduser()
     try:
         config: dict[str, Any] = json.loads(
@@ -48,16 +49,18 @@ def read_run(folder: str | Path) -> RunOnDisk:
         ) from error
     return RunOnDisk(
         folder=path,
-        base=_pretrained(config.get("model") or {}),
+        base=_pretrained(config.get("model") or {}, trust_remote_code),
         prepend_bos=(config.get("task") or {}).get("prepend_bos"),
     )
 
 
-def _pretrained(model: Mapping[str, Any]) -> Pretrained | None:
+def _pretrained(model: Mapping[str, Any], trust_remote_code: bool) -> Pretrained | None:
     """The run's model group, its revision included, if it is a model that existed before."""
     if "base_model" not in model:
         return None
-    return Pretrained(**{k: v for k, v in model.items() if k != "_target_"})
+    own = {k: v for k, v in model.items() if k not in ("_target_", "trust_remote_code")}
+    trusted = trust_remote_code and bool(model.get("trust_remote_code"))
+    return Pretrained(**own, trust_remote_code=trusted)
 
 
 def prepend_bos_of(model: str | Path) -> bool | None:

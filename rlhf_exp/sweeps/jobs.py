@@ -123,7 +123,7 @@ def read_record(sweep: Path) -> list[SweepJob]:
                 identity=row["identity"],
                 phases=row["phases"],
                 number=row["number"],
-                folder=sweep / row["folder"],
+                folder=sweep / _own_name(row["folder"]),
             )
             for row in rows
         ]
@@ -132,6 +132,14 @@ def read_record(sweep: Path) -> list[SweepJob]:
             f"{path} cannot be read ({error}): name another hydra.sweep.dir, or remove the file and"
             " let all jobs run again"
         ) from error
+
+
+def _own_name(folder: str) -> str:
+    """The name of a folder directly below the sweep's. Raises ValueError for a path that leads
+    elsewhere: files are removed there."""
+    if not re.fullmatch(r"\w[\w.=,+-]*", folder):
+        raise ValueError(f"{folder!r} is no name of a job's folder")
+    return folder
 
 
 def write_record(sweep: Path, jobs: Sequence[SweepJob], *, command: Sequence[str]) -> None:

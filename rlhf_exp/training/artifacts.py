@@ -17,6 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from rlhf_exp.settings import ConfigError
 from rlhf_exp.training.files import move_whole
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -77,9 +78,14 @@ class ArtifactStore:
         """The artifact's folder, built by `build(folder)` if it is not there yet.
 
         While another process builds it, waits. A build that dies leaves nothing with the final
-        name; the next one is given the folder with what is in it.
+        name; the next one is given the folder with what is in it. Raises ConfigError for a link in
+        the artifact's place, since that may lead anywhere.
         """
         final = self.folder(name, key)
+        partial = self.root / f".{final.name}.partial"
+        for path in (final, partial):
+            if path.is_symlink():
+                raise ConfigError(f"{path} is a link: remove it, or name another artifacts_dir=...")
         if final.is_dir():
             log.info("%s: reusing %s", name, final)
             return final
@@ -95,7 +101,6 @@ class ArtifactStore:
                 log.info("%s: reusing %s", name, final)
                 return final
             log.info("%s: building", name)
-            partial = self.root / f".{final.name}.partial"
             partial.mkdir(exist_ok=True)
             build(partial)
             move_whole(partial, final)

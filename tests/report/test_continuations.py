@@ -86,9 +86,12 @@ def test_a_run_says_what_it_began_as(tmp_path: Path) -> None:
     file.write_text(
         json.dumps({"model": {"_target_": "x.Pretrained", **model}, "task": {"prepend_bos": True}})
     )
-    run = read_run(tmp_path)
+    run = read_run(tmp_path, trust_remote_code=True)
     assert (run.folder, run.base, run.prepend_bos) == (tmp_path, Pretrained(**model), True)
     assert run.tuned == Pretrained(base_model=str(tmp_path), trust_remote_code=True)
+    careful = read_run(tmp_path)
+    assert careful.base == Pretrained(**{**model, "trust_remote_code": False})
+    assert careful.tuned == Pretrained(base_model=str(tmp_path))
     file.write_text(json.dumps({"model": {"num_layers": 2}, "task": {"prepend_bos": None}}))
     run = read_run(str(tmp_path))
     assert (run.base, run.prepend_bos) == (None, None)

@@ -181,6 +181,16 @@ def test_a_record_that_cannot_be_read_stops_the_sweep_before_it_numbers_anew(tmp
     assert (tmp_path / "sweep.json").read_text(encoding="utf-8") == content
 
 
+@pytest.mark.parametrize("folder", ["../0", "/tmp", "..", ".", "", "a/b", "a\\b", "0\n", 5, None])
+def test_a_record_names_no_folder_elsewhere(tmp_path, folder):
+    write_record(tmp_path, place(tmp_path, [build_job("seed=1")]), command=[])
+    record = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))
+    record["jobs"][0]["folder"] = folder
+    (tmp_path / "sweep.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"sweep\.json cannot be read"):
+        read_record(tmp_path)
+
+
 def test_bad_jobs_are_told_by_problem_with_each_job_counted_once():
     error = BadJobs({"a=1: no": ["job 0 (x)", "job 2 (y)"], "b=2: no": ["job 2 (y)"]}, 5)
     assert isinstance(error, ConfigError)

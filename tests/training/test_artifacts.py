@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_exp.settings import ConfigError
 from rlhf_exp.training.artifacts import (
     PACKAGE,
     ArtifactStore,
@@ -54,6 +55,18 @@ def finished(root: Path) -> list[str]:
 
 def fill(folder: Path) -> None:
     (folder / "model").write_text("weights")
+
+
+@pytest.mark.parametrize("name", ["base-0123", ".base-0123.partial"])
+def test_no_link_is_followed(tmp_path, name):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    store = ArtifactStore(tmp_path / "artifacts")
+    store.root.mkdir()
+    (store.root / name).symlink_to(elsewhere)
+    with pytest.raises(ConfigError, match=rf"{name} is a link: remove it"):
+        store.obtain("base", "0123", fill)
+    assert list(elsewhere.iterdir()) == []
 
 
 def test_an_artifact_is_built_once_and_reused(tmp_path, caplog):
