@@ -14,12 +14,14 @@ from rlhf_exp.rewards.protocol import Reward, RewardFunction
 from rlhf_exp.rollout.sampler import Sampler, have_ended
 from rlhf_exp.settings import ConfigError, Count, settings
 from rlhf_exp.stages.actors import fitting_prompts, load_reward, load_sampled_policy
+from rlhf_exp.stages.collecting import SCORING
 from rlhf_exp.stages.evaluation import sample
 from rlhf_exp.tasks.hashing import hash_fraction
 from rlhf_exp.tasks.pairs import FOLDER, Format, write_pairs
 from rlhf_exp.tasks.prompts import PromptStream
 from rlhf_exp.tasks.protocol import DemonstrationTask, Pair, Prompt, PromptRow, Task
 from rlhf_exp.training.context import Context, TrainingError
+from rlhf_exp.training.memory import explaining_memory
 from rlhf_exp.training.precision import Dtype, autocast
 from rlhf_exp.training.progress import Progress
 from rlhf_exp.training.seeding import stream
@@ -79,7 +81,10 @@ class Preferences:
             score = load_reward(context, reward, policy, task, sampler, prompts)
         context.folder.start()
         source = _PairSource(policy, sampler, score, context, self)
-        with clock("sample"), Progress(self.num_pairs + self.num_held_out, unit="pair") as progress:
+        knobs = f"lower stage.batch_size (now {self.batch_size})", "lower sampler.gen_len", *SCORING
+        count = self.num_pairs + self.num_held_out
+        explaining = explaining_memory("sampling", knobs)
+        with clock("sample"), explaining, Progress(count, unit="pair") as progress:
             train = source.take(prompts[0], self.num_pairs, progress)
             held_out = source.take(prompts[1], self.num_held_out, progress)
         with clock("save"):

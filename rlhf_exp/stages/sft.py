@@ -101,7 +101,7 @@ class SFT(Supervised):
         if the loss is not finite.
         """
         clock = Stopwatch()
-        with clock("load"):
+        with clock("load"), self.explaining("loading"):
             network, tokenizer = model.language_model(
                 tokenizer_factory(task), seed=stream_seed(context.seed, "model")
             )
@@ -135,7 +135,7 @@ class SFT(Supervised):
                 num_updates=num_updates,
                 stop=best,
             )
-        with clock("evaluate"):
+        with clock("evaluate"), self.explaining("evaluating"):
             best.restore()
             metrics = measured.final()
         context.folder.log(best.update, metrics)

@@ -4,6 +4,7 @@ updates and log lines out."""
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
@@ -29,6 +30,11 @@ class Supervised:
     log_every: Count = 50
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped: Index = 10
+
+    def explaining(self, doing: str, *knobs: str) -> AbstractContextManager[None]:
+        """A block in which running out of memory is told with what needs less in such a stage."""
+        own = (f"lower stage.batch_size (now {self.batch_size})", "choose a smaller model")
+        return explaining_memory(doing, (*knobs, *own))
 
     def num_updates(self, num_examples: int) -> int:
         """Updates in all epochs; the last batch of an epoch may be smaller."""
@@ -59,11 +65,10 @@ class Supervised:
         does.
         """
         skipped = 0
-        knobs = (f"lower stage.batch_size (now {self.batch_size})", "choose a smaller model")
         with Progress(num_updates, unit="update") as progress, torch.random.fork_rng():
             torch.manual_seed(stream_seed(context.seed, "dropout"))
             for update in range(1, num_updates + 1):
-                with explaining_memory(f"update {update}: learning", knobs):
+                with self.explaining(f"update {update}: learning"):
                     loss = next(losses)
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
