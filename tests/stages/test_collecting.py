@@ -248,6 +248,7 @@ def test_with_a_checkpoint_at_every_phase_nothing_is_ahead(tmp_path: Path) -> No
     assert timeless(tmp_path / "rarer") != timeless(tmp_path / "sync")
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("at", "phase"), [(5, 2), (6, 2), (8, 4)])
 def test_a_run_goes_on_bit_by_bit_across_batches_ahead(at: int, phase: int, tmp_path: Path) -> None:
     # The calls: an evaluation, two phases, an evaluation, two phases, an evaluation, one phase.
