@@ -21,8 +21,8 @@ from tests.test_run import TINY, TRAIN, assert_refused, train, written
 
 SMALL = [*TINY, "logger=local", "hydra.sweep.dir=sweep"]
 TWO_AT_A_TIME = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-# Of the functions f3 raises, f5 is killed and f7 gives NaN, each in the phase after its first checkpoint, until the
-# file "mended" is there.
+# Of the functions f3 raises, f5 is killed and f7 gives NaN, each in the phase after its first
+# checkpoint, until the file "mended" is there.
 REWARDS = """
 import os, signal
 from pathlib import Path
