@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 
 from rlhf_exp.models.saving import save_policy
 from tests.builders import tiny_policy
+from tests.scripts import SCRIPTS, call_script
 from tests.test_run import TINY, Outcome, assert_refused, train, written
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
     *(word for word in TINY if word.startswith(("stage.", "schedule.")) or word == "~experiment"),
     "stage.total_phases=5", "stage.checkpoint_every=2", "stage.eval_every=3", "sampler.gen_len=4",
@@ -189,34 +189,30 @@ def test_a_run_whose_model_changed_is_not_resumed(tmp_path, command):
     )
 
 
-def script(name: str, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)],
-        capture_output=True, text=True, input=stdin, check=False,
-    )  # fmt: skip
-
-
 def test_scripts_sample_from_a_run_and_talk_to_it(tmp_path, command):
     (tmp_path / "mended").touch()
     folder = tmp_path / "run"
     assert train(tmp_path, *command, f"hydra.run.dir={folder}").code == 0
-    sampled = script("sample.py", folder, "--prompt", "one two", "--prompt", "six", "--num", 2,
-                     "--gen-len", 6)  # fmt: skip
+    asked = ("--prompt", "one two", "--prompt", "six", "--num", "2", "--gen-len", "6")
+    sampled = subprocess.run(
+        [sys.executable, SCRIPTS / "sample.py", folder, *asked],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert sampled.returncode == 0, sampled.stderr
     for word in ("base", "tuned", "one two", "six"):
         assert word in sampled.stdout
     assert sampled.stdout.count("one two") >= 2
-    talked = script(
+    talked = call_script(
         "chat.py", folder, "--gen-len", 3, "--temperature", 0, stdin="one\n/quit\ntwo\n"
     )
     assert talked.returncode == 0, talked.stderr
     assert len(talked.stdout.splitlines()) == 1
     assert "each line is continued" in talked.stderr
     for refused in (
-        script("sample.py", tmp_path, "--prompt", "one"),
-        script("sample.py", folder, "--prompt", "one", "--gen-len", 0),
-        script("sample.py", folder, "--prompt", "one", "--temperature", 0),
-        script("chat.py", tmp_path / "nowhere"),
+        call_script("sample.py", tmp_path, "--prompt", "one"),
+        call_script("sample.py", folder, "--prompt", "one", "--gen-len", 0),
+        call_script("sample.py", folder, "--prompt", "one", "--temperature", 0),
+        call_script("chat.py", tmp_path / "nowhere"),
     ):
         assert refused.returncode == 1
         assert refused.stderr.startswith("error: ")
