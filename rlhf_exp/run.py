@@ -229,7 +229,7 @@ def _resumed(cfg: DictConfig, folder: Path) -> Resumed:
     """A run's own configuration with what the command line may change in it. Raises ConfigError for
     what it may not, and for a run that is done and gets no more phases."""
     overrides = HydraConfig.get().overrides
-    if str(cfg.resume) != str(folder):
+    if Path(str(cfg.resume)).resolve() != folder.resolve():
         raise ConfigError(
             f"resume={cfg.resume} goes on in that folder: leave out hydra.run.dir, or give"
             " resume=auto with it"
@@ -242,9 +242,12 @@ def _resumed(cfg: DictConfig, folder: Path) -> Resumed:
         # Hydra's, since a word may choose another option of a group.
         known = [word for word in before if REDACTED not in word]
         known = [word for word in known if word.split("=")[0] not in OF_THE_START]
+        # Keys of an option that is not chosen any more.
+        chosen = tuple(f"{word.split('=')[0]}." for word in asked if "." not in word.split("=")[0])
+        kept = [word for word in known if not word.lstrip("+").startswith(chosen)]
         old, new = (
             OmegaConf.to_container(hydra.compose("config", overrides=words))
-            for words in (known, known + asked)
+            for words in (known, kept + asked)
         )
         found = changes(old, new)  # type: ignore[arg-type]
         hidden = redacted_keys(OmegaConf.to_container(own))

@@ -1,7 +1,9 @@
 """Models, prompts and oracles that the tests of several folders build on."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
+import jaxtyping
 import torch
 from torch import Tensor, nn
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
@@ -16,6 +18,18 @@ from rlhf_exp.types import Completions, PromptBatch
 ARCHITECTURES = ("gpt2", "llama", "qwen2", "gpt_neox")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", ".", "no")
 CONTEXT_LEN = 32
+
+
+@contextlib.contextmanager
+def without_checks() -> Iterator[None]:
+    """Without the checks of shapes that tests put around functions, which are a third of a long
+    run: short runs of the same code have them."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def build_tokenizer() -> PreTrainedTokenizerBase:

@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: threads would fight for cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -10,3 +12,15 @@ import rlhf_exp.environment  # noqa: F401, I001  it must precede the import of t
 from rlhf_exp.training.processor import use_processor_well
 
 use_processor_well()
+
+# The files that take longest, the longest first: begun last, one would leave the other processes
+# without work. `make test` keeps this order.
+LONGEST = (
+    "test_sweeps.py", "test_cli.py", "test_arithmetic.py", "test_conf.py",
+    "test_config_property.py", "test_resume.py", "test_loggers.py", "test_ppo_run.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))

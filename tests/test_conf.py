@@ -341,16 +341,22 @@ def test_imdb_sentiment_has_the_hyperparameters_of_the_notebook():
     assert (parts["reward"].name, parts["reward"].direction) == ("lvwerra/distilbert-imdb", "pos")
 
 
+@functools.cache
+def by_itself(option: str) -> tuple[list[str], str]:
+    """The overrides that choose an option, and the class that it is of."""
+    group, name = option.split("/")
+    given = [f"{group}={name}"]
+    config = compose("~experiment", *given)
+    given += [f"{key}={GIVEN[key]}" for key in OmegaConf.missing_keys(config)]
+    return given, config[group]["_target_"].rpartition(".")[2]
+
+
 @pytest.mark.parametrize("option", [o for o in PARTS if o.startswith(("reward/", "sampler/"))])
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_a_reward_or_sampler_can_be_swapped_under_any_experiment(experiment, option, data):
     if experiment not in MADE.get(option, {experiment}):
         return
-    group, name = option.split("/")
-    given = [f"{group}={name}"]
-    needed = OmegaConf.missing_keys(compose("~experiment", *given))
-    given += [f"{key}={GIVEN[key]}" for key in needed]
-    chosen = run.to_container(compose("~experiment", *given))[group]["_target_"]
-    given += data.get(experiment, [])
-    steps = build_all([f"experiment={experiment}", *given])
-    assert type(steps["run"][1][group]).__name__ == chosen.rpartition(".")[2]
+    group = option.partition("/")[0]
+    given, chosen = by_itself(option)
+    steps = build_all([f"experiment={experiment}", *given, *data.get(experiment, [])])
+    assert type(steps["run"][1][group]).__name__ == chosen

@@ -15,6 +15,8 @@ CONFIG = {
     "prepare": {"base": {"stage": {"epochs": 2}}},
     "until": None,
     "resume": None,
+    "resume_with": ["stage.kl_coef"],
+    "max_minutes": None,
     "skip_completed": False,
     "dry_run": True,
 }
@@ -46,6 +48,9 @@ def test_every_key_is_required(key):
         ("allow_targets", "mine"),
         ("prepare", {"base": None}),
         ("until", ""),
+        ("resume_with", "stage.kl_coef"),
+        ("max_minutes", 0),
+        ("max_minutes", float("nan")),
         ("skip_completed", "perhaps"),
         ("dry_run", None),
     ],

@@ -120,7 +120,7 @@ def test_the_example_of_a_reward_scores(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_every_metric_that_is_logged_is_in_the_glossary() -> None:
     sources = [p.read_text() for p in (ROOT / "rlhf_exp").rglob("*.py")]
-    prefixes = "objective|policy|loss|val|sample|eval|time|heldout|train|pairs"
+    prefixes = "objective|policy|loss|val|sample|eval|time|heldout|train|pairs|warn"
     logged = {m for s in sources for m in re.findall(rf'"((?:{prefixes})/\w+)"', s)}
     assert len(logged) > 20
     missing = {name for name in logged if f"`{name}`" not in README}

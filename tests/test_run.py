@@ -22,7 +22,7 @@ from rlhf_exp.models.scratch import ScratchClassifier
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.reviews import Reviews
 from rlhf_exp.training.progress import line_log
-from tests.builders import build_tokenizer
+from tests.builders import build_tokenizer, without_checks
 
 TRAIN = Path(run.CONF).parent / "train.py"
 # A run of a second that stands on nothing.
@@ -65,7 +65,7 @@ def train(folder: Path, *arguments: str, terminal: bool = False) -> Outcome:
     """`python train.py ARGUMENTS` in the folder, as if it were a process of its own."""
     out, err = io.StringIO(), Terminal() if terminal else io.StringIO()
     code, raised = 0, None
-    with pytest.MonkeyPatch.context() as patch, kept_logging(), one_thread():
+    with pytest.MonkeyPatch.context() as patch, kept_logging(), one_thread(), without_checks():
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["train.py", *arguments])
         patch.setattr(sys, "excepthook", sys.excepthook)

@@ -12,7 +12,6 @@ import hydra
 import pytest
 import yaml
 from omegaconf import OmegaConf
-from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from rlhf_exp.run import ALLOWED_TARGETS, CONF, instantiate, to_container
 from rlhf_exp.steps import read_steps
@@ -34,6 +33,9 @@ def ends(parameter: dict[str, Any]) -> list[Any]:
 
 def command(parameters: dict[str, Any]) -> list[str]:
     """What W&B's agent would start, by its own functions."""
+    # Here, since to import them takes a second, which the processes that run other tests save.
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
     given = {"args": {name: {"value": value} for name, value in parameters.items()}}
     holes = create_sweep_command_args(given)
     holes |= {"program": [SWEEP["program"]], "env": ["/usr/bin/env"]}

@@ -10,10 +10,9 @@ from collections.abc import Callable
 import numpy as np
 
 from rlhf_exp.report.runs import Run
+from rlhf_exp.training.collapse import COLLAPSED, LOW_ENTROPY
 
 MIN_PHASES = 8  # fewer tell no trend
-COLLAPSED = 0.5  # of the first distinct-3
-LOW_ENTROPY = 0.1  # nats a token
 KL_RISE, KL_FACTOR = 0.01, 1.5  # nats a token
 CLIPPED, OFTEN = 0.4, 0.1  # a clip fraction; a share of phases
 OVERFIT = 1.05  # of the lowest held-out loss
@@ -22,6 +21,7 @@ OVERFIT = 1.05  # of the lowest held-out loss
 def diagnose(run: Run) -> list[str]:
     """The run's warnings, the gravest first."""
     checks: tuple[Callable[[Run], str | None], ...] = (
+        _skipped,
         _not_finite,
         _repeats,
         _low_entropy,
@@ -33,7 +33,19 @@ def diagnose(run: Run) -> list[str]:
     return [warning for check in checks if (warning := check(run))]
 
 
+def _skipped(run: Run) -> str | None:
+    steps, rewards = (run.train.last(f"train/skipped_{what}") or 0 for what in ("steps", "rewards"))
+    if not steps and not rewards:
+        return None
+    return (
+        f"{steps:g} steps were skipped that were not finite and {rewards:g} phases without scores:"
+        " the run learned less than it was asked to; train.log names them"
+    )
+
+
 def _not_finite(run: Run) -> str | None:
+    if _skipped(run) is not None:
+        return None  # then these are the phases that were skipped
     for name in ("objective/scores", "objective/kl", "loss/total", "train/loss"):
         phases = run.train.nulls.get(name)
         if phases:

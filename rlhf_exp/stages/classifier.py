@@ -64,7 +64,7 @@ class TrainClassifier(Supervised):
         is not finite.
         """
         clock = Stopwatch()
-        with clock("load"):
+        with clock("load"), self.explaining("loading"):
             split = task.labelled_split()
             labels = tuple(sorted({text.label for text in split.train}))
             tokenizer = with_leading_bos(task.build_tokenizer())
@@ -93,7 +93,7 @@ class TrainClassifier(Supervised):
             )
             losses = self._losses(network, train, state.batches)
             self.fit(context, state, losses, num_updates=num_updates)
-        with clock("evaluate"):
+        with clock("evaluate"), self.explaining("evaluating"):
             metrics = held_out_metrics(network, held_out, batch_size=self.batch_size)
         context.folder.log(num_updates, metrics)
         log.info("held-out accuracy %.3f, loss %.3f", *metrics.values())

@@ -14,12 +14,14 @@ from rlhf_exp.rewards.protocol import Reward, RewardFunction
 from rlhf_exp.rollout.sampler import Sampler, have_ended
 from rlhf_exp.settings import ConfigError, Count, settings
 from rlhf_exp.stages.actors import fingerprints, fitting_prompts, load_reward, load_sampled_policy
+from rlhf_exp.stages.collecting import SCORING
 from rlhf_exp.stages.evaluation import sample
 from rlhf_exp.tasks.hashing import hash_fraction
 from rlhf_exp.tasks.pairs import FOLDER, Format, write_pairs
 from rlhf_exp.tasks.prompts import PromptStream
 from rlhf_exp.tasks.protocol import DemonstrationTask, Pair, Prompt, PromptRow, Task
 from rlhf_exp.training.context import Context, TrainingError
+from rlhf_exp.training.memory import explaining_memory
 from rlhf_exp.training.precision import Dtype, autocast
 from rlhf_exp.training.progress import Progress
 from rlhf_exp.training.saver import Saver, check_inputs
@@ -85,7 +87,10 @@ class Preferences:
         if saver.restore():
             log.info("going on after %d prompts", source.num_prompts)
         context.folder.start()
-        with clock("sample"), saver.steps(), Progress(source.num_wanted, unit="pair") as progress:
+        knobs = f"lower stage.batch_size (now {self.batch_size})", "lower sampler.gen_len", *SCORING
+        explaining = explaining_memory("sampling", knobs)
+        progress = Progress(source.num_wanted, unit="pair")
+        with clock("sample"), explaining, saver.steps(), progress:
             while not source.is_complete:
                 source.sample_batch(progress)
                 saver.step_done(source.num_batches, is_last=source.is_complete)

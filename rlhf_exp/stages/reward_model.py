@@ -112,7 +112,7 @@ class TrainRewardModel(Supervised):
         naming the update if the loss is not finite.
         """
         clock = Stopwatch()
-        with clock("load"):
+        with clock("load"), self.explaining("loading"):
             if problems := self.check_texts(task=task, schedule=schedule):
                 raise ConfigError("\n".join(problems))
             scorer, parts = self._load(context, task, model)
@@ -122,7 +122,8 @@ class TrainRewardModel(Supervised):
             " report", self.head, sum(p.numel() for p in scorer.parameters() if p.requires_grad)
             / 1e6, *map(len, parts),
         )  # fmt: skip
-        with clock("features"):
+        less = "set stage.keep_features=false"
+        with clock("features"), self.explaining("computing features", less):
             train, stop_by, report = (
                 PairData(scorer, part, keep_features=self.keep_features, dtype=self.dtype)
                 for part in parts
@@ -130,7 +131,7 @@ class TrainRewardModel(Supervised):
         with clock("train"), threads_for(train.multiplications(self.batch_size)):
             inputs = fingerprints(scorer.backbone.language_model, task=task, model=model)
             last = self._train(context, scorer, train, stop_by, optimizer, schedule, inputs=inputs)
-        with clock("evaluate"):
+        with clock("evaluate"), self.explaining("evaluating"):
             scores = report.all_scores()
             metrics = pair_metrics(scores, report.rewards)
             if report.rewards is not None and self.loss == "mse_rank":

@@ -102,7 +102,7 @@ class SFT(Supervised):
         if the loss is not finite.
         """
         clock = Stopwatch()
-        with clock("load"):
+        with clock("load"), self.explaining("loading"):
             network, tokenizer = model.language_model(
                 tokenizer_factory(task), seed=stream_seed(context.seed, "model")
             )
@@ -138,7 +138,7 @@ class SFT(Supervised):
             )
             losses = self._losses(context, network, train, state.batches)
             self.fit(context, state, losses, num_updates=num_updates)
-        with clock("evaluate"):
+        with clock("evaluate"), self.explaining("evaluating"):
             best.put_back()
             metrics = measured.final()
         context.folder.log(best.update, metrics)

@@ -4,6 +4,7 @@ environment.txt.
 Metrics are flushed line by line: they are the source of truth, whatever happens to other loggers.
 """
 
+import functools
 import importlib.metadata
 import json
 import logging
@@ -224,16 +225,19 @@ def environment() -> list[str]:
     commit = _git(root, "rev-parse", "HEAD") or "unknown"
     dirty = "+" if _git(root, "status", "--porcelain", "--untracked-files=no") else ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    packages = sorted(
-        {f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions()}
-    )
     return [
         f"commit {commit}{dirty}",
         f"python {platform.python_version()} on {platform.platform()}",
         f"cpu {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
         f"gpu {gpu}",
-        *packages,
+        *_packages(),
     ]
+
+
+@functools.cache  # reading the metadata of 200 packages takes longer than a phase of a small model
+def _packages() -> tuple[str, ...]:
+    found = {f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions()}
+    return tuple(sorted(found))
 
 
 def _git(root: Path, *arguments: str) -> str:

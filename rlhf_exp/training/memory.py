@@ -27,8 +27,9 @@ def explaining_memory(doing: str, knobs: Sequence[str]) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        # What follows are addresses, or torch's own advice.
+        # Around it are places in torch's source, and its own advice.
         reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". GPU")[0]
+        reason = reason.rpartition("DefaultCPUAllocator: ")[2]
         raise TrainingError(
             f"{doing}: out of memory\n{reason[:300]}\nto need less: {'; '.join(knobs)}"
         ) from error

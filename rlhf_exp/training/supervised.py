@@ -4,6 +4,7 @@ updates and log lines out."""
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -43,6 +44,11 @@ class Supervised:
     checkpoint_every: Count | None = 500
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped: Index = 10
+
+    def explaining(self, doing: str, *knobs: str) -> AbstractContextManager[None]:
+        """A block in which running out of memory is told with what needs less in such a stage."""
+        own = (f"lower stage.batch_size (now {self.batch_size})", "choose a smaller model")
+        return explaining_memory(doing, (*knobs, *own))
 
     def num_updates(self, num_examples: int) -> int:
         """Updates in all epochs; the last batch of an epoch may be smaller."""
@@ -91,8 +97,7 @@ class Supervised:
         self, state: "SupervisedState", losses: Iterator[Tensor], *, is_logged: bool
     ) -> dict[str, float]:
         """One update; its metrics if they are going to be logged."""
-        knobs = (f"lower stage.batch_size (now {self.batch_size})", "choose a smaller model")
-        with explaining_memory(f"update {state.update}: learning", knobs):
+        with self.explaining(f"update {state.update}: learning"):
             loss = next(losses)
             state.optimizer.zero_grad(set_to_none=True)
             loss.backward()

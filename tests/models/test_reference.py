@@ -16,6 +16,8 @@ from rlhf_exp.models.reference import (
     Reference,
     ReferenceSettings,
     SharedTrunk,
+    compute_reference_in,
+    reference_hash,
     resident_memory,
 )
 from rlhf_exp.models.scratch import Scratch
@@ -234,3 +236,51 @@ def test_copies_that_passes_compute_with_are_counted() -> None:
         if ".attn." in name or ".mlp." in name
     )
     assert after.policy - before.policy == 2 * linear
+
+
+def hash_of(kind: str, **policy: object) -> tuple[TransformerWithValueHead, Reference, str]:
+    model = tiny_policy(**policy)
+    reference = KINDS[kind].attach(model, seed=0)
+    return model, reference, reference_hash(reference, model)
+
+
+def test_the_hash_is_of_the_model_whatever_is_trained_of_it():
+    hashes = {hash_of(kind)[2] for kind in KINDS}
+    assert len(hashes) == 1
+    assert hash_of("full_copy", seed=1)[2] not in hashes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_hash_changes_with_every_weight_that_the_reference_uses(kind):
+    policy, reference, before = hash_of(kind)
+    model = reference if isinstance(reference, CausalTransformer) else policy
+    weights = dict(model.language_model.named_parameters())
+    held = {name: p for name, p in weights.items() if "lora_" not in name}
+    assert any(p is model.head.weight for p in held.values())
+    for parameter in held.values():
+        with torch.no_grad():
+            kept = parameter.flatten()[-1].item()
+            parameter.view(-1)[-1] += 1.0
+            assert reference_hash(reference, policy) != before
+            parameter.view(-1)[-1] = kept
+    assert reference_hash(reference, policy) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_leaves_the_hash_alone(kind):
+    policy, reference, before = hash_of(kind)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter += 1.0
+    assert reference_hash(reference, policy) == before
+
+
+def test_the_hash_of_rounded_weights_is_another_and_stays():
+    policy, reference, before = hash_of("full_copy")
+    policy.compute_in(torch.bfloat16)
+    compute_reference_in(reference, policy, torch.bfloat16)
+    rounded = reference_hash(reference, policy)
+    assert rounded != before
+    with policy.working():
+        assert reference_hash(reference, policy) == rounded

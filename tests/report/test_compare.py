@@ -3,33 +3,24 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.report.build_runs import config, rows, write_run, write_sweep
+from tests.scripts import SCRIPTS, call_script
 
-ROOT = Path(__file__).parents[2]
-
-
-def compare(*arguments, folder):
-    command = [sys.executable, ROOT / "scripts" / "compare.py", *arguments]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"},
-        timeout=100,
-        check=False,
-    )
+ROOT = SCRIPTS.parent
 
 
 def test_a_sweep_gets_its_report_in_its_folder(tmp_path):
     sweep = write_sweep(tmp_path / "sweep", {"kl_coef": [0.1, 1.0], "seed": [1, 2]})
     (sweep / "4_broken").mkdir()
     (sweep / "4_broken" / "metrics.jsonl").write_bytes(b"\xff\x00\n{")
-    done = compare("sweep", folder=tmp_path)
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "compare.py", "sweep"],
+        capture_output=True, text=True, cwd=tmp_path, timeout=100, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"},
+    )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split("\n")[-3:] == [
         "sweep/report/report.md",
@@ -42,7 +33,7 @@ def test_a_sweep_gets_its_report_in_its_folder(tmp_path):
     assert "sweep/4_broken/metrics.jsonl: the last line is cut off" in re.sub(
         r"\s+", " ", done.stdout
     )
-    again = compare("sweep", "--no-html", folder=tmp_path)
+    again = call_script("compare.py", "sweep", "--no-html", folder=tmp_path)
     assert "5 runs" in again.stdout, "the report's own folder is no run"
 
 
@@ -50,18 +41,19 @@ def test_several_paths_another_folder_and_other_metrics(tmp_path):
     for i in range(2):
         write_run(tmp_path / str(i), config(kl_coef=i), rows(config(kl_coef=i)))
     options = ("--no-html", "--score", "eval/distinct_3", "--kl", "eval/kl_sum")
-    assert compare("0", "1", *options, folder=tmp_path).returncode == 0
+    assert call_script("compare.py", "0", "1", *options, folder=tmp_path).returncode == 0
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     assert "| eval/distinct\\_3 | eval/kl\\_sum |" in text
     assert not (tmp_path / "report" / "report.html").exists()
-    assert compare("0", *options, "--out", "a/b", folder=tmp_path).returncode == 0
+    elsewhere = call_script("compare.py", "0", *options, "--out", "a/b", folder=tmp_path)
+    assert elsewhere.returncode == 0
     assert (tmp_path / "a" / "b" / "report.md").is_file()
 
 
 @pytest.mark.parametrize("empty", ["empty", "nowhere"])
 def test_nothing_to_report_names_the_path_and_writes_nothing(tmp_path, empty):
     (tmp_path / "empty").mkdir()
-    done = compare(empty, folder=tmp_path)
+    done = call_script("compare.py", empty, folder=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith(f"{empty}: no ".replace("nowhere: no ", "nowhere: No "))
     assert "no run was found" in done.stderr
@@ -72,7 +64,7 @@ def test_nothing_to_report_names_the_path_and_writes_nothing(tmp_path, empty):
 def test_a_folder_that_cannot_be_written_is_an_error_in_a_line(tmp_path):
     write_run(tmp_path / "run", config(), rows(config()))
     (tmp_path / "file").touch()
-    done = compare("run", "--out", "file/report", "--no-html", folder=tmp_path)
+    done = call_script("compare.py", "run", "--out", "file/report", "--no-html", folder=tmp_path)
     assert done.returncode == 2
     assert done.stderr == "error: cannot write file/report: Not a directory; set --out\n"
 
@@ -83,4 +75,4 @@ def test_the_synthetic_sweep_of_the_command_line_can_be_compared(tmp_path):
     subprocess.run([*command, *arguments], cwd=ROOT, check=True, timeout=60)
     statuses = [json.loads(p.read_text("utf-8")) for p in tmp_path.glob("s/*/status.json")]
     assert len(statuses) == 5
-    assert compare("s", "--no-html", folder=tmp_path).returncode == 0
+    assert call_script("compare.py", "s", "--no-html", folder=tmp_path).returncode == 0

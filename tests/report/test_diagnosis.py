@@ -111,3 +111,16 @@ def test_a_supervised_run_that_overfits(warnings_of):
         "held-out loss rose from 2 (phase 4) to 2.5: overfitting; train for fewer epochs, on more"
         " data, or with a lower optimizer.base_lr"
     ]
+
+
+def test_what_was_skipped_is_told_in_place_of_its_nulls(warnings_of):
+    lines = changed()
+    for row in lines:
+        if "objective/scores" in row:
+            row["train/skipped_steps"] = 0.0
+            row["train/skipped_rewards"] = float(row["phase"] >= 7)
+            if row["phase"] == 7:
+                row["objective/scores"] = row["loss/total"] = None
+    [warning] = warnings_of(lines)
+    assert warning.startswith("0 steps were skipped that were not finite and 1 phases without")
+    assert "train.log" in warning

@@ -2,6 +2,8 @@ import hashlib
 import os
 import re
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -154,6 +156,28 @@ def f(completions):
     return asyncio.run(all_of_them())
 """
     assert score(source) == [1.0, 2.0, 3.0]
+
+
+def test_a_coroutine_that_hangs_does_not_keep_the_next_call_from_its_loop():
+    source = """
+import asyncio
+calls, released = [], []
+async def f(completions):
+    calls.append(1)
+    while len(calls) == 1 and not released: await asyncio.sleep(0.005)
+    return [2.0] * len(completions)
+"""
+    reward = FunctionReward(function=f"{write(source)}:f")
+    score, module = reward.load(CPU), find_function(reward.function).module
+    thread = threading.Thread(target=score, args=(batch("a"),), daemon=True)
+    thread.start()
+    while not module.calls:
+        time.sleep(0.005)
+    assert score(batch("a")).tolist() == [2.0]
+    assert thread.is_alive()
+    module.released.append(1)
+    thread.join(10)
+    assert score(batch("a")).tolist() == [2.0]
 
 
 def test_arrays_and_tensors_are_scores_too():

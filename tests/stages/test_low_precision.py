@@ -161,6 +161,7 @@ def test_a_run_evaluates_and_saves_in_bf16_as_in_fp32(tmp_path: Path) -> None:
         assert low[when]["eval/entropy"] == pytest.approx(entropy, abs=1e-3)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("architecture", "kind"),
     [("gpt2", "full_copy"), ("llama", "lora")],

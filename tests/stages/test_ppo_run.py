@@ -30,6 +30,7 @@ def final_metrics(path: Path, ppo: PPO, seed: int = 1, **replaced: object) -> di
     return ppo.run(context(path, seed), **parts(**replaced))["after"]
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_bandit_is_solved(tmp_path: Path, seed: int) -> None:
     ppo = PPO(total_phases=25, kl_coef=0.0, eval_every=25, eval_samples=256)
@@ -37,6 +38,7 @@ def test_bandit_is_solved(tmp_path: Path, seed: int) -> None:
     assert after["eval/score"] > 0.9
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_longer_answer_is_learned_through_the_value_head(tmp_path: Path) -> None:
     ppo = PPO(total_phases=40, kl_coef=0.0, eval_every=40)
     sampler = CachedSampler(gen_len=8, stop_at_eos=True)
@@ -47,6 +49,7 @@ def test_a_longer_answer_is_learned_through_the_value_head(tmp_path: Path) -> No
     assert result["after"]["eval/len_mean"] < 4 < result["before"]["eval/len_mean"]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_reward_that_is_always_the_same_moves_nothing_far(tmp_path: Path) -> None:
     ppo = PPO(total_phases=20, eval_every=20)
     nothing = Keyword(keywords=["absent"])
@@ -56,6 +59,7 @@ def test_a_reward_that_is_always_the_same_moves_nothing_far(tmp_path: Path) -> N
     assert moved["eval/kl"] > 3 * still["eval/kl"]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_huge_penalty_holds_the_policy(tmp_path: Path) -> None:
     held = PPO(total_phases=20, eval_every=20, kl_coef=1000.0)
     free = PPO(total_phases=20, eval_every=20, kl_coef=0.0)
@@ -64,6 +68,7 @@ def test_a_huge_penalty_holds_the_policy(tmp_path: Path) -> None:
     assert final_metrics(tmp_path / "b", free)["eval/kl"] > 20 * held_kl
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_two_runs_are_equal_and_another_seed_is_not(tmp_path: Path) -> None:
     ppo = PPO(total_phases=3, eval_every=2)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -282,6 +287,7 @@ def test_what_a_reference_cannot_do_is_said_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("pad", ["eos", "none"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_tokenizer_whose_padding_is_eos_or_that_has_none(

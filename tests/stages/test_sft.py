@@ -117,6 +117,7 @@ def test_the_loss_of_an_update_is_that_of_the_answers_alone(tmp_path: Path) -> N
     assert rows(tmp_path)[0]["train/loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_it_stops_at_the_first_rate_that_is_enough_and_saves_that_model(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -138,6 +139,7 @@ def test_it_stops_at_the_first_rate_that_is_enough_and_saves_that_model(
     assert rows(tmp_path)[-1] == {"phase": 12 * len(rates), **result["after"]}
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_best_model_is_saved_and_not_the_last(tmp_path: Path) -> None:
     """At a learning rate that is far too high the loss is lowest at the beginning."""
     wild = AdamWSettings(base_lr=0.3)
@@ -177,6 +179,7 @@ def test_time_is_up_after_the_update_at_hand(tmp_path: Path) -> None:
     assert rows(tmp_path)[1] == {"phase": 1, **result["after"]}
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_two_runs_are_equal_and_another_seed_is_not(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train_echo(tmp_path / name, seed=seed, eval_every=3, max_updates=7)
@@ -184,6 +187,7 @@ def test_two_runs_are_equal_and_another_seed_is_not(tmp_path: Path) -> None:
     assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_measuring_changes_nothing_of_the_training(tmp_path: Path) -> None:
     for name, eval_every in (("never", None), ("often", 2)):
         stage = SFT(data="demonstrations", batch_size=16, log_every=1, eval_every=eval_every)

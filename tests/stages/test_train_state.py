@@ -73,6 +73,20 @@ def test_everything_comes_back(kind: str, tmp_path: Path) -> None:
     assert snapshot(other)[1] == end[1]
 
 
+def test_what_guards_a_run_comes_back_too(tmp_path: Path) -> None:
+    actors, state = started(tmp_path, KINDS["full_copy"])
+    advance(actors, state, 1)
+    state.kl_coef, state.skipped_steps, state.skipped_rewards = 0.1 + 0.2, 3, 2
+    state.stopped, state.watch.up = "phase 1: enough", ["warn/high_kl"]
+    tensors, numbers = snapshot(state)
+    _, other = started(tmp_path, KINDS["full_copy"])
+    other.restore(tensors, numbers)
+    for name in ("kl_coef", "skipped_steps", "skipped_rewards", "stopped", "watch"):
+        assert getattr(other, name) == getattr(state, name)
+    assert len(other.watch.first_distinct) == 1
+    assert snapshot(other)[1] == numbers
+
+
 def test_the_state_holds_what_is_trained_and_no_more(tmp_path: Path) -> None:
     sizes = {}
     for kind, reference in KINDS.items():

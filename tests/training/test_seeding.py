@@ -1,7 +1,16 @@
+import json
+import random
+
+import numpy as np
 import pytest
 import torch
 
-from rlhf_exp.training.seeding import stream, stream_seed
+from rlhf_exp.training.seeding import (
+    SharedRandomness,
+    seed_shared_generators,
+    stream,
+    stream_seed,
+)
 
 
 def test_a_seed_is_the_same_on_every_machine():
@@ -21,3 +30,30 @@ def test_a_stream_repeats_and_is_drawn_from_alone():
     torch.rand(100)
     assert torch.equal(torch.rand(4, generator=stream(1, "samples")), first)
     assert not torch.equal(torch.rand(4, generator=stream(1, "prompts")), first)
+
+
+def draws():
+    normal = random.gauss(0, 1), float(np.random.standard_normal())  # both keep a second one
+    return [*normal, random.random(), float(np.random.rand()), *torch.rand(3).tolist()]
+
+
+def test_the_shared_generators_are_seeded_together():
+    seed_shared_generators(1)
+    first = draws()
+    seed_shared_generators(1)
+    assert draws() == first
+    seed_shared_generators(2)
+    assert not set(draws()) & set(first)
+
+
+def test_the_shared_generators_go_on_from_where_they_stood():
+    seed_shared_generators(1)
+    draws()
+    where = SharedRandomness("random.")
+    tensors = {name: tensor.clone() for name, tensor in where.tensors().items()}
+    numbers = json.loads(json.dumps(where.numbers()))
+    expected = draws(), draws()
+    seed_shared_generators(9)
+    where.restore(tensors, numbers)
+    assert (draws(), draws()) == expected
+    assert all(name.startswith("random.") for name in tensors)

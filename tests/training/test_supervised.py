@@ -22,10 +22,11 @@ def train(
     max_grad_norm: float = 1e9,
     seed: int = 1,
     dropout: float = 0.0,
-    broken_at: int | None = None,
+    broken_at: int | tuple[int, ...] | None = None,
+    spoiled_at: int | None = None,
     stop=lambda update: False,
-    checkpoint_every: int | None = None,
     resume: bool = False,
+    **options: object,
 ) -> tuple[nn.Module, list[int]]:
     """A linear model fitted to y = sum(x); returns it and the updates whose loss was asked for."""
     torch.manual_seed(0)
@@ -39,7 +40,13 @@ def train(
             asked.append(len(asked) + 1)
             x = data[index]
             loss = (model(x)[:, 0] - x.sum(dim=1)).square().mean()
-            yield loss * math.nan if asked[-1] == broken_at else loss
+            yield loss * math.nan if asked[-1] in broken else loss
+
+    def spoil(gradient):
+        return gradient * math.inf if asked[-1] == spoiled_at else None
+
+    broken = broken_at if isinstance(broken_at, tuple) else (broken_at,)
+    model[1].weight.register_hook(spoil)
 
     adamw = AdamWSettings(base_lr=0.1).build(model)
     context = Context(folder=RunFolder(path), seed=seed, device=torch.device("cpu"), resume=resume)
@@ -51,9 +58,9 @@ def train(
         batches=batches,
         ending=Asked(stop),
     )
-    Supervised(
-        max_grad_norm=max_grad_norm, log_every=log_every, checkpoint_every=checkpoint_every
-    ).fit(context, state, losses(), num_updates=num_updates)
+    Supervised(max_grad_norm=max_grad_norm, log_every=log_every, **options).fit(
+        context, state, losses(), num_updates=num_updates
+    )
     return model, asked
 
 
@@ -108,6 +115,57 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_the_update(tmp_path, upd
         train(tmp_path, broken_at=update, log_every=1)
     done = rows(tmp_path) if update > 1 else []
     assert [row["phase"] for row in done] == list(range(1, update))
+
+
+def test_a_gradient_that_is_not_finite_stops_it_too(tmp_path):
+    message = (
+        r"update 3: the loss is [\d.]+, the norm of its gradient base (inf|nan); lower optimizer"
+    )
+    with pytest.raises(TrainingError, match=message):
+        train(tmp_path, spoiled_at=3, log_every=1)
+    assert [row["phase"] for row in rows(tmp_path)] == [1, 2]
+
+
+def test_updates_that_are_not_finite_are_left_out_and_counted(tmp_path, caplog):
+    skip = {"on_nonfinite": "skip", "log_every": 1}
+    broken, _ = train(tmp_path, broken_at=(2, 4), num_updates=5, **skip)
+    assert broken[1].weight.isfinite().all()
+    logged = rows(tmp_path)
+    assert [row["train/skipped_steps"] for row in logged] == [0, 1, 1, 2, 2]
+    assert [row["train/loss"] is None for row in logged] == [False, True, False, True, False]
+    assert caplog.messages == [f"update {n}: the loss is nan; it is left out" for n in (2, 4)]
+    # The schedule goes on, so that a last update that is left out is as if there had been none.
+    cut, _ = train(tmp_path / "cut", num_updates=5, stop=lambda update: update == 4, **skip)
+    last, _ = train(tmp_path / "last", num_updates=5, spoiled_at=5, **skip)
+    assert torch.equal(cut[1].weight, last[1].weight)
+
+
+def test_no_more_are_left_out_than_allowed(tmp_path):
+    message = r"update 4: the loss is nan; that is one more than stage\.max_skipped=1 to leave out"
+    with pytest.raises(TrainingError, match=message):
+        train(tmp_path, broken_at=(2, 4), on_nonfinite="skip", max_skipped=1)
+
+
+def test_memory_that_runs_out_is_told_with_the_update(tmp_path):
+    def grow(update):
+        if update == 2:
+            hooks.append(1)
+        return False
+
+    def allocate(module, args):
+        if hooks:
+            torch.empty(2**50)
+
+    hooks: list[int] = []
+    handle = nn.modules.module.register_module_forward_pre_hook(allocate)
+    try:
+        with pytest.raises(TrainingError) as raised:
+            train(tmp_path, stop=grow, batch_size=16)
+    finally:
+        handle.remove()
+    first, _, last = str(raised.value).splitlines()
+    assert first == "update 3: learning: out of memory"
+    assert "lower stage.batch_size (now 16)" in last
 
 
 def test_a_run_repeats_and_dropout_draws_from_its_seed_alone(tmp_path):

@@ -1,0 +1,188 @@
+"""What guards a run of PPO besides its numbers: memory that runs out, and a reference that must not
+change."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.models.reference import FullCopy, Lora, SharedTrunk
+from rlhf_exp.rewards.protocol import RewardFunction
+from rlhf_exp.settings import ConfigError, settings
+from rlhf_exp.stages.actors import check_frozen, frozen_hash
+from rlhf_exp.stages.ppo import PPO
+from rlhf_exp.training.context import TrainingError
+from rlhf_exp.types import Completions
+
+from .toy import RAGGED, context, parts, phase, rows, start
+
+SMALL = PPO(total_phases=2, batch_size=8, num_minibatches=2, eval_samples=6, checkpoint_every=1)
+KINDS = {
+    "full_copy": FullCopy(),
+    "shared_trunk": SharedTrunk(num_layers_unfrozen=1),
+    "lora": Lora(rank=4, alpha=8),
+}
+
+
+def allocate_when(learning: bool, policy: TransformerWithValueHead) -> None:
+    """Has the policy's passes ask for a petabyte: those with gradients, or those without."""
+
+    def allocate(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if torch.is_grad_enabled() == learning:
+            torch.empty(2**50)
+
+    policy.language_model.base_model.register_forward_pre_hook(allocate)
+
+
+@pytest.mark.parametrize(
+    ("learning", "first", "knobs"),
+    [
+        (False, "phase 1: sampling: out of memory", "lower stage.rollout_batch_size (now 8)"),
+        (True, "phase 1: learning: out of memory", "set stage.micro_batch_size below 4"),
+    ],
+)
+def test_memory_that_runs_out_is_told_with_the_knob(
+    tmp_path: Path, learning: bool, first: str, knobs: str
+) -> None:
+    actors, state = start(SMALL, tmp_path)
+    allocate_when(learning, actors.policy)
+    with pytest.raises(TrainingError) as raised:
+        phase(SMALL, actors, state)
+    said = str(raised.value).splitlines()
+    assert said[0] == first
+    assert "can't allocate memory" in said[1]
+    assert knobs in said[2]
+    assert len(said) == 3
+
+
+def test_knobs_that_are_turned_already_are_not_named(tmp_path: Path) -> None:
+    def knobs(ppo: PPO, kind: str) -> str:
+        return " ".join(ppo.memory_knobs(start(ppo, tmp_path, reference=KINDS[kind])[0]))
+
+    plain = knobs(SMALL, "full_copy")
+    for word in ("micro_batch_size", "gradient_checkpointing", "reference=lora", "gen_len"):
+        assert word in plain
+    turned = PPO(batch_size=8, micro_batch_size=1, gradient_checkpointing=True)
+    assert knobs(turned, "lora") == "lower sampler.gen_len"
+
+
+@settings
+class Greedy:
+    """A reward that wants more memory than there is, from its second call on."""
+
+    def load(self, device: torch.device) -> RewardFunction:
+        calls = iter(range(100))
+
+        def score(completions: Completions) -> Tensor:
+            return torch.zeros(2**50 if next(calls) else len(completions.texts))
+
+        return score
+
+
+def test_memory_of_a_reward_is_no_fault_to_skip(tmp_path: Path) -> None:
+    ppo = PPO(total_phases=2, batch_size=8, eval_samples=6, on_reward_error="skip")
+    message = r"^phase 1: scoring: out of memory\n.*\nto need less: lower reward\.batch_size"
+    with pytest.raises(TrainingError, match=message):
+        ppo.run(context(tmp_path), **parts(reward=Greedy()))
+
+
+SCARCE = """
+import resource, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from tests.stages.toy import context, parts
+from rlhf_exp.models.scratch import Scratch
+from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.stages.ppo import PPO
+from rlhf_exp.training.context import TrainingError
+
+given = parts(
+    model=Scratch(num_layers=1, d_model=64, num_heads=2, context_len=512),
+    sampler=CachedSampler(gen_len=200),
+)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (96 << 20),) * 2)
+try:
+    PPO(batch_size=1024, num_minibatches=1, eval_samples=4, reward_timeout_s=None).run(
+        context(Path(sys.argv[1])), **given
+    )
+except TrainingError as error:
+    print(error)
+"""
+
+
+def test_a_process_without_memory_says_so(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCARCE, str(tmp_path)],
+        capture_output=True, text=True, timeout=120, check=True,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    first, why, knobs = done.stdout.strip().splitlines()[-3:]
+    assert first.startswith("phase 1: ")
+    assert first.endswith(": out of memory")
+    assert "allocate" in why
+    assert knobs.startswith("to need less: ")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_names_its_reference_and_a_resumed_one_has_the_same(
+    tmp_path: Path, kind: str
+) -> None:
+    given = parts(task=RAGGED, reference=KINDS[kind])
+    result = SMALL.run(context(tmp_path), **given)
+    assert len(result["reference_sha256"]) == 64
+    [checkpoint] = (tmp_path / "checkpoints").iterdir()
+    file = checkpoint / "state.json"
+    saved = json.loads(file.read_text())
+    assert saved["inputs"]["reference"] == result["reference_sha256"]
+    assert (
+        SMALL.run(context(tmp_path, resume=True), **given)["reference_sha256"]
+        == (result["reference_sha256"])
+    )
+
+
+def test_a_run_does_not_go_on_with_another_reference(tmp_path: Path) -> None:
+    actors, state = start(SMALL, tmp_path, task=RAGGED)
+    state.inputs = {"reference": actors.reference_hash}
+    tensors, numbers = state.tensors(), state.numbers()
+    _, other = start(SMALL, tmp_path, task=RAGGED)
+    other.inputs = {"reference": "of others"}
+    with pytest.raises(ConfigError, match=r"^reference: what it names has changed"):
+        other.restore(tensors, numbers)
+
+
+@settings
+class Meddling:
+    """A reference that a run moves by a bit: its last layer norm is trained after all."""
+
+    def check(self, model: object) -> list[str]:
+        return []
+
+    def attach(self, policy: TransformerWithValueHead, *, seed: int) -> object:
+        reference = policy.frozen_reference()
+        theirs = dict(reference.language_model.named_modules())["transformer.ln_f"]
+        theirs.weight = dict(policy.language_model.named_modules())["transformer.ln_f"].weight
+        return reference
+
+
+def test_a_reference_that_has_changed_ends_the_run_before_it_is_saved(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"^the reference's weights have changed during the"):
+        SMALL.run(context(tmp_path), **parts(reference=Meddling()))
+    assert not (tmp_path / "model").exists()
+    assert len(rows(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_learning_leaves_every_reference_alone(tmp_path: Path, kind: str) -> None:
+    ppo = PPO(batch_size=8, dtype="bf16")
+    actors, state = start(ppo, tmp_path, reference=KINDS[kind])
+    ppo.prepare(actors)
+    before = frozen_hash(actors)
+    phase(ppo, actors, state)
+    check_frozen(actors, before)
