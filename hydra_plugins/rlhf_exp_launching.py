@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rlhf_exp import run
+from rlhf_exp.printable import printable
 from rlhf_exp.redaction import redact_words, scrub
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs
@@ -75,7 +76,7 @@ class Launching:
 
     def say(self, line: str) -> None:
         """Prints a line, however long, as it is but for secrets."""
-        self.console.print(Text(scrub(line)), soft_wrap=True)
+        self.console.print(Text(printable(scrub(line))), soft_wrap=True)
 
     def parse(self, params: Mapping[str, Any], arguments: Sequence[str]) -> list[Override]:
         """A sweeper's params, then those words of the command line that concern jobs. Raises

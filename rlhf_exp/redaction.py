@@ -15,6 +15,8 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
+from rlhf_exp.printable import printable
+
 REDACTED = "***"
 
 # A tokenizer is none.
@@ -121,7 +123,7 @@ def redact_words(words: Sequence[str]) -> list[str]:
 
 
 class Scrubbing(logging.Formatter):
-    """Another formatter's lines, scrubbed, tracebacks included."""
+    """Another formatter's lines, scrubbed and printable, tracebacks included."""
 
     def __init__(self, inner: logging.Formatter) -> None:
         super().__init__()
@@ -129,11 +131,12 @@ class Scrubbing(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
-        return scrub(self._inner.format(record))
+        return printable(scrub(self._inner.format(record)))
 
 
 def scrub_logs() -> None:
-    """Has the handlers that the root logger has now write no secret."""
+    """Has the handlers that the root logger has now write no secret, and nothing that a terminal
+    obeys."""
     for handler in logging.getLogger().handlers:
         if not isinstance(handler.formatter, Scrubbing):
             handler.setFormatter(Scrubbing(handler.formatter or logging.Formatter()))
@@ -143,9 +146,8 @@ def scrub_tracebacks() -> None:
     """Has what ends the process be printed without secrets."""
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        print(
-            scrub("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr
-        )
+        lines = traceback.format_exception(kind, error, trace)
+        print(printable(scrub("".join(lines))), end="", file=sys.stderr)
 
     sys.excepthook = show
 

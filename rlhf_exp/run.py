@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_exp import complaints
 from rlhf_exp.own_keys import read_own_keys
+from rlhf_exp.printable import printable
 from rlhf_exp.queueing import requeue
 from rlhf_exp.redaction import (
     REDACTED,
@@ -469,4 +470,4 @@ def explain(error: BaseException) -> str | None:
     """What is wrong with a command line or a file, in a few lines without secrets; None for an
     error that is not the user's."""
     message = complaints.explain(error, CONF)
-    return None if message is None else scrub(message)
+    return None if message is None else printable(scrub(message))

@@ -15,6 +15,7 @@ PLUGINS = sorted((PACKAGE.parent / "hydra_plugins").rglob("*.py"))
 MODULES = [path for path in FILES if path != PACKAGE / "__init__.py"]
 # A module imports from lower floors and from its own subpackage.
 FLOORS = [
+    {"printable"},
     {"redaction"},
     {"functional", "types", "settings", "network", "hf", "environment", "targets"},
     {"models", "tasks", "training", "own_keys"},

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_exp.models.loading import Pretrained, build_policy
+from rlhf_exp.printable import printable
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.prompts import encode_prompts
@@ -103,5 +104,6 @@ def side_by_side(prompts: Sequence[str], base: Sequence[str] | None, tuned: Sequ
     for name in columns:
         table.add_column(name, ratio=2)
     for row in zip(prompts, *columns.values(), strict=True):
-        table.add_row(*map(Text, row))  # Text, not markup: a completion may hold anything
+        # Text, not markup: a completion may hold anything.
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table

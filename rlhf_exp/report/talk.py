@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from rlhf_exp.models.loading import load_language_model
+from rlhf_exp.printable import printable
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.encoding import encode, leading_ids
 from rlhf_exp.tasks.prompts import render
@@ -74,11 +75,13 @@ class Talk:
             pad_token_id=eos if self._tokenizer.pad_token_id is None else None,
         )
         tokens = torch.tensor([ids], device=self._model.device)
+        streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer.on_finalized_text = _say
         generated = self._model.generate(
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=min(room, max_new_tokens),
-            streamer=TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True),
+            streamer=streamer,
         )
         text = self._tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True)
         if self._tokenizer.chat_template:
@@ -94,3 +97,7 @@ class Talk:
             return before + encode(self._tokenizer, [line])[0]
         said = [*self._said, {"role": "user", "content": line}]
         return encode(self._tokenizer, [render(self._tokenizer, said)])[0]
+
+
+def _say(text: str, stream_end: bool = False) -> None:
+    print(printable(text), end="\n" if stream_end else "", flush=True)

@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf_exp.printable import printable
+
 LINE_ENDS = re.compile("\r\n|[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]")
-# Controls, and marks that turn the direction of what follows.
-UNSEEN = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069]")
 
 INTERVALS = (
     "Means over seeds with 95 % bootstrap intervals; of two or three seeds an interval is no more"
@@ -41,7 +41,7 @@ def show_interval(interval: Mapping[str, float | None]) -> str:
 def one_line(text: str) -> str:
     """The text with its line ends shown as arrows, and with nothing that a terminal obeys or that
     hides or turns what follows."""
-    return UNSEEN.sub("\N{REPLACEMENT CHARACTER}", LINE_ENDS.sub(" ↵ ", text))
+    return printable(LINE_ENDS.sub(" ↵ ", text))
 
 
 def front_of(payload: Mapping[str, Any]) -> list[dict[str, Any]]:

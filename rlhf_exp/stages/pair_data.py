@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlhf_exp.functional.losses import pairwise_rank_loss, reward_mse
 from rlhf_exp.models.reward_model import RewardFeatures, RewardModel
+from rlhf_exp.printable import printable
 from rlhf_exp.tasks.pair_tokens import EncodedPair, collate
 from rlhf_exp.training.context import Context, TrainingError
 from rlhf_exp.training.optim import restore_trained, trained_tensors
@@ -216,11 +217,11 @@ def print_pairs(rows: Sequence[dict[str, object]], console: Console) -> None:
     table.add_column("predicted", justify="right", no_wrap=True)
     for row in rows:
         # Text, not markup: an answer may hold anything.
-        table.add_row(Text(str(row["prompt"]), style="dim"))
+        table.add_row(Text(printable(str(row["prompt"])), style="dim"))
         for name in ("chosen", "rejected"):
             reward = row.get(f"{name}_reward")
             table.add_row(
-                Text(str(row[name]).strip()),
+                Text(printable(str(row[name]).strip())),
                 "" if reward is None else f"{reward:.2f}",
                 f"{row[f'{name}_score']:.2f}",
                 end_section=name == "rejected",

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_exp.printable import printable
+
 INK, MUTED = "#222222", "#8a8a8a"
 SCORE, KL, TRUE = "#0b6e4f", "#b3541e", "#2c5aa0"
 
@@ -154,4 +156,5 @@ def print_before_after(
 
 def _sample(row: Mapping[str, Any]) -> Text:
     # Text, not markup: a completion may hold anything.
-    return Text(row["prompt"], style="dim").append(Text(row["completion"], style="not dim"))
+    completion = Text(printable(row["completion"]), style="not dim")
+    return Text(printable(row["prompt"]), style="dim").append(completion)

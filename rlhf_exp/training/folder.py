@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
+from rlhf_exp.printable import printable
 from rlhf_exp.redaction import scrub
 from rlhf_exp.training.files import sync, write_whole
 from rlhf_exp.training.metrics import Histogram, summarize
@@ -180,8 +181,8 @@ class RunFolder:
         write_whole(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def write_status(self, status: Status, error: str | None = None) -> None:
-        """Writes status.json, without secrets."""
-        told = {"status": status, "error": error and scrub(error)}
+        """Writes status.json, without secrets and with nothing that a terminal obeys."""
+        told = {"status": status, "error": error and printable(scrub(error))}
         write_whole(self.path / "status.json", json.dumps(told) + "\n")
 
     def write_environment(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 from rlhf_exp.report.page import write_page
 from rlhf_exp.report.payload import Names, build_payload
 from tests.report.build_payload import payload
-from tests.report.build_runs import KL_COEFS, write_sweep
+from tests.report.build_runs import KL_COEFS, config, rows, samples, write_run, write_sweep
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -19,7 +19,11 @@ CHROMIUM = next(
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no browser: sudo apt-get install chromium"
 )
-HOSTILE = "<script>window.stolen = 1</script><img src=x onerror='window.stolen = 2'><b>bold</b>"
+HOSTILE = (
+    "</script><script>window.stolen = 1</script><img src=x onerror='window.stolen = 2'><b>bold</b>"
+    "<svg onload='window.stolen = 3'></svg><a href='javascript:window.stolen = 4'>a</a>"
+    '" onmouseover="window.stolen = 5" x=\'<!--'
+)
 UNKNOWN = "\u2013"
 MARKUP = "<b>a</b>%{x}"
 Open = Callable[..., Any]
@@ -228,6 +232,28 @@ def test_text_of_models_and_settings_stays_text(show: Open) -> None:
     assert MARKUP in labels
     legend = page.locator("#legend button").first.inner_text()
     assert MARKUP in legend
+
+
+def test_what_a_run_holds_on_disk_stays_text(show: Open, tmp_path: Path) -> None:
+    shown = samples([0, 10])
+    for row in shown:
+        row |= {
+            "prompt": f"{row['prompt']} {HOSTILE}",
+            "completion": f"{row['completion']} {HOSTILE}",
+        }
+    for i, status in enumerate(("done", "failed")):
+        settings = config(seed=i) | {"name": HOSTILE, HOSTILE: {HOSTILE: [HOSTILE, i]}}
+        folder = tmp_path / "sweep" / f"{i}_{HOSTILE.replace('/', '|')}"
+        error = f"{HOSTILE} in {i}"
+        write_run(folder, settings, rows(settings), status=status, error=error, shown=shown)
+    page = show(build_payload([tmp_path / "sweep"], Names(), made=datetime(2026, 11, 21)))
+    page.locator("#table tbody tr").first.hover()
+    for text in ("compare", "table", "settings", "warning-list"):
+        assert "window.stolen" in page.locator(f"#{text}").text_content(), text
+    assert HOSTILE in page.locator("#comparison .after p").first.inner_text()
+    assert page.evaluate("window.stolen") is None
+    assert page.locator("main img, main script, main b, main a[href^=javascript]").count() == 0
+    assert page.locator("[onmouseover], [onload], [onerror]").count() == 0
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
