@@ -404,16 +404,12 @@ def attempt(cfg: DictConfig, path: Path) -> None:
         file.exception("traceback")
         end("failed", str(error))
         raise SystemExit(error.exit_code) from None
-    except OSError as error:
-        if error.errno not in DISK_FAULTS:
-            raise
-        told = f"{error.filename or path} cannot be written: {error.strerror}"
-        log.error("error: %s; mend that, then: python train.py resume=%s", told, path)
-        file.exception("traceback")
-        end("failed", told)
-        raise SystemExit(1) from None
     except Exception as error:
         file.exception("traceback")
+        if told := _disk_fault(error, path):
+            log.error("error: %s; mend that, then: python train.py resume=%s", told, path)
+            end("failed", told)
+            raise SystemExit(1) from None
         end("failed", f"{type(error).__name__}: {error}")
         if _is_sweep():
             raise SystemExit(1) from None
@@ -428,6 +424,17 @@ def _write_status(path: Path, status: "Status", why: str) -> None:
         RunFolder(path).write_status(status, why)
     except OSError as error:
         log.warning("%s/status.json cannot be written: %s", path, error.strerror)
+
+
+def _disk_fault(error: Exception, path: Path) -> str | None:
+    """What is wrong with the disk, None if that is not it. Libraries in Rust, such as safetensors,
+    tell of it in the text of errors of their own."""
+    number, name = getattr(error, "errno", None), getattr(error, "filename", None)
+    if match := re.search(r"\(os error (\d+)\)", str(error)):
+        number = int(match[1])
+    if number not in DISK_FAULTS:
+        return None
+    return f"{name or path} cannot be written: {os.strerror(number)}"
 
 
 def _bounded(message: str, limit: int = 9) -> str:

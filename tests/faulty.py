@@ -2,6 +2,7 @@
 promised when they happen."""
 
 import os
+import resource
 import runpy
 import signal
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from rlhf_exp.sweeps.isolation import call_in_process
@@ -75,17 +77,87 @@ class SignalAtPhase:
 
     def __call__(self, folder: Path) -> None:
         """Starts to watch."""
-        threading.Thread(target=self._watch, args=(folder,), daemon=True).start()
+        if self.phase is None:
+            threading.Thread(target=self._send, daemon=True).start()
+        else:
+            at_phase(folder, self.phase, self._send)
 
-    def _watch(self, folder: Path) -> None:
-        file = folder / "metrics.jsonl"
-        row = f'{{"phase": {self.phase}, '
-        while self.phase is not None and not (file.is_file() and row in file.read_text()):
-            time.sleep(0.0005)
+    def _send(self) -> None:
         time.sleep(self.delay_s)
         for _ in range(1 + self.twice):
             os.kill(os.getpid(), getattr(signal, self.name))
             time.sleep(0.05)
+
+
+class SmallFiles:
+    """No file may grow beyond so many bytes, as where a quota is used up."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+
+    def __call__(self, folder: Path) -> None:
+        """Sets the limit, which Python meets as OSError."""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
+
+
+class FullDiskAtPhase:
+    """From the row of a phase on, metrics.jsonl cannot be written: it leads to a disk that is
+    full. What it held is beside it."""
+
+    def __init__(self, phase: int) -> None:
+        self.phase = phase
+
+    def __call__(self, folder: Path) -> None:
+        """Starts to watch."""
+        file = folder / "metrics.jsonl"
+
+        def fill() -> None:
+            file.rename(file.with_suffix(".kept"))
+            file.symlink_to("/dev/full")
+
+        at_phase(folder, self.phase, fill)
+
+
+class KillWandbAtPhase:
+    """SIGKILL to W&B's service, once metrics.jsonl has the row of a phase."""
+
+    def __init__(self, phase: int) -> None:
+        self.phase = phase
+
+    def __call__(self, folder: Path) -> None:
+        """Starts to watch."""
+        os.environ["WANDB_MODE"] = "offline"
+
+        def kill() -> None:
+            for process in psutil.Process().children(recursive=True):
+                if process.name().startswith("wandb-"):
+                    process.kill()
+                    folder.with_name("killed").touch()
+
+        at_phase(folder, self.phase, kill)
+
+
+class Threads:
+    """So many threads compute."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __call__(self, folder: Path) -> None:
+        """Sets torch's."""
+        torch.set_num_threads(self.number)
+
+
+def at_phase(folder: Path, phase: int, act: Callable[[], None]) -> None:
+    """Has a thread act as soon as metrics.jsonl has the row of a phase."""
+    file, row = folder / "metrics.jsonl", f'{{"phase": {phase}, '
+
+    def watch() -> None:
+        while not (file.is_file() and row in file.read_text()):
+            time.sleep(0.0005)
+        act()
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def clock_backwards(folder: Path) -> None:

@@ -4,7 +4,10 @@ weights of one that was not. `make soak` tries many more moments than `make test
 import json
 import os
 import random
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,13 @@ import pytest
 
 from rlhf_exp.training.files import sync_tree
 from tests.faulty import (
+    TRAIN,
+    FullDiskAtPhase,
     KillAtFileOperation,
+    KillWandbAtPhase,
     SignalAtPhase,
+    SmallFiles,
+    Threads,
     begin_or_go_on,
     clock_backwards,
     run,
@@ -190,3 +198,173 @@ def test_the_newest_checkpoint_is_damaged(damage: Any, short: Path, tmp_path: Pa
     assert f"{found[-1].name} is damaged" in said(folder)
     assert "going on from the one before" in said(folder)
     assert_the_same(folder, short, "damaged newest checkpoint", 1)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_two_runs_of_one_seed_are_equal(threads: int, short: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        words = (*SHORT, "model.d_model=192", "sampler.gen_len=24")  # wide enough to be shared out
+        assert begin_or_go_on(folder, words, fault=Threads(threads)) == 0, said(folder)
+        told = (folder / "environment.txt").read_text()
+        assert f"{threads} thread" in told
+    assert what_it_left(folders[0]) == what_it_left(folders[1])
+    count_cases(f"one seed twice, {threads} thread(s)", 1)
+
+
+def test_no_room_for_checkpoints_and_then_not_for_the_model(short: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    size = (short / "model" / "model.safetensors").stat().st_size
+    assert begin_or_go_on(folder, SHORT, fault=SmallFiles(size - 1)) == 1
+    text = said(folder)
+    assert "a checkpoint could not be written (" in text
+    assert "File too large" in text
+    assert "Traceback" not in text
+    assert f"mend that, then: python train.py resume={folder.name}" in text.replace("../", "")
+    assert json.loads((folder / "status.json").read_text())["status"] == "failed"
+    assert begin_or_go_on(folder, SHORT) == 0, said(folder)
+    assert_the_same(folder, short, "disk full at a checkpoint and at the model", 1)
+
+
+def test_no_room_for_metrics(short: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert begin_or_go_on(folder, SHORT, fault=FullDiskAtPhase(4)) == 1
+    text = said(folder)
+    assert "cannot be written: No space left on device; mend that, then: python train.py" in text
+    assert "Traceback" not in text
+    (folder / "metrics.jsonl").unlink()
+    (folder / "metrics.kept").rename(folder / "metrics.jsonl")
+    assert begin_or_go_on(folder, SHORT) == 0, said(folder)
+    assert_the_same(folder, short, "disk full while logging", 1)
+
+
+def test_wandb_is_killed(short: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = (*(word for word in SHORT if word != "logger=local"), "logger.finish_s=5")
+    assert begin_or_go_on(folder, words, fault=KillWandbAtPhase(2)) == 0, said(folder)
+    assert (tmp_path / "killed").exists()
+    assert "W&B failed" in said(folder)
+    assert_the_same(folder, short, "W&B killed", 1)
+
+
+REWARD = """
+import time
+from pathlib import Path
+
+MODE = Path(__file__).with_name("mode")
+calls = 0
+
+def score(completions, **_):
+    global calls
+    calls += 1
+    kind, how = MODE.read_text().split()
+    if calls >= 4 and kind != "none":
+        if how == "once":
+            MODE.write_text("none -")
+        if kind == "raises":
+            raise RuntimeError("the judge is out of order")
+        if kind == "hangs":
+            time.sleep(600)
+        if kind in ("nan", "inf"):
+            return [float(kind)] * len(completions)
+    return [float(len(text)) for text in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple[str, ...], Path, Path]:
+    """The words of a run with a reward of its own, the file that says how that fails, and what a
+    run left in which it did not."""
+    home = tmp_path_factory.mktemp("judged")
+    (home / "judge.py").write_text(REWARD)
+    words = (
+        *(word for word in SHORT if not word.startswith("reward.")), "reward=function",
+        f"reward.function={home / 'judge.py'}:score", "stage.reward_retry_wait_s=0.01",
+    )  # fmt: skip
+    (home / "mode").write_text("none -")
+    assert begin_or_go_on(home / "whole", words) == 0, said(home / "whole")
+    return words, home / "mode", home / "whole"
+
+
+@pytest.mark.parametrize("kind", ["raises", "hangs", "nan", "inf"])
+@pytest.mark.parametrize("how", ["once", "always"])
+def test_a_reward_fails(kind: str, how: str, judged: Any, tmp_path: Path) -> None:
+    """Once, it is asked again; always, the run stops, and goes on when the reward is mended."""
+    words, mode, whole = judged
+    folder = tmp_path / "run"
+    mode.write_text(f"{kind} {how}")
+    more = (*words, "stage.on_reward_error=retry", "stage.reward_retries=2")
+    more += ("stage.reward_timeout_s=0.5",) if kind == "hangs" else ()
+    code = begin_or_go_on(folder, more)
+    if how == "always":
+        assert code == 2, said(folder)
+        assert "Traceback" not in said(folder)
+        assert json.loads((folder / "status.json").read_text())["status"] == "failed"
+        mode.write_text("none -")
+        code = begin_or_go_on(folder, more)
+    assert code == 0, said(folder)
+    assert_the_same(folder, whole, f"reward that fails {how}", 1)
+
+
+ON_A_DISK = """
+set -e
+mount -t tmpfs -o size=8m tmpfs {disk}
+export WANDB_MODE=disabled HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+start() {{ {python} {train} {words} hydra.run.dir={disk}/run resume=auto >> {out}/said 2>&1; }}
+wait_for_phase() {{
+    until grep -qs '{{"phase": 3,' {disk}/run/metrics.jsonl; do sleep 0.002; done
+}}
+fill() {{ dd if=/dev/zero of={disk}/filler bs=1k count=$1 2> /dev/null || true; }}
+case {fault} in
+    "little room") fill 7900 ;;
+    "no room") (wait_for_phase; fill 9000) & ;;
+    "read-only") mount -o remount,ro {disk} ;;
+esac
+set +e
+start; echo $? > {out}/code
+cp {disk}/run/status.json {out}/ 2> /dev/null
+mount -o remount,rw {disk}
+rm -f {disk}/filler
+start; echo $? >> {out}/code
+cp -r {disk}/run {out}/run
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("fault", ["little room", "no room", "read-only"])
+def test_a_disk_that_is_full_or_read_only_and_then_mended(
+    fault: str, long: Path, tmp_path: Path
+) -> None:
+    """On a small disk of its own, which this process and those that it starts alone see."""
+    disk, out = tmp_path / "disk", tmp_path / "out"
+    disk.mkdir()
+    out.mkdir()
+    script = ON_A_DISK.format(
+        disk=disk, out=out, train=TRAIN, python=sys.executable, words=shlex.join(LONG),
+        fault=shlex.quote(fault),
+    )  # fmt: skip
+    apart = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
+    subprocess.run([*apart, "bash", "-c", script], check=True, capture_output=True, timeout=200)
+    text = (out / "said").read_text()
+    begun = fault != "read-only"
+    assert (out / "code").read_text().split() == ["1" if begun else "2", "0"], text
+    assert ("cannot be written" if begun else "error: cannot write") in text
+    assert ("mend that, then: python train.py resume=" in text) == begun
+    assert "Traceback" not in text
+    assert_the_same(out / "run", long, f"disk: {fault}", 1)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_asked_to_stop_at_random_moments(name: str, long: Path, tmp_path: Path) -> None:
+    rng, folder = random.Random(name), tmp_path / "cut"
+    for phase in sorted(rng.sample(range(59), k=10)):
+        fault = SignalAtPhase(phase, delay_s=rng.uniform(0, 0.02), name=name)
+        code = begin_or_go_on(folder, LONG, fault=fault)
+        assert code in (143, 130, 0), said(folder)
+        if code == 0:  # asked for in its last phase
+            break
+        assert json.loads((folder / "status.json").read_text())["status"] == "interrupted"
+    assert begin_or_go_on(folder, LONG) in (0, 2), said(folder)
+    assert "Traceback" not in said(folder)
+    assert_the_same(folder, long, "SIGTERM, SIGINT, SIGUSR1", 10)
