@@ -136,7 +136,9 @@ def test_a_run_leaves_all_that_it_promises(first):
     assert not (folder.parents[2] / "wandb").exists()
 
     result = json.loads((folder / "result.json").read_text())
-    assert result.keys() == {"before", "after", "memory", "seconds", "prepare"}
+    assert result.keys() == {
+        "before", "after", "memory", "seconds", "prepare", "stopped", "reference_sha256",
+    }  # fmt: skip
     assert result["prepare"].keys() == {"base", "classifier"}
     assert 0 <= result["prepare"]["classifier"]["heldout/accuracy"] <= 1
     assert result["before"].keys() == result["after"].keys() >= EVALUATED
@@ -277,7 +279,7 @@ def test_control_c_while_it_learns_ends_a_run_in_a_line(first, tmp_path):
         said += process.stdout.readlines()
     assert process.returncode == 130, said
     assert "Traceback" not in "".join(said)
-    assert said[-1].startswith("interrupted; what was logged so far is in outputs/reviews/")
+    assert said[-1].startswith("stopped by SIGINT; go on with: python train.py resume=outputs/rev")
     [folder] = tmp_path.glob("outputs/reviews/*")
     assert status(folder) == "interrupted"
     assert len(json_lines(folder / "metrics.jsonl")) >= 2

@@ -190,7 +190,7 @@ def test_more_is_wrong_than_fits_ten_lines(tmp_path):
     ppo = ["total_phases", "batch_size", "num_minibatches", "clip_coef", "vf_coef", "ent_coef"]
     bad = [f"stage.{name}=-1" for name in [*ppo, "kl_coef", "gamma", "gae_lambda", "eval_every"]]
     outcome = train(tmp_path, *bad)
-    assert_refused(outcome, "stage.total_phases=-1", r"\.\.\. and 2 more$")
+    assert_refused(outcome, "stage.clip_coef=-1", r"\.\.\. and 2 more$")
     assert len(outcome.lines) == 9
 
 
@@ -332,6 +332,7 @@ REWARDS = """
 import torch
 from rlhf_exp.rewards.protocol import TextReward
 from rlhf_exp.settings import settings
+from rlhf_exp.training.optim import WarmupDecay
 
 
 @settings
@@ -358,6 +359,12 @@ Broken_seen = []
 class Bug(TextReward):
     def score(self, text):
         return 1 / 0
+
+
+@settings
+class Sudden(WarmupDecay):
+    def multiplier(self, step, *, total_steps):
+        return 1 / (1 - step)
 
 
 @settings
@@ -421,8 +428,19 @@ def test_a_job_of_a_sweep_that_stops_leaves_the_others(tmp_path, my_rewards):
     assert [json.loads(path.read_text())["status"] for path in jobs] == ["failed", "done"]
 
 
-def test_a_bug_keeps_its_traceback(tmp_path, my_rewards):
+def test_a_bug_of_a_reward_is_said_in_a_few_lines_and_its_traceback_is_in_the_log(
+    tmp_path, my_rewards
+):
     outcome = train(tmp_path, *own(my_rewards, "Bug"))
+    assert_refused(outcome, r"error: phase 0: .*ZeroDivisionError: division by zero")
+    folder = run_folder(tmp_path)
+    assert status(folder)["status"] == "failed"
+    assert "Traceback" in (folder / "train.log").read_text()
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, my_rewards):
+    words = [f"allow_targets=[{my_rewards}]", f"schedule._target_={my_rewards}.Sudden"]
+    outcome = train(tmp_path, *TINY, *words)
     assert isinstance(outcome.raised, ZeroDivisionError)
     folder = run_folder(tmp_path)
     assert status(folder) == {"status": "failed", "error": "ZeroDivisionError: division by zero"}

@@ -58,7 +58,8 @@ def train(
         batches=batches,
         ending=Asked(stop),
     )
-    Supervised(max_grad_norm=max_grad_norm, log_every=log_every, **options).fit(
+    given = {"checkpoint_every": None, **options}
+    Supervised(max_grad_norm=max_grad_norm, log_every=log_every, **given).fit(
         context, state, losses(), num_updates=num_updates
     )
     return model, asked

@@ -1,0 +1,129 @@
+"""Runs of train.py in processes of their own into which faults are put, for tests of what is
+promised when they happen."""
+
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_exp.sweeps.isolation import call_in_process
+
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+OFFLINE = {
+    "WANDB_MODE": "disabled",
+    "WANDB_ERROR_REPORTING": "false",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "HYDRA_FULL_ERROR": "",
+}
+
+# A fault is put into the process before train.py begins; it may start threads and replace functions
+# of the standard library, never ours.
+Fault = Callable[[Path], None]
+
+
+def no_fault(folder: Path) -> None:
+    """Lets the run be."""
+
+
+class KillAtFileOperation:
+    """SIGKILL just before the operation of that number, from 1, that changes files in the run's
+    folder: a rename, a removal, a truncation, a flush to the disk. Counts them in a file beside the
+    folder."""
+
+    NAMES = ("replace", "rename", "unlink", "rmdir", "truncate", "fsync", "mkdir", "open")
+
+    def __init__(self, number: int | None) -> None:
+        self.number = number
+
+    def __call__(self, folder: Path) -> None:
+        """Replaces the functions of os that do so."""
+        where, lock = str(folder.resolve()), threading.Lock()
+        count = [0]
+        for name in self.NAMES:
+            setattr(os, name, self._counting(getattr(os, name), name, where, count, lock))
+
+    def _counting(
+        self, function: Any, name: str, where: str, count: list[int], lock: threading.Lock
+    ) -> Any:
+        def call(*given: Any, **named: Any) -> Any:
+            if name == "fsync" or (given and where in os.path.abspath(os.fspath(given[0]))):
+                with lock:
+                    count[0] += 1
+                    Path(f"{where}.operations").write_text(str(count[0]))
+                    if count[0] == self.number:
+                        os.kill(os.getpid(), signal.SIGKILL)
+            return function(*given, **named)
+
+        return call
+
+
+class SignalAtPhase:
+    """A signal, `delay_s` after metrics.jsonl has the row of a phase; at once for phase None."""
+
+    def __init__(
+        self, phase: int | None, *, delay_s: float = 0.0, name: str = "SIGKILL", twice: bool = False
+    ) -> None:
+        self.phase, self.delay_s, self.name, self.twice = phase, delay_s, name, twice
+
+    def __call__(self, folder: Path) -> None:
+        """Starts to watch."""
+        threading.Thread(target=self._watch, args=(folder,), daemon=True).start()
+
+    def _watch(self, folder: Path) -> None:
+        file = folder / "metrics.jsonl"
+        row = f'{{"phase": {self.phase}, '
+        while self.phase is not None and not (file.is_file() and row in file.read_text()):
+            time.sleep(0.0005)
+        time.sleep(self.delay_s)
+        for _ in range(1 + self.twice):
+            os.kill(os.getpid(), getattr(signal, self.name))
+            time.sleep(0.05)
+
+
+def clock_backwards(folder: Path) -> None:
+    """Has the time of day fall by a minute at every look at it, and begin next week."""
+    real, looks = time.time, [0]
+
+    def now() -> float:
+        looks[0] += 1
+        return real() + 604_800 - 60 * looks[0]
+
+    time.time = now
+
+
+def run(
+    folder: Path, words: Sequence[str], *, fault: Fault = no_fault, cwd: Path | None = None
+) -> int:
+    """`python train.py WORDS`, which runs in `folder`, in a process of its own forked from one that
+    has imported the libraries; its exit code, which is minus the number of the signal that killed
+    it. What it says is appended to FOLDER.out."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.with_name(f"{folder.name}.out")
+    return call_in_process(_train, folder, [*words], fault, cwd or folder.parent, log=log)
+
+
+def _train(folder: Path, words: list[str], fault: Fault, cwd: Path) -> None:
+    os.chdir(cwd)
+    os.environ.update(OFFLINE)
+    torch.set_num_threads(1)
+    sys.argv = [str(TRAIN), *words]
+    fault(folder)
+    runpy.run_path(str(TRAIN), run_name="__main__")
+
+
+def begin_or_go_on(folder: Path, words: Sequence[str], *, fault: Fault = no_fault) -> int:
+    """`run` by the one command that begins a run and goes on with it."""
+    return run(folder, [*words, f"hydra.run.dir={folder}", "resume=auto"], fault=fault)
+
+
+def said(folder: Path) -> str:
+    """What the runs in the folder have said."""
+    return folder.with_name(f"{folder.name}.out").read_text(errors="replace")

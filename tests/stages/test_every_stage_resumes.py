@@ -1,0 +1,145 @@
+"""Every stage that is stopped after each of its steps, and begun again each time, ends as one that
+went through."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_exp.models.loading import Pretrained
+from rlhf_exp.models.reference import Lora
+from rlhf_exp.models.scratch import Scratch, ScratchClassifier
+from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.settings import ConfigError
+from rlhf_exp.stages.classifier import TrainClassifier
+from rlhf_exp.stages.ppo import PPO
+from rlhf_exp.stages.preferences import Preferences
+from rlhf_exp.stages.reward_model import TrainRewardModel
+from rlhf_exp.stages.sft import SFT
+from rlhf_exp.training.context import Context
+from rlhf_exp.training.optim import AdamWSettings, Constant
+from rlhf_exp.training.stopping import Interrupted, StopRequests
+
+from ..reliability import count_cases
+from .toy import ECHO, RAGGED, Echoed, EchoTask, ToyPairs, ToyTask, context, parts, saved_model
+
+DROPOUT = Scratch(num_layers=1, d_model=16, num_heads=2, context_len=16, dropout=0.2)
+SUPERVISED: dict[str, Any] = {"optimizer": AdamWSettings(base_lr=1e-2), "schedule": Constant()}
+SAMPLER = CachedSampler(gen_len=4, stop_at_eos=True)
+
+Run = Callable[[Context, Path], dict[str, Any]]
+
+
+def sft(data: str) -> Run:
+    """With measurements, of which the best is kept, in the middle of an epoch and at its end."""
+    stage = SFT(
+        data=data, epochs=2, batch_size=32, log_every=2, eval_every=3 if data == "texts" else 2,
+        eval_samples=8, layout="pack" if data == "texts" else "pad",
+    )  # fmt: skip
+    task = EchoTask()
+    return lambda given, base: stage.run(given, task=task, model=DROPOUT, **SUPERVISED)
+
+
+def classifier(given: Context, base: Path) -> dict[str, Any]:
+    model = ScratchClassifier(num_layers=1, d_model=16, num_heads=2, context_len=16)
+    stage = TrainClassifier(epochs=2, batch_size=40, log_every=1, token_noise=0.2)
+    return stage.run(given, task=ToyTask(), model=model, **SUPERVISED)
+
+
+def model_in(base: Path) -> Pretrained:
+    return Pretrained(base_model=str(base)) if base.exists() else saved_model(base)
+
+
+def preferences(given: Context, base: Path) -> dict[str, Any]:
+    stage = Preferences(num_pairs=60, num_held_out=20, batch_size=24)
+    return stage.run(given, task=EchoTask(), model=model_in(base), reward=Echoed(), sampler=SAMPLER)
+
+
+def reward_model(given: Context, base: Path) -> dict[str, Any]:
+    stage = TrainRewardModel(
+        epochs=2, batch_size=40, width=16, log_every=1, eval_every=3, num_examples=1,
+        unfreeze_layers=1, keep_features=False,
+    )  # fmt: skip
+    return stage.run(given, task=ToyPairs(count=120), model=model_in(base), **SUPERVISED)
+
+
+def ppo(given: Context, base: Path) -> dict[str, Any]:
+    stage = PPO(
+        total_phases=4, batch_size=6, num_minibatches=2, eval_every=2, eval_samples=4,
+        histograms_every=1, kl_target=1.0, kl_horizon=20, async_reward=True,
+    )  # fmt: skip
+    taken = parts(task=RAGGED, sampler=SAMPLER, reference=Lora(rank=2), model=ECHO)
+    return stage.run(given, **taken)
+
+
+STAGES: dict[str, tuple[Run, int]] = {
+    "sft on texts": (sft("texts"), 6),
+    "sft on demonstrations": (sft("demonstrations"), 6),
+    "classifier": (classifier, 6),
+    "preferences": (preferences, 3),
+    "reward_model": (reward_model, 4),
+    "ppo": (ppo, 4),
+}
+
+
+def left(path: Path) -> dict[str, Any]:
+    """What a run wrote, by file, without times, checkpoints and its name."""
+    found: dict[str, Any] = {}
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if not file.is_file() or name.startswith(("checkpoints/", "run_id", "environment")):
+            continue
+        content: Any = file.read_bytes()
+        if name == "metrics.jsonl":
+            rows = [json.loads(line) for line in content.decode().splitlines()]
+            content = [{k: v for k, v in r.items() if not k.startswith("time/")} for r in rows]
+        found[name] = content
+    return found
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", STAGES)
+def test_stopped_after_each_step_it_ends_as_if_it_had_gone_through(
+    name: str, tmp_path: Path
+) -> None:
+    stage, fewest = STAGES[name]
+    whole = stage(context(tmp_path / "whole"), tmp_path / "base")
+    starts = 0
+    while True:
+        stop = StopRequests()
+        stop.limit(1e-9, began=0.0)  # the time is always up; one step is always made
+        given = Context(
+            folder=context(tmp_path / "cut").folder, seed=1, device=torch.device("cpu"),
+            resume=starts > 0, stop=stop,
+        )  # fmt: skip
+        torch.rand(starts)  # nobody draws from this one
+        starts += 1
+        try:
+            result = stage(given, tmp_path / "base")
+            break
+        except Interrupted:
+            assert starts < 50
+    assert starts >= fewest
+    assert left(tmp_path / "cut") == left(tmp_path / "whole")
+    assert {k: v for k, v in result.items() if k != "seconds"} == {
+        k: v for k, v in whole.items() if k != "seconds"
+    }
+    count_cases(f"stopped after a step: {name.split()[0]}", starts - 1)
+
+
+def test_other_pairs_or_another_model_are_refused(tmp_path: Path) -> None:
+    def stopped(model: Path, *, resume: bool) -> None:
+        stop = StopRequests()
+        stop.limit(1e-9, began=0.0)
+        folder = context(tmp_path / "run").folder
+        given = Context(folder=folder, seed=1, device=torch.device("cpu"), resume=resume, stop=stop)
+        reward_model(given, model)
+
+    with pytest.raises(Interrupted):
+        stopped(tmp_path / "base", resume=False)
+    saved_model(tmp_path / "other", d_model=8)
+    with pytest.raises(ConfigError, match=r"^model: what it names has changed since the checkpoint"):
+        stopped(tmp_path / "other", resume=True)
