@@ -39,6 +39,9 @@ _PATH = re.compile(r"[+~]*[\w./@:-]+")
 _INSIDE = re.compile(
     rf"([\w.-]*(?:token|key|secret|passw)[\w-]*)(['\"]?\s*[:=]\s*)({_VALUE})", re.I
 )
+_NAME = r"[\w.-]*(?:token|key|secret|password|passwd)s?"
+_QUOTED = re.compile(rf"(?i)({_NAME}['\"]?\s*[:=]\s*)(['\"])(?:\\.|(?!\2).)+\2")
+_IN_YAML = re.compile(rf"(?im)^([-+ ]?\s*{_NAME}:\s+)(?!\$\{{|null\b|['\"])\S.*$")
 # Shorter ones would be found in every other word, as would plain words.
 _SHORTEST = 4
 _NUMBER = re.compile(r"\s*[-+]?\d[\d_]*\.?\d*(e[-+]?\d+)?\s*", re.IGNORECASE)
@@ -120,6 +123,12 @@ def redact_words(words: Sequence[str]) -> list[str]:
     """Words of a command line with REDACTED in place of secrets: key=value, with the value as
     Hydra's grammar has it, lists and mappings included."""
     return [_redact_word(word) for word in words]
+
+
+def redact_source(text: str) -> str:
+    """The lines of a source or a configuration file with REDACTED in place of what is quoted after
+    a key that is secret, or is all that follows it in YAML."""
+    return scrub(_IN_YAML.sub(rf"\1{REDACTED}", _QUOTED.sub(rf"\1\2{REDACTED}\2", text)))
 
 
 class Scrubbing(logging.Formatter):

@@ -14,6 +14,7 @@ from rlhf_exp.redaction import (
     Scrubbing,
     is_secret,
     redact,
+    redact_source,
     redact_words,
     redacted_keys,
     remember,
@@ -170,6 +171,31 @@ def test_a_secret_is_found_however_it_is_written():
     ):
         assert scrub(f"<{text}>").strip("<>'\"") == REDACTED
     assert scrub("abc-defg-hijk") == REDACTED, "not the one inside and the rest"
+
+
+def test_sources_lose_what_is_quoted_or_follows_a_secret_key():
+    source = """
++    api_key: str = "hunter2"
++api_key = "hunter2"  # of mine
++    {"hf_token": 'hunter2', "seed": 1, 'password':"hunter\\"2"}
+-client_secret: hunter2
+ password:  hunter 2
++token_env: TOKEN
++api_key: ${oc.env:KEY}
++rows.sort(key=len)
++tokens = tokenizer(text)"""
+    shown = redact_source(source)
+    assert "hunter" not in shown
+    assert shown.count(REDACTED) == 6
+    for kept in (
+        "# of mine",
+        '"seed": 1',
+        "token_env: TOKEN",
+        "${oc.env:KEY}",
+        "key=len",
+        "(text)",
+    ):
+        assert kept in shown
 
 
 def test_what_is_too_common_is_not_replaced_in_texts():

@@ -17,6 +17,7 @@ from urllib.parse import urljoin, urlsplit
 import torch
 from pydantic import field_validator
 
+from rlhf_exp.redaction import remember_secret
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
 from rlhf_exp.rewards.samples import Samples, cut, read_samples, read_scores
 from rlhf_exp.settings import ConfigError, Count, Index, NonNegative, Positive, Text, settings
@@ -107,6 +108,7 @@ class HttpReward:
                 f"reward.token_env={self.token_env}: that environment variable {fault}; export the"
                 " server's token in it, or set reward.token_env=null"
             )
+        remember_secret(token)  # a server may repeat it in an error
         return token
 
     def _check_listening(self) -> None:

@@ -4,28 +4,23 @@ environment.txt.
 Metrics are flushed line by line: they are the source of truth, whatever happens to other loggers.
 """
 
-import functools
-import importlib.metadata
 import json
 import logging
 import math
 import os
-import platform
 import re
 import secrets
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import torch
-
 from rlhf_exp.printable import printable
 from rlhf_exp.redaction import scrub
 from rlhf_exp.training.files import sync, write_whole
 from rlhf_exp.training.metrics import Histogram, summarize
+from rlhf_exp.training.provenance import environment
 
 log = logging.getLogger(__name__)
 ROWS = ("metrics.jsonl", "samples.jsonl", "histograms.jsonl")
@@ -186,7 +181,7 @@ class RunFolder:
         write_whole(self.path / "status.json", json.dumps(told) + "\n")
 
     def write_environment(self) -> None:
-        """Writes environment.txt: commit, platform and the versions of all packages."""
+        """Writes environment.txt: what of code and machine a result may depend on."""
         write_whole(self.path / "environment.txt", "\n".join(environment()) + "\n")
 
     def _lines(self, name: str) -> list[tuple[str, dict[str, Any]]]:
@@ -216,35 +211,3 @@ def _parse_row(line: str) -> dict[str, Any] | None:
         return None
     phase = row.get("phase") if isinstance(row, dict) else None
     return row if isinstance(phase, int) and not isinstance(phase, bool) else None
-
-
-def environment() -> list[str]:
-    """Commit (with "+" if files differ from it), platform, threads and package versions, a line
-    each."""
-    root = Path(__file__).resolve().parents[2]
-    commit = _git(root, "rev-parse", "HEAD") or "unknown"
-    dirty = "+" if _git(root, "status", "--porcelain", "--untracked-files=no") else ""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return [
-        f"commit {commit}{dirty}",
-        f"python {platform.python_version()} on {platform.platform()}",
-        f"cpu {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        f"gpu {gpu}",
-        *_packages(),
-    ]
-
-
-@functools.cache  # reading the metadata of 200 packages takes longer than a phase of a small model
-def _packages() -> tuple[str, ...]:
-    found = {f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions()}
-    return tuple(sorted(found))
-
-
-def _git(root: Path, *arguments: str) -> str:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False
-        )
-    except OSError:
-        return ""
-    return done.stdout.strip()

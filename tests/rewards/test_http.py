@@ -11,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from rlhf_exp import redaction
 from rlhf_exp.rewards.http import HttpReward, wait_s
 from rlhf_exp.rewards.protocol import RewardError
 from rlhf_exp.settings import ConfigError, field_problem
@@ -366,6 +367,29 @@ def test_a_redirect_is_refused_and_says_where_it_points(server, location, status
         r" not followed: set reward\.url to where the server answers" + FIRST,
     )
     assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_takes_neither_token_nor_texts_to_another_host(server, monkeypatch, status):
+    monkeypatch.setenv("SCORES_TOKEN", "s3cret-token")
+    with Server() as elsewhere:
+        serve = {"target": elsewhere.serve_forever, "kwargs": {"poll_interval": 0.01}}
+        threading.Thread(**serve, daemon=True).start()
+        # Another port is another host to a browser, and localhost another to requests.
+        location = elsewhere.url.replace("127.0.0.1", "localhost")
+        redirect = answer({}, status, Location=location)
+        error = refused(server, redirect, "HTTP .* redirects", token_env="SCORES_TOKEN")
+        elsewhere.shutdown()
+        assert elsewhere.seen == []
+    assert [headers["Authorization"] for _, headers, _ in server.seen] == ["Bearer s3cret-token"]
+    assert "s3cret" not in str(error)
+
+
+def test_a_token_that_a_server_repeats_is_known_as_a_secret(server, monkeypatch):
+    monkeypatch.setattr(redaction, "_known", set())
+    monkeypatch.setenv("SCORES_TOKEN", "s3cret-token")
+    error = refused(server, answer(b"bad s3cret-token", 403), "HTTP 403", token_env="SCORES_TOKEN")
+    assert "bad ***" in redaction.scrub(str(error))
 
 
 def test_a_redirect_that_points_nowhere_is_refused(server):

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from rlhf_exp.training.folder import RunFolder, environment
+from rlhf_exp.training.folder import RunFolder
 from rlhf_exp.training.metrics import Histogram
+from rlhf_exp.training.provenance import environment
 
 
 class Recorder:
@@ -294,14 +294,3 @@ def test_what_an_earlier_attempt_logged_is_removed_and_nothing_else(tmp_path):
 def test_a_status_is_read_back(tmp_path, arguments, expected):
     RunFolder(tmp_path).write_status(*arguments)
     assert json.loads((tmp_path / "status.json").read_text()) == expected
-
-
-def test_the_environment_names_commit_threads_and_versions():
-    lines = environment()
-    assert lines[0].startswith("commit ")
-    assert lines[1].startswith("python 3.")
-    assert f"{torch.get_num_threads()} threads" in lines[2]
-    assert any(line.startswith("torch==2.") for line in lines)
-    packages = lines[4:]
-    assert packages == sorted(set(packages))
-    assert all("==" in line for line in packages)
