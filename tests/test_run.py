@@ -184,7 +184,7 @@ def test_more_is_wrong_than_fits_ten_lines(tmp_path):
     ppo = ["total_phases", "batch_size", "num_minibatches", "clip_coef", "vf_coef", "ent_coef"]
     bad = [f"stage.{name}=-1" for name in [*ppo, "kl_coef", "gamma", "gae_lambda", "eval_every"]]
     outcome = train(tmp_path, *bad)
-    assert_refused(outcome, "stage.total_phases=-1", r"\.\.\. and 2 more$")
+    assert_refused(outcome, "stage.clip_coef=-1", r"\.\.\. and 2 more$")
     assert len(outcome.lines) == 9
 
 
@@ -336,6 +336,15 @@ class Bug(TextReward):
 
 
 @settings
+class Unloadable(TextReward):
+    def score(self, text):
+        return 0.0
+
+    def load(self, device):
+        return 1 / 0
+
+
+@settings
 class Stop(TextReward):
     def score(self, text):
         raise KeyboardInterrupt
@@ -397,11 +406,23 @@ def test_a_job_of_a_sweep_that_stops_leaves_the_others(tmp_path, my_rewards):
 
 
 def test_a_bug_keeps_its_traceback(tmp_path, my_rewards):
-    outcome = train(tmp_path, *own(my_rewards, "Bug"))
+    outcome = train(tmp_path, *own(my_rewards, "Unloadable"))
     assert isinstance(outcome.raised, ZeroDivisionError)
     folder = run_folder(tmp_path)
     assert status(folder) == {"status": "failed", "error": "ZeroDivisionError: division by zero"}
     assert "ZeroDivisionError" in (folder / "train.log").read_text()
+
+
+def test_a_bug_in_the_scores_of_a_reward_is_told_with_its_line(tmp_path, my_rewards):
+    outcome = train(tmp_path, *own(my_rewards, "Bug"))
+    assert (outcome.code, outcome.raised) == (2, None)
+    line = REWARDS.splitlines().index("        return 1 / 0") + 1
+    message = (
+        rf"error: phase 0: the reward raised ZeroDivisionError: .* at .*{my_rewards}\.py:{line}"
+    )
+    assert re.search(message, outcome.out)
+    assert "Traceback" not in outcome.out + outcome.err
+    assert "ZeroDivisionError" in (run_folder(tmp_path) / "train.log").read_text()
 
 
 def test_an_interrupt_ends_the_run_with_a_line_and_130(tmp_path, my_rewards):
