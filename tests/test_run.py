@@ -362,6 +362,15 @@ class Bug(TextReward):
 
 
 @settings
+class Unloadable(TextReward):
+    def score(self, text):
+        return 0.0
+
+    def load(self, device):
+        return 1 / 0
+
+
+@settings
 class Sudden(WarmupDecay):
     def multiplier(self, step, *, total_steps):
         return 1 / (1 - step)
@@ -445,6 +454,18 @@ def test_a_bug_keeps_its_traceback(tmp_path, my_rewards):
     folder = run_folder(tmp_path)
     assert status(folder) == {"status": "failed", "error": "ZeroDivisionError: division by zero"}
     assert "ZeroDivisionError" in (folder / "train.log").read_text()
+
+
+def test_a_bug_in_the_scores_of_a_reward_is_told_with_its_line(tmp_path, my_rewards):
+    outcome = train(tmp_path, *own(my_rewards, "Bug"))
+    assert (outcome.code, outcome.raised) == (2, None)
+    line = REWARDS.splitlines().index("        return 1 / 0") + 1
+    message = (
+        rf"error: phase 0: the reward raised ZeroDivisionError: .* at .*{my_rewards}\.py:{line}"
+    )
+    assert re.search(message, outcome.out)
+    assert "Traceback" not in outcome.out + outcome.err
+    assert "ZeroDivisionError" in (run_folder(tmp_path) / "train.log").read_text()
 
 
 def test_an_interrupt_ends_the_run_with_a_line_and_130(tmp_path, my_rewards):
