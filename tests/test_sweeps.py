@@ -172,7 +172,8 @@ def test_a_killed_job_takes_no_other_down_in_the_plain_launcher(tmp_path):
 
 def test_a_dry_run_removes_nothing_that_was_there(tmp_path):
     assert train(tmp_path, *TINY, "logger=local", "hydra.run.dir=run").code == 0
-    assert train(tmp_path, *TINY, "logger=local", "hydra.run.dir=run", "--dry-run").code == 0
+    planned = train(tmp_path, *TINY, "logger=local", "hydra.run.dir=run", "--dry-run")
+    assert_refused(planned, r"hydra\.run\.dir=run holds a run already")
     assert (tmp_path / "run" / "result.json").is_file()
     broken = [*TINY, "logger=local", "hydra.run.dir=cut", "reward=function"]
     (tmp_path / "rewards.py").write_text(REWARDS)

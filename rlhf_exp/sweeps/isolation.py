@@ -41,6 +41,9 @@ def call_in_process(function: Callable[..., None], *arguments: Any, log: Path) -
     except BaseException:
         _stop(process)
         raise
+    finally:
+        if not _is_sweep_alive():
+            os._exit(1)  # a worker of a pool would wait for ever to tell its owner
     assert process.exitcode is not None
     return process.exitcode
 
@@ -101,14 +104,17 @@ def _run(
     function(*arguments)
 
 
-def _end_with_caller() -> None:
+def _is_sweep_alive() -> bool:
     import psutil
 
+    return psutil.pid_exists(int(os.environ.get(SWEEP_PID) or os.getpid()))
+
+
+def _end_with_caller() -> None:
     caller = multiprocessing.parent_process()
     assert caller is not None
-    sweep = int(os.environ.get(SWEEP_PID) or os.getpid())
     # The caller may be a worker of a pool that does not notice its own caller's end.
-    while psutil.pid_exists(sweep) and not wait([caller.sentinel], timeout=POLL_S):
+    while _is_sweep_alive() and not wait([caller.sentinel], timeout=POLL_S):
         pass
     hung_up = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN  # under nohup it is not heard
     os.kill(os.getpid(), signal.SIGHUP if hung_up else signal.SIGTERM)
