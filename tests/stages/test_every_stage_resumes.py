@@ -141,5 +141,7 @@ def test_other_pairs_or_another_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         stopped(tmp_path / "base", resume=False)
     saved_model(tmp_path / "other", d_model=8)
-    with pytest.raises(ConfigError, match=r"^model: what it names has changed since the checkpoint"):
+    with pytest.raises(
+        ConfigError, match=r"^model: what it names has changed since the checkpoint"
+    ):
         stopped(tmp_path / "other", resume=True)
