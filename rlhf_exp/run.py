@@ -1,11 +1,10 @@
 """The composition root: from a composed configuration to running stages.
 
-The only file of the package, beside complaints.py, that knows Hydra and OmegaConf. All settings are
-built and checked first, which takes milliseconds; weights are loaded after that. What imports torch
-is imported inside functions, so that `--help` and `--cfg` answer at once.
+With complaints.py and instantiation.py the only one of the package that knows Hydra and OmegaConf.
+All settings are built and checked first, which takes milliseconds; weights are loaded after that.
+What imports torch is imported inside functions, so that `--help` and `--cfg` answer at once.
 """
 
-import errno
 import functools
 import logging
 import os
@@ -20,19 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
-import pydantic
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log, setup_globals
-from hydra.errors import InstantiationException
 from hydra.types import RunMode
-from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_exp import complaints
+from rlhf_exp.instantiation import ALLOWED_TARGETS, instantiate
 from rlhf_exp.own_keys import read_own_keys
 from rlhf_exp.printable import printable
-from rlhf_exp.queueing import requeue
 from rlhf_exp.redaction import (
     REDACTED,
     redact,
@@ -57,26 +53,22 @@ from rlhf_exp.resuming import (
     is_done,
     is_run,
 )
-from rlhf_exp.settings import ConfigError, field_problem
+from rlhf_exp.settings import ConfigError
 from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs
 from rlhf_exp.sweeps.isolation import call_in_process, describe_end
 from rlhf_exp.sweeps.jobs import BadJobs
 from rlhf_exp.sweeps.state import read_state
-from rlhf_exp.targets import forbidden_module, instructions, targets, unusable
 from rlhf_exp.training.claims import LOCK, claimed, is_claimed
 from rlhf_exp.training.files import write_whole
 
 if TYPE_CHECKING:
     from rlhf_exp.experiment import Job
     from rlhf_exp.steps import Instantiate
-    from rlhf_exp.training.folder import Status
     from rlhf_exp.training.stopping import StopRequests
 
 log = logging.getLogger(__name__)
 
-ALLOWED_TARGETS = ("rlhf_exp.", "torch.optim.")
 OVERRIDES = ".hydra/overrides.yaml"
-DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 OF_THE_START = ("resume", "resume_with", "dry_run")  # of this start of a run alone
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -93,41 +85,6 @@ OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
 OmegaConf.register_new_resolver(
     "run_id", lambda: secrets.token_hex(3), use_cache=True, replace=True
 )
-
-
-def instantiate(
-    config: Mapping[str, Any], path: str, problems: list[str], *, allowed: Sequence[str]
-) -> Any:
-    """The object that a group's configuration describes, or None with its problems appended."""
-    if "_target_" not in config:
-        problems.append(f"{path}: no option is chosen; choose one: {path.rpartition('.')[2]}=...")
-        return None
-    for target in targets(config):
-        module = forbidden_module(target, tuple(allowed), ALLOWED_TARGETS, find=get_object)
-        if module is not None:
-            problems.append(
-                f"{path}._target_={target} is outside of {', '.join(allowed)}; if you trust that"
-                f" module, add it: allow_targets=[{module}]"
-            )
-            return None
-        if unusable(target, ALLOWED_TARGETS, find=get_object):
-            problems.append(f"{path}._target_={target}: it is no class of settings; see conf/")
-            return None
-    if keys := [*instructions(config, ("rlhf_exp.",))]:
-        problems += [f"{path}: {key} is no key of it; leave it out" for key in keys]
-        return None
-    try:
-        return hydra.utils.instantiate(config, _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, pydantic.ValidationError):
-            problems += [field_problem(path, detail) for detail in cause.errors()]
-        elif isinstance(cause, ConfigError):
-            problems.append(f"{path}: {cause}")
-        else:
-            reason = f" {cause}" if cause else ""
-            problems.append(f"{path}: {str(error).splitlines()[0]}{reason}")
-        return None
 
 
 def execute(cfg: DictConfig, path: Path, stop: "StopRequests | None" = None) -> None:
@@ -370,78 +327,14 @@ def _isolated(hydra_config: dict[str, Any], config: dict[str, Any], path: Path) 
 
 def attempt(cfg: DictConfig, path: Path) -> None:
     """Runs a job and turns what goes wrong into a message, a status and an exit code."""
-    from rlhf_exp.training.context import TrainingError
-    from rlhf_exp.training.folder import RunFolder
-    from rlhf_exp.training.progress import file_log
-    from rlhf_exp.training.stopping import Interrupted, StopRequests
+    from rlhf_exp.ending import concluding
 
-    file = file_log()
-    end = functools.partial(_write_status, path)
-    stop = StopRequests(abandon=functools.partial(end, "interrupted"))
-    try:
-        with stop.listening():
-            execute(cfg, path, stop)
-    except Interrupted as stopped:
-        log.error("stopped by %s; go on with: python train.py resume=%s", stopped, path)
-        end("interrupted", str(stopped))
-        if stopped.to_be_requeued:
-            requeue()
-        raise SystemExit(stopped.exit_code) from None
-    except ConfigError as error:
-        log.error("error: %s", _bounded(str(error)))
-        if _is_sweep():
-            RunFolder(path).write_status("failed", str(error))
-        else:  # nothing ran, so nothing but the log is left behind
-            shutil.rmtree(_written_to(cfg, path), ignore_errors=True)
-            (path / LOCK).unlink()
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        log.error("interrupted; what was logged so far is in %s", path)
-        end("interrupted", "KeyboardInterrupt")
-        raise SystemExit(130) from None
-    except TrainingError as error:
-        log.error("error: %s\nwhat was logged so far is in %s", error, path)
-        file.exception("traceback")
-        end("failed", str(error))
-        raise SystemExit(error.exit_code) from None
-    except Exception as error:
-        file.exception("traceback")
-        if told := _disk_fault(error, path):
-            log.error("error: %s; mend that, then: python train.py resume=%s", told, path)
-            end("failed", told)
-            raise SystemExit(1) from None
-        end("failed", f"{type(error).__name__}: {error}")
-        if _is_sweep():
-            raise SystemExit(1) from None
-        raise
+    def undo() -> None:  # nothing ran, so nothing but the log is left behind
+        shutil.rmtree(_written_to(cfg, path), ignore_errors=True)
+        (path / LOCK).unlink()
 
-
-def _write_status(path: Path, status: "Status", why: str) -> None:
-    """The status of a run that has ended, if there is room for it."""
-    from rlhf_exp.training.folder import RunFolder
-
-    try:
-        RunFolder(path).write_status(status, why)
-    except OSError as error:
-        log.warning("%s/status.json cannot be written: %s", path, error.strerror)
-
-
-def _disk_fault(error: Exception, path: Path) -> str | None:
-    """What is wrong with the disk, None if that is not it. Libraries in Rust, such as safetensors,
-    tell of it in the text of errors of their own."""
-    number, name = getattr(error, "errno", None), getattr(error, "filename", None)
-    if match := re.search(r"\(os error (\d+)\)", str(error)):
-        number = int(match[1])
-    if number not in DISK_FAULTS:
-        return None
-    return f"{name or path} cannot be written: {os.strerror(number)}"
-
-
-def _bounded(message: str, limit: int = 9) -> str:
-    lines = message.splitlines()
-    if len(lines) <= limit:
-        return message
-    return "\n".join([*lines[: limit - 1], f"... and {len(lines) - limit + 1} more"])
+    with concluding(path, sweep=_is_sweep(), undo=undo) as stop:
+        execute(cfg, path, stop)
 
 
 def guard(main: Callable[[], None]) -> None:
@@ -468,7 +361,9 @@ def guard(main: Callable[[], None]) -> None:
         message = explain(error)
         if message is None:
             raise
-        shown = message if isinstance(error, BadJobs) else _bounded(message)
+        from rlhf_exp.ending import bounded
+
+        shown = message if isinstance(error, BadJobs) else bounded(message)
         print(f"error: {shown}", file=sys.stderr)
         sys.exit(2)
 

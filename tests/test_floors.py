@@ -17,13 +17,13 @@ MODULES = [path for path in FILES if path != PACKAGE / "__init__.py"]
 FLOORS = [
     {"printable"},
     {"redaction"},
-    {"functional", "types", "settings", "network", "hf", "environment", "targets"},
+    {"functional", "types", "settings", "network", "hf", "environment", "targets", "queueing"},
     {"models", "tasks", "training", "own_keys"},
     {"rollout", "rewards"},
     {"stages", "interp", "report"},
     {"steps", "sweeps"},
-    {"experiment"},
-    {"complaints"},
+    {"experiment", "resuming", "ending"},
+    {"complaints", "instantiation"},
     {"run"},
 ]
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
@@ -85,6 +85,7 @@ def test_only_the_composition_root_its_complaints_and_the_plugin_know_hydra():
     }
     assert knowing == {
         "rlhf_exp.complaints",
+        "rlhf_exp.instantiation",
         "rlhf_exp.run",
         "hydra_plugins.rlhf_exp_launching",
         "hydra_plugins.rlhf_exp_sweepers",

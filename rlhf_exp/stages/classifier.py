@@ -84,14 +84,15 @@ class TrainClassifier(Supervised):
             network.train()
             generator = stream(context.seed, "minibatches")
             lengths = [*map(len, train.rows)]
+            batches = BatchStream(length_bucketed, lengths, self.batch_size, generator)
             state = SupervisedState(
                 network=network,
                 optimizer=adamw,
                 scheduler=schedule.build(adamw, total_steps=num_updates),
-                batches=BatchStream(length_bucketed, lengths, self.batch_size, generator),
+                batches=batches,
                 inputs=fingerprints(network, task=task, model=model),
             )
-            losses = self._losses(network, train, state.batches)
+            losses = self._losses(network, train, batches)
             self.fit(context, state, losses, num_updates=num_updates)
         with clock("evaluate"), self.explaining("evaluating"):
             metrics = held_out_metrics(network, held_out, batch_size=self.batch_size)

@@ -156,25 +156,17 @@ class PPO(Learning):
             actors = load_actors(context, task, model, reward, sampler, reference)
             self.prepare(actors)
             frozen = frozen_hash(actors)
+            inputs = fingerprints(actors.policy.language_model, task=task, model=model)
+            inputs["reference"] = actors.reference_hash
             state = TrainState.start(
-                actors.policy,
-                optimizer,
-                schedule,
-                actors.train_prompts,
-                batch_size=self.batch_size,
-                total_phases=self.total_phases,
-                seed=context.seed,
-                inputs=fingerprints(actors.policy.language_model, task=task, model=model)
-                | {"reference": actors.reference_hash},
-            )
+                actors.policy, optimizer, schedule, actors.train_prompts,
+                batch_size=self.batch_size, total_phases=self.total_phases, seed=context.seed,
+                inputs=inputs,
+            )  # fmt: skip
             clock.seconds = state.seconds  # those of a resumed run go on
             collector = self.collector(actors)
-            saver = Saver(
-                context,
-                Together(loop=state, ahead=collector),
-                every=self.checkpoint_every,
-                optimizer=state.optimizer,
-            )
+            both = Together(loop=state, ahead=collector)
+            saver = Saver(context, both, every=self.checkpoint_every, optimizer=state.optimizer)
             if saver.restore():
                 log.info("going on after phase %d", state.phase)
         context.folder.start()

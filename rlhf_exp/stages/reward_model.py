@@ -209,15 +209,16 @@ class TrainRewardModel(Supervised):
             scorer, held_out_loss, context, eval_every=self.eval_every, patience=self.patience
         )
         generator = stream(context.seed, "minibatches")
+        batches = BatchStream(shuffled, range(len(train)), self.batch_size, generator)
         state = SupervisedState(
             network=scorer,
             optimizer=adamw,
             scheduler=schedule.build(adamw, total_steps=num_updates),
-            batches=BatchStream(shuffled, range(len(train)), self.batch_size, generator),
+            batches=batches,
             ending=best,
             inputs=inputs,
         )
-        losses = self._losses(context, train, state.batches)
+        losses = self._losses(context, train, batches)
         self.fit(context, state, losses, num_updates=num_updates)
         best.put_back()
         if known is None:  # an order leaves the scale's zero open

@@ -108,9 +108,7 @@ class SFT(Supervised):
             )
             if tokenizer.eos_token_id is None:
                 raise ConfigError("stage=sft needs a tokenizer with an EOS token")
-            limit = int(network.config.max_position_embeddings)
-            train, held_out = (self._encode(task, tokenizer, part, limit=limit)
-                               for part in self._split(task))  # fmt: skip
+            train, held_out = self._encoded(task, network, tokenizer)
             measured = self._held_out(context, task, network, tokenizer, held_out)
         context.folder.start()
         log.info(
@@ -121,22 +119,20 @@ class SFT(Supervised):
         with clock("train"):
             adamw = optimizer.build(network)
             best = BestKept(
-                context,
-                measured,
-                eval_every=self.eval_every,
-                stop_at=self.stop_at,
-                max_seconds=self.max_seconds,
-            )
+                context, measured,
+                eval_every=self.eval_every, stop_at=self.stop_at, max_seconds=self.max_seconds,
+            )  # fmt: skip
             network.train()
+            batches = self._batches(context, train)
             state = SupervisedState(
                 network=network,
                 optimizer=adamw,
                 scheduler=schedule.build(adamw, total_steps=num_updates),
-                batches=self._batches(context, train),
+                batches=batches,
                 ending=best,
                 inputs=fingerprints(network, task=task, model=model),
             )
-            losses = self._losses(context, network, train, state.batches)
+            losses = self._losses(context, network, train, batches)
             self.fit(context, state, losses, num_updates=num_updates)
         with clock("evaluate"), self.explaining("evaluating"):
             best.put_back()
@@ -146,9 +142,18 @@ class SFT(Supervised):
         with clock("save"):
             network.save_pretrained(context.folder.path / "model")
             tokenizer.save_pretrained(context.folder.path / "model")
-            folder = context.folder
-            plot_supervised(folder.rows(), folder.path / "loss.png", title="language model")
+            loss_png = context.folder.path / "loss.png"
+            plot_supervised(context.folder.rows(), loss_png, title="language model")
         return {"after": metrics, "seconds": clock.seconds}
+
+    def _encoded(
+        self, task: Task, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[list[Example], list[Example]]:
+        limit = int(network.config.max_position_embeddings)
+        train, held_out = (
+            self._encode(task, tokenizer, part, limit=limit) for part in self._split(task)
+        )
+        return train, held_out
 
     def _split(self, task: Any) -> Split[Any]:
         return task.language_split() if self.data == "texts" else task.demonstration_split()

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_exp.settings import Count, Index, Positive, settings
-from rlhf_exp.tasks.batches import BatchStream
 from rlhf_exp.training.context import Context, TrainingError
 from rlhf_exp.training.memory import explaining_memory
 from rlhf_exp.training.optim import (
@@ -144,6 +143,19 @@ class Ending(Savable, Protocol):
         ...
 
 
+@runtime_checkable
+class Order(Protocol):
+    """Which examples come next."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Where it stands."""
+        ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from there."""
+        ...
+
+
 class AllUpdates:
     """Ends after the last update and not before."""
 
@@ -171,7 +183,7 @@ class SupervisedState:
     network: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
-    batches: BatchStream
+    batches: Order
     ending: Ending = field(default_factory=AllUpdates)
     inputs: Mapping[str, str] = field(default_factory=dict)
     update: int = 0

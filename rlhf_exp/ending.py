@@ -1,0 +1,89 @@
+"""How a run ends that does not reach its end: a message of a few lines, a status, an exit code.
+
+It knows nothing of Hydra.
+"""
+
+import errno
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlhf_exp.queueing import requeue
+from rlhf_exp.settings import ConfigError
+from rlhf_exp.training.context import TrainingError
+from rlhf_exp.training.folder import RunFolder, Status
+from rlhf_exp.training.progress import file_log
+from rlhf_exp.training.stopping import Interrupted, StopRequests
+
+log = logging.getLogger(__name__)
+
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+
+
+@contextmanager
+def concluding(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterator[StopRequests]:
+    """A run in the block, which the yielded requests can stop. Whatever ends it early is said,
+    becomes its status, and is raised as SystemExit; a bug in a single run keeps its traceback. The
+    user's mistake in a single run leaves no status: `undo` removes what was written."""
+    file = file_log()
+
+    def end(status: Status, why: str) -> None:
+        try:
+            RunFolder(path).write_status(status, why)
+        except OSError as error:
+            log.warning("%s/status.json cannot be written: %s", path, error.strerror)
+
+    try:
+        with StopRequests(abandon=lambda why: end("interrupted", why)).listening() as stop:
+            yield stop
+    except Interrupted as stopped:
+        log.error("stopped by %s; go on with: python train.py resume=%s", stopped, path)
+        end("interrupted", str(stopped))
+        if stopped.to_be_requeued:
+            requeue()
+        raise SystemExit(stopped.exit_code) from None
+    except ConfigError as error:
+        log.error("error: %s", bounded(str(error)))
+        end("failed", str(error)) if sweep else undo()
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        log.error("interrupted; what was logged so far is in %s", path)
+        end("interrupted", "KeyboardInterrupt")
+        raise SystemExit(130) from None
+    except TrainingError as error:
+        log.error("error: %s\nwhat was logged so far is in %s", error, path)
+        file.exception("traceback")
+        end("failed", str(error))
+        raise SystemExit(error.exit_code) from None
+    except Exception as error:
+        file.exception("traceback")
+        if told := _disk_fault(error, path):
+            log.error("error: %s; mend that, then: python train.py resume=%s", told, path)
+            end("failed", told)
+            raise SystemExit(1) from None
+        end("failed", f"{type(error).__name__}: {error}")
+        if sweep:
+            raise SystemExit(1) from None
+        raise
+
+
+def _disk_fault(error: Exception, path: Path) -> str | None:
+    """What is wrong with the disk, None if that is not it. Libraries in Rust, such as safetensors,
+    tell of it in the text of errors of their own."""
+    number, name = getattr(error, "errno", None), getattr(error, "filename", None)
+    if match := re.search(r"\(os error (\d+)\)", str(error)):
+        number = int(match[1])
+    if number not in DISK_FAULTS:
+        return None
+    return f"{name or path} cannot be written: {os.strerror(number)}"
+
+
+def bounded(message: str, limit: int = 9) -> str:
+    """The message's first lines, and how many more there are."""
+    lines = message.splitlines()
+    if len(lines) <= limit:
+        return message
+    return "\n".join([*lines[: limit - 1], f"... and {len(lines) - limit + 1} more"])

@@ -1,0 +1,52 @@
+"""From a group's configuration to its object, if it names one that may be built.
+
+Hydra's part of it; what a configuration may name is said in targets.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import hydra
+import pydantic
+from hydra.errors import InstantiationException
+from hydra.utils import get_object
+
+from rlhf_exp.settings import ConfigError, field_problem
+from rlhf_exp.targets import forbidden_module, instructions, targets, unusable
+
+ALLOWED_TARGETS = ("rlhf_exp.", "torch.optim.")
+
+
+def instantiate(
+    config: Mapping[str, Any], path: str, problems: list[str], *, allowed: Sequence[str]
+) -> Any:
+    """The object that a group's configuration describes, or None with its problems appended."""
+    if "_target_" not in config:
+        problems.append(f"{path}: no option is chosen; choose one: {path.rpartition('.')[2]}=...")
+        return None
+    for target in targets(config):
+        module = forbidden_module(target, tuple(allowed), ALLOWED_TARGETS, find=get_object)
+        if module is not None:
+            problems.append(
+                f"{path}._target_={target} is outside of {', '.join(allowed)}; if you trust that"
+                f" module, add it: allow_targets=[{module}]"
+            )
+            return None
+        if unusable(target, ALLOWED_TARGETS, find=get_object):
+            problems.append(f"{path}._target_={target}: it is no class of settings; see conf/")
+            return None
+    if keys := [*instructions(config, ("rlhf_exp.",))]:
+        problems += [f"{path}: {key} is no key of it; leave it out" for key in keys]
+        return None
+    try:
+        return hydra.utils.instantiate(config, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, pydantic.ValidationError):
+            problems += [field_problem(path, detail) for detail in cause.errors()]
+        elif isinstance(cause, ConfigError):
+            problems.append(f"{path}: {cause}")
+        else:
+            reason = f" {cause}" if cause else ""
+            problems.append(f"{path}: {str(error).splitlines()[0]}{reason}")
+        return None
