@@ -42,6 +42,8 @@ def explain(error: BaseException, conf: Path) -> str | None:
     for link in chain:
         if isinstance(link, ConfigAttributeError | ConfigKeyError) and link.full_key:
             return f"{link.full_key}: no such key.{_suggestion(link.full_key, conf)}"
+        if isinstance(link, OmegaConfBaseException) and isinstance(link, TypeError):
+            return f"{link.full_key}: {str(link).splitlines()[0]}"
     group = re.search(r"Could not override '([^']+)'", str(error))
     if isinstance(error, HydraException) and group:
         return f"{group[1]}: no such key or group.{_suggestion(group[1], conf)}"
@@ -51,7 +53,10 @@ def explain(error: BaseException, conf: Path) -> str | None:
             " hydra.run.dir=... and artifacts_dir=..."
         )
     if isinstance(error, ValueError) and "override must be a string or a list" in str(error):
-        return "a group takes one of its options, not null; leave it out with ~, as in ~experiment"
+        words = [w for w in _group_choices(conf) if re.search("=(null|true|false|[-+.0-9]+)$", w)]
+        return (
+            f"{', '.join(words)}: a group takes an option's name; leave it out with ~, as ~reward"
+        )
     if isinstance(error, HydraException | OmegaConfBaseException) or _is_from_hydra(error):
         return "\n".join(line for line in str(error).splitlines() if line.strip())
     return None

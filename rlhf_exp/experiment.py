@@ -79,7 +79,11 @@ def check_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantia
         ]
     logger = instantiate(config.get("logger") or {}, "logger", problems)
     hub = instantiate(config.get("hub") or {}, "hub", problems)
-    problems += [] if hub is None else _push_problems(hub, job)
+    for name, part, kind in (("logger", logger, Logger), ("hub", hub, HubSettings)):
+        if part is not None and not isinstance(part, kind):
+            what = type(part).__name__
+            problems.append(f"{name}: {what} is not for this; choose one: {name}=...")
+    problems += _push_problems(hub, job) if isinstance(hub, HubSettings) else []
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return Plan(steps=steps, last=last, logger=logger, hub=hub)

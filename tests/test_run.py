@@ -144,7 +144,12 @@ def assert_refused(outcome: Outcome, *messages: str) -> None:
             "experiment=revews",
             [r"experiment=revews: no such option\. Did you mean experiment=reviews\?", "periods"],
         ),
-        ("reward=null", [r"not null; leave it out with ~"]),
+        (
+            "reward=null",
+            [r"^error: reward=null: a group takes an option's name; leave it out with ~"],
+        ),
+        ("model=3", [r"^error: model=3: a group takes an option's name"]),
+        ("logger.tags={a:1}", [r"^error: logger\.tags: Cannot merge DictConfig with ListConfig$"]),
         ("stage.kl_coef=0.1,0.2", ["Ambiguous value", "--multirun"]),
         ("stage.kl_coef=[1", ["error: no viable alternative"]),
         ("--cfg job -m", ["Only one of"]),
@@ -239,6 +244,12 @@ REFUSED = {
     "another kind of model": (
         "~experiment model=tiny_classifier",
         [r"model: ScratchClassifier is not for this stage, PPO"],
+    ),
+    "another kind of logger and hub": (
+        "logger._target_=rlhf_exp.rewards.length.Length hub._target_=rlhf_exp.rewards.length.Length"
+        " ~logger.project ~logger.entity ~logger.mode ~logger.tags ~logger.notes ~logger.log_model"
+        " ~logger.finish_s ~hub.push ~hub.repo ~hub.private",
+        [r"^logger: Length is not for this; choose", r"\nhub: Length is not for this; choose"],
     ),
     "a foreign target": (
         "reward._target_=shutil.rmtree",
