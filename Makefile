@@ -17,8 +17,15 @@ run: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
+# What docs/reliability.md counts, with its long campaigns, and the table of it.
+COUNTED := tests/test_faults.py tests/stages/test_every_stage_resumes.py tests/training/test_checkpoint.py \
+	tests/test_config_property.py tests/test_readers.py
+soak: export RLHF_EXP_RELIABILITY := $(CURDIR)/outputs/reliability
 soak: $(STAMP)
-	$(BIN)/python -m pytest -m soak tests
+	rm -rf outputs/reliability
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m 'not gpu' $(COUNTED)
+	$(BIN)/python -m pytest -m soak tests --ignore=tests/test_faults.py
+	$(BIN)/python -m tests.reliability outputs/reliability
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -26,6 +26,7 @@ from rich.text import Text
 
 from rlhf_exp import run
 from rlhf_exp.printable import printable
+from rlhf_exp.queueing import requeue
 from rlhf_exp.redaction import redact_words, scrub
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs
@@ -172,10 +173,12 @@ class Launching:
             with _signals_interrupt(), Monitor(jobs, self.console, title=title):
                 for begin in range(0, len(jobs), size):
                     self._launch(jobs[begin : begin + size])
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit) as stopped:
             settle(jobs, "interrupted")
             self.console.print(summary(jobs))
             self.say_how_to_go_on()
+            if stopped.args == (128 + signal.SIGUSR1,):
+                requeue()
             raise
 
     def _launch(self, jobs: Sequence[SweepJob]) -> None:
@@ -228,14 +231,15 @@ class Launching:
 
 @contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """Has SIGTERM and a closed terminal end the sweep as Ctrl-C does, with their own exit codes."""
+    """Has SIGTERM, SIGUSR1 of a queue and a closed terminal end the sweep as Ctrl-C does, with their
+    own exit codes."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
     numbers = [
         number
-        for number in (signal.SIGTERM, signal.SIGHUP)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
         if signal.getsignal(number) != signal.SIG_IGN  # as under nohup
     ]
     before = {number: signal.signal(number, end) for number in numbers}

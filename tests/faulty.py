@@ -137,6 +137,27 @@ class KillWandbAtPhase:
         at_phase(folder, self.phase, kill)
 
 
+class KillArtifactAtUpdate:
+    """SIGKILL, once a step of `prepare` has a checkpoint of that update or a later one."""
+
+    def __init__(self, step: str, update: int) -> None:
+        self.step, self.update = step, update
+
+    def __call__(self, folder: Path) -> None:
+        """Starts to watch."""
+
+        def found() -> bool:
+            made = folder.parent.glob(f"artifacts/.{self.step}-*.partial/checkpoints/phase-*")
+            return any(int(path.name[-6:]) >= self.update for path in made)
+
+        def watch() -> None:
+            while not found():
+                time.sleep(0.0005)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+
 class Threads:
     """So many threads compute."""
 

@@ -17,6 +17,7 @@ from rlhf_exp.training.files import sync_tree
 from tests.faulty import (
     TRAIN,
     FullDiskAtPhase,
+    KillArtifactAtUpdate,
     KillAtFileOperation,
     KillWandbAtPhase,
     SignalAtPhase,
@@ -177,6 +178,44 @@ def test_the_clock_goes_backwards(short: Path, tmp_path: Path) -> None:
     assert times
     assert min(times) >= 0
     assert_the_same(folder, short, "clock going backwards", 1)
+
+
+CHAIN = (
+    *(word for word in SHORT if word.split("=")[0] not in ("~experiment", "reward.character")),
+    "experiment=reviews", "artifacts_dir=artifacts", "task.num_reviews=120",
+    "task.num_labelled=120",
+    "task.num_held_out=20", "prepare.base.stage={epochs:2,batch_size:30,checkpoint_every:1}",
+    "prepare.classifier.stage={epochs:1,batch_size:30,checkpoint_every:2}",
+    "prepare.base.model={num_layers:1,d_model:16}", "prepare.base.schedule.warmup_steps=1",
+    "prepare.classifier.model={num_layers:1,d_model:16}",
+    "prepare.classifier.schedule.warmup_steps=1",
+)  # fmt: skip
+
+
+def test_killed_while_it_prepares(tmp_path: Path) -> None:
+    """In the middle of a step that is trained, it goes on there; what is built has no checkpoints
+    left."""
+    words = [word for word in CHAIN if not word.startswith("model.")]
+    whole, cut = tmp_path / "a" / "whole", tmp_path / "b" / "cut"
+    assert begin_or_go_on(whole, words) == 0, said(whole)
+    for step, phase in (("base", 3), ("classifier", 2)):
+        fault = KillArtifactAtUpdate(step, phase)
+        assert begin_or_go_on(cut, words, fault=fault) == -9, said(cut)
+    assert begin_or_go_on(cut, words) == 0, said(cut)
+    text = said(cut)
+    assert text.count("base: building") == 2
+    assert "going on after update" in text
+    built = [
+        {
+            file.relative_to(home / "artifacts"): file.read_bytes()
+            for file in sorted((home / "artifacts").rglob("*.safetensors"))
+        }
+        for home in (tmp_path / "a", tmp_path / "b")
+    ]
+    assert built[0] == built[1]
+    assert len(built[0]) == 2
+    assert not [*tmp_path.rglob("artifacts/*/checkpoints")]
+    assert_the_same(cut, whole, "SIGKILL while preparing", 2)
 
 
 def flip(file: Path) -> None:

@@ -12,6 +12,7 @@ import math
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,6 +223,7 @@ class CheckpointWriter:
     def __init__(self, run: Path, optimizer: torch.optim.Optimizer | None = None) -> None:
         self._run, self._optimizer = run, optimizer
         self._write: _Write | None = None
+        self.waited_s = 0.0  # that steps of the optimizer waited for copies
         if optimizer is not None:
             self._hook = optimizer.register_step_pre_hook(lambda *_: self._wait_until_settled())
 
@@ -282,7 +284,9 @@ class CheckpointWriter:
 
     def _wait_until_settled(self) -> None:
         if self._write is not None:
+            began = time.perf_counter()
             self._write.settled.wait()
+            self.waited_s += time.perf_counter() - began
 
 
 def _held(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhf_exp.models.loading import Pretrained
-from rlhf_exp.models.reference import Lora
+from rlhf_exp.models.reference import Lora, SharedTrunk
 from rlhf_exp.models.scratch import Scratch, ScratchClassifier
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError
@@ -19,6 +19,7 @@ from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.stages.preferences import Preferences
 from rlhf_exp.stages.reward_model import TrainRewardModel
 from rlhf_exp.stages.sft import SFT
+from rlhf_exp.tasks.dataset import PromptDataset
 from rlhf_exp.training.context import Context
 from rlhf_exp.training.optim import AdamWSettings, Constant
 from rlhf_exp.training.stopping import Interrupted, StopRequests
@@ -75,6 +76,22 @@ def ppo(given: Context, base: Path) -> dict[str, Any]:
     return stage.run(given, **taken)
 
 
+def ppo_on_a_dataset(given: Context, base: Path) -> dict[str, Any]:
+    """Prompts and columns of a file, micro-batches, a trunk that is shared."""
+    file = base.with_name("prompts.jsonl")
+    rows = [{"prompt": f"w{i} w{i + 1}"[: 2 + 3 * (i % 2)], "n": i} for i in range(9)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage = PPO(
+        total_phases=3, batch_size=4, num_minibatches=2, micro_batch_size=1, eval_every=2,
+        eval_samples=4, whiten_advantages="minibatch", kl_penalty="reward",
+    )  # fmt: skip
+    taken = parts(
+        task=PromptDataset(path=str(file), prepend_bos=True), sampler=SAMPLER,
+        reference=SharedTrunk(num_layers_unfrozen=1), model=model_in(base),
+    )  # fmt: skip
+    return stage.run(given, **taken)
+
+
 STAGES: dict[str, tuple[Run, int]] = {
     "sft on texts": (sft("texts"), 6),
     "sft on demonstrations": (sft("demonstrations"), 6),
@@ -82,6 +99,7 @@ STAGES: dict[str, tuple[Run, int]] = {
     "preferences": (preferences, 3),
     "reward_model": (reward_model, 4),
     "ppo": (ppo, 4),
+    "ppo on a dataset": (ppo_on_a_dataset, 3),
 }
 
 

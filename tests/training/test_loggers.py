@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,17 @@ def test_without_a_key_the_mode_is_what_is_asked_for_or_offline(
     if environment is not None:
         monkeypatch.setenv("WANDB_MODE", environment)
     assert opens(WandbLogger(mode=mode), tmp_path) == expected
+
+
+def test_a_resumed_run_is_the_same_run(tmp_path):
+    for _ in range(2):
+        given = replace(info(tmp_path), run_id="ab12cd34")
+        with WandbLogger(mode="offline").connect(given) as run:
+            assert run is not None
+            assert run._run.id == "ab12cd34"
+    names = [run.name for run in offline_runs(tmp_path / "shared")]
+    assert len(names) == 2, "wandb sync puts them together by their id"
+    assert all(name.endswith("-ab12cd34") for name in names)
 
 
 def test_a_key_in_the_netrc_counts_if_it_is_the_servers(tmp_path, monkeypatch, server, caplog):
