@@ -231,7 +231,7 @@ class Launching:
 
 @contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """Has SIGTERM, SIGUSR1 of a queue and a closed terminal end the sweep as Ctrl-C does, with their
+    """Has SIGTERM, a queue's SIGUSR1 and a closed terminal end the sweep as Ctrl-C does, with their
     own exit codes."""
 
     def end(number: int, frame: FrameType | None) -> None:
