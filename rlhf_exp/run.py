@@ -186,11 +186,6 @@ def _resumed(cfg: DictConfig, folder: Path) -> Resumed:
     """A run's own configuration with what the command line may change in it. Raises ConfigError for
     what it may not, and for a run that is done and gets no more phases."""
     overrides = HydraConfig.get().overrides
-    if Path(str(cfg.resume)).resolve() != folder.resolve():
-        raise ConfigError(
-            f"resume={cfg.resume} goes on in that folder: leave out hydra.run.dir, or give"
-            " resume=auto with it"
-        )
     own: Any = OmegaConf.load(folder / CONFIG)
     before = [str(word) for word in OmegaConf.load(folder / OVERRIDES)]
     asked = [word for word in overrides.task if word.lstrip("+").split("=")[0] not in OF_THE_START]
@@ -274,9 +269,15 @@ def job(cfg: DictConfig) -> None:
 
 def _settle_resume(cfg: DictConfig, path: Path) -> None:
     """Has resume=auto name the folder if there is a run in it, and nothing if not. Raises
-    ConfigError for a new run where there is one already."""
+    ConfigError for a run that is to go on elsewhere, and for a new one where there is one
+    already."""
     if cfg.resume and str(cfg.resume) == AUTO:
         cfg.resume = str(path) if is_run(path) else None
+    elif cfg.resume and Path(str(cfg.resume)).resolve() != path.resolve():
+        raise ConfigError(
+            f"resume={cfg.resume} goes on in that folder: leave out hydra.run.dir, or give"
+            " resume=auto with it"
+        )
     elif not cfg.resume and is_run(path):
         raise ConfigError(
             f"hydra.run.dir={path} holds a run already: go on with it by resume={path}, or name"

@@ -161,5 +161,6 @@ class StaticDecoder:
             self._slot.fill_(self._prompt_len)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Other threads may use the device meanwhile: a reward, or the copy of a checkpoint.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._advance()
