@@ -1,6 +1,7 @@
 """How long a job will take, judged by finished runs of the same shape."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ SHAPE = {
     "reward": {"_target_"},
 }  # fmt: skip
 BY_PHASE = ("rollout", "learn", "evaluate")
+# What files raise that are not as a run writes them, numbers out of all proportion included.
+UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
 
 
 def finished_runs(*roots: Path) -> list[tuple[dict[str, Any], dict[str, float]]]:
@@ -33,7 +38,7 @@ def finished_runs(*roots: Path) -> list[tuple[dict[str, Any], dict[str, float]]]
                 for part, spent in seconds.items()
                 if not part.startswith(("total", "prepare."))
             }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except UNREADABLE:
             continue  # of another kind, or half written
         if own and isinstance(config, dict):  # else it ended after a step of `prepare`
             found.append((config, own))
@@ -52,9 +57,11 @@ def expected_seconds(
             if _shape(other) != shape:
                 continue
             scale = _phases(config) / _phases(other)
-            return float(sum(v * (scale if k in BY_PHASE else 1) for k, v in seconds.items()))
-        except (KeyError, TypeError, AttributeError):
+            total = float(sum(v * (scale if k in BY_PHASE else 1) for k, v in seconds.items()))
+        except UNREADABLE:
             continue
+        if 0 <= total < math.inf:
+            return total
     return None
 
 

@@ -116,22 +116,28 @@ def read_record(sweep: Path) -> list[SweepJob]:
         return []
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["jobs"]
-        return [
-            SweepJob(
-                overrides=tuple(row["overrides"]),
-                swept=tuple(row["swept"]),
-                identity=row["identity"],
-                phases=row["phases"],
-                number=row["number"],
-                folder=sweep / _own_name(row["folder"]),
-            )
-            for row in rows
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [_recorded(row, sweep) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
-            f"{path} cannot be read ({error}): name another hydra.sweep.dir, or remove the file and"
-            " let all jobs run again"
+            f"{path} cannot be read ({str(error)[:80]}): name another hydra.sweep.dir, or remove"
+            " the file and let all jobs run again"
         ) from error
+
+
+def _recorded(row: Mapping[str, Any], sweep: Path) -> SweepJob:
+    """The job of a row. Raises ValueError, KeyError or TypeError for what no sweep has written."""
+    texts = [*row["overrides"], *row["swept"], row["identity"], row["folder"]]
+    numbers = [row["number"], 0 if row["phases"] is None else row["phases"]]
+    if not all(isinstance(text, str) for text in texts) or {*map(type, numbers)} != {int}:
+        raise TypeError("a job with a value of another type")
+    return SweepJob(
+        overrides=tuple(row["overrides"]),
+        swept=tuple(row["swept"]),
+        identity=row["identity"],
+        phases=row["phases"],
+        number=row["number"],
+        folder=sweep / _own_name(row["folder"]),
+    )
 
 
 def _own_name(folder: str) -> str:

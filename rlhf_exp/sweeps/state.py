@@ -2,6 +2,7 @@
 launcher and every machine that shares the disk."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,19 +37,31 @@ def read_state(folder: Path) -> JobState:
         ("eval", "eval/score") if done and evaluated else ("objective", "objective/scores")
     )
     source = evaluated if side == "eval" else newest
+    error, phase = status.get("error"), _number(newest.get("phase"))
     return JobState(
         status=status["status"] if status.get("status") in KNOWN else "waiting",
-        error=status.get("error"),
-        phase=newest.get("phase"),
-        score=source.get(score),
-        kl=source.get(f"{side}/kl"),
+        error=error if isinstance(error, str) else None,
+        phase=None if phase is None else int(phase),
+        score=_number(source.get(score)),
+        kl=_number(source.get(f"{side}/kl")),
     )
+
+
+def _number(value: Any) -> float | None:
+    """The value if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of 309 digits
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -66,7 +79,7 @@ def _last_rows(path: Path) -> list[dict[str, Any]]:
     for line in lines[1 if begin else 0 : -1]:  # the last is being written
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             rows.append(row)

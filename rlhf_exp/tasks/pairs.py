@@ -178,9 +178,11 @@ def _json_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            # Not only what is no JSON: also numbers of thousands of digits, and what is too deep.
+            reason = str(error).partition(": line")[0][:80]
             raise ConfigError(
-                f"task.path: {file}, row {number} is not JSON ({error.msg}): give one object a line"
+                f"task.path: {file}, row {number} is not JSON ({reason}): give one object a line"
             ) from error
         if not isinstance(row, dict):
             raise ConfigError(

@@ -167,7 +167,7 @@ def test_a_record_keeps_the_jobs_of_the_one_before(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", '{"jobs": [', "[]", '{"jobs": [{}]}', '{"jobs": 3}', "\x00"]
+    "content", ["", '{"jobs": [', "[]", '{"jobs": [{}]}', '{"jobs": 3}', "\x00", 10_000 * "["]
 )
 def test_a_record_that_cannot_be_read_stops_the_sweep_before_it_numbers_anew(tmp_path, content):
     (tmp_path / "sweep.json").write_text(content, encoding="utf-8")
@@ -179,6 +179,19 @@ def test_a_record_that_cannot_be_read_stops_the_sweep_before_it_numbers_anew(tmp
         with pytest.raises(ConfigError, match=r"sweep\.json cannot be read .*hydra\.sweep\.dir"):
             use()
     assert (tmp_path / "sweep.json").read_text(encoding="utf-8") == content
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("number", "0"), ("number", True), ("phases", 1.5), ("swept", [1]), ("identity", None)],
+)
+def test_a_record_with_a_value_of_another_type_is_not_read(tmp_path, key, value):
+    write_record(tmp_path, place(tmp_path, [build_job("seed=1")]), command=[])
+    record = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))
+    record["jobs"][0][key] = value
+    (tmp_path / "sweep.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"sweep\.json cannot be read \(.* another type\)"):
+        read_record(tmp_path)
 
 
 @pytest.mark.parametrize("folder", ["../0", "/tmp", "..", ".", "", "a/b", "a\\b", "0\n", 5, None])

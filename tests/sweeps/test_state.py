@@ -62,7 +62,18 @@ def test_a_score_that_was_not_finite_is_none(tmp_path):
     )
 
 
-@pytest.mark.parametrize("content", [b"", b'{"status": "do', b"[]", b"\xff\xfe\x00", b"null"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'{"status": "do',
+        b"[]",
+        b"\xff\xfe\x00",
+        b"null",
+        b"[" * 10_000,
+        b'{"status": ["done"]}',
+    ],
+)
 def test_a_status_that_cannot_be_read_counts_as_none(tmp_path, content):
     (tmp_path / "status.json").write_bytes(content)
     assert read_state(tmp_path) == JobState(status="waiting")
@@ -82,9 +93,24 @@ def test_a_row_that_is_being_written_is_not_there_yet(tmp_path):
 
 def test_garbage_between_rows_is_passed_over(tmp_path):
     write_status(tmp_path, "running")
-    lines = [b"\xff\xfe", b"", b'{"phase": 7', b"[1, 2]", b"null", json.dumps(ROWS[1]).encode()]
+    lines = [
+        b"\xff\xfe",
+        b"",
+        b'{"phase": 7',
+        b"[1, 2]",
+        b"null",
+        b"[" * 5_000,
+        json.dumps(ROWS[1]).encode(),
+    ]
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*lines, b"\x00", b""]))
     assert read_state(tmp_path) == JobState(status="running", phase=1, score=0.3, kl=0.01)
+
+
+@pytest.mark.parametrize("value", ["a", [1], True, 10**400, float("inf")])
+def test_what_is_no_number_is_not_there(tmp_path, value):
+    (tmp_path / "status.json").write_text('{"status": "failed", "error": 3}', encoding="utf-8")
+    write_rows(tmp_path, [{"phase": value, "objective/scores": value, "objective/kl": value}])
+    assert read_state(tmp_path) == JobState(status="failed")
 
 
 def test_of_a_large_file_the_end_is_read(tmp_path):

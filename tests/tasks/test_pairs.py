@@ -170,6 +170,8 @@ def test_a_malformed_row_is_refused_with_its_file_row_and_field(row, message, tm
 BAD_LINES = {
     "not JSON": ("{'prompt': 1}", r"row 2 is not JSON \(Expecting property name.*\): give one"),
     "cut off": ('{"prompt": "p", ', r"row 2 is not JSON \("),
+    "deep": ("[" * 10_000, r"row 2 is not JSON \(maximum recursion depth"),
+    "digits without end": ("9" * 5000, r"row 2 is not JSON \(Exceeds the limit"),
     "a list": ('["p", "a", "b"]', "row 2 is a list: give one object a line"),
     "a text": ('"p"', "row 2 is a str: give one object a line"),
     "null": ("null", "row 2 is a NoneType: give one object a line"),
