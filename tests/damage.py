@@ -17,9 +17,9 @@ NASTY = (
 @st.composite
 def damaged(draw: st.DrawFn, real: bytes) -> bytes:
     """A real file cut, with bits flipped, with parts left out, doubled or replaced by what is
-    nasty; now and then bytes that were never one."""
-    if draw(st.integers(0, 9)) == 0:
-        return draw(st.binary(max_size=200))
+    nasty; now and then what is nasty alone, or bytes that were never a file."""
+    if draw(st.integers(0, 4)) == 0:
+        return draw(st.sampled_from(NASTY) | st.binary(max_size=200))
     content = real
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(content)))

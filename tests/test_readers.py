@@ -26,7 +26,7 @@ from rlhf_exp.tasks.pairs import read_pairs, write_pairs
 from rlhf_exp.tasks.protocol import Pair
 from rlhf_exp.tasks.tables import read_table
 from rlhf_exp.training.folder import RunFolder
-from tests.damage import damaged, mistyped
+from tests.damage import NASTY, damaged, mistyped
 from tests.reliability import count_cases
 from tests.report.build_runs import config, rows, write_run
 
@@ -148,7 +148,8 @@ def lines_and_damage(draw: st.DrawFn) -> list[tuple[bool, bytes]]:
         if draw(st.integers(0, 2)):
             found.append((True, line))
         else:
-            broken = draw(st.one_of(damaged(line), mistyped(row))).replace(b"\n", b"")
+            broken = draw(st.one_of(damaged(line), mistyped(row), st.sampled_from(NASTY)))
+            broken = broken.replace(b"\n", b"")
             found.append((False, broken))
     return found
 
@@ -187,6 +188,7 @@ def test_reports_read_any_run(tmp_path: Path) -> None:
     jsons = sorted(name for name in files if name.endswith(".json"))
     assert {"status.json", "metrics.jsonl"} <= files.keys()
     whole = read_runs([run])[0][0].train.phases
+    first = json.loads(files["metrics.jsonl"].partition(b"\n")[0])
 
     @fuzz
     @given(st.data(), st.sampled_from(sorted(files)))
@@ -194,7 +196,11 @@ def test_reports_read_any_run(tmp_path: Path) -> None:
         real = files[name]
         for other, content in files.items():
             (run / other).write_bytes(content)
-        kinds = [damaged(real)] + ([mistyped(json.loads(real))] if name in jsons else [])
+        kinds = [damaged(real)]
+        if name in jsons:
+            kinds.append(mistyped(json.loads(real)))
+        elif name == "metrics.jsonl":
+            kinds.append(mistyped(first).map(lambda line: line + b"\n" + real))
         (run / name).write_bytes(data.draw(st.one_of(kinds)))
         found, problems = read_runs([run])
         assert all(isinstance(problem, str) for problem in problems)
