@@ -246,10 +246,9 @@ REFUSED = {
         [r"model: ScratchClassifier is not for this stage, PPO"],
     ),
     "another kind of logger and hub": (
-        "logger._target_=rlhf_exp.rewards.length.Length hub._target_=rlhf_exp.rewards.length.Length"
-        " ~logger.project ~logger.entity ~logger.mode ~logger.tags ~logger.notes ~logger.log_model"
-        " ~logger.finish_s ~hub.push ~hub.repo ~hub.private",
-        [r"^logger: Length is not for this; choose", r"\nhub: Length is not for this; choose"],
+        "logger=local logger._target_=rlhf_exp.rewards.length.Length"
+        " +logger.target_tokens=3 hub._target_=rlhf_exp.rewards.length.Length",
+        [r"^logger: Length is not for this; choose", r"\nhub\.push: no such key of hub"],
     ),
     "a foreign target": (
         "reward._target_=shutil.rmtree",

@@ -1,7 +1,6 @@
 """What guards a run of PPO besides its numbers: memory that runs out, and a reference that must not
 change."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from rlhf_exp.rewards.protocol import RewardFunction
 from rlhf_exp.settings import ConfigError, settings
 from rlhf_exp.stages.actors import check_frozen, frozen_hash
 from rlhf_exp.stages.ppo import PPO
+from rlhf_exp.training.checkpoint import read_newest_checkpoint
 from rlhf_exp.training.context import TrainingError
 from rlhf_exp.types import Completions
 
@@ -137,9 +137,9 @@ def test_a_run_names_its_reference_and_a_resumed_one_has_the_same(
     given = parts(task=RAGGED, reference=KINDS[kind])
     result = SMALL.run(context(tmp_path), **given)
     assert len(result["reference_sha256"]) == 64
-    [checkpoint] = (tmp_path / "checkpoints").iterdir()
-    file = checkpoint / "state.json"
-    saved = json.loads(file.read_text())
+    newest = read_newest_checkpoint(tmp_path)
+    assert newest is not None
+    saved = newest.numbers["state"]["loop"]
     assert saved["inputs"]["reference"] == result["reference_sha256"]
     assert (
         SMALL.run(context(tmp_path, resume=True), **given)["reference_sha256"]

@@ -2,7 +2,6 @@
 sampled. And the KL's coefficient, where it adapts."""
 
 import copy
-import json
 import logging
 import math
 from pathlib import Path
@@ -16,6 +15,7 @@ from rlhf_exp.stages.actors import Actors
 from rlhf_exp.stages.histograms import LastPass
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.stages.train_state import TrainState
+from rlhf_exp.training.checkpoint import read_newest_checkpoint
 from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.optim import WarmupDecay
 
@@ -181,9 +181,9 @@ def test_the_coefficient_follows_the_kl_of_each_phase(tmp_path: Path) -> None:
     assert [row["objective/kl_coef"] for row in logged] == pytest.approx(coefs, rel=1e-12)
     assert coefs[1] == pytest.approx(0.2 * (1 - 0.2 * 8 / 20))  # phase 1 has no KL yet
     assert coefs[-1] > min(coefs)
-    [checkpoint] = (tmp_path / "checkpoints").iterdir()
-    saved = json.loads((checkpoint / "state.json").read_text())
-    assert saved["kl_coef"] == pytest.approx(expected, rel=1e-12)
+    newest = read_newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.numbers["state"]["loop"]["kl_coef"] == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("kl_penalty", ["loss", "reward"])
