@@ -248,7 +248,7 @@ REFUSED = {
     "another kind of logger and hub": (
         "logger=local logger._target_=rlhf_exp.rewards.length.Length"
         " +logger.target_tokens=3 hub._target_=rlhf_exp.rewards.length.Length",
-        [r"^logger: Length is not for this; choose", r"\nhub\.push: no such key of hub"],
+        [r"(?m)^logger: Length is not for this; choose", r"(?m)^hub\.push: no such key of hub$"],
     ),
     "a foreign target": (
         "reward._target_=shutil.rmtree",
