@@ -1,5 +1,6 @@
 """The loss by hand, what measures while a model trains and what at the end, and the best kept."""
 
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -268,6 +269,25 @@ def test_without_measurements_the_last_weights_stay(tmp_path: Path) -> None:
     assert stops == [False] * 3
     assert weight == 3
     assert not [*tmp_path.iterdir()]
+
+
+def test_the_best_is_known_to_a_run_that_goes_on(tmp_path: Path) -> None:
+    best, _, weight = kept(tmp_path / "a", exact(0.2, 0.7), updates=4)
+    assert weight == 4
+    tensors, numbers = best.tensors(), json.loads(json.dumps(best.numbers()))
+    other, _, _ = kept(tmp_path / "b", exact(0.1), updates=2)
+    other.restore(tensors, numbers)
+    assert other.best[0] == 0.7
+    network = other.held_out.policy.language_model
+    other.put_back()  # it was measured at update 4, so that it is not measured again
+    assert network.transformer.ln_f.bias[0].item() == 4
+
+
+def test_time_goes_on_where_it_was(tmp_path: Path) -> None:
+    best, _, _ = kept(tmp_path / "a", [], updates=1, eval_every=None, max_seconds=1e6)
+    numbers = {**best.numbers(), "seconds": 2e6}
+    best.restore({}, numbers)
+    assert best(2), "the seconds of the run before it was cut count too"
 
 
 def test_time_ends_it(

@@ -235,6 +235,29 @@ def test_patience_is_the_measurements_without_a_better_one(tmp_path: Path) -> No
     assert scorer.head.score.bias.item() == 6.5
 
 
+def test_the_best_is_known_to_a_run_that_goes_on(tmp_path: Path) -> None:
+    scorer = model(tmp_path / "model")
+    bias = scorer.head.score.bias
+
+    def measuring(*losses: float) -> BestScorer:
+        measured = iter(losses)
+        return BestScorer(
+            scorer, lambda: next(measured), context(tmp_path), eval_every=1, patience=2
+        )
+
+    first, other = measuring(2.0, 3.0), measuring(2.5)
+    for update in (1, 2):
+        with torch.no_grad():
+            bias.fill_(update)
+        assert not first(update)
+    other.restore(first.tensors(), first.numbers())
+    with torch.no_grad():
+        bias.fill_(3)
+    assert other(3), "two measurements without a better one"
+    other.put_back()
+    assert bias.item() == 1
+
+
 @pytest.mark.parametrize(("last", "kept"), [(0.5, 5.5), (1.5, 2.5)])
 def test_the_last_update_is_measured_too(tmp_path: Path, last: float, kept: float) -> None:
     scorer, _ = scored(tmp_path, [1.0, 2.0, last], updates=5, patience=9)
