@@ -14,7 +14,7 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 import pytest
-from huggingface_hub.utils import are_progress_bars_disabled
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from pyarrow import parquet
 
 from rlhf_exp.network import reachable
@@ -406,6 +406,7 @@ def test_a_changed_file_of_a_directory_is_read_anew(folder):
 def test_reading_leaves_nothing_behind(folder, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
+    enable_progress_bars()  # whatever a run in this process has left behind
     disabled = logging.root.manager.disable
     table = read(folder)
     assert rows(table) == [{"n": 1}, {"n": 2}, {"n": 3}]
