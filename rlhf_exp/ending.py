@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rlhf_exp.queueing import requeue
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.training.checkpoint import newest_phase
 from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.folder import RunFolder, Status
 from rlhf_exp.training.progress import file_log
@@ -54,7 +55,7 @@ def concluding(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterator
         end("interrupted", "KeyboardInterrupt")
         raise SystemExit(130) from None
     except TrainingError as error:
-        log.error("error: %s\nwhat was logged so far is in %s", error, path)
+        log.error("error: %s\nwhat was logged so far is in %s%s", error, path, _how_to_go_on(path))
         file.exception("traceback")
         end("failed", str(error))
         raise SystemExit(error.exit_code) from None
@@ -68,6 +69,14 @@ def concluding(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterator
         if sweep:
             raise SystemExit(1) from None
         raise
+
+
+def _how_to_go_on(path: Path) -> str:
+    """The command that goes on from the newest checkpoint, and its phase, if there is one."""
+    newest = newest_phase(path)
+    if newest is None:
+        return ""
+    return f"; mended, it goes on after step {newest}: python train.py resume={path}"
 
 
 def _disk_fault(error: Exception, path: Path) -> str | None:

@@ -5,7 +5,7 @@ It knows nothing of Hydra: whoever calls hands in what turns configuration into 
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 class Job:
     """Where and as what an experiment runs. A job of a sweep shares its parent folder with the
     others; a resumed one goes on in the folder of the run that ended. `chosen` are the groups that
-    the command line names, `stop` is what asks it to end early."""
+    the command line names, `stop` is what asks it to end early, and `begun` is called when all is
+    loaded and the work begins."""
 
     path: Path
     sweep: bool
@@ -46,6 +47,7 @@ class Job:
     until: str | None
     chosen: frozenset[str]
     stop: StopRequests = field(default_factory=StopRequests)
+    begun: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +171,7 @@ def _run_stage(
         folder.write_json("resolved_config.json", shown)
         if not job.resume:
             folder.clear()
+        job.begun()
         with logger.open(replace(info, run_id=folder.run_id)) as sinks:
             yield sinks
 
@@ -180,7 +183,7 @@ def _run_stage(
         result["prepare"] = prepared.results
         result["seconds"] = {**prepared.seconds, **result["seconds"]}
         result["seconds"]["total"] = sum(result["seconds"].values())
-        if not job.sweep:  # then imports and checks belong to this run alone
+        if not (job.sweep or job.resume):  # then imports and checks belong to this run alone
             result["seconds"]["total"] = since_process_start()
         folder.write_json("result.json", result)
         prepared.copy_figures(job.path)

@@ -9,15 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from rlhf_exp.redaction import REDACTED
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.sweeps.jobs import NOT_RESULTS
 from rlhf_exp.training.claims import is_claimed
 
 AUTO = "auto"
-CONFIG = ".hydra/config.yaml"
+CONFIG, OVERRIDES = ".hydra/config.yaml", ".hydra/overrides.yaml"
+RUNS = Path("outputs")  # where the configuration puts runs
+OF_THE_START = ("resume", "resume_with", "dry_run")  # of one start of a run alone
 # How often what is already determined is saved or shown.
 FREE = ("stage.checkpoint_every", "stage.histograms_every", "stage.log_every")
-MORE = "stage.total_phases"
+MORE = ("stage.total_phases", "stage.epochs", "stage.max_updates", "stage.max_seconds")
+BUDGET = "stage.kl_budget"
 ABSENT = object()
 
 
@@ -53,6 +59,46 @@ def _last_written(run: Path) -> float:
     return max(
         (file.stat().st_mtime for file in (run / "status.json", run / CONFIG) if file.exists()),
     )
+
+
+def key_of(word: str) -> str:
+    """The key, or the group, that a word of the command line sets."""
+    return word.lstrip("+~").split("=")[0]
+
+
+def recorded_words(run: Path) -> list[str]:
+    """The words of the command line that made a run's configuration, but for those with secrets,
+    which are not recorded. Raises ConfigError if they cannot be read."""
+    try:
+        lines = (run / OVERRIDES).read_text(encoding="utf-8").splitlines()
+        words = yaml.safe_load("\n".join(lines))
+        usable = isinstance(words, list) and all(isinstance(word, str) for word in words)
+    except (OSError, ValueError, yaml.YAMLError):
+        usable = False
+    if not usable:
+        raise ConfigError(f"{run / OVERRIDES} cannot be read: it holds a list of words")
+    return [word for word in words if REDACTED not in word and key_of(word) not in OF_THE_START]
+
+
+def with_recorded_words(words: Sequence[str]) -> list[str]:
+    """A command line that goes on with a run with that run's own words before it, but for keys of
+    an option that is not chosen any more; any other as it is."""
+    given = {key: value for key, _, value in (word.partition("=") for word in words)}
+    resume = given.get("resume", "").strip("'\"")
+    folder = given.get("hydra.run.dir", "").strip("'\"")
+    if not resume or resume == "null" or {"-m", "--multirun"} & set(words):
+        return [*words]
+    try:
+        run = Path(folder) if resume == AUTO and folder else find_run(resume, RUNS)
+        known = recorded_words(run) if is_run(run) else []
+    except ConfigError:  # as who takes the run will say
+        return [*words]
+    groups = [key_of(w) for w in words if not w.startswith("-") and "." not in key_of(w)]
+    chosen = tuple(f"{group}." for group in groups)
+    again = {key_of(word) for word in words}
+    kept = [w for w in known if key_of(w) not in again and not key_of(w).startswith(chosen)]
+    options = [word for word in words if word.startswith("-")]
+    return [*options, *kept, *(word for word in words if word not in options)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +137,8 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def check_changes(found: Sequence[Change], allowed: Sequence[str], *, run: Path) -> None:
     """Raises ConfigError with the changes that would give other results than the run's own
-    configuration, unless `allowed` names the key or a group above it. More phases are always
-    allowed, and so is what concerns no results."""
+    configuration, unless `allowed` names the key or a group above it. More phases or updates are
+    always allowed, and so is what concerns no results."""
     refused = [change for change in found if not _is_free(change, allowed)]
     if refused:
         keys = ",".join(change.key for change in refused)
@@ -106,19 +152,21 @@ def check_changes(found: Sequence[Change], allowed: Sequence[str], *, run: Path)
 def _is_free(change: Change, allowed: Sequence[str]) -> bool:
     if change.key in FREE or change.key.split(".")[0] in NOT_RESULTS - {"device"}:
         return True
-    if change.key == MORE and _is_more(change):
+    if change.key in MORE and _is_more(change):
         return True
     return any(change.key == key or change.key.startswith(f"{key}.") for key in allowed)
 
 
 def _is_more(change: Change) -> bool:
     counts = (change.before, change.after)
-    return all(isinstance(n, int) for n in counts) and change.after > change.before
+    return all(isinstance(n, int | float) for n in counts) and change.after > change.before
 
 
-def adds_phases(found: Sequence[Change]) -> bool:
-    """Whether the changes give a run more phases, so that one that is done can go on."""
-    return any(change.key == MORE and _is_more(change) for change in found)
+def lets_go_on(found: Sequence[Change]) -> bool:
+    """Whether the changes let a run that is done go on: more phases or updates, another KL
+    budget."""
+    more = (change.key in MORE and _is_more(change) for change in found)
+    return any(more) or any(change.key == BUDGET for change in found)
 
 
 def apply(config: dict[str, Any], found: Sequence[Change]) -> dict[str, Any]:

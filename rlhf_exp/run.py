@@ -30,7 +30,6 @@ from rlhf_exp.instantiation import ALLOWED_TARGETS, instantiate
 from rlhf_exp.own_keys import read_own_keys
 from rlhf_exp.printable import printable
 from rlhf_exp.redaction import (
-    REDACTED,
     redact,
     redact_words,
     redacted_keys,
@@ -44,14 +43,19 @@ from rlhf_exp.redaction import (
 from rlhf_exp.resuming import (
     AUTO,
     CONFIG,
+    OF_THE_START,
+    OVERRIDES,
     Change,
-    adds_phases,
     apply,
     changes,
     check_changes,
     find_run,
     is_done,
     is_run,
+    key_of,
+    lets_go_on,
+    recorded_words,
+    with_recorded_words,
 )
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs
@@ -68,8 +72,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OVERRIDES = ".hydra/overrides.yaml"
-OF_THE_START = ("resume", "resume_with", "dry_run")  # of this start of a run alone
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
@@ -102,10 +104,6 @@ def execute(cfg: DictConfig, path: Path, stop: "StopRequests | None" = None) -> 
         _say_plan(check(given, path, words, sweep=False), path)
         return
     use_processor_well()
-    if resumed and resumed.changes:
-        check(given, path, words, sweep=False)
-        write_whole(path / CONFIG, to_yaml(given))
-        write_whole(path / OVERRIDES, to_yaml(OmegaConf.create([*resumed.words])))
     # A job of a sweep comes back to its folder if it was cut: by a queue or by skip_completed.
     resume = bool(resumed) or (_is_sweep() and has_checkpoint(path))
     config = to_container(given)
@@ -115,7 +113,23 @@ def execute(cfg: DictConfig, path: Path, stop: "StopRequests | None" = None) -> 
         if config["max_minutes"] is not None:
             began = time.monotonic() if _is_sweep() else PROCESS_BEGAN
             stop.limit(config["max_minutes"], began=began)
-    run_experiment(config, job, instantiate)
+    if resumed is None or not resumed.changes:
+        run_experiment(config, job, instantiate)
+        return
+    before = {name: (path / name).read_text(encoding="utf-8") for name in (CONFIG, OVERRIDES)}
+
+    def adopt() -> None:
+        write_whole(path / OVERRIDES, to_yaml(OmegaConf.create([*resumed.words])))
+        write_whole(path / CONFIG, to_yaml(given))
+
+    try:
+        run_experiment(config, replace(job, begun=adopt), instantiate)
+    except ConfigError as error:
+        for name, text in before.items():
+            write_whole(path / name, text)
+        changed = ", ".join(str(change) for change in resumed.changes)
+        told = f"{error}\nthe configuration was changed for this start: {changed}"
+        raise ConfigError(told) from error
 
 
 def _say_plan(config: Mapping[str, Any], path: Path) -> None:
@@ -187,29 +201,24 @@ def _resumed(cfg: DictConfig, folder: Path) -> Resumed:
     what it may not, and for a run that is done and gets no more phases."""
     overrides = HydraConfig.get().overrides
     own: Any = OmegaConf.load(folder / CONFIG)
-    before = [str(word) for word in OmegaConf.load(folder / OVERRIDES)]
-    asked = [word for word in overrides.task if word.lstrip("+").split("=")[0] not in OF_THE_START]
+    before = recorded_words(folder)
+    asked = [word for word in overrides.task if key_of(word) not in OF_THE_START]
     found: list[Change] = []
-    if asked:
+    if asked != before:
         # Hydra's, since a word may choose another option of a group.
-        known = [word for word in before if REDACTED not in word]
-        known = [word for word in known if word.split("=")[0] not in OF_THE_START]
-        # Keys of an option that is not chosen any more.
-        chosen = tuple(f"{word.split('=')[0]}." for word in asked if "." not in word.split("=")[0])
-        kept = [word for word in known if not word.lstrip("+").startswith(chosen)]
         old, new = (
             OmegaConf.to_container(hydra.compose("config", overrides=words))
-            for words in (known, kept + asked)
+            for words in (before, asked)
         )
         found = changes(old, new)  # type: ignore[arg-type]
         hidden = redacted_keys(OmegaConf.to_container(own))
         check_changes(found, [*cfg.resume_with, *hidden], run=folder)
-    if is_done(folder) and not adds_phases(found):
+    if is_done(folder) and not lets_go_on(found):
         raise ConfigError(
-            f"resume={folder}: that run is done; give it more phases, or another seed"
+            f"resume={folder}: that run is done; give it more phases (or epochs), or another seed"
         )
     changed = apply(OmegaConf.to_container(own), found)  # type: ignore[arg-type]
-    return Resumed(config=OmegaConf.create(changed), changes=found, words=[*before, *asked])
+    return Resumed(config=OmegaConf.create(changed), changes=found, words=asked)
 
 
 def to_container(cfg: DictConfig) -> dict[str, Any]:
@@ -351,6 +360,8 @@ def guard(main: Callable[[], None]) -> None:
         return
     if "--dry-run" in sys.argv:
         sys.argv = [*(word for word in sys.argv if word != "--dry-run"), "dry_run=true"]
+    # Before Hydra sees them: a word may be of a group that the run itself has chosen.
+    sys.argv = [sys.argv[0], *with_recorded_words(sys.argv[1:])]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises in place of printing
     try:
         main()

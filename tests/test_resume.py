@@ -148,6 +148,43 @@ def test_a_run_may_differ_in_what_is_allowed_and_stays_so(tmp_path, command):
     ]  # fmt: skip
 
 
+def test_a_change_that_does_not_fit_the_checkpoint_is_not_kept(tmp_path, command):
+    broken = tmp_path / "broken"
+    assert train(tmp_path, *command, f"hydra.run.dir={broken}").code == 2
+    before = [(broken / ".hydra" / name).read_text() for name in ("config.yaml", "overrides.yaml")]
+    save_policy(tiny_policy(seed=1), tmp_path / "other")
+    words = [f"model.base_model={tmp_path / 'other'}", "resume_with=[model]"]
+    assert_refused(
+        train(tmp_path, f"resume={broken}", *words),
+        r"what it names has changed since the checkpoint",
+        r"the configuration was changed for this start: model\.base_model: \S+base -> \S+other",
+    )
+    after = [(broken / ".hydra" / name).read_text() for name in ("config.yaml", "overrides.yaml")]
+    assert after == before
+    (tmp_path / "mended").touch()
+    assert train(tmp_path, f"resume={broken}").code == 0
+
+
+def test_a_run_whose_kl_budget_is_spent_goes_on_with_a_larger_one(tmp_path, command):
+    (tmp_path / "mended").touch()
+    run = tmp_path / "run"
+    spent = train(
+        tmp_path, *command, f"hydra.run.dir={run}", "stage.kl_budget=1e-9", "optimizer.base_lr=1e-2"
+    )
+    assert spent.code == 0, spent.out
+    ended = untimed(run / "metrics.jsonl")[-1]["phase"]
+    assert ended < 5
+    assert "stage.kl_budget" in json.loads((run / "result.json").read_text())["stopped"]
+    still = train(tmp_path, f"resume={run}", "stage.total_phases=6")
+    assert still.code == 0
+    assert "no phase follows; raise stage.kl_budget to go on" in still.out
+    assert untimed(run / "metrics.jsonl")[-1]["phase"] == ended
+    more = train(tmp_path, f"resume={run}", "stage.kl_budget=100", "resume_with=[stage.kl_budget]")
+    assert more.code == 0, more.out
+    assert untimed(run / "metrics.jsonl")[-1]["phase"] == 6
+    assert json.loads((run / "result.json").read_text())["stopped"] is None
+
+
 def test_auto_goes_on_with_the_newest_unfinished_and_a_named_folder_begins_one(tmp_path, command):
     named = [*command, "hydra.run.dir=outputs/x/mine", "resume=auto"]
     first = train(tmp_path, *named)  # there is none yet: it begins
@@ -175,7 +212,7 @@ def test_a_finished_run_is_not_resumed(tmp_path, command):
     assert train(tmp_path, *command, f"hydra.run.dir={folder}").code == 0
     assert_refused(
         train(tmp_path, f"resume={folder}"),
-        r"resume=\S+: that run is done; give it more phases, or another seed",
+        r"resume=\S+: that run is done; give it more phases",
     )
 
 

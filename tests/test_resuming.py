@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 
 from rlhf_exp.resuming import (
-    adds_phases,
     apply,
     changes,
     check_changes,
     find_run,
     is_done,
     is_run,
+    lets_go_on,
+    recorded_words,
+    with_recorded_words,
 )
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.training.claims import claimed
@@ -138,10 +140,73 @@ def test_more_phases_and_what_concerns_no_results_are_always_allowed():
     stage = {**CONFIG["stage"], "total_phases": 200, "checkpoint_every": None}
     found = changed(stage=stage, logger={"mode": "offline"})
     check_changes(found, [], run=Path("x"))
-    assert adds_phases(found)
-    assert not adds_phases(changed(logger={}))
+    assert lets_go_on(found)
+    assert not lets_go_on(changed(logger={}))
     fewer = changed(stage={**CONFIG["stage"], "total_phases": 50})
-    assert not adds_phases(fewer)
+    assert not lets_go_on(fewer)
     for refused in (fewer, changed(device="cuda")):
         with pytest.raises(ConfigError, match="differs"):
             check_changes(refused, [], run=Path("x"))
+
+
+def recorded(folder: Path, *words: str) -> Path:
+    run(folder, said("interrupted"))
+    (folder / ".hydra" / "overrides.yaml").write_text(json.dumps([*words]))
+    return folder
+
+
+def test_a_command_that_goes_on_has_the_runs_own_words_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("~experiment", "stage=sft", "stage.epochs=2", "reward=function", "reward.function=a",
+             "resume=auto", "+reward.api_key=***", "seed=3")  # fmt: skip
+    folder = recorded(Path("outputs/x/mine"), *words)
+    assert recorded_words(folder) == [
+        "~experiment", "stage=sft", "stage.epochs=2", "reward=function", "reward.function=a",
+        "seed=3",
+    ]  # fmt: skip
+    known = ["~experiment", "stage=sft", "stage.epochs=2"]
+    for resume in ("resume=auto", "resume=outputs/x/mine"):
+        assert with_recorded_words([resume]) == [*recorded_words(folder), resume]
+        given = [resume, "reward=length", "stage.log_every=5", "seed=4"]
+        assert with_recorded_words(given) == [*known, *given]
+    named = ["hydra.run.dir=outputs/x/mine", "resume=auto"]
+    assert with_recorded_words(named) == [*recorded_words(folder), *named]
+    assert with_recorded_words([*named, "stage=ppo"]) == [
+        "~experiment", "reward=function", "reward.function=a", "seed=3", *named, "stage=ppo",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["seed=1"], ["resume=nowhere"], ["-m", "resume=outputs/x/mine"], ["resume=null"],
+        ["hydra.run.dir=outputs/x/new", "resume=auto"],
+    ],
+)  # fmt: skip
+def test_any_other_command_is_left_as_it_is(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    recorded(Path("outputs/x/mine"), "seed=3")
+    assert with_recorded_words(words) == words
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "[", "\x00"])
+def test_words_that_cannot_be_read_are_refused(tmp_path, text):
+    folder = recorded(tmp_path / "run")
+    (folder / ".hydra" / "overrides.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"overrides\.yaml cannot be read"):
+        recorded_words(folder)
+
+
+def test_what_lets_a_run_that_is_done_go_on():
+    for key, after in (
+        ("total_phases", 200),
+        ("epochs", 3),
+        ("kl_budget", 5.0),
+        ("kl_budget", None),
+    ):
+        before = {**CONFIG["stage"], "epochs": 2, "kl_budget": 1.0}
+        found = changes({"stage": before}, {"stage": {**before, key: after}})
+        assert lets_go_on(found)
+    for key, after in (("total_phases", 50), ("epochs", 1), ("kl_coef", 5.0)):
+        found = changes({"stage": before}, {"stage": {**before, key: after}})
+        assert not lets_go_on(found)

@@ -258,4 +258,14 @@ class Learning(Objective):
                 f"phase {state.phase}: objective/kl_sum is {kl_sum:.4g} nats a completion, above"
                 f" stage.kl_budget={self.kl_budget:g}"
             )
+            state.spent_kl = kl_sum
             log.info("%s: the run ends", state.stopped)
+
+    def reconsider(self, state: TrainState) -> None:
+        """Has a run that its KL budget ended go on if it has a larger one now."""
+        if state.spent_kl is None:
+            return
+        if self.kl_budget is None or state.spent_kl <= self.kl_budget:
+            state.stopped = state.spent_kl = None
+        else:
+            log.warning("%s: no phase follows; raise stage.kl_budget to go on", state.stopped)

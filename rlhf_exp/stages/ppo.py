@@ -169,6 +169,7 @@ class PPO(Learning):
             saver = Saver(context, both, every=self.checkpoint_every, optimizer=state.optimizer)
             if saver.restore():
                 log.info("going on after phase %d", state.phase)
+                self.reconsider(state)
         context.folder.start()
         memory = resident_memory(actors.policy, actors.reference)
         log.info("%s", memory)

@@ -29,7 +29,8 @@ class TrainState:
     """Everything that changes from phase to phase. What of the policy is not trained is as the
     model's own files have it; the best score is an evaluation's. `kl_coef` is what the controller
     has made of the stage's, None before it has; `stopped` says why no phase follows although more
-    were asked for; `seconds` are what the run took so far, by part."""
+    were asked for, `spent_kl` at which KL (nats a completion); `seconds` are what the run took so
+    far, by part."""
 
     policy: TransformerWithValueHead
     optimizer: torch.optim.Optimizer
@@ -45,6 +46,7 @@ class TrainState:
     skipped_steps: int = 0
     skipped_rewards: int = 0
     stopped: str | None = None
+    spent_kl: float | None = None
     watch: Watch = field(default_factory=Watch)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -96,6 +98,7 @@ class TrainState:
             "skipped_steps": self.skipped_steps,
             "skipped_rewards": self.skipped_rewards,
             "stopped": self.stopped,
+            "spent_kl": self.spent_kl,
             "watch": asdict(self.watch),
             "seconds": dict(self.seconds),
         }
@@ -116,7 +119,7 @@ class TrainState:
         self.kl_coef = numbers["kl_coef"]
         self.skipped_steps = numbers["skipped_steps"]
         self.skipped_rewards = numbers["skipped_rewards"]
-        self.stopped = numbers["stopped"]
+        self.stopped, self.spent_kl = numbers["stopped"], numbers["spent_kl"]
         self.watch = Watch(**numbers["watch"])
         self.seconds.update(numbers["seconds"])
 

@@ -92,6 +92,8 @@ def _run(
 ) -> None:
     # A group of its own: a Ctrl-C in the terminal is its caller's to pass on, once.
     os.setpgid(0, 0)
+    # One that a script started in its background ignores it, and so would all that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # The server keeps the environment that it began with.
     os.environ.clear()
     os.environ.update(environment)

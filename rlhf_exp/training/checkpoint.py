@@ -83,6 +83,11 @@ def has_checkpoint(run: Path) -> bool:
     return bool(_finished(run))
 
 
+def newest_phase(run: Path) -> int | None:
+    """The phase of a run's newest checkpoint, whole or not; None if there is none."""
+    return max((phase for phase, _ in _finished(run)), default=None)
+
+
 def read_newest_checkpoint(run: Path) -> Checkpoint | None:
     """The newest checkpoint of a run that is whole, on the CPU; None if it has written none yet.
     Damaged ones are warned of and set aside. Raises ConfigError if all are damaged."""
@@ -98,7 +103,7 @@ def read_newest_checkpoint(run: Path) -> Checkpoint | None:
         if reasons:
             log.warning("going on from the one before, %s", path)
         for _, damaged in found[: len(reasons)]:
-            damaged.rename(damaged.with_name(f"{BROKEN}{damaged.name}"))
+            _set_aside(damaged)
         return checkpoint
     if reasons:
         raise ConfigError(
@@ -106,6 +111,16 @@ def read_newest_checkpoint(run: Path) -> Checkpoint | None:
             " folder, and the run starts from its beginning"
         )
     return None
+
+
+def _set_aside(damaged: Path) -> None:
+    """Gives a damaged checkpoint a name that no other has."""
+    names = (f"{BROKEN}{damaged.name}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 99))))
+    free = (name for name in names if not damaged.with_name(name).exists())
+    try:
+        damaged.rename(damaged.with_name(next(free)))
+    except OSError as error:
+        log.warning("%s cannot be set aside: %s", damaged, error.strerror)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -169,7 +184,7 @@ def _finished(run: Path) -> list[tuple[int, Path]]:
 def _remove_superseded(run: Path) -> None:
     found = sorted(_finished(run), reverse=True)
     older = found[KEPT:]
-    best = max(found, key=lambda item: (_score(item[1]), item[0]), default=None)
+    best = max(found, key=lambda item: (_score(item[1]), -item[0]), default=None)
     for item in older:
         if item != best or _score(item[1]) == -math.inf:
             _remove(item[1])
@@ -189,7 +204,7 @@ def _remove(path: Path) -> None:
         hidden = path.with_name(f".{path.name}.removed")
         shutil.rmtree(hidden, ignore_errors=True)
         path.rename(hidden)
-        shutil.rmtree(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)  # what stays is cleared up at the next one
 
 
 def _clear_leftovers(root: Path) -> None:

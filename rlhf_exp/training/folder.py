@@ -24,7 +24,7 @@ from rlhf_exp.training.provenance import environment
 
 log = logging.getLogger(__name__)
 ROWS = ("metrics.jsonl", "samples.jsonl", "histograms.jsonl")
-RUN_ID = "run_id.txt"
+RUN_ID, ENVIRONMENT = "run_id.txt", "environment{}.txt"
 Status = Literal["running", "done", "failed", "interrupted"]
 
 
@@ -168,8 +168,8 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes the rows that an earlier attempt in this folder left."""
-        for name in ROWS:
-            (self.path / name).unlink(missing_ok=True)
+        for file in (*(self.path / name for name in ROWS), *self.path.glob("environment*.txt")):
+            file.unlink(missing_ok=True)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file."""
@@ -181,8 +181,26 @@ class RunFolder:
         write_whole(self.path / "status.json", json.dumps(told) + "\n")
 
     def write_environment(self) -> None:
-        """Writes environment.txt: what of code and machine a result may depend on."""
-        write_whole(self.path / "environment.txt", "\n".join(environment()) + "\n")
+        """Writes environment.txt: what of code and machine a result may depend on. That of a run
+        that goes on in another one is environment-2.txt and so on, and what is new is warned of."""
+        lines = environment()
+        files = [self.path / ENVIRONMENT.format("")]
+        files += [self.path / ENVIRONMENT.format(f"-{i}") for i in range(2, 99)]
+        known = [file for file in files if file.is_file()]
+        if known:
+            before = known[-1].read_text(encoding="utf-8", errors="replace").splitlines()
+            if before == lines:
+                return
+            new = [line for line in lines if line and line not in before]
+            shown = "; ".join(line for line in new if not line.startswith(("memory", "differs")))
+            log.warning("since this run was begun there is new, so that it may go on with other"
+                        " numbers: %s", shown[:300] or "what differs from the commit")  # fmt: skip
+        write_whole(files[len(known)], "\n".join(lines) + "\n")
+
+    def keep_id(self, run_id: str) -> None:
+        """Has the run be called what its checkpoint says, if the file that says so is lost."""
+        if not (self.path / RUN_ID).is_file():
+            write_whole(self.path / RUN_ID, f"{run_id}\n")
 
     def _lines(self, name: str) -> list[tuple[str, dict[str, Any]]]:
         """The lines that are rows, each with its row."""

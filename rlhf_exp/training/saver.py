@@ -101,6 +101,7 @@ class Saver:
         shared = {n: t for n, t in checkpoint.tensors.items() if n.startswith(RANDOM)}
         SharedRandomness(RANDOM).restore(shared, numbers["random"])
         folder.rewind(numbers["sizes"])
+        folder.keep_id(numbers["run_id"])
         return True
 
     @contextmanager

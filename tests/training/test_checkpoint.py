@@ -82,11 +82,11 @@ def test_the_newest_two_and_the_best_are_kept(tmp_path: Path) -> None:
         kept.append([int(name[-1]) for name in folders(tmp_path)])
     assert kept == [[1], [1, 2], [2, 3], [3, 4], [3, 4, 5], [3, 5, 6]]
     assert newest(tmp_path) == {"phase": 6}
-    # Of equal ones the later.
+    # Of equal ones the first.
     write_checkpoint(tmp_path, 7, TENSORS, {"phase": 7}, score=0.9)
     write_checkpoint(tmp_path, 8, TENSORS, {"phase": 8})
     write_checkpoint(tmp_path, 9, TENSORS, {"phase": 9})
-    assert [int(name[-1]) for name in folders(tmp_path)] == [7, 8, 9]
+    assert [int(name[-1]) for name in folders(tmp_path)] == [3, 8, 9]
 
 
 def test_the_newest_is_that_of_the_latest_phase(tmp_path: Path) -> None:
@@ -178,6 +178,16 @@ def test_the_one_before_a_damaged_one_serves(
         write_checkpoint(tmp_path, phase, TENSORS, {"phase": phase})
     assert folders(tmp_path) == ["broken-phase-000006", "phase-000004", "phase-000005"]
     count_cases("damaged checkpoint files", 1)
+
+
+def test_one_phase_may_be_damaged_again(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 3, TENSORS, {"phase": 3})
+    for _ in range(3):
+        flip(write_checkpoint(tmp_path, 6, TENSORS, {"phase": 6}) / "state.safetensors")
+        assert newest(tmp_path) == {"phase": 3}
+    assert folders(tmp_path) == [
+        "broken-phase-000006", "broken-phase-000006-2", "broken-phase-000006-3", "phase-000003",
+    ]  # fmt: skip
 
 
 def test_it_is_said_if_all_are_damaged(tmp_path: Path) -> None:

@@ -176,6 +176,32 @@ def test_rows_that_were_lost_are_told_of_and_the_next_has_a_line_of_its_own(tmp_
     assert [row["phase"] for row in folder.rows()] == ([0, 2] if left else [2])
 
 
+def test_a_run_that_goes_on_elsewhere_says_where_and_keeps_where_it_began(tmp_path, caplog):
+    folder = RunFolder(tmp_path)
+    folder.write_environment()
+    folder.write_environment()  # nothing is new
+    first = (tmp_path / "environment.txt").read_text()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["environment.txt"]
+    older = first.replace("torch==", "torch==0.")
+    (tmp_path / "environment.txt").write_text(older)
+    folder.write_environment()
+    assert (tmp_path / "environment.txt").read_text() == older
+    assert (tmp_path / "environment-2.txt").read_text() == first
+    assert "torch==" in caplog.messages[-1]
+    folder.write_environment()
+    assert not (tmp_path / "environment-3.txt").exists()
+    folder.clear()
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_name_of_a_run_comes_back_from_its_checkpoint(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.keep_id("abcdef12")
+    assert folder.run_id == "abcdef12"
+    folder.keep_id("00000000")
+    assert folder.run_id == "abcdef12"
+
+
 def test_a_run_has_one_name_for_good(tmp_path):
     first = RunFolder(tmp_path / "a").run_id
     assert RunFolder(tmp_path / "a").run_id == first
