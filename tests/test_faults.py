@@ -325,8 +325,14 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple[str, ...], P
     return words, home / "mode", home / "whole"
 
 
-@pytest.mark.parametrize("kind", ["raises", "hangs", "nan", "inf"])
-@pytest.mark.parametrize("how", ["once", "always"])
+FAILURES = [(kind, how) for kind in ("raises", "hangs", "nan", "inf") for how in ("once", "always")]
+FEW = [("raises", "once"), ("raises", "always"), ("hangs", "once"), ("nan", "always")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [*FEW, *(pytest.param(*f, marks=pytest.mark.soak) for f in FAILURES if f not in FEW)],
+)
 def test_a_reward_fails(kind: str, how: str, judged: Any, tmp_path: Path) -> None:
     """Once, it is asked again; always, the run stops, and goes on when the reward is mended."""
     words, mode, whole = judged

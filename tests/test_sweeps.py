@@ -218,6 +218,7 @@ def test_the_end_of_a_sweep_is_that_of_its_jobs(tmp_path):
         time.sleep(0.1)
 
 
+@pytest.mark.soak
 def test_a_sweep_under_nohup_outlives_its_terminal(tmp_path):
     words = [*SMALL, "stage.total_phases=80", "seed=1,2"]
     process = begin(
@@ -306,6 +307,7 @@ def test_control_c_ends_a_sweep_that_says_how_it_goes_on(tmp_path):
     assert {n: state["status"] for n, state in states(tmp_path).items()} == {0: "interrupted"}
 
 
+@pytest.mark.soak
 def test_a_preempted_job_is_queued_again_and_goes_on(tmp_path):
     (tmp_path / "rewards.py").write_text(
         "import time\n\ndef slow(completions, **_):\n    time.sleep(0.4)\n"

