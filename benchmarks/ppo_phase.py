@@ -22,7 +22,13 @@ from statistics import median
 import torch
 
 from rlhf_exp.models.loading import build_policy
-from rlhf_exp.models.reference import FullCopy, Lora, SharedTrunk, resident_memory
+from rlhf_exp.models.reference import (
+    FullCopy,
+    Lora,
+    SharedTrunk,
+    reference_hash,
+    resident_memory,
+)
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.stages.collecting import Collector
@@ -58,9 +64,11 @@ def actors_of(shape: Shape, reference: str, device: torch.device) -> Actors:
     policy = build_policy(model, lambda: word_tokenizer(words), device=device, seed=0)
     text = " ".join(words[: shape.prompt])
     prompts = encode_prompts(policy.tokenizer, [text], prepend_bos=False, device=device)
+    attached = REFERENCES[reference].attach(policy, seed=0)
     return Actors(
         policy=policy,
-        reference=REFERENCES[reference].attach(policy, seed=0),
+        reference=attached,
+        reference_hash=reference_hash(attached, policy),
         score=lambda completions: (completions.tokens % 2 == 0).float().mean(dim=1),
         sampler=CachedSampler(gen_len=shape.gen_len),
         train_prompts=prompts,

@@ -126,7 +126,8 @@ def crash_at(numbers: range, whole: Path, tmp_path: Path) -> None:
             return
         assert code == -9, said(folder)
         # Some of what was not flushed may be lost with the power.
-        sync_tree(folder)
+        if folder.exists():
+            sync_tree(folder)
         assert begin_or_go_on(folder, SHORT) == 0, said(folder)
         assert_the_same(folder, whole, "SIGKILL at an operation on a file", 1)
         shutil.rmtree(folder)
@@ -403,13 +404,12 @@ def test_a_disk_that_is_full_or_read_only_and_then_mended(
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_asked_to_stop_at_random_moments(name: str, long: Path, tmp_path: Path) -> None:
     rng, folder = random.Random(name), tmp_path / "cut"
-    for phase in sorted(rng.sample(range(59), k=10)):
+    phase = times = 0
+    while (phase := phase + rng.randint(1, 6)) < 55:
         fault = SignalAtPhase(phase, delay_s=rng.uniform(0, 0.02), name=name)
-        code = begin_or_go_on(folder, LONG, fault=fault)
-        assert code in (143, 130, 0), said(folder)
-        if code == 0:  # asked for in its last phase
-            break
+        assert begin_or_go_on(folder, LONG, fault=fault) in (143, 130), said(folder)
         assert json.loads((folder / "status.json").read_text())["status"] == "interrupted"
-    assert begin_or_go_on(folder, LONG) in (0, 2), said(folder)
+        phase, times = untimed(folder / "metrics.jsonl")[-1]["phase"], times + 1
+    assert begin_or_go_on(folder, LONG) == 0, said(folder)
     assert "Traceback" not in said(folder)
-    assert_the_same(folder, long, "SIGTERM, SIGINT, SIGUSR1", 10)
+    assert_the_same(folder, long, "SIGTERM, SIGINT, SIGUSR1", times)
