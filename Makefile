@@ -4,9 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-# One process more than there are cores, at most 8: some tests wait for processes that they start.
-TESTERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n + 1 : 8)))
-
 .PHONY: venv run test soak check bench
 venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -18,7 +15,7 @@ run: $(STAMP)
 	$(BIN)/python train.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # What docs/reliability.md counts, with its long campaigns, and the table of it.
 COUNTED := tests/test_faults.py tests/stages/test_every_stage_resumes.py tests/training/test_checkpoint.py \
@@ -26,8 +23,8 @@ COUNTED := tests/test_faults.py tests/stages/test_every_stage_resumes.py tests/t
 soak: export RLHF_EXP_RELIABILITY := $(CURDIR)/outputs/reliability
 soak: $(STAMP)
 	rm -rf outputs/reliability
-	$(BIN)/python -m pytest -n $(TESTERS) --dist worksteal -m 'not gpu' $(COUNTED)
-	$(BIN)/python -m pytest -n $(TESTERS) --dist worksteal -m soak tests --ignore=tests/test_faults.py
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m 'not gpu' $(COUNTED)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m soak tests --ignore=tests/test_faults.py
 	$(BIN)/python -m tests.reliability outputs/reliability
 
 check: $(STAMP)
