@@ -31,6 +31,7 @@ from rlhf_exp.training.timing import Stopwatch
 from shapes import SHAPES
 
 PHASES = 6  # of a round
+OUTPUTS = Path(__file__).resolve().parents[1] / "outputs"  # what is left if it is killed is ignored
 
 
 class Written:
@@ -76,7 +77,7 @@ def main() -> None:
     ppo.phase(state, collector, Stopwatch())
     rounds: dict[bool, list[float]] = {True: [], False: []}
     calls, waits, written = [], [], Written()
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+    with tempfile.TemporaryDirectory(dir=OUTPUTS) as folder:
         writer = CheckpointWriter(Path(folder), state.optimizer)
         for number in range(2 * arguments.rounds):
             saves, before = number % 2 == 0, writer.waited_s

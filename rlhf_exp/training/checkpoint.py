@@ -80,7 +80,7 @@ def write_checkpoint(
 
 def has_checkpoint(run: Path) -> bool:
     """Whether a run has written a checkpoint."""
-    return bool(_finished(run))
+    return newest_phase(run) is not None
 
 
 def newest_phase(run: Path) -> int | None:
