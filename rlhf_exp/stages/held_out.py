@@ -62,12 +62,12 @@ class HeldOut:
         return metrics | self._exact_match(chosen, ("sampled",))
 
     def final(self) -> dict[str, float]:
-        """Loss over all examples; exact-match rates, sampled and greedy, of examples that
-        `during` does not see, or of the same ones if there are no others."""
-        others = slice(self.num_samples, 3 * self.num_samples)
-        metrics = self._loss(self.examples)
+        """Loss over the examples that `during` does not see; exact-match rates, sampled and greedy,
+        of the first of them, twice as many as `during` sees. If it sees all, over all."""
+        first = self.num_samples if len(self.examples) > self.num_samples else 0
+        metrics = self._loss(self.examples[first:])
         metrics["heldout/perplexity"] = math.exp(min(metrics[LOSS], MAX_EXPONENT))
-        unseen = others if len(self.examples) > self.num_samples else slice(None)
+        unseen = slice(first, 3 * self.num_samples if first else None)
         return metrics | self._exact_match(unseen, ("sampled", "greedy"))
 
     def _loss(self, examples: Sequence[Example]) -> dict[str, float]:
