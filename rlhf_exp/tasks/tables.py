@@ -26,6 +26,13 @@ log = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+# Cells of a column of numbers or booleans that hold none; among texts they are texts.
+MISSING = {"", "NA", "N/A", "NaN", "nan", "null", "None"}
+TYPES: tuple[tuple[re.Pattern[str], Callable[[str], Any]], ...] = (
+    (re.compile(r"[+-]?(0|[1-9][0-9]{0,999})"), int),
+    (re.compile(r"[+-]?((0|[1-9][0-9]{0,99})(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,2})?"), float),
+    (re.compile(r"[Tt]rue|TRUE|[Ff]alse|FALSE"), lambda cell: cell.lower() == "true"),
+)
 CHUNK = 1000  # rows that are decoded at once; one by one takes `datasets` ten times as long
 
 
@@ -79,8 +86,9 @@ def read_table(
 ) -> Table:
     """A split of a dataset: a file, a directory that `datasets` reads, or a name on the hub.
 
-    A single file has one split, train. Slices are as `datasets` writes them: train[:1000]. The
-    text_columns of a CSV file are texts even where they look like numbers or missing values.
+    A single file has one split, train. Slices are as `datasets` writes them: train[:1000]. A
+    column of a CSV file whose filled cells are all numbers, or all booleans, has these types and
+    None in its gaps; other columns, and the text_columns, are texts as they are in the file.
     Raises ConfigError naming the field if there is no such dataset, subset, revision or split, and
     for a file that cannot be read or holds no rows.
     """
@@ -176,20 +184,22 @@ def _read_text(file: Path, asked: Source, text_columns: Sequence[str]) -> Table:
 
 
 def _read_csv(file: Path, asked: Source, text_columns: Sequence[str]) -> Table:
-    import pandas
-
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
     header, rows = _csv_rows(_decode(file, asked), delimiter, f"{asked.field}: {asked.path}")
-    # Written anew, as pandas has its own view of blank lines and of rows that are too long.
-    plain = io.StringIO()
-    csv.writer(plain, quoting=csv.QUOTE_ALL).writerows([header, *rows])
-    plain.seek(0)
-    frame = pandas.read_csv(plain, low_memory=False)
-    typed = frame.astype(object).where(frame.notna(), None).to_dict("records")
-    texts = [name for name in header if name in text_columns]
-    for given, row in zip(rows, typed, strict=True):
-        row |= {name: given[header.index(name)] for name in texts}
+    cells = dict(zip(header, zip(*rows, strict=True), strict=True)) if rows else {}
+    columns = {n: c if n in text_columns else _typed(c) for n, c in cells.items()}
+    typed = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return _listed(header, dict(enumerate(typed, start=1)))
+
+
+def _typed(cells: Sequence[str]) -> Sequence[Any]:
+    """A column as integers, floats or booleans, with None for missing cells, if all its other cells
+    are such; else the texts as they are. Integers with leading zeros are texts."""
+    filled = {cell for cell in cells if cell not in MISSING}
+    for pattern, convert in TYPES:
+        if filled and all(pattern.fullmatch(cell) for cell in filled):
+            return [None if cell in MISSING else convert(cell) for cell in cells]
+    return cells if any(cells) else [None] * len(cells)
 
 
 def _csv_rows(contents: str, delimiter: str, where: str) -> tuple[list[str], list[list[str]]]:

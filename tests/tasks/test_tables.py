@@ -171,10 +171,37 @@ def test_a_csv_file_has_numbers_and_the_texts_that_are_asked_for(tmp_path):
     kinds = [type(value) for value in rows(table)[0].values()]
     assert kinds == [str, int, float, bool, str, type(None), int]
     assert [row["prompt"] for row in rows(read(tmp_path / "a.csv"))] == [
-        None,
+        "NA",
         'null, or "so"\nnext',
         "123",
     ]
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (["12", "", "3"], [12, None, 3]),
+        (["12", "NA", "-3"], [12, None, -3]),
+        (["True", "", "false"], [True, None, False]),
+        (["1", "", "2.5", "1e3"], [1.0, None, 2.5, 1000.0]),
+        (["yes", "NA", "", "null", "None"], ["yes", "NA", "", "null", "None"]),
+        (["007", "012"], ["007", "012"]),
+        (["7", "012"], ["7", "012"]),
+        (["NA", "NA"], ["NA", "NA"]),
+        (["", ""], [None, None]),
+        (["1", "x"], ["1", "x"]),
+        (["1", "1e400"], ["1", "1e400"]),
+        (["2020-01-01", "1_000", " 1", "inf"], ["2020-01-01", "1_000", " 1", "inf"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+def test_a_gap_changes_no_type_and_texts_stay_texts(tmp_path, ending, cells, expected):
+    separator = "," if ending == ".csv" else "\t"
+    contents = "".join(f"a{separator}{cell}\n" for cell in ["n", *cells])
+    contents = contents.replace("a", "prompt", 1)
+    values = [row["n"] for row in rows(read(write(tmp_path / f"a{ending}", contents)))]
+    assert [(type(v), v) for v in values] == [(type(v), v) for v in expected]
 
 
 def test_csv_rows_are_counted_below_the_header_without_blank_lines(tmp_path):
