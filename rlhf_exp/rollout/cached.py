@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.hf import Cache
+from rlhf_exp.models.cache import preallocated_cache
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.rollout.cache import preallocated_cache
 from rlhf_exp.rollout.sampler import Drawn, Sampler, as_completions, check_finite, draw, eos_token
 from rlhf_exp.rollout.static import StaticDecoder, static_decoder
 from rlhf_exp.settings import settings

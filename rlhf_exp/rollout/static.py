@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.hf import Cache
+from rlhf_exp.models.cache import static_layer
 from rlhf_exp.models.policy import TransformerWithValueHead, position_ids, prompt_cache
-from rlhf_exp.rollout.cache import static_layer
 from rlhf_exp.rollout.sampler import Sampler, draw, through_first_eos
 
 # Steps between two looks at whether all rows have ended, each of which makes the host wait.

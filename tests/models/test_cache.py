@@ -6,8 +6,8 @@ import transformers as hf
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from rlhf_exp.models.cache import preallocated_cache
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.rollout.cache import preallocated_cache
 from tests.builders import assert_near, ragged_tokens, sliding_policy, tiny_policy
 
 TOKENS, MASK = ragged_tokens(4, 9)
