@@ -56,12 +56,12 @@ def tiny_policy(
     return policy
 
 
-def stretch(model: nn.Module, *, seed: int) -> None:
-    """Adds noise of standard deviation 0.3 to every parameter."""
+def stretch(model: nn.Module, *, seed: int, std: float = 0.3) -> None:
+    """Adds noise of that standard deviation to every parameter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(std * torch.randn(parameter.shape, generator=generator))
 
 
 def sliding_policy() -> TransformerWithValueHead:

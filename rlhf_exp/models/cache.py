@@ -1,4 +1,5 @@
-"""Key-value caches whose memory is taken once, for all the tokens that will come."""
+"""Key-value caches whose memory is taken once, for all the tokens that will come, and how many
+tokens a model takes."""
 
 import functools
 from typing import Any
@@ -6,10 +7,48 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_exp.hf import Cache, PreTrainedModel
-from rlhf_exp.models.policy import prompt_cache
+from rlhf_exp.settings import ConfigError
 
 
-def preallocated_cache(model: PreTrainedModel, length: int) -> Cache:
+def context_len(model: PreTrainedModel) -> int:
+    """Tokens that a model attends to without computing those before differently.
+
+    Some rotary embeddings (longrope, dynamic) turn all positions otherwise as soon as a sequence
+    is longer than those that the model was first trained on: a cache, and rows of one batch, would
+    disagree across that length. Raises ConfigError for an architecture that names no length.
+    """
+    return config_context_len(model.config.get_text_config(), type(model).__name__)
+
+
+def config_context_len(config: Any, name: str) -> int:
+    """`context_len` from the text part of a configuration, `name` being the architecture's."""
+    longest = getattr(config, "max_position_embeddings", None)
+    if not longest:
+        raise ConfigError(
+            f"model: {name} does not say how many tokens it attends to"
+            " (max_position_embeddings); this architecture is not supported"
+        )
+    rotary = getattr(config, "rope_parameters", None) or {}
+    by_layer = [entry for entry in rotary.values() if isinstance(entry, dict)]
+    switches = [
+        entry.get("original_max_position_embeddings")
+        for entry in (rotary, *by_layer)
+        if entry.get("rope_type") in ("longrope", "dynamic")
+    ]
+    return min([int(longest), *(int(switch) for switch in switches if switch)])
+
+
+def prompt_cache(model: PreTrainedModel) -> Cache | None:
+    """An empty cache whose layers hold all that they have seen, None for a model whose layers
+    cannot (sliding windows, states of recurrences)."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache = DynamicCache(config=model.config)
+    return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
+
+
+def decoding_cache(model: PreTrainedModel, length: int) -> Cache:
     """An empty cache for `length` tokens. It grows by being written to, where transformers' own
     copies all that it holds at each token; models whose layers keep something else get theirs."""
     from transformers import DynamicCache
@@ -46,16 +85,8 @@ def _preallocated_layer() -> Any:
             self._show(end)
             return self.keys, self.values
 
-        def batch_repeat_interleave(self, repeats: int) -> None:
-            self._become(
-                self.keys.repeat_interleave(repeats, dim=0),
-                self.values.repeat_interleave(repeats, dim=0),
-            )
-
-        def batch_select_indices(self, indices: Tensor) -> None:
-            self._become(self.keys[indices], self.values[indices])
-
-        def _become(self, keys: Tensor, values: Tensor) -> None:
+        def reorder_cache(self, index: Tensor) -> None:
+            keys, values = self.keys[index], self.values[index]
             seen = keys.shape[2]
             self._take(keys, values)
             self._buffers[0][:, :, :seen] = keys
@@ -73,15 +104,30 @@ def _preallocated_layer() -> Any:
     return PreallocatedLayer
 
 
-def static_layer(keys: Tensor, values: Tensor, length: int, slot: Tensor) -> Any:
-    """A cache layer of `length` slots for keys and values like the given ones. Each update writes
-    to the slot that the tensor `slot` [1] names, and returns all of them."""
-    layer = _static_layer()(slot)
-    layer.lazy_initialization(keys, values)
-    layer.keys, layer.values = (
-        x.new_zeros((*x.shape[:2], length, x.shape[3])) for x in (keys, values)
-    )
-    return layer
+def static_cache(model: PreTrainedModel, cache: Cache, length: int, slot: Tensor) -> Cache:
+    """A cache of `length` slots a layer, the first of which hold what `cache` holds. Each update
+    writes to the slot that the tensor `slot` [1] names, and returns all slots. Only for models with
+    a `prompt_cache`."""
+    static = prompt_cache(model)
+    assert static is not None
+    static.layers = []
+    for layer in cache.layers:
+        fixed = _static_layer()(slot)
+        fixed.lazy_initialization(layer.keys, layer.values)
+        fixed.keys, fixed.values = (
+            x.new_zeros((*x.shape[:2], length, x.shape[3])) for x in (layer.keys, layer.values)
+        )
+        static.layers.append(fixed)
+    fill_static_cache(static, cache)
+    return static
+
+
+def fill_static_cache(static: Cache, cache: Cache) -> None:
+    """Writes what a cache holds to the first slots of a static one of as many rows."""
+    for fixed, layer in zip(static.layers, cache.layers, strict=True):
+        seen = layer.keys.shape[2]
+        fixed.keys[:, :, :seen] = layer.keys
+        fixed.values[:, :, :seen] = layer.values
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
+from rlhf_exp.models.cache import config_context_len
 from rlhf_exp.models.hub import (
     directory_hash,
     find_file,
@@ -26,7 +27,12 @@ from rlhf_exp.models.hub import (
 )
 from rlhf_exp.models.kernels import install_kernels
 from rlhf_exp.models.lora import has_adapter
-from rlhf_exp.models.policy import Engine, TransformerWithValueHead, initialise_value_head
+from rlhf_exp.models.policy import (
+    Engine,
+    TransformerWithValueHead,
+    initialise_value_head,
+)
+from rlhf_exp.models.probing import check_hooked, probed
 from rlhf_exp.settings import ConfigError, Text, settings
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -142,6 +148,9 @@ def build_policy(
     language_model, tokenizer = model.language_model(make_tokenizer, seed=seed)
     policy = TransformerWithValueHead(language_model.to(device), tokenizer, engine=model.engine)
     _check_taken_apart(policy)
+    probed(policy)
+    if policy.engine == "hooked":
+        check_hooked(policy)
     saved = model.value_head_path()
     if saved is not None:
         _load_value_head(policy, saved)
@@ -199,6 +208,7 @@ def load_language_model(
             f"{field}={name!r} holds an adapter: merge it into its base model with PEFT's"
             " merge_and_unload, and name what that saves"
         )
+    model = _text_part(model, field, name)
     tokenizer = load_tokenizer(
         name, revision=revision, field=field, trust_remote_code=trust_remote_code
     )
@@ -210,6 +220,32 @@ def load_language_model(
             f" only {model.config.vocab_size}; save the tokenizer that the model was trained with"
         )
     return model, tokenizer
+
+
+def _text_part(model: PreTrainedModel, field: str, name: str) -> PreTrainedModel:
+    """Of a model that reads images or sound too, what reads and writes text, as the causal language
+    model that it is; any other model itself. It takes over the modules, so nothing is copied."""
+    from transformers import AutoModelForCausalLM
+
+    config = model.config.get_text_config()
+    if config is model.config:
+        return model
+    decoder = model.get_decoder()
+    try:
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(config)
+    except ValueError:  # there is no class for it
+        plain = None
+    if plain is None or type(plain.base_model) is not type(decoder):
+        raise ConfigError(
+            f"{field}={name!r}: {type(model).__name__} reads more than text, and its text part"
+            " cannot be taken out; name a language model"
+        )
+    setattr(plain, plain.base_model_prefix, decoder)
+    plain.set_output_embeddings(model.get_output_embeddings())
+    plain.generation_config = model.generation_config
+    plain.name_or_path = model.name_or_path
+    return plain.eval()
 
 
 def load_tokenizer(
@@ -245,7 +281,7 @@ def load_context_len(name: str, *, field: str = "model.base_model") -> int:
     from transformers import AutoConfig
 
     config = from_pretrained(AutoConfig, locate_model(name, field=field), field, name)
-    return int(config.max_position_embeddings)
+    return config_context_len(config.get_text_config(), name)
 
 
 def load_classifier(
@@ -288,16 +324,8 @@ def _load_value_head(policy: TransformerWithValueHead, path: Path) -> None:
 def _check_taken_apart(policy: TransformerWithValueHead) -> None:
     """Raises ConfigError for an architecture whose logits are more than its output embedding on its
     final hidden states (soft-capped or scaled logits, the heads of encoders), which this package
-    does not handle, and for one without a length of context."""
+    does not handle."""
     name = type(policy.language_model).__name__
-    try:
-        context_len = policy.language_model.config.max_position_embeddings
-    except AttributeError as error:
-        raise ConfigError(
-            f"model: {name} does not say how many tokens it attends to"
-            " (max_position_embeddings); this architecture is not supported"
-        ) from error
-    assert context_len > 0
     tokens = torch.arange(min(8, len(policy.tokenizer)), device=policy.device)[None]
     mask = torch.ones_like(tokens, dtype=torch.bool)
     calls: list[tuple[Tensor, Tensor]] = []

@@ -92,8 +92,7 @@ class SharedTrunk:
             raise ConfigError(str(error)) from error
         frozen = [p for p in model.parameters() if not p.requires_grad]
         shared = {id(tensor): tensor for tensor in (*frozen, *model.buffers())}
-        reference = CausalTransformer(copy.deepcopy(model, shared), policy.tokenizer)
-        return reference.requires_grad_(False)
+        return policy.frozen(copy.deepcopy(model, shared))
 
 
 @settings

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf_exp.models.loading import ModelSettings, must_be_plain
 from rlhf_exp.models.policy import CausalTransformer
+from rlhf_exp.models.probing import probed
 from rlhf_exp.models.reward_model import HeadKind, HeadShape, RewardModel, save_reward_model
 from rlhf_exp.settings import ConfigError, Count, Index, NonNegative, settings
 from rlhf_exp.stages.actors import fingerprints
@@ -150,7 +151,7 @@ class TrainRewardModel(Supervised):
         network, tokenizer = model.language_model(None, seed=stream_seed(context.seed, "model"))
         if tokenizer.eos_token_id is None:
             raise ConfigError("stage=reward_model needs a tokenizer with an EOS token")
-        backbone = CausalTransformer(network.to(context.device), tokenizer)
+        backbone = probed(CausalTransformer(network.to(context.device), tokenizer))
         shape = HeadShape(
             kind=self.head,
             width=self.width,
