@@ -104,12 +104,15 @@ ROUNDING = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 5e-2, torc
 
 
 def logits_agree(
-    found: Float[Tensor, "*axes vocab"], expected: Float[Tensor, "*axes vocab"]
+    found: Float[Tensor, "*axes vocab"],
+    expected: Float[Tensor, "*axes vocab"],
+    *,
+    dtype: torch.dtype,
 ) -> bool:
-    """Whether logits give the expected distributions but for rounding in the precision of `found`:
+    """Whether logits give the expected distributions but for the rounding of a model in `dtype`:
     |found - expected| <= tolerance |expected| at each position, both centred over the vocabulary,
     since a constant added to all logits changes no probability."""
-    tolerance = ROUNDING[found.dtype]
+    tolerance = ROUNDING[dtype]
     found, expected = (x.float() - x.float().mean(dim=-1, keepdim=True) for x in (found, expected))
     error = (found - expected).norm(dim=-1)
     return bool((error <= tolerance * expected.norm(dim=-1)).all())

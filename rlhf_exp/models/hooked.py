@@ -50,7 +50,7 @@ def boot_bridge(
         ) from error
     with torch.no_grad():
         expected = language_model(input_ids=tokens, use_cache=False).logits
-    if not logits_agree(logits, expected):
+    if not logits_agree(logits, expected, dtype=language_model.dtype):
         raise ConfigError(
             f"TransformerLens computes something else than transformers for this {name}: use"
             " model.engine=fast, and the plain module in place of policy.hooked()"

@@ -12,7 +12,6 @@ import torch
 from pydantic import model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.models.cache import config_context_len
@@ -147,7 +146,6 @@ def build_policy(
     is drawn with the seed."""
     language_model, tokenizer = model.language_model(make_tokenizer, seed=seed)
     policy = TransformerWithValueHead(language_model.to(device), tokenizer, engine=model.engine)
-    _check_taken_apart(policy)
     probed(policy)
     if policy.engine == "hooked":
         check_hooked(policy)
@@ -319,35 +317,3 @@ def _load_value_head(policy: TransformerWithValueHead, path: Path) -> None:
         raise ConfigError(
             f"{path} is not a value head of this model; delete it to have one drawn.\n  {error}"
         ) from error
-
-
-def _check_taken_apart(policy: TransformerWithValueHead) -> None:
-    """Raises ConfigError for an architecture whose logits are more than its output embedding on its
-    final hidden states (soft-capped or scaled logits, the heads of encoders), which this package
-    does not handle."""
-    name = type(policy.language_model).__name__
-    tokens = torch.arange(min(8, len(policy.tokenizer)), device=policy.device)[None]
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    calls: list[tuple[Tensor, Tensor]] = []
-
-    def watch(module: Any, args: tuple[Tensor], logits: Tensor) -> Tensor:
-        # So large that a soft cap shows even where the weights were just drawn.
-        calls.append((args[0], logits + 100))
-        return calls[-1][1]
-
-    hook = policy.language_model.get_output_embeddings().register_forward_hook(watch)
-    try:
-        with torch.no_grad():
-            whole = policy.language_model(input_ids=tokens, attention_mask=mask.long()).logits
-    finally:
-        hook.remove()
-    with torch.no_grad():
-        hidden = policy.hidden_states(tokens, mask)
-    (unembedded, logits) = calls[-1]
-    if not (
-        torch.allclose(unembedded, hidden, rtol=1e-3, atol=1e-3) and torch.allclose(whole, logits)
-    ):
-        raise ConfigError(
-            f"model: {name} does more than its output embedding"
-            " between final hidden states and logits; this architecture is not supported"
-        )

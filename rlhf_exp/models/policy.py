@@ -16,12 +16,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_exp.functional.vocab_head import Head
+from rlhf_exp.functional.vocab_head import Head, unembed
 from rlhf_exp.hf import Cache, PreTrainedModel, PreTrainedTokenizerBase, TransformerBridge
 from rlhf_exp.models.cache import context_len, prompt_cache
 from rlhf_exp.models.hooked import HookedView, boot_bridge
 from rlhf_exp.models.kernels import ATTENTION
 from rlhf_exp.models.lora import has_adapter, merged_copy
+from rlhf_exp.models.unembedding import measure_unembedding
 from rlhf_exp.models.working_weights import WorkingWeights
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.types import Completions, Layout, PromptBatch
@@ -48,7 +49,8 @@ class FastPaths:
 
 
 class CausalTransformer(nn.Module):
-    """A causal language model taken apart into final hidden states and unembedding."""
+    """A causal language model taken apart into final hidden states and unembedding. Raises
+    ConfigError for one whose unembedding is more than a matrix, a scale and a soft cap."""
 
     def __init__(self, language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
@@ -60,6 +62,7 @@ class CausalTransformer(nn.Module):
         self.low: torch.dtype | None = None  # what autocast casts passes to, None for nothing
         self._working: WorkingWeights | None = None
         self.train(False)
+        self._unembedding = measure_unembedding(language_model)
 
     def train(self, mode: bool = True) -> "CausalTransformer":
         """Sets the mode of everything but the language model, which stays in evaluation mode."""
@@ -263,8 +266,8 @@ class CausalTransformer(nn.Module):
         return (*output.hidden_states[-count:-1], output.last_hidden_state)
 
     def unembed(self, hidden: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes vocab"]:
-        """Logits from final hidden states."""
-        return self.language_model.get_output_embeddings()(hidden)
+        """Logits from final hidden states, fp32 whatever the passes compute in."""
+        return unembed(hidden, self.head)
 
     def frozen(self, twin: PreTrainedModel) -> "CausalTransformer":
         """A copy of this language model, which takes the same fast paths and is not trained."""
@@ -274,9 +277,11 @@ class CausalTransformer(nn.Module):
 
     @property
     def head(self) -> Head:
-        """The output embedding, as functional.vocab_head takes it."""
+        """The output embedding with the model's scale and soft cap, as functional.vocab_head
+        takes it."""
         embedding = self.language_model.get_output_embeddings()
-        return Head(embedding.weight, embedding.bias)
+        scale, cap = self._unembedding
+        return Head(embedding.weight, embedding.bias, scale=scale, cap=cap)
 
 
 class TransformerWithValueHead(CausalTransformer):

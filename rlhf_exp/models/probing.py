@@ -68,7 +68,7 @@ class Probe:
         except Exception as error:  # whatever an architecture raises: this check is not for it
             log.debug("%s: %s: %s", check.__name__, type(error).__name__, error)
             return False
-        return logits_agree(found, torch.cat(expected))
+        return logits_agree(found, torch.cat(expected), dtype=self.model.language_model.dtype)
 
 
 def probed(model: M) -> M:
@@ -140,7 +140,8 @@ def packs(model: CausalTransformer) -> bool:
         input_ids=tokens, position_ids=positions.to(tokens.device), use_cache=False
     ).logits
     expected = (probe.expected[0], probe.expected[2, probe.mask[2]])
-    return logits_agree(found, torch.stack([torch.cat(expected), torch.cat(expected[::-1])]))
+    both = torch.stack([torch.cat(expected), torch.cat(expected[::-1])])
+    return logits_agree(found, both, dtype=model.language_model.dtype)
 
 
 def taken_apart(probe: Probe) -> Iterator[States]:

@@ -24,7 +24,7 @@ from rlhf_exp.models.saving import save_policy
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.tokenizers import word_tokenizer
-from tests.builders import assert_near, build_tokenizer, ragged_tokens, tiny_policy
+from tests.builders import assert_near, build_tokenizer, ragged_tokens, stretch, tiny_policy
 
 TOKENS, MASK = ragged_tokens()
 CPU = torch.device("cpu")
@@ -221,13 +221,15 @@ def test_an_encoder_is_not_a_language_model(tmp_path):
     ],
     ids=lambda config: config.model_type,
 )
-def test_logits_changed_after_the_unembedding_are_refused(config, tmp_path):
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_scaled_and_capped_logits_are_the_models_own(config, dtype, tmp_path):
     model = hf.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():  # logits far inside of the cap
-        model.get_output_embeddings().weight.mul_(0.01)
-    path = save(model, tmp_path)
-    with pytest.raises(ConfigError, match="ForCausalLM does more than its output embedding"):
-        load_policy(path)
+    stretch(model, seed=0)
+    loaded = Pretrained(base_model=save(model, tmp_path), dtype=dtype)
+    policy = build_policy(loaded, None, device=CPU, seed=0)
+    expected = policy.language_model(input_ids=TOKENS[:1]).logits.float()
+    tolerance = 1e-5 if dtype == "fp32" else 2e-2
+    assert_near(policy(TOKENS[:1])[0], expected, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("cls", [hf.LlamaModel, hf.LlamaForSequenceClassification])
