@@ -199,12 +199,12 @@ SAMPLER = CachedSampler(gen_len=6, stop_at_eos=True)
 
 def sample(policy: TransformerWithValueHead, batch: PromptBatch, *, static: bool) -> Generation:
     """Completions, some of which end early; by steps of fixed shapes if `static`."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator(policy.device).manual_seed(3)
     if not static:
         return SAMPLER(policy, batch, generator)
     rows, width = batch.tokens.shape
     eos = eos_token(policy, stop_at_eos=True)
-    uniforms = torch.rand((rows, SAMPLER.gen_len), generator=generator)
+    uniforms = torch.rand((rows, SAMPLER.gen_len), generator=generator, device=policy.device)
     decoder = StaticDecoder(policy, SAMPLER, rows, width)
     with torch.no_grad():
         seen = None if batch.mask.all() else batch.mask
@@ -220,7 +220,7 @@ def largest_error(policy: TransformerWithValueHead, reference: Any, *, static: b
     for texts in TEXTS.values():
         batch = prompts(policy, texts)
         generation = sample(policy, batch, static=static)
-        scores = torch.zeros(len(texts))
+        scores = torch.zeros(len(texts), device=policy.device)
         rollout = measure(policy, reference, generation, scores, temperature=1.0)
         errors += [rollout.kl.abs().max(), (rollout.logprobs - rollout.ref_logprobs).abs().max()]
         errors.append((learning_logprobs(policy, generation) - generation.logprobs).abs().max())

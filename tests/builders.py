@@ -94,7 +94,7 @@ def ragged_tokens(batch: int = 5, seq: int = 9, *, seed: int = 0) -> tuple[Tenso
 
 def prompts(policy: TransformerWithValueHead, texts: Sequence[str]) -> PromptBatch:
     """The texts as a batch, BOS before each."""
-    return encode_prompts(policy.tokenizer, texts, prepend_bos=True)
+    return encode_prompts(policy.tokenizer, texts, prepend_bos=True, device=policy.device)
 
 
 def completions(texts: Sequence[str], *, before: Sequence[str] | None = None) -> Completions:

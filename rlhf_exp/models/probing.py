@@ -165,7 +165,7 @@ def decoded_without_mask(probe: Probe) -> Iterator[States]:
 
 
 def _decode(
-    probe: Probe, rows: list[int], mask: Bool[Tensor, "row seq"] | None
+    probe: Probe, rows: list[int], mask: Bool[Tensor, "batch seq"] | None
 ) -> Iterator[States]:
     model, width = probe.model, probe.width
     cache = decoding_cache(model.language_model, probe.tokens.shape[1])

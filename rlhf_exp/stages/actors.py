@@ -144,6 +144,16 @@ def load_reward(
     return reward.load(context.device)
 
 
+def _why_so_short(policy: TransformerWithValueHead) -> str:
+    config = policy.language_model.config
+    if policy.context_len == config.max_position_embeddings:
+        return ""
+    return (
+        f" Beyond them its rotary embedding changes at all positions, so that its"
+        f" max_position_embeddings of {config.max_position_embeddings} cannot be used."
+    )
+
+
 def fitting_prompts(
     policy: TransformerWithValueHead, task: Task, prompts: Sequence[Prompt], sampler: Sampler
 ) -> PromptBatch:
@@ -169,6 +179,6 @@ def fitting_prompts(
         raise ConfigError(
             f"a prompt of {longest} tokens and sampler.gen_len={sampler.gen_len} exceed the"
             f" model's context of {policy.context_len} tokens; set sampler.gen_len to at most"
-            f" {room} or {shorter}. The prompt begins {text[:80]!r}"
+            f" {room} or {shorter}.{_why_so_short(policy)} The prompt begins {text[:80]!r}"
         )
     return batch

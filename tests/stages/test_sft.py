@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from rlhf_exp.models.loading import load_language_model, load_policy
+from rlhf_exp.models.loading import Pretrained, load_language_model, load_policy
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.stages.held_out import HeldOut, held_out_loss
@@ -17,6 +17,7 @@ from rlhf_exp.tasks.examples import encode_demonstrations, encode_texts
 from rlhf_exp.tasks.prefix import Prefix
 from rlhf_exp.training.optim import AdamWSettings, Constant, WarmupDecay
 from rlhf_exp.training.seeding import stream_seed
+from tests.architectures import save
 
 from .toy import ECHO, EchoTask, ToyTask, context, rows, train_echo
 
@@ -71,6 +72,19 @@ def test_packed_and_padded_batches_teach_the_same(tmp_path: Path) -> None:
     assert packed == pytest.approx(padded, abs=1e-4)
     assert padded[0] > padded[-1] + 0.1
     assert weights(tmp_path / "pad") != weights(tmp_path / "pack")  # sums in another order
+
+
+def test_packing_is_refused_where_examples_would_see_each_other(tmp_path: Path) -> None:
+    model = Pretrained(base_model=str(save("opt", tmp_path / "opt")))
+    with pytest.raises(ConfigError, match=r"stage\.layout=pack: .* in OPTForCausalLM; set stage"):
+        train(tmp_path, SFT(layout="pack"), model=model)
+    train(tmp_path, SFT(layout="pad", max_updates=1), model=model)
+
+
+def test_a_model_that_is_wrong_when_padded_is_not_trained(tmp_path: Path) -> None:
+    model = Pretrained(base_model=str(save("rwkv", tmp_path / "rwkv")))
+    with pytest.raises(ConfigError, match="RwkvForCausalLM is not supported"):
+        train(tmp_path, SFT(), model=model)
 
 
 @pytest.mark.parametrize("layout", ["pad", "pack"])
