@@ -120,8 +120,8 @@ def check_hooked(policy: TransformerWithValueHead) -> None:
 
     if not probe.holds(viewed):
         raise ConfigError(
-            f"model.engine=hooked: TransformerLens computes something else than transformers for"
-            f" {type(policy.language_model).__name__}; use model.engine=fast"
+            f"TransformerLens computes something else than transformers for"
+            f" {type(policy.language_model).__name__}: use model.engine=fast and sampler=cached"
         )
 
 

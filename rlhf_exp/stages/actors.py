@@ -10,8 +10,10 @@ import torch
 from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.models.loading import ModelSettings, build_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.models.probing import check_hooked
 from rlhf_exp.models.reference import Reference, ReferenceSettings, reference_hash
 from rlhf_exp.rewards.protocol import ReadsPrompts, ReadsTokens, Reward, RewardFunction
+from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.sampler import Sampler, eos_token
 from rlhf_exp.settings import ConfigError, Fingerprinted
 from rlhf_exp.tasks.encoding import leading_ids, tokenizer_factory
@@ -119,6 +121,8 @@ def load_sampled_policy(
     seed = stream_seed(context.seed, "model")
     policy = build_policy(model, tokenizer_factory(task), device=context.device, seed=seed)
     eos_token(policy, stop_at_eos=sampler.stop_at_eos)  # raises here rather than while sampling
+    if isinstance(sampler, BridgeSampler) and policy.engine != "hooked":  # which was checked
+        check_hooked(policy)
     return policy
 
 

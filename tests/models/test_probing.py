@@ -8,16 +8,18 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from rlhf_exp.models.loading import load_language_model, load_policy
+from rlhf_exp.models.loading import Pretrained, load_language_model, load_policy
 from rlhf_exp.models.policy import FastPaths, TransformerWithValueHead
 from rlhf_exp.models.probing import find_fast_paths, packs, probed
+from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.stages.actors import fitting_prompts
+from rlhf_exp.stages.actors import fitting_prompts, load_sampled_policy
 from rlhf_exp.tasks.prefix import Prefix
 from rlhf_exp.types import Layout
 from tests.architectures import TEXTS, build, largest_error, learning_logprobs, sample, save
 from tests.builders import assert_near, build_tokenizer, prompts, tiny_policy
+from tests.stages.toy import context
 
 
 def wrapped(name: str) -> TransformerWithValueHead:
@@ -177,10 +179,16 @@ def test_what_transformer_lens_does_not_know_is_named(name: str, tmp_path: Path)
         load_policy(tmp_path, engine="hooked")
 
 
+def test_so_it_is_for_the_sampler_that_uses_transformer_lens(tmp_path: Path) -> None:
+    model = Pretrained(base_model=str(save("opt, 350m", tmp_path / "opt")))
+    with pytest.raises(ConfigError, match="and sampler=cached"):
+        load_sampled_policy(context(tmp_path), Prefix(prefix="one"), model, BridgeSampler())
+
+
 def test_one_without_a_hook_for_values_is_refused(tmp_path: Path) -> None:
     save("opt, 350m", tmp_path)
     load_policy(tmp_path).hooked()
-    with pytest.raises(ConfigError, match=r"model\.engine=hooked: .*OPTForCausalLM"):
+    with pytest.raises(ConfigError, match="transformers for OPTForCausalLM: use model"):
         load_policy(tmp_path, engine="hooked")
 
 
