@@ -57,3 +57,17 @@ def gae(
         advantage = deltas[:, t] + gamma * gae_lambda * advantage
         advantages[:, t] = advantage
     return advantages
+
+
+def zero_without_signal(
+    advantages: Float[Tensor, "batch completion"], rewards: Float[Tensor, "batch completion"]
+) -> Float[Tensor, "batch completion"]:
+    """The advantages, or 0 everywhere if every completion gets the same total reward.
+
+    Such rewards do not say which completion is better. What remains of the advantages is the error
+    of the values, which whitening would scale up to standard deviation 1. A single completion is
+    compared with a total of 0.
+    """
+    totals = rewards.sum(dim=1)
+    has_signal = (totals != (totals[0] if len(totals) > 1 else 0)).any()
+    return masked_fill_zero(advantages, has_signal.expand_as(advantages))

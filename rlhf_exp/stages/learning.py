@@ -11,7 +11,12 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from rlhf_exp.functional.advantages import gae, normalize_reward, terminal_rewards
+from rlhf_exp.functional.advantages import (
+    gae,
+    normalize_reward,
+    terminal_rewards,
+    zero_without_signal,
+)
 from rlhf_exp.functional.kl_controller import CLIP, adapted_kl_coef
 from rlhf_exp.functional.logprobs import kl_estimate
 from rlhf_exp.functional.masking import masked_whiten
@@ -87,7 +92,8 @@ class Learning(Objective):
         """Rewards, advantages and returns of a rollout. With kl_penalty="reward" each token is
         charged kl_coef (log p - log q), the k1 estimate: the exact KL of a position does not
         depend on the token emitted there, so it would give that token no credit. `kl_coef` is by
-        default the stage's own."""
+        default the stage's own. Advantages are 0 where rewards, that charge included, are the same
+        for all completions; returns are not, so the values still learn."""
         mask = rollout.completions.mask
         scores = normalize_reward(rollout.scores) if self.normalize_reward else rollout.scores
         rewards = terminal_rewards(scores, mask)
@@ -100,6 +106,7 @@ class Learning(Objective):
         returns = advantages + rollout.values
         if self.whiten_advantages == "batch":
             advantages = masked_whiten(advantages, mask)
+        advantages = zero_without_signal(advantages, rewards)
         return Experience(rollout=rollout, rewards=rewards, advantages=advantages, returns=returns)
 
     def learn(
@@ -192,7 +199,8 @@ class Learning(Objective):
         if self.whiten_advantages != "minibatch":
             return minibatch
         mask = minibatch.rollout.completions.mask
-        return replace(minibatch, advantages=masked_whiten(minibatch.advantages, mask))
+        whitened = masked_whiten(minibatch.advantages, mask)
+        return replace(minibatch, advantages=zero_without_signal(whitened, minibatch.rewards))
 
     def backward(
         self,

@@ -83,9 +83,9 @@ def _of_rollout(
     return {
         "warn/equal_scores": (
             len(scores) > 1 and bool((scores == scores[0]).all()),
-            f"all {len(scores)} scores are {scores[0].item():.3g}: they say nothing of which"
-            " completion is better; look at the reward, or raise stage.batch_size or"
-            " sampler.temperature",
+            f"all {len(scores)} scores are {scores[0].item():.3g} and do not say which completion"
+            " is better: the policy learns nothing from them; check the reward, or raise"
+            " stage.batch_size or sampler.temperature",
         ),
         "warn/one_token": (
             gen_len > 1 and bool((lengths == 1).all()),

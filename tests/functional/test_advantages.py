@@ -5,7 +5,12 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from rlhf_exp.functional.advantages import gae, normalize_reward, terminal_rewards
+from rlhf_exp.functional.advantages import (
+    gae,
+    normalize_reward,
+    terminal_rewards,
+    zero_without_signal,
+)
 
 VALUES = [
     [0.5, -1.0, 2.0, 0.25],
@@ -199,3 +204,21 @@ def test_gae_leaves_its_inputs_alone(dtype):
     gae(values, rewards, mask, gamma=0.9, gae_lambda=0.95)
     assert values.tolist() == VALUES
     assert rewards.tolist() == torch.tensor(REWARDS, dtype=dtype).tolist()
+
+
+@pytest.mark.parametrize(
+    ("rewards", "has_signal"),
+    [
+        ([[0.0, 0.5], [0.5, 0.0]], False),  # the same in all, wherever it is received
+        ([[0.0, 0.0], [0.0, 0.0]], False),
+        ([[0.0, 0.5], [0.6, 0.0]], True),
+        ([[0.1, 0.5], [0.0, 0.5]], True),  # a KL charged to a token
+        ([[0.0, 0.5]], True),  # one completion is held against its values alone
+        ([[0.0, 0.0]], False),
+    ],
+)
+def test_advantages_are_zero_where_rewards_tell_no_completion_from_another(rewards, has_signal):
+    table = torch.tensor(rewards)
+    advantages = torch.arange(1.0, 1.0 + table.numel()).view_as(table)
+    expected = advantages if has_signal else torch.zeros_like(table)
+    assert torch.equal(zero_without_signal(advantages, table), expected)

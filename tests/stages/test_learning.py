@@ -4,6 +4,7 @@ sampled. And the KL's coefficient, where it adapts."""
 import copy
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from rlhf_exp.rewards.protocol import RewardFunction
+from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.settings import settings
 from rlhf_exp.stages.actors import Actors
 from rlhf_exp.stages.histograms import LastPass
 from rlhf_exp.stages.ppo import PPO
@@ -18,6 +22,7 @@ from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.training.checkpoint import read_newest_checkpoint
 from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.optim import WarmupDecay
+from rlhf_exp.types import Completions
 
 from .toy import RAGGED, collect, context, parts, phase, rows, start
 
@@ -25,6 +30,25 @@ from .toy import RAGGED, collect, context, parts, phase, rows, start
 def ppo_of(**options: object) -> PPO:
     small = {"batch_size": 8, "num_minibatches": 2, "batches_per_learning_phase": 1}
     return PPO(**{**small, "dtype": "fp32", **options})
+
+
+@settings
+class Constant:
+    """The same score for every completion."""
+
+    def load(self, device: torch.device) -> RewardFunction:
+        return lambda completions: torch.full((len(completions.texts),), 0.5, device=device)
+
+
+@settings
+class OneOfFour:
+    """1 for every fourth completion, 0 for the others."""
+
+    def load(self, device: torch.device) -> RewardFunction:
+        def score(completions: Completions) -> Tensor:
+            return (torch.arange(len(completions.texts), device=device) % 4 == 0).float()
+
+        return score
 
 
 def spoil(actors: Actors, value: float, *steps: int) -> None:
@@ -243,3 +267,65 @@ def test_a_run_ends_where_its_kl_is_spent(
     again = ppo.run(context(tmp_path, resume=True), **given)
     assert again["stopped"] == result["stopped"]
     assert rows(tmp_path) == before
+
+
+ALONE = {"vf_coef": 0.0, "ent_coef": 0.0, "kl_coef": 0.0}  # nothing but the policy's term
+
+
+@pytest.mark.parametrize("whiten", ["batch", "minibatch", "none"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_equal_scores_move_no_policy(tmp_path: Path, whiten: str, normalize: bool) -> None:
+    ppo = ppo_of(whiten_advantages=whiten, normalize_reward=normalize, **ALONE)
+    actors, state = start(ppo, tmp_path, task=RAGGED, reward=Constant())
+    before = weights(state)
+    row = phase(ppo, actors, state)
+    assert torch.equal(weights(state), before)
+    assert (row["loss/policy"], row["warn/equal_scores"], row["policy/steps"]) == (0, 1, 2)
+
+
+def test_values_learn_from_equal_scores(tmp_path: Path) -> None:
+    ppo = ppo_of(normalize_reward=False, vf_coef=1.0)
+    actors, state = start(ppo, tmp_path, task=RAGGED, reward=Constant())
+    losses = [phase(ppo, actors, state)["loss/value"] for _ in range(12)]
+    assert losses[-1] < losses[0] / 2
+
+
+def test_a_reward_that_says_nothing_leaves_the_policy_at_the_reference(tmp_path: Path) -> None:
+    # The error of the values, whitened, drove it .1 nats a completion away.
+    ppo = ppo_of(batch_size=16, batches_per_learning_phase=2)
+    actors, state = start(ppo, tmp_path, task=RAGGED, reward=Constant())
+    rows = [phase(ppo, actors, state) for _ in range(10)]
+    assert rows[-1]["objective/kl_sum"] < 0.01
+
+
+@pytest.mark.parametrize("whiten", ["batch", "minibatch"])
+def test_kl_in_the_reward_is_a_signal_where_scores_are_equal(tmp_path: Path, whiten: str) -> None:
+    charged = ppo_of(kl_penalty="reward", normalize_reward=False, whiten_advantages=whiten)
+    free = replace(charged, kl_coef=0.0)
+    actors, state = start(charged, tmp_path, task=RAGGED, reward=Constant())
+    phase(ppo_of(), actors, state)  # away from the reference, by the entropy and the values
+    rollout = collect(charged, actors, state).rollout
+    assert charged.build_experience(rollout).advantages.any()
+    assert not free.build_experience(rollout).advantages.any()
+
+
+@pytest.mark.parametrize("penalty", [None, 1.0])
+def test_a_penalty_for_a_missing_eos_is_a_signal(tmp_path: Path, penalty: float | None) -> None:
+    ppo = ppo_of(batch_size=32, missing_eos_penalty=penalty, **ALONE)
+    sampler = CachedSampler(gen_len=4, stop_at_eos=True)
+    actors, state = start(ppo, tmp_path, task=RAGGED, reward=Constant(), sampler=sampler)
+    row = phase(ppo, actors, state)
+    assert (row["warn/equal_scores"] == 0) is (row["grad_norm/base"] > 0) is (penalty is not None)
+
+
+def test_a_whitened_minibatch_with_equal_scores_moves_no_policy(tmp_path: Path) -> None:
+    ppo = ppo_of(num_minibatches=4, whiten_advantages="minibatch", **ALONE)
+    actors, state = start(ppo, tmp_path, task=RAGGED, reward=OneOfFour())
+    experience = collect(ppo, actors, state)
+    order = torch.Generator()
+    order.set_state(state.minibatch_generator.get_state())
+    pairs = torch.randperm(8, generator=order).split(2)
+    differ = [bool((a % 4 == 0) != (b % 4 == 0)) for a, b in pairs]
+    steps = ppo.learn(state, experience, actors.reference, temperature=1.0)
+    assert [bool(step["grad_norm/base"] > 0) for step in steps] == differ
+    assert 0 < sum(differ) < 4
