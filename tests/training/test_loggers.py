@@ -1,5 +1,6 @@
 """W&B is run for real, offline: nothing here reaches further than this machine."""
 
+import gzip
 import json
 import logging
 import os
@@ -386,25 +387,38 @@ def test_a_run_goes_on_and_ends_when_wandbs_service_dies_or_stops(tmp_path, sign
 
 
 class Serves(BaseHTTPRequestHandler):
-    """As much of W&B's server as lets a run begin and send its rows."""
+    """As much of W&B's server as lets a run begin, go on and send its rows."""
 
     def do_POST(self) -> None:
         self.server.wait()
-        asked = self.rfile.read(int(self.headers["Content-Length"] or 0)).decode()
-        data = {}
-        if "upsertBucket" in asked:
-            name = json.loads(asked)["variables"]["name"]
-            project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "me"}}
-            bucket = {"id": "b", "name": name, "displayName": name, "config": "{}"}
-            bucket |= {"project": project, "historyLineCount": 0}
-            data["upsertBucket"] = {"bucket": bucket, "inserted": True}
-        body = json.dumps({"data": data}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        if self.headers["Content-Encoding"] == "gzip":
+            body = gzip.decompress(body)
+        asked = json.loads(body or b"{}")
+        if "files" in asked:
+            self.keep(**asked["files"].get("wandb-history.jsonl", {"offset": 0, "content": []}))
+        answer(self, 200, json.dumps(self.reply(**asked)).encode())
 
     do_GET = do_POST
+
+    def keep(self, offset: int, content: list[str]) -> None:
+        self.server.history |= enumerate(map(json.loads, content), offset)
+
+    def reply(self, query: str = "", variables: Any = None, **_: Any) -> dict[str, Any]:
+        rows, name = self.server.history, (variables or {}).get("name")
+        project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "me"}}
+        bucket = {"id": "b", "name": name, "displayName": name, "config": "{}", "project": project}
+        bucket |= {"historyLineCount": len(rows), "eventsLineCount": 0, "logLineCount": 0}
+        if "upsertBucket" in query:
+            return {"data": {"upsertBucket": {"bucket": bucket, "inserted": not rows}}}
+        if "RunResumeStatus" in query and rows:
+            last = json.dumps({key: rows[len(rows) - 1][key] for key in ("_step", "_runtime")})
+            bucket |= {"historyTail": json.dumps([last]), "summaryMetrics": last}
+            bucket |= {"eventsTail": "[]", "tags": [], "wandbConfig": '{"t": {"1": [1]}}'}
+            return {"data": {"model": {**project, "bucket": bucket}}}
+        if "createRunFiles" in query:
+            return {"errors": [{"message": "files are not kept"}]}
+        return {"data": {}}
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -415,6 +429,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Serves)
+        self.history: dict[int, dict[str, Any]] = {}
         self.answers = threading.Event()
         self.answers.set()
         self.wait: Callable[[], bool] = self.answers.wait
@@ -426,6 +441,28 @@ class Server(ThreadingHTTPServer):
 
     def hangs(self) -> None:
         self.answers.clear()
+
+
+def test_the_offline_parts_of_a_resumed_run_are_one_after_sync(tmp_path, monkeypatch):
+    parts = ([1, 2, 3, 4], [5, 6, 7])
+    for phases in parts:
+        given = replace(info(tmp_path), run_id="ab12cd34")
+        with WandbLogger(mode="offline").open(given) as [sink]:
+            for phase in phases:
+                sink.log(phase, {"eval/score": phase / 8})
+        time.sleep(1)  # W&B sorts them by their names, which have seconds
+    server = Server()
+    command = [sys.executable, "-m", "wandb", "sync", *map(str, offline_runs(tmp_path / "shared"))]
+    url = f"http://127.0.0.1:{server.server_port}"
+    own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    environment = {**own, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": url}
+    subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, timeout=60, check=True
+    )
+    server.dies()
+    rows = [server.history[i] for i in range(len(server.history))]
+    assert [row["phase"] for row in rows] == [*parts[0], *parts[1]]
+    assert [row["_step"] for row in rows] == [*range(7)]
 
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])
