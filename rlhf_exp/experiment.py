@@ -5,6 +5,7 @@ It knows nothing of Hydra: whoever calls hands in what turns configuration into 
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -171,6 +172,8 @@ def _run_stage(
         folder.write_json("resolved_config.json", shown)
         if not job.resume:
             folder.clear()
+        if wandb_id := not (job.sweep or job.resume) and os.environ.get("WANDB_RUN_ID"):
+            folder.keep_id(wandb_id)  # an agent's; the jobs of a sweep cannot share it
         job.begun()
         with logger.open(replace(info, run_id=folder.run_id)) as sinks:
             yield sinks

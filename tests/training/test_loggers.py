@@ -152,6 +152,19 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
     assert all("ab12cd34" in name for name in names), names
 
 
+def test_an_agents_id_does_not_send_a_resumed_run_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep123")
+    monkeypatch.setenv("WANDB_RUN_ID", "another1")
+    wandb.teardown()
+    given = replace(info(tmp_path), run_id="ab12cd34")
+    with WandbLogger(mode="offline").connect(given) as run:
+        assert run is not None
+        assert run._run.id == "ab12cd34"
+        assert run._run.sweep_id == "sweep123"
+    assert os.environ["WANDB_RUN_ID"] == "another1"
+    wandb.teardown()
+
+
 def test_a_key_in_the_netrc_counts_if_it_is_the_servers(tmp_path, monkeypatch, server, caplog):
     netrc = tmp_path / "netrc"
     netrc.write_text(f"machine github.com\n login wandb\n password {KEY}\n")
