@@ -50,6 +50,11 @@ class Job:
     stop: StopRequests = field(default_factory=StopRequests)
     begun: Callable[[], None] = lambda: None
 
+    @property
+    def group(self) -> str | None:
+        """The name of the sweep that it is a job of."""
+        return self.path.parent.name if self.sweep else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -87,6 +92,8 @@ def check_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantia
             what = type(part).__name__
             problems.append(f"{name}: {what} is not for this; choose one: {name}=...")
     problems += _push_problems(hub, job) if isinstance(hub, HubSettings) else []
+    if isinstance(logger, Logger):
+        problems += logger.problems(name=job.path.name, group=job.group)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return Plan(steps=steps, last=last, logger=logger, hub=hub)
@@ -161,7 +168,7 @@ def _run_stage(
     seed_shared_generators(job.seed)
     info = RunInfo(
         name=job.path.name,
-        group=job.path.parent.name if job.sweep else None,
+        group=job.group,
         job_type=type(stage).__module__.rpartition(".")[2],
         config=redact(config),
         shared_folder=job.path.parent if job.sweep else job.path,

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, ValidationError
 
 from rlhf_exp.network import reachable
 from rlhf_exp.redaction import redact_words
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 INIT_S = 20  # how long the start of a run may take online
 WANDB_URLS = ("https://api.forge.coreweave.com", "https://api.wandb.ai")  # since wandb 0.31, before
+
+MAX_NAME, MAX_TAG = 128, 64  # characters that W&B takes; it says so when it uploads
 
 _Variables = Mapping[str, str | None]
 
@@ -49,14 +51,43 @@ class RunInfo:
 class Logger(Protocol):
     """A logger group's settings."""
 
+    def problems(self, *, name: str, group: str | None) -> list[str]:
+        """Why a run of that name could not be logged, known before it is begun."""
+        ...
+
     def open(self, info: RunInfo) -> Any:
         """A context manager that yields the sinks beside the local files."""
         ...
 
 
+def _check_name(name: str) -> str:
+    if len(name) > MAX_NAME:
+        raise ValueError(f"this name has {len(name)} characters; W&B takes {MAX_NAME}")
+    if refused := sorted(set(name) & set("/\\#?%:")):
+        raise ValueError(f"W&B takes no {' '.join(refused)} in this name")
+    return name
+
+
+def _check_tags(tags: tuple[str, ...]) -> tuple[str, ...]:
+    for tag in tags:
+        if not 1 <= len(tag) <= MAX_TAG:
+            raise ValueError(f"W&B takes tags of 1 to {MAX_TAG} characters, which {tag!r} is not")
+        if tags.count(tag) > 1:
+            raise ValueError(f"W&B takes a tag once, and {tag!r} is there more often")
+    return tags
+
+
+Name = Annotated[Text, AfterValidator(_check_name)]
+Tags = Annotated[tuple[str, ...], AfterValidator(_check_tags)]
+
+
 @settings
 class LocalLogger:
     """The run's folder and nothing else."""
+
+    def problems(self, *, name: str, group: str | None) -> list[str]:
+        """None."""
+        return []
 
     @contextmanager
     def open(self, info: RunInfo) -> Iterator[list[Sink]]:
@@ -69,13 +100,25 @@ class WandbLogger:
     """W&B. mode=auto obeys WANDB_MODE if it is set; else it is online with a key and a network,
     and offline without. `finish_s` bounds how long the end of a run waits for W&B."""
 
-    project: Text = "rlhf_exp"
-    entity: str | None = None
+    project: Name = "rlhf_exp"
+    entity: Name | None = None
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    tags: tuple[str, ...] = ()
+    tags: Tags = ()
     notes: str | None = None
     log_model: bool = False
     finish_s: Positive = 60.0
+
+    def problems(self, *, name: str, group: str | None) -> list[str]:
+        """A line for each name that is too long for W&B."""
+        if self._wanted_mode() == "disabled":
+            return []
+        named = {"the run's folder": name, "the sweep's folder": group or ""}
+        return [
+            f"the name of {what} has {len(text)} characters, and W&B takes {MAX_NAME}: choose a"
+            " shorter one, or logger=local"
+            for what, text in named.items()
+            if len(text) > MAX_NAME
+        ]
 
     @contextmanager
     def open(self, info: RunInfo) -> Iterator[list[Sink]]:
@@ -126,16 +169,13 @@ class WandbLogger:
             except Exception as error:  # a server, a variable, a disk: nothing that training needs
                 drop_service()  # it still holds the run that failed, and refuses its id
                 reason = _reason(error)
-                if attempt == "online" and self._insists_on_online():
+                if attempt == "online" == self._wanted_mode():
                     raise ConfigError(
                         f"logger.mode=online: W&B cannot start online ({reason}); fix that"
                         " (`wandb login` sets the key), or set logger.mode=offline"
                     ) from error
                 log.warning("W&B cannot start %s (%s); %s", attempt, reason, consequence)
         return None
-
-    def _insists_on_online(self) -> bool:
-        return self.mode == "online" or os.environ.get("WANDB_MODE") == "online"
 
     def _init(
         self, info: RunInfo, mode: Literal["online", "offline"], variables: _Variables
@@ -168,8 +208,11 @@ class WandbLogger:
                      info.shared_folder / "wandb", Path(run.dir).parent)  # fmt: skip
         return run
 
+    def _wanted_mode(self) -> str:
+        return os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
+
     def _resolve_mode(self) -> Literal["online", "offline", "disabled"]:
-        asked = os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
+        asked = self._wanted_mode()
         if asked in ("online", "offline", "disabled"):
             return asked  # type: ignore[return-value]
         url = os.environ.get("WANDB_BASE_URL")

@@ -564,6 +564,40 @@ def test_what_wandb_would_put_into_the_home_is_the_users_to_place(tmp_path, monk
 
 
 @pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"project": "me/films"}, r"W&B takes no / in this name"),
+        ({"project": "a?b:c"}, r"W&B takes no : \? in this name"),
+        ({"project": "a" * 129}, r"129 characters; W&B takes 128"),
+        ({"entity": "me/films"}, r"W&B takes no / in this name"),
+        ({"entity": ""}, r"at least 1 character"),
+        ({"tags": ("a", "b" * 65)}, r"W&B takes tags of 1 to 64 characters, which 'b+' is not"),
+        ({"tags": ("a", "")}, r"W&B takes tags of 1 to 64 characters, which '' is not"),
+        ({"tags": ("a", "b", "a")}, r"W&B takes a tag once, and 'a' is there more often"),
+    ],
+)
+def test_what_wandb_would_refuse_later_is_refused_at_once(field, message):
+    with pytest.raises(ValidationError, match=message):
+        WandbLogger(**field)
+
+
+def test_names_as_long_as_wandb_takes_them_are_fine():
+    logger = WandbLogger(project="a" * 128, entity="b" * 128, tags=("c" * 64, "d"))
+    assert logger.problems(name="n" * 128, group="g" * 128) == []
+
+
+def test_folders_whose_names_wandb_would_refuse_later_are_refused_at_once(monkeypatch):
+    name, group = "n" * 129, "g" * 130
+    [of_run, of_sweep] = WandbLogger().problems(name=name, group=group)
+    assert of_run.startswith("the name of the run's folder has 129 characters, and W&B takes 128")
+    assert of_sweep.startswith("the name of the sweep's folder has 130 characters, and W&B takes")
+    assert WandbLogger(mode="disabled").problems(name=name, group=group) == []
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert WandbLogger().problems(name=name, group=group) == []
+    assert LocalLogger().problems(name=name, group=group) == []
+
+
+@pytest.mark.parametrize(
     "field", [{"mode": "onlin"}, {"project": ""}, {"tags": "abc"}, {"finish_s": 0}, {"key": 1}]
 )
 def test_settings_out_of_range_are_refused(field):
