@@ -104,7 +104,11 @@ class Launching:
             job = SweepJob(overrides=tuple(words), swept=tuple(swept), identity="", phases=None)
             try:
                 config = run.check(
-                    self._compose(words), self.folder, words, sweep=True, here=self.kind.here
+                    self._compose(words),
+                    self.folder / str(number),  # its folder has no name before all are checked
+                    words,
+                    sweep=True,
+                    here=self.kind.here,
                 )
             except (ConfigError, HydraException, OmegaConfBaseException) as error:
                 for line in (run.explain(error) or str(error)).splitlines():

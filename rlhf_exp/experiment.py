@@ -5,6 +5,7 @@ It knows nothing of Hydra: whoever calls hands in what turns configuration into 
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -49,6 +50,11 @@ class Job:
     stop: StopRequests = field(default_factory=StopRequests)
     begun: Callable[[], None] = lambda: None
 
+    @property
+    def group(self) -> str | None:
+        """The name of the sweep that it is a job of."""
+        return self.path.parent.name if self.sweep else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -86,6 +92,8 @@ def check_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantia
             what = type(part).__name__
             problems.append(f"{name}: {what} is not for this; choose one: {name}=...")
     problems += _push_problems(hub, job) if isinstance(hub, HubSettings) else []
+    if isinstance(logger, Logger):
+        problems += logger.problems(name=job.path.name, group=job.group)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return Plan(steps=steps, last=last, logger=logger, hub=hub)
@@ -160,7 +168,7 @@ def _run_stage(
     seed_shared_generators(job.seed)
     info = RunInfo(
         name=job.path.name,
-        group=job.path.parent.name if job.sweep else None,
+        group=job.group,
         job_type=type(stage).__module__.rpartition(".")[2],
         config=redact(config),
         shared_folder=job.path.parent if job.sweep else job.path,
@@ -171,6 +179,8 @@ def _run_stage(
         folder.write_json("resolved_config.json", shown)
         if not job.resume:
             folder.clear()
+        if wandb_id := not (job.sweep or job.resume) and os.environ.get("WANDB_RUN_ID"):
+            folder.keep_id(wandb_id)  # an agent's; the jobs of a sweep cannot share it
         job.begun()
         with logger.open(replace(info, run_id=folder.run_id)) as sinks:
             yield sinks

@@ -17,10 +17,10 @@ def reachable(url: str, *, timeout_s: float = 2.0) -> bool:
     which only the library itself can try. Asked once a process for each URL."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
         return True
-    parts = urlsplit(url)
-    port = parts.port or (80 if parts.scheme == "http" else 443)
     try:
+        parts = urlsplit(url)
+        port = parts.port or (80 if parts.scheme == "http" else 443)
         with socket.create_connection((parts.hostname or "", port), timeout=timeout_s):
             return True
-    except OSError:
+    except (OSError, ValueError):  # the latter for what is no URL
         return False

@@ -31,7 +31,17 @@ def test_a_listening_host_is_reachable(port):
     assert reachable(f"https://127.0.0.1:{port}/some/path")
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:{port}", "", "http://:{port}"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:{port}",
+        "",
+        "http://:{port}",
+        "http://h:99999",
+        "http://h:a",
+        "http://[::1",
+    ],
+)
 def test_what_does_not_answer_is_found_out_quickly(url):
     start = time.monotonic()
     assert not reachable(url.format(port=closed_port()))

@@ -97,6 +97,17 @@ def test_a_run_whose_reward_failed_goes_on_bit_by_bit(tmp_path, command, referen
     assert "reward=function" in (broken / ".hydra" / "overrides.yaml").read_text()
 
 
+def test_a_run_has_its_agents_id_and_keeps_it(tmp_path, command, monkeypatch):
+    broken = tmp_path / "broken"
+    monkeypatch.setenv("WANDB_RUN_ID", "agent-07")
+    assert train(tmp_path, *command, f"hydra.run.dir={broken}").code == 2
+    assert (broken / "run_id.txt").read_text() == "agent-07\n"
+    monkeypatch.setenv("WANDB_RUN_ID", "another1")
+    (tmp_path / "mended").touch()
+    assert train(tmp_path, f"resume={broken}").code == 0
+    assert (broken / "run_id.txt").read_text() == "agent-07\n"
+
+
 def test_what_cannot_be_resumed_is_refused_and_nothing_changes(tmp_path, command):
     broken = tmp_path / "broken"
     assert train(tmp_path, *command, f"hydra.run.dir={broken}").code == 2

@@ -564,6 +564,22 @@ def test_a_part_that_the_stage_does_not_take_is_refused(tmp_path, word):
     assert_refused(outcome, rf"{part}: SFT takes none, so that it would be ignored: leave {part}=")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["hydra.run.dir={long}"], r"the name of the run's folder has 140 characters"),
+        (["-m", "hydra.sweep.dir={long}"], r"the name of the sweep's folder has 140 characters"),
+    ],
+)
+def test_a_folder_too_long_for_wandb_is_refused_before_anything_is_loaded(tmp_path, words, message):
+    outcome = train(
+        tmp_path, *(word.format(long="a" * 140) for word in words), *TINY, "logger.mode=offline"
+    )
+    assert outcome.code == 2
+    assert re.search(message, outcome.err + outcome.out)
+    assert "phase" not in outcome.out
+
+
 def test_a_push_is_of_one_run(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     pushed = ["hub.push=true", "hub.repo=me/model"]

@@ -161,10 +161,13 @@ class RunFolder:
             known = file.read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError):
             known = ""
-        if not re.fullmatch(r"[a-z0-9]{8,32}", known):
-            known = secrets.token_hex(4)
-            write_whole(file, f"{known}\n")
-        return known
+        if re.fullmatch(r"[\w.-]{1,64}", known, re.ASCII):
+            return known
+        run_id = secrets.token_hex(4)
+        write_whole(file, f"{run_id}\n")
+        if known:
+            log.warning("%s is no id of a W&B run; this run is %s", known, run_id)
+        return run_id
 
     def clear(self) -> None:
         """Removes the rows that an earlier attempt in this folder left."""
@@ -198,7 +201,7 @@ class RunFolder:
         write_whole(files[len(known)], "\n".join(lines) + "\n")
 
     def keep_id(self, run_id: str) -> None:
-        """Has the run be called what its checkpoint says, if the file that says so is lost."""
+        """Gives the run its name in W&B, unless it has one."""
         if not (self.path / RUN_ID).is_file():
             write_whole(self.path / RUN_ID, f"{run_id}\n")
 
