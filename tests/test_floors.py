@@ -17,7 +17,17 @@ MODULES = [path for path in FILES if path != PACKAGE / "__init__.py"]
 FLOORS = [
     {"printable"},
     {"redaction"},
-    {"functional", "types", "settings", "network", "hf", "environment", "targets", "queueing"},
+    {
+        "functional",
+        "types",
+        "settings",
+        "network",
+        "lfs",
+        "hf",
+        "environment",
+        "targets",
+        "queueing",
+    },
     {"models", "tasks", "training", "own_keys"},
     {"rollout", "rewards"},
     {"stages", "interp", "report"},

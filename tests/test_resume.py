@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -224,6 +225,19 @@ def test_a_run_whose_model_changed_is_not_resumed(tmp_path, command):
         train(tmp_path, f"resume={broken}"),
         r"model: what it names has changed since the checkpoint",
     )
+
+
+def test_a_run_goes_on_with_its_model_copied_anew(tmp_path, command):
+    broken, base = tmp_path / "broken", tmp_path / "base"
+    assert train(tmp_path, *command, f"hydra.run.dir={broken}").code == 2
+    base.rename(tmp_path / "old")
+    shutil.copytree(tmp_path / "old", base, copy_function=shutil.copyfile)
+    (base / "README.md").write_text("what this is")
+    (base / "latest").symlink_to("nowhere")
+    (tmp_path / "mended").touch()
+    resumed = train(tmp_path, f"resume={broken}")
+    assert (resumed.code, resumed.raised) == (0, None), resumed.out + resumed.err
+    assert untimed(broken / "metrics.jsonl")[-1]["phase"] == 5
 
 
 def test_scripts_sample_from_a_run_and_talk_to_it(tmp_path, command):

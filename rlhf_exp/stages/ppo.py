@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from pydantic import model_validator
 
+from rlhf_exp.models.hub import locate_model
 from rlhf_exp.models.loading import ModelSettings, Pretrained
 from rlhf_exp.models.reference import (
     ReferenceSettings,
@@ -106,9 +107,11 @@ class PPO(Learning):
     ) -> list[str]:
         """What is wrong between this stage and its parts. Raises ConfigError for a part whose files
         are missing or malformed."""
-        for part in (task, model, reward):
+        for part in (task, reward):
             if isinstance(part, Fingerprinted):
                 part.fingerprint()
+        if isinstance(model, Pretrained):
+            locate_model(model.base_model)  # not its hash, for which all weights are read
         problems = check_schedule(
             schedule, total_steps=self.total_phases, field="stage.total_phases"
         )
