@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from rlhf_exp.settings import ConfigError, Index, OpenFraction, Text, is_reference, settings
 from rlhf_exp.tasks.hashing import hash_fraction
-from rlhf_exp.tasks.lines import read_lines
+from rlhf_exp.tasks.lines import read_lines, refuse_lfs_pointer
 from rlhf_exp.tasks.protocol import Pair, Split
 
 TEXTS, REWARDS = ("prompt", "chosen", "rejected"), ("chosen_reward", "rejected_reward")
@@ -195,6 +195,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     from pyarrow import ArrowInvalid, parquet
 
     try:
+        refuse_lfs_pointer(file, field="task.path")
         table = parquet.read_table(file)
     except (ArrowInvalid, OSError) as error:
         raise ConfigError(

@@ -21,6 +21,7 @@ from typing import Any
 
 from rlhf_exp.network import hub_url, reachable
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.tasks.lines import refuse_lfs_pointer
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ def _read_file(file: Path, asked: Source, text_columns: Sequence[str]) -> Table:
             " directory or a name on the hub"
         )
     try:
+        refuse_lfs_pointer(file, field=asked.field)
         table = reader(file, asked, text_columns)
     except OSError as error:
         raise ConfigError(
