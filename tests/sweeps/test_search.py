@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.sweeps.search import Interval, Search, Trial, corners, read_metrics
+from rlhf_exp.sweeps.search import STUDY, Interval, Search, Trial, corners, read_metrics
 
 LOSS = {"loss": "minimize"}
 FRONT = {"eval/score": "maximize", "eval/kl": "minimize"}
@@ -142,6 +142,35 @@ def test_it_goes_on_after_its_process_was_killed(tmp_path):
     assert again.num_done == 2
     assert again.best()[0][1] == [2.0]
     assert again.ask(SPACE).values["stage.kl_coef"] == killed.stdout.strip()
+
+
+def test_it_goes_on_with_a_study_that_was_cut_anywhere_in_its_last_lines(tmp_path):
+    whole = search(tmp_path / "whole")
+    for loss in (3.0, 2.0):
+        whole.tell(whole.ask(SPACE), finish(tmp_path / "run", loss=loss))
+    content = (tmp_path / "whole" / STUDY).read_bytes()
+    last = len(content.splitlines(keepends=True)[-1])
+    sizes = {len(content) - cut: 1 for cut in (1, 2, last // 2, last - 1, last, last + 1)}
+    for size, num_done in (sizes | {1: 0, 0: 0}).items():
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        (folder / STUDY).write_bytes(content[:size])
+        again = search(folder)
+        assert again.num_done == num_done
+        again.tell(again.ask(SPACE), finish(tmp_path / "run", loss=1.0))
+        assert search(folder).best()[0][1] == [1.0]
+
+
+def test_a_study_that_is_damaged_within_is_refused_by_name(tmp_path):
+    one = search(tmp_path)
+    one.tell(one.ask(SPACE), finish(tmp_path / "run", loss=1.0))
+    lines = (tmp_path / STUDY).read_bytes().splitlines(keepends=True)
+    for damaged in (lines[1][:9] + lines[2], b"[]\n", b"{}\n", b"\xff\n"):
+        content = b"".join([*lines[:1], damaged, *lines[2:]])
+        (tmp_path / STUDY).write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"^{tmp_path / STUDY} is damaged .*: remove it to"):
+            search(tmp_path)
+        assert (tmp_path / STUDY).read_bytes() == content
 
 
 @pytest.mark.parametrize(("direction", "best"), [("minimize", 1.0), ("maximize", 3.0)])
