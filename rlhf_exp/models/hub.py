@@ -18,8 +18,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
-from rlhf_exp.lfs import is_lfs_pointer
-from rlhf_exp.network import hub_url, reachable
+from rlhf_exp.lfs import refuse_lfs_pointer
+from rlhf_exp.network import hub_responds, hub_url
 from rlhf_exp.settings import ConfigError
 
 # Of these transformers loads the first that is there.
@@ -140,14 +140,25 @@ def _explained(loader: str, source: str, field: str, name: str) -> Iterator[bool
             f"{field}={name!r} cannot be loaded: its weights are a pickle that would run code; save"
             " it anew as safetensors where you trust it"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except _load_errors() as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         fix = _fix(str(error), loader, source, field.partition(".")[0], offline=local_only)
         raise ConfigError(f"{field}={name!r} cannot be loaded: {fix}.\n  {reason}") from error
 
 
+def _load_errors() -> tuple[type[Exception], ...]:
+    """What `from_pretrained` raises for a model that cannot be loaded. The hub's client lets errors
+    of its transport through, such as a connection that breaks."""
+    from huggingface_hub import errors
+
+    transport: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
+    return (
+        OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, transport,
+    )  # fmt: skip
+
+
 def _local_only(source: str) -> bool:
-    return Path(source).is_dir() or not reachable(hub_url())
+    return Path(source).is_dir() or not hub_responds()
 
 
 def _fix(error: str, loader: str, source: str, group: str, *, offline: bool) -> str:
@@ -223,8 +234,4 @@ def _refuse_placeholders(directory: Path, field: str, name: str) -> None:
                 f"{field}={name!r}: {file.name} is a link to {file.readlink()}, which does not"
                 " exist: copy the file itself there"
             )
-        if is_lfs_pointer(file):
-            raise ConfigError(
-                f"{field}={name!r}: {file.name} is a Git LFS pointer and not the file itself: run"
-                f" `git lfs pull` in {directory}"
-            )
+        refuse_lfs_pointer(file, field=field)

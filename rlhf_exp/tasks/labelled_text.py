@@ -14,8 +14,8 @@ from typing import NamedTuple
 from pydantic import model_validator
 
 from rlhf_exp.hf import PreTrainedTokenizerBase
+from rlhf_exp.lfs import refuse_lfs_pointer
 from rlhf_exp.settings import ConfigError, Count, Index, OpenFraction, Text, settings
-from rlhf_exp.tasks.lines import refuse_lfs_pointer
 from rlhf_exp.tasks.protocol import LabelledText, Split
 
 MIN_TEXTS, MIN_TEXTS_PER_LABEL = 200, 20

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rlhf_exp.lfs import is_lfs_pointer
+from rlhf_exp.lfs import refuse_lfs_pointer
 from rlhf_exp.settings import ConfigError
 
 
@@ -16,13 +16,3 @@ def read_lines(file: Path, *, field: str) -> list[str]:
         raise ConfigError(f"{field}: {file} is not UTF-8: save it as UTF-8") from error
     except OSError as error:
         raise ConfigError(f"{field}: cannot read {file} ({error.strerror})") from error
-
-
-def refuse_lfs_pointer(file: Path, *, field: str) -> None:
-    """Raises ConfigError if Git LFS has not yet replaced its pointer by the file, and OSError if it
-    cannot be read."""
-    if is_lfs_pointer(file):
-        raise ConfigError(
-            f"{field}: {file} is a Git LFS pointer and not the file itself: run `git lfs pull` in"
-            f" {file.parent}"
-        )

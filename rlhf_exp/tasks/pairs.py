@@ -12,9 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from rlhf_exp.lfs import refuse_lfs_pointer
 from rlhf_exp.settings import ConfigError, Index, OpenFraction, Text, is_reference, settings
 from rlhf_exp.tasks.hashing import hash_fraction
-from rlhf_exp.tasks.lines import read_lines, refuse_lfs_pointer
+from rlhf_exp.tasks.lines import read_lines
 from rlhf_exp.tasks.protocol import Pair, Split
 
 TEXTS, REWARDS = ("prompt", "chosen", "rejected"), ("chosen_reward", "rejected_reward")

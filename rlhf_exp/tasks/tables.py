@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.network import hub_url, reachable
+from rlhf_exp.lfs import refuse_lfs_pointer
+from rlhf_exp.network import hub_responds, hub_url
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.tasks.lines import refuse_lfs_pointer
 
 log = logging.getLogger(__name__)
 
@@ -311,7 +311,7 @@ def _read_hub(asked: Source) -> Table:
     import datasets
 
     before = datasets.config.HF_HUB_OFFLINE
-    if not before and reachable(hub_url()):
+    if not before and hub_responds():
         return _built(asked.path, asked, f"check the name on {hub_url()}/datasets, or name a file")
     why = "HF_HUB_OFFLINE is set" if before else f"{hub_url()} is out of reach"
     fix = f"{why}, and it is not in the local cache; name a file or a directory"

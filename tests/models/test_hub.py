@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from rlhf_exp.models.hub import (
 from rlhf_exp.models.loading import load_classifier, load_language_model, load_policy
 from rlhf_exp.models.reference import Lora
 from rlhf_exp.models.saving import save_policy
-from rlhf_exp.network import reachable
+from rlhf_exp.network import reachable, responds
 from rlhf_exp.settings import ConfigError
 from tests.builders import ragged_tokens, tiny_policy
 
@@ -45,9 +46,11 @@ def use_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[UseHub]:
             huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + PATHS
         )
         reachable.cache_clear()
+        responds.cache_clear()
 
     yield use
     reachable.cache_clear()
+    responds.cache_clear()
 
 
 @pytest.fixture
@@ -98,6 +101,42 @@ def test_a_name_that_the_hub_does_not_have(answering: list[str]) -> None:
     with pytest.raises(ConfigError, match=rf"^model\.base_model='nobody/typo' .*: {fix}\.\n"):
         load_policy("nobody/typo")
     assert any("nobody/typo" in path for path in answering)
+
+
+class Breaking(http.server.BaseHTTPRequestHandler):
+    """Answers the first request, and closes the connection of every other one."""
+
+    def do_HEAD(self) -> None:
+        if self.path == "/":
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_a_hub_that_breaks_connections_is_named(use_hub: UseHub) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), Breaking) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        use_hub(f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(ConfigError, match=r"'nobody/any' cannot be loaded: check the name on"):
+            load_policy("nobody/any")
+        server.shutdown()
+        thread.join()
+
+
+def test_a_hub_that_accepts_and_never_answers_counts_as_out_of_reach(
+    use_hub: UseHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf_exp.network.PATIENCE_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        use_hub(f"http://127.0.0.1:{server.getsockname()[1]}")
+        start = time.monotonic()
+        with pytest.raises(ConfigError, match=r"^model\.base_model='nobody/any' .*out of reach"):
+            load_policy("nobody/any")
+        assert time.monotonic() - start < 5
 
 
 def test_a_directory_is_loaded_without_asking_the_hub(answering: list[str], tmp_path: Path) -> None:
@@ -253,7 +292,7 @@ def test_code_that_a_model_brings_is_part_of_its_hash(tmp_path: Path) -> None:
 def test_a_pointer_of_git_lfs_is_told_from_a_file(tmp_path: Path, name: str) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
     folder = model_directory(tmp_path / "model", **{name: pointer})
-    message = rf"^reward\.path='.*': {name} is a Git LFS pointer .*`git lfs pull` in {folder}$"
+    message = rf"^reward\.path: {folder / name} is a Git LFS pointer, .*`git lfs pull` in {folder}$"
     with pytest.raises(ConfigError, match=message):
         locate_model(str(folder), field="reward.path")
 

@@ -50,6 +50,6 @@ def read_as_labelled_text(file: Path) -> object:
 def test_a_pointer_of_git_lfs_is_not_read_as_data(tmp_path: Path, read, ending: str):
     file = tmp_path / f"data{ending}"
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
-    message = re.escape(f"task.path: {file} is a Git LFS pointer and not the file itself: run")
+    message = re.escape(f"task.path: {file} is a Git LFS pointer, not the file itself: run")
     with pytest.raises(ConfigError, match=rf"^{message} `git lfs pull` in {tmp_path}$"):
         read(file)

@@ -17,7 +17,7 @@ import pytest
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from pyarrow import parquet
 
-from rlhf_exp.network import reachable
+from rlhf_exp.network import reachable, responds
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.tables import CHUNK, READERS, Table, read_table
 
@@ -69,8 +69,10 @@ def offline(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", NAMELESS)
     reachable.cache_clear()
+    responds.cache_clear()
     yield
     reachable.cache_clear()
+    responds.cache_clear()
 
 
 # Files
@@ -567,7 +569,7 @@ os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME
 os.environ["TQDM_POSITION"] = "-1"  # bars even where stderr is no terminal
 logging.basicConfig(level=logging.INFO)
 
-from rlhf_exp.network import reachable
+from rlhf_exp.network import reachable, responds
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.tables import read_table
 
@@ -577,6 +579,7 @@ results += [attempt("org/name", revision="v2"), attempt("org/other")]
 server.shutdown()
 server.server_close()
 reachable.cache_clear()
+responds.cache_clear()
 given = [{}, {"revision": "main"}, {"revision": SHA}, {"revision": "v2"}, {"split": "test"}]
 results += [attempt("org/name", **options) for options in given] + [attempt("org/other")]
 print(json.dumps([os.environ["HF_ENDPOINT"], results]))
