@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rlhf_exp.hf import quieten_transformers
+from rlhf_exp.network import hub_url
 from rlhf_exp.redaction import redact
 from rlhf_exp.settings import PARTS, REFERENCE, ConfigError
 from rlhf_exp.stages.foresight import foresee
@@ -63,6 +64,7 @@ class Plan:
 
 def check_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate) -> Plan:
     """What a configuration describes. Raises ConfigError with everything that is wrong."""
+    hub_url()  # raises here: the hub's client cannot be imported where its address is malformed
     steps = read_steps(config)
     last = _last_to_prepare(steps, job.until)
     problems: list[str] = []

@@ -10,6 +10,7 @@ import sys
 from rich.console import Console
 
 from rlhf_exp.hf import quieten_transformers
+from rlhf_exp.network import hub_url
 from rlhf_exp.report.continuations import continuations, read_run, side_by_side
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError
@@ -28,9 +29,10 @@ def main() -> None:
     parser.add_argument("--chat", action="store_true", help="prompts are a user's messages")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
     arguments = parser.parse_args()
-    quieten_transformers()
     prompts = [prompt for prompt in arguments.prompt for _ in range(arguments.num)]
     try:
+        hub_url()  # raises, where importing the hub's client would
+        quieten_transformers()
         run = read_run(arguments.run, trust_remote_code=arguments.trust_remote_code)
         sampler = CachedSampler(
             gen_len=arguments.gen_len,

@@ -308,6 +308,14 @@ def test_a_bad_value_is_refused_by_name_before_anything_is_loaded(
     assert written(tmp_path) == []
 
 
+def test_a_malformed_address_of_the_hub_is_refused_even_if_nothing_is_loaded_from_it(
+    tmp_path, monkeypatch, config_of
+):
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example:bad")
+    with pytest.raises(ConfigError, match=r"^HF_ENDPOINT=https://hub\.example:bad is not a URL"):
+        run.execute(config_of(*TINY), tmp_path / "run")
+
+
 # --- what shows when the parts are loaded ---
 
 
