@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 CHUNK = 1000  # rows that are decoded at once; one by one takes `datasets` ten times as long
 
 
@@ -196,6 +197,13 @@ def _read_csv(file: Path, asked: Source, text_columns: Sequence[str]) -> Table:
 
 def _csv_rows(contents: str, delimiter: str, where: str) -> tuple[list[str], list[list[str]]]:
     """The header and the rows below it, blank lines left out."""
+    first = re.split(r"[\r\n]", contents.lstrip(), maxsplit=1)[0]
+    others = [name for separator, name in SEPARATORS.items() if separator in first]
+    if others and delimiter not in first:
+        raise ConfigError(
+            f"{where} separates its columns by {others[0]}, not by {SEPARATORS[delimiter]}: save it"
+            " with commas as .csv, or with tabs as .tsv"
+        )
     limit = csv.field_size_limit(sys.maxsize)
     rows: list[list[str]] = []
     try:

@@ -261,6 +261,13 @@ BROKEN = {
     "h.csv": ("", r"h\.csv holds no rows"),
     "i.csv": ("a,b,a\n1,2,3\n", r"i\.csv has the header 'a, b, a'; give each column a name of its"),
     "j.csv": ("a,,b\n1,2,3\n", r"j\.csv has the header 'a, , b'; give each column a name"),
+    "semicolons.csv": (
+        "prompt;n\na;1\n",
+        r"columns by semicolons, not by commas: save it with com",
+    ),
+    "quotes.csv": ('"prompt";"n"\n"a, b";1\n', r"quotes\.csv separates its columns by semicolons"),
+    "tabs.csv": ("\nprompt\tn\na, b\t1\n", r"by tabs, not by commas: .*, or with tabs as \.tsv$"),
+    "commas.tsv": ("prompt,n\na,1\n", r"\.tsv separates its columns by commas, not by tabs: save"),
     "k.csv": (b"prompt\na\nb\ncaf\xe9\n", r"k\.csv, line 4 is not UTF-8"),
     "l.csv": ('"prompt\n', r"l\.csv, row 1 is not quoted"),
     "a.tsv": ("prompt\tn\na\tb\t1\n", r"a\.tsv, row 1 has 3 fields .* holds '\\t' into quotes"),
