@@ -12,13 +12,12 @@ import re
 import reprlib
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_exp.hf import quiet_datasets
 from rlhf_exp.lfs import refuse_lfs_pointer
 from rlhf_exp.network import hub_responds, hub_url
 from rlhf_exp.settings import ConfigError
@@ -100,7 +99,7 @@ def read_table(
         raise ConfigError(f"{field}={path}: no such file or directory, and no name on the hub")
     if not is_local:
         log.info("%s: reading %s from %s or its local cache", field, path, hub_url())
-    with _quiet():
+    with quiet_datasets():
         if place.is_file():
             table = _read_file(place, asked, text_columns)
         elif is_local:
@@ -376,29 +375,3 @@ def _short(error: BaseException, limit: int = 300) -> str:
     if isinstance(error, StopIteration):
         return "it holds an empty file"
     return (" ".join(str(error).split()) or type(error).__name__)[:limit]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what `datasets` and the hub's client write to stderr; what matters is raised."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # all: `datasets` greets while it is imported
-    try:
-        import datasets
-        from huggingface_hub.utils.tqdm import (
-            are_progress_bars_disabled,
-            disable_progress_bars,
-            enable_progress_bars,
-        )
-
-        datasets.disable_progress_bars()
-        shown = not are_progress_bars_disabled()
-        with warnings.catch_warnings(action="ignore"):
-            disable_progress_bars()
-            try:
-                yield
-            finally:
-                if shown:
-                    enable_progress_bars()
-    finally:
-        logging.disable(before)
