@@ -211,6 +211,10 @@ REFUSED = {
             r"prepare\.base\.stage\.epochs=0: .* greater than or equal to 1",
         ],
     ),
+    "a clip that never clips from below": (
+        "stage.clip_coef=2",
+        [r"stage\.clip_coef=2: .* less than 1"],
+    ),
     "nan": ("stage.kl_coef=nan optimizer.eps=inf", [r"stage\.kl_coef=nan", r"optimizer\.eps=inf"]),
     "a bool": ("stage.gamma=true optimizer.beta1=false", [r"gamma=True", r"beta1=False"]),
     "no multiple": ("stage.batch_size=30", [r"stage: batch_size=30 .* num_minibatches=4"]),
