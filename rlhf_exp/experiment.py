@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 class Job:
     """Where and as what an experiment runs. A job of a sweep shares its parent folder with the
     others; a resumed one goes on in the folder of the run that ended. `chosen` are the groups that
-    the command line names, `stop` is what asks it to end early, and `begun` is called when all is
-    loaded and the work begins."""
+    the command line names, `stop` is what asks it to end early, `begun` is called when all is
+    loaded and the work begins, and `metrics` are those that the result must have."""
 
     path: Path
     sweep: bool
@@ -49,6 +49,7 @@ class Job:
     chosen: frozenset[str]
     stop: StopRequests = field(default_factory=StopRequests)
     begun: Callable[[], None] = lambda: None
+    metrics: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,7 @@ def check_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantia
             problems.append(str(error))
     if not problems and job.until is None:
         problems += foresee(run_parts, built, prefix=REFERENCE)
+        problems += _missing_metrics(job.metrics, stage.metric_names(**run_parts))
         problems += [
             f"{part}: {type(stage).__name__} takes none, so that it would be ignored: leave"
             f" {part}=... out"
@@ -113,6 +115,14 @@ def run_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate
     _run_stage(step, prepared, config, job, plan.logger, instantiate)
     if (job.path / "model").is_dir():
         plan.hub.upload(job.path / "model")
+
+
+def _missing_metrics(asked: Sequence[str], names: Sequence[str]) -> list[str]:
+    return [
+        f"hydra.sweeper: {name} is no metric of these runs; they have: {', '.join(sorted(names))}"
+        for name in asked
+        if name not in names
+    ]
 
 
 def _push_problems(hub: HubSettings, job: Job) -> list[str]:

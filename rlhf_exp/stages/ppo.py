@@ -26,7 +26,14 @@ from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.settings import Count, Fingerprinted, Index, NonNegative, Positive, settings
 from rlhf_exp.stages.actors import Actors, check_frozen, fingerprints, frozen_hash, load_actors
 from rlhf_exp.stages.collecting import SCORING, Collector
-from rlhf_exp.stages.evaluation import brief, evaluate, read_evaluations, report
+from rlhf_exp.stages.evaluation import (
+    ANSWER_METRICS,
+    METRICS,
+    brief,
+    evaluate,
+    read_evaluations,
+    report,
+)
 from rlhf_exp.stages.histograms import LastPass
 from rlhf_exp.stages.learning import Learning
 from rlhf_exp.stages.train_state import TrainState
@@ -135,6 +142,10 @@ class PPO(Learning):
         if isinstance(task, AnswerTask) and not sampler.stop_at_eos:
             problems.append("the task has exact answers, which end: set sampler.stop_at_eos=true")
         return problems
+
+    def metric_names(self, *, task: Task, **_: Any) -> tuple[str, ...]:
+        """The names of the metrics in the result."""
+        return METRICS + ANSWER_METRICS if isinstance(task, AnswerTask) else METRICS
 
     def run(
         self,

@@ -6,6 +6,7 @@ It knows intervals, choices and results, not how jobs are run.
 
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -111,8 +112,9 @@ class Search:
 
     def ask(self, space: Space) -> Trial:
         """Draws a setting. Raises ConfigError for a space that the study's earlier one excludes."""
+        distributions = {key: _distribution(of) for key, of in space.items()}
         try:
-            trial = self._study.ask({key: _distribution(of) for key, of in space.items()})
+            trial = self._study.ask(distributions)
         except ValueError as error:
             raise ConfigError(
                 f"the search in this folder was begun over other values ({error}): name another"
@@ -148,6 +150,22 @@ def read_metrics(folder: Path, names: Sequence[str]) -> list[float]:
                 f" {', '.join(sorted(after))}"
             )
     return [float(after[name]) for name in names]
+
+
+def check_space(space: Space) -> None:
+    """Raises ConfigError for an interval that no number can be drawn from."""
+    for key, of in space.items():
+        if isinstance(of, tuple):
+            continue
+        shown = f"interval({of.low:g},{of.high:g})"
+        if not (math.isfinite(of.low) and math.isfinite(of.high)):
+            raise ConfigError(f"{key}: {shown}: both ends must be finite")
+        if of.low > of.high:
+            raise ConfigError(
+                f"{key}: {shown} ends below its beginning: write interval({of.high:g},{of.low:g})"
+            )
+        if of.log and of.low <= 0:
+            raise ConfigError(f"{key}: {shown} is drawn on a log scale, which begins above 0")
 
 
 def corners(space: Space) -> list[dict[str, str]]:

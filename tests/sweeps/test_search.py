@@ -1,6 +1,7 @@
 """A search goes on where it was cut, learns from what runs leave behind, and knows its best."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.sweeps.search import STUDY, Interval, Search, Trial, corners, read_metrics
+from rlhf_exp.sweeps.search import (
+    STUDY,
+    Interval,
+    Search,
+    Trial,
+    check_space,
+    corners,
+    read_metrics,
+)
 
 LOSS = {"loss": "minimize"}
 FRONT = {"eval/score": "maximize", "eval/kl": "minimize"}
@@ -259,6 +268,23 @@ def test_a_metric_that_runs_do_not_have_ends_the_search(tmp_path):
     with pytest.raises(ConfigError, match=r"hydra\.sweeper: loss is no result"):
         one.tell(one.ask(SPACE), finish(tmp_path / "run", eval__score=1.0))
     assert one.num_done == 0
+
+
+@pytest.mark.parametrize(
+    ("interval", "message"),
+    [
+        (Interval(low=1, high=0.1, log=False, integer=False), r"write interval\(0\.1,1\)$"),
+        (Interval(low=4, high=1, log=False, integer=True), r"write interval\(1,4\)$"),
+        (Interval(low=0.0, high=1.0, log=True, integer=False), r"begins above 0$"),
+        (Interval(low=-1, high=3, log=True, integer=True), r"begins above 0$"),
+        (Interval(low=0.0, high=math.inf, log=False, integer=False), r"both ends must be finite$"),
+        (Interval(low=math.nan, high=1.0, log=False, integer=False), r"both ends must be finite$"),
+    ],
+)
+def test_an_interval_that_cannot_be_drawn_from_is_refused_by_its_key(interval, message):
+    with pytest.raises(ConfigError, match=rf"^stage\.kl_coef: .*{message}"):
+        check_space({"seed": ("1", "2"), "stage.kl_coef": interval})
+    check_space(SPACE)
 
 
 def test_corners_hold_both_ends_of_every_interval_and_every_choice():
