@@ -259,15 +259,25 @@ def test_scripts_sample_from_a_run_and_talk_to_it(tmp_path, command):
     assert talked.returncode == 0, talked.stderr
     assert len(talked.stdout.splitlines()) == 1
     assert "each line is continued" in talked.stderr
+    greedy, top_1 = (
+        call_script("sample.py", folder, "--prompt", "one", *words)
+        for words in (("--temperature", 0, "--gen-len", 5), ("--top-k", 1, "--gen-len", 5))
+    )
+    assert (greedy.returncode, greedy.stderr) == (0, "")
+    assert greedy.stdout == top_1.stdout
     for refused in (
         call_script("sample.py", tmp_path, "--prompt", "one"),
         call_script("sample.py", folder, "--prompt", "one", "--gen-len", 0),
-        call_script("sample.py", folder, "--prompt", "one", "--temperature", 0),
+        call_script("sample.py", folder, "--prompt", "one", "--temperature", -1),
         call_script("chat.py", tmp_path / "nowhere"),
     ):
         assert refused.returncode == 1
         assert refused.stderr.startswith("error: ")
         assert "Traceback" not in refused.stderr
+    cold = call_script("sample.py", folder, "--prompt", "one", "--temperature", -1)
+    assert cold.stderr.startswith(
+        "error: --temperature=-1.0: Input should be greater than or equal"
+    )
 
 
 def test_a_push_without_a_token_is_refused_before_anything_is_written(tmp_path, monkeypatch):
