@@ -83,6 +83,10 @@ class SearchSweeper(Sweeper):
         params: Mapping[str, Any],
     ) -> None:
         _check_counts(max_batch_size=max_batch_size, n_trials=n_trials)
+        if both := {*maximize} & {*minimize}:
+            raise ConfigError(
+                f"{min(both)}: it is in hydra.sweeper.maximize and in minimize: leave it out of one"
+            )
         self._metrics = dict.fromkeys(maximize, "maximize") | dict.fromkeys(minimize, "minimize")
         check_search(sampler, self._metrics)
         self._sampler, self._seed = sampler, seed

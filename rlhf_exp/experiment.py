@@ -66,6 +66,8 @@ class Plan:
 def check_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate) -> Plan:
     """What a configuration describes. Raises ConfigError with everything that is wrong."""
     hub_url()  # raises here: the hub's client cannot be imported where its address is malformed
+    if job.metrics and job.until is not None:
+        raise ConfigError(f"until={job.until}: a search needs results of whole runs: leave it out")
     steps = read_steps(config)
     last = _last_to_prepare(steps, job.until)
     problems: list[str] = []

@@ -254,6 +254,14 @@ def test_what_makes_no_other_job_is_not_swept(tmp_path):
             r"hydra\.sweeper: eval/scoer is no metric of these runs; they have: .*, eval/score\n",
         ),
         (
+            ["sweep=search", "until=sft"],
+            r"until=sft: a search needs results of whole runs: leave it out",
+        ),
+        (
+            ["sweep=search", "hydra.sweeper.minimize=[eval/kl,eval/score]"],
+            r"eval/score: it is in hydra\.sweeper\.maximize and in minimize",
+        ),
+        (
             ["hydra/sweeper=search", "stage.kl_coef=interval(1,0.1)"],
             r"stage\.kl_coef: interval\(1,0\.1\) ends below its beginning: write interval",
         ),
