@@ -138,6 +138,19 @@ def assert_refused(outcome: Outcome, *messages: str) -> None:
             [r"^error: stage\.kl_ceof: no such key\. Did you mean stage\.kl_coef\?"],
         ),
         ("kl_coef=1", [r"kl_coef: no such key.* Did you mean stage\.kl_coef\?"]),
+        (
+            "schedule=constant schedule.warmup_steps=3",
+            [
+                r"^error: schedule\.warmup_steps: no such key\. The chosen schedule does not have"
+                r" it; these do: schedule=cosine, schedule=warmup_decay$"
+            ],
+        ),
+        (
+            "-m schedule=constant,warmup_decay schedule.warmup_steps=1",
+            [r"warmup_steps: no such key\. The chosen schedule does not .*\n  in job 0 \(schedule"],
+        ),
+        ("model=gpt2 model.num_layers=2", [r"these do: model=series, model=small, model=tiny"]),
+        ("schedule.warmup_step=3", [r"no such key\. Did you mean schedule\.warmup_steps\?$"]),
         ("zzzzz=1", [r"zzzzz: no such key", r"python train\.py --cfg job"]),
         ("stag=ppo", [r"stag: no such key.* Did you mean stage\?"]),
         (
