@@ -91,9 +91,14 @@ class Launching:
                 raise ConfigError(f"{key}: the jobs would be the same; give it one value")
         return overrides
 
-    def check(self, jobs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[SweepJob]:
+    def check(
+        self,
+        jobs: Sequence[tuple[Sequence[str], Sequence[str]]],
+        *,
+        metrics: Sequence[str] = (),
+    ) -> list[SweepJob]:
         """The jobs, each given as its words and those of them that are swept. Raises BadJobs with
-        all that cannot run."""
+        all that cannot run or will not have one of the metrics."""
         if len(jobs) >= MANY:
             self.say(f"checking {len(jobs)} jobs")
         checked: list[SweepJob] = []
@@ -109,6 +114,7 @@ class Launching:
                     words,
                     sweep=True,
                     here=self.kind.here,
+                    metrics=metrics,
                 )
             except (ConfigError, HydraException, OmegaConfBaseException) as error:
                 for line in (run.explain(error) or str(error)).splitlines():

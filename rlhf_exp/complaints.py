@@ -78,7 +78,11 @@ def _missing_option(error: MissingConfigException) -> str:
 
 
 def _suggestion(key: str, conf: Path) -> str:
-    """ " Did you mean ...?" from the keys and groups that there are, or nothing."""
+    """Which options have the key that the chosen one lacks, or which key or group may be meant."""
+    if options := _options_with(key, conf):
+        group = key.partition(".")[0]
+        listed = ", ".join(f"{group}={option}" for option in options)
+        return f" The chosen {group} does not have it; these do: {listed}"
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(conf), version_base="1.3"):
         try:
@@ -94,6 +98,13 @@ def _suggestion(key: str, conf: Path) -> str:
         for name in difflib.get_close_matches(key.rpartition(".")[2], by_last, n=1, cutoff=0.7)
     ]
     return f" Did you mean {close[0]}?" if close else " See: python train.py --cfg job"
+
+
+def _options_with(key: str, conf: Path) -> list[str]:
+    """The options of the key's group whose file has the key."""
+    group, _, rest = key.partition(".")
+    files = sorted((conf / group).glob("*.yaml"))
+    return [f.stem for f in files if rest in _paths(OmegaConf.to_container(OmegaConf.load(f)))]
 
 
 def _group_choices(conf: Path) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from rlhf_exp.hf import quieten_transformers
+from rlhf_exp.network import hub_url
 from rlhf_exp.redaction import redact
 from rlhf_exp.settings import PARTS, REFERENCE, ConfigError
 from rlhf_exp.stages.foresight import foresee
@@ -35,8 +36,8 @@ log = logging.getLogger(__name__)
 class Job:
     """Where and as what an experiment runs. A job of a sweep shares its parent folder with the
     others; a resumed one goes on in the folder of the run that ended. `chosen` are the groups that
-    the command line names, `stop` is what asks it to end early, and `begun` is called when all is
-    loaded and the work begins."""
+    the command line names, `stop` is what asks it to end early, `begun` is called when all is
+    loaded and the work begins, and `metrics` are those that the result must have."""
 
     path: Path
     sweep: bool
@@ -49,6 +50,7 @@ class Job:
     chosen: frozenset[str]
     stop: StopRequests = field(default_factory=StopRequests)
     begun: Callable[[], None] = lambda: None
+    metrics: Sequence[str] = ()
 
     @property
     def group(self) -> str | None:
@@ -69,6 +71,9 @@ class Plan:
 
 def check_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate) -> Plan:
     """What a configuration describes. Raises ConfigError with everything that is wrong."""
+    hub_url()  # raises here: the hub's client cannot be imported where its address is malformed
+    if job.metrics and job.until is not None:
+        raise ConfigError(f"until={job.until}: a search needs results of whole runs: leave it out")
     steps = read_steps(config)
     last = _last_to_prepare(steps, job.until)
     problems: list[str] = []
@@ -80,6 +85,7 @@ def check_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantia
             problems.append(str(error))
     if not problems and job.until is None:
         problems += foresee(run_parts, built, prefix=REFERENCE)
+        problems += _missing_metrics(job.metrics, stage.metric_names(**run_parts))
         problems += [
             f"{part}: {type(stage).__name__} takes none, so that it would be ignored: leave"
             f" {part}=... out"
@@ -119,6 +125,14 @@ def run_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate
     _run_stage(step, prepared, config, job, plan.logger, instantiate)
     if (job.path / "model").is_dir():
         plan.hub.upload(job.path / "model")
+
+
+def _missing_metrics(asked: Sequence[str], names: Sequence[str]) -> list[str]:
+    return [
+        f"hydra.sweeper: {name} is no metric of these runs; they have: {', '.join(sorted(names))}"
+        for name in asked
+        if name not in names
+    ]
 
 
 def _push_problems(hub: HubSettings, job: Job) -> list[str]:

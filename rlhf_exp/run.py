@@ -143,17 +143,25 @@ def _say_plan(config: Mapping[str, Any], path: Path) -> None:
 
 
 def check(
-    cfg: DictConfig, path: Path, words: Sequence[str], *, sweep: bool, here: bool = True
+    cfg: DictConfig,
+    path: Path,
+    words: Sequence[str],
+    *,
+    sweep: bool,
+    here: bool = True,
+    metrics: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The resolved configuration of a job that `words` of the command line describe. `here` says
-    that it is going to run on this machine. Raises ConfigError with everything that is wrong."""
+    that it is going to run on this machine, `metrics` must be in its result. Raises ConfigError
+    with everything that is wrong."""
     from rlhf_exp.experiment import check_experiment
 
     config = to_container(cfg)
     if sweep and config["resume"]:
         raise ConfigError("resume is for a single run: leave out -m, or use skip_completed=true")
     device = {} if here else {"device": "cpu"}
-    check_experiment(config, *_read({**config, **device}, path, words, sweep=sweep, resume=False))
+    job, instantiate = _read({**config, **device}, path, words, sweep=sweep, resume=False)
+    check_experiment(config, replace(job, metrics=metrics), instantiate)
     return config
 
 

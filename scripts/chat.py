@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 
 from rlhf_exp.hf import quieten_transformers
+from rlhf_exp.network import hub_url
 from rlhf_exp.report.continuations import prepend_bos_of
 from rlhf_exp.report.talk import Talk
 from rlhf_exp.settings import ConfigError
@@ -37,8 +38,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="0")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
     arguments = parser.parse_args()
-    quieten_transformers()
     try:
+        hub_url()  # raises, where importing the hub's client would
+        quieten_transformers()
         talk = Talk(
             arguments.model,
             temperature=arguments.temperature,

@@ -17,7 +17,8 @@ MODULES = [path for path in FILES if path != PACKAGE / "__init__.py"]
 FLOORS = [
     {"printable"},
     {"redaction"},
-    {"functional", "types", "settings", "network", "hf", "environment", "targets", "queueing"},
+    {"functional", "types", "settings", "hf", "environment", "targets", "queueing"},
+    {"network", "lfs"},
     {"models", "tasks", "training", "own_keys"},
     {"rollout", "rewards"},
     {"stages", "interp", "report"},

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -237,6 +238,19 @@ def test_a_run_whose_model_changed_is_not_resumed(tmp_path, command):
     )
 
 
+def test_a_run_goes_on_with_its_model_copied_anew(tmp_path, command):
+    broken, base = tmp_path / "broken", tmp_path / "base"
+    assert train(tmp_path, *command, f"hydra.run.dir={broken}").code == 2
+    base.rename(tmp_path / "old")
+    shutil.copytree(tmp_path / "old", base, copy_function=shutil.copyfile)
+    (base / "README.md").write_text("what this is")
+    (base / "latest").symlink_to("nowhere")
+    (tmp_path / "mended").touch()
+    resumed = train(tmp_path, f"resume={broken}")
+    assert (resumed.code, resumed.raised) == (0, None), resumed.out + resumed.err
+    assert untimed(broken / "metrics.jsonl")[-1]["phase"] == 5
+
+
 def test_scripts_sample_from_a_run_and_talk_to_it(tmp_path, command):
     (tmp_path / "mended").touch()
     folder = tmp_path / "run"
@@ -256,15 +270,25 @@ def test_scripts_sample_from_a_run_and_talk_to_it(tmp_path, command):
     assert talked.returncode == 0, talked.stderr
     assert len(talked.stdout.splitlines()) == 1
     assert "each line is continued" in talked.stderr
+    greedy, top_1 = (
+        call_script("sample.py", folder, "--prompt", "one", *words)
+        for words in (("--temperature", 0, "--gen-len", 5), ("--top-k", 1, "--gen-len", 5))
+    )
+    assert (greedy.returncode, greedy.stderr) == (0, "")
+    assert greedy.stdout == top_1.stdout
     for refused in (
         call_script("sample.py", tmp_path, "--prompt", "one"),
         call_script("sample.py", folder, "--prompt", "one", "--gen-len", 0),
-        call_script("sample.py", folder, "--prompt", "one", "--temperature", 0),
+        call_script("sample.py", folder, "--prompt", "one", "--temperature", -1),
         call_script("chat.py", tmp_path / "nowhere"),
     ):
         assert refused.returncode == 1
         assert refused.stderr.startswith("error: ")
         assert "Traceback" not in refused.stderr
+    cold = call_script("sample.py", folder, "--prompt", "one", "--temperature", -1)
+    assert cold.stderr.startswith(
+        "error: --temperature=-1.0: Input should be greater than or equal"
+    )
 
 
 def test_a_push_without_a_token_is_refused_before_anything_is_written(tmp_path, monkeypatch):

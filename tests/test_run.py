@@ -138,6 +138,19 @@ def assert_refused(outcome: Outcome, *messages: str) -> None:
             [r"^error: stage\.kl_ceof: no such key\. Did you mean stage\.kl_coef\?"],
         ),
         ("kl_coef=1", [r"kl_coef: no such key.* Did you mean stage\.kl_coef\?"]),
+        (
+            "schedule=constant schedule.warmup_steps=3",
+            [
+                r"^error: schedule\.warmup_steps: no such key\. The chosen schedule does not have"
+                r" it; these do: schedule=cosine, schedule=warmup_decay$"
+            ],
+        ),
+        (
+            "-m schedule=constant,warmup_decay schedule.warmup_steps=1",
+            [r"warmup_steps: no such key\. The chosen schedule does not .*\n  in job 0 \(schedule"],
+        ),
+        ("model=gpt2 model.num_layers=2", [r"these do: model=series, model=small, model=tiny"]),
+        ("schedule.warmup_step=3", [r"no such key\. Did you mean schedule\.warmup_steps\?$"]),
         ("zzzzz=1", [r"zzzzz: no such key", r"python train\.py --cfg job"]),
         ("stag=ppo", [r"stag: no such key.* Did you mean stage\?"]),
         (
@@ -210,6 +223,10 @@ REFUSED = {
             r"sampler\.top_p=0: .* greater than 0",
             r"prepare\.base\.stage\.epochs=0: .* greater than or equal to 1",
         ],
+    ),
+    "a clip that never clips from below": (
+        "stage.clip_coef=2",
+        [r"stage\.clip_coef=2: .* less than 1"],
     ),
     "nan": ("stage.kl_coef=nan optimizer.eps=inf", [r"stage\.kl_coef=nan", r"optimizer\.eps=inf"]),
     "a bool": ("stage.gamma=true optimizer.beta1=false", [r"gamma=True", r"beta1=False"]),
@@ -306,6 +323,14 @@ def test_a_bad_value_is_refused_by_name_before_anything_is_loaded(
     for message in messages:
         assert re.search(message, str(caught.value)), caught.value
     assert written(tmp_path) == []
+
+
+def test_a_malformed_address_of_the_hub_is_refused_even_if_nothing_is_loaded_from_it(
+    tmp_path, monkeypatch, config_of
+):
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example:bad")
+    with pytest.raises(ConfigError, match=r"^HF_ENDPOINT=https://hub\.example:bad is not a URL"):
+        run.execute(config_of(*TINY), tmp_path / "run")
 
 
 # --- what shows when the parts are loaded ---

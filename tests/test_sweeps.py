@@ -249,6 +249,22 @@ def test_what_makes_no_other_job_is_not_swept(tmp_path):
             r"stage\.kl_coef: an interval is for a search; add hydra/sweeper=",
         ),
         (["sweep=search", "hydra.sweeper.sampler=tpee"], r"hydra\.sweeper\.sampler=tpee: use tpe"),
+        (
+            ["sweep=search", "hydra.sweeper.maximize=[eval/scoer]"],
+            r"hydra\.sweeper: eval/scoer is no metric of these runs; they have: .*, eval/score\n",
+        ),
+        (
+            ["sweep=search", "until=sft"],
+            r"until=sft: a search needs results of whole runs: leave it out",
+        ),
+        (
+            ["sweep=search", "hydra.sweeper.minimize=[eval/kl,eval/score]"],
+            r"eval/score: it is in hydra\.sweeper\.maximize and in minimize",
+        ),
+        (
+            ["hydra/sweeper=search", "stage.kl_coef=interval(1,0.1)"],
+            r"stage\.kl_coef: interval\(1,0\.1\) ends below its beginning: write interval",
+        ),
         (["sweep=search", "hydra.sweeper.n_trials=0"], r"hydra\.sweeper\.n_trials=0: it must be 1"),
         (["hydra.sweeper.max_batch_size=-1"], r"hydra\.sweeper\.max_batch_size=-1: it must be 1"),
     ],

@@ -107,7 +107,7 @@ class Pretrained:
         )
 
     def fingerprint(self) -> str:
-        """A hash of names, sizes and times of the directory's files, "" for a hub name."""
+        """A hash of the directory's files, "" for a hub name."""
         return directory_hash(locate_model(self.base_model))
 
     def value_head_path(self) -> Path | None:

@@ -28,6 +28,11 @@ from rlhf_exp.types import Generation, PromptBatch, Rollout, concatenate
 log = logging.getLogger(__name__)
 
 ROWS, TABLE_ROWS = 64, 6
+METRICS = ("eval/score", "eval/kl", "eval/kl_sum", "eval/entropy", "eval/distinct_3",
+           "eval/len_mean")  # fmt: skip
+# Of a task that knows exact answers, too.
+ANSWER_METRICS = ("eval/true_reward", "eval/reward_gap", "eval/exact_match",
+                  "eval/greedy_exact_match")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 MAX_EXPONENT = 700.0  # a float overflows soon after
 EXACT, LOSS = "heldout/exact_match", "heldout/loss"
+GREEDY_EXACT, PERPLEXITY = "heldout/greedy_exact_match", "heldout/perplexity"
 
 
 class HeldOut:
@@ -66,7 +67,7 @@ class HeldOut:
         `during` does not see, or of the same ones if there are no others."""
         others = slice(self.num_samples, 3 * self.num_samples)
         metrics = self._loss(self.examples)
-        metrics["heldout/perplexity"] = math.exp(min(metrics[LOSS], MAX_EXPONENT))
+        metrics[PERPLEXITY] = math.exp(min(metrics[LOSS], MAX_EXPONENT))
         unseen = others if len(self.examples) > self.num_samples else slice(None)
         return metrics | self._exact_match(unseen, ("sampled", "greedy"))
 
@@ -82,7 +83,7 @@ class HeldOut:
         room = self.policy.context_len - prompts.tokens.shape[1]
         sampler = CachedSampler(gen_len=min(longest, room), stop_at_eos=True)
         samplers = {"sampled": sampler, "greedy": greedy(sampler)}
-        names = {"sampled": EXACT, "greedy": "heldout/greedy_exact_match"}
+        names = {"sampled": EXACT, "greedy": GREEDY_EXACT}
         rows = prompts[torch.arange(len(prompts.rows), device=self.policy.device)[chosen]]
         generator = stream(self.seed, "held-out samples", self.policy.device)
         return {

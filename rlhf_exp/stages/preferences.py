@@ -59,6 +59,11 @@ class Preferences:
             return []
         return ["stage=preferences writes answers that end: set sampler.stop_at_eos=true"]
 
+    def metric_names(self, **_: Any) -> tuple[str, ...]:
+        """The names of the metrics in the result."""
+        return ("pairs/prompts", "pairs/ties", "pairs/tie_fraction", "pairs/chosen_reward",
+                "pairs/rejected_reward")  # fmt: skip
+
     def run(
         self,
         context: Context,

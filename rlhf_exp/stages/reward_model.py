@@ -98,6 +98,11 @@ class TrainRewardModel(Supervised):
             )
         return problems
 
+    def metric_names(self, **_: Any) -> tuple[str, ...]:
+        """The names of the metrics in the result; Spearman's only if the pairs have rewards."""
+        of_rewards = ("heldout/mse", "heldout/reward_variance") if self.loss == "mse_rank" else ()
+        return ("heldout/pair_accuracy", "heldout/rank_loss", "heldout/spearman", *of_rewards)
+
     def run(
         self,
         context: Context,

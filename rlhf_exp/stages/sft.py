@@ -15,7 +15,15 @@ from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.probing import packs, probed
 from rlhf_exp.settings import ConfigError, Count, OpenFraction, Positive, settings
 from rlhf_exp.stages.actors import fingerprints
-from rlhf_exp.stages.held_out import BestKept, HeldOut, next_token_loss
+from rlhf_exp.stages.held_out import (
+    EXACT,
+    GREEDY_EXACT,
+    LOSS,
+    PERPLEXITY,
+    BestKept,
+    HeldOut,
+    next_token_loss,
+)
 from rlhf_exp.tasks.batches import BatchStream, length_bucketed, shuffled
 from rlhf_exp.tasks.encoding import tokenizer_factory
 from rlhf_exp.tasks.examples import (
@@ -88,6 +96,11 @@ class SFT(Supervised):
     def check_texts(self, *, task: Any, schedule: Schedule, **_: Any) -> list[str]:
         """What is wrong between the schedule and the number of updates that the texts give."""
         return self.check_updates(schedule, len(self._split(task).train))
+
+    def metric_names(self, *, task: Any, **_: Any) -> tuple[str, ...]:
+        """The names of the metrics in the result."""
+        exact = isinstance(task, AnswerTask) and self.data == "demonstrations"
+        return (LOSS, PERPLEXITY, EXACT, GREEDY_EXACT) if exact else (LOSS, PERPLEXITY)
 
     def run(
         self,

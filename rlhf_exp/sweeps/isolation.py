@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ PRELOADED = (
     "transformers.models.gpt2.modeling_gpt2", "matplotlib.backends.backend_agg",
 )  # fmt: skip
 SWEEP_PID = "RLHF_EXP_SWEEP_PID"  # environment: the process whose end ends those of its jobs
+LONGEST_TEMP_DIR = 70  # of the 104 characters that macOS allows; multiprocessing adds 32
 POLL_S = 1.0
 GRACE_S = 600.0  # for one that was asked to stop, which finishes a step and saves
 
@@ -64,7 +66,9 @@ def _context() -> Any:
     if multiprocessing.get_start_method(allow_none=True) not in (None, *methods):
         # A worker of joblib tells its children of a method that only joblib knows.
         multiprocessing.set_start_method("spawn", force=True)
-    if "forkserver" not in methods:
+    # The server listens on a socket below the folder of temporary files. Where its path is too
+    # long, each process imports the libraries itself.
+    if "forkserver" not in methods or len(tempfile.gettempdir()) > LONGEST_TEMP_DIR:
         return multiprocessing.get_context("spawn")
     context: BaseContext = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))

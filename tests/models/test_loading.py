@@ -1,5 +1,4 @@
 import json
-import os
 import re
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ import transformers as hf
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from rlhf_exp.models.hub import directory_hash, locate_model
+from rlhf_exp.models.hub import locate_model
 from rlhf_exp.models.loading import (
     VALUE_HEAD_FILE,
     Pretrained,
@@ -297,34 +296,13 @@ def test_settings_are_checked():
 def test_fingerprint_follows_the_files_of_a_directory(tmp_path: Path) -> None:
     model = Pretrained(base_model=str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "weights").write_text("a")
+    (tmp_path / "model.safetensors").write_text("a")
     first = model.fingerprint()
     assert first == model.fingerprint() != ""
-    (tmp_path / "weights").write_text("ab")
+    (tmp_path / "model.safetensors").write_text("ab")
     assert model.fingerprint() != first
     assert Pretrained(base_model="gpt2").fingerprint() == ""
     assert Pretrained(base_model="artifact:base").fingerprint() == ""
-
-
-def test_the_hash_of_a_directory_follows_names_sizes_and_times_below_it(tmp_path: Path) -> None:
-    def at(folder: Path, name: str, text: str, time: int) -> None:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-        os.utime(folder / name, (time, time))
-
-    folders = [tmp_path / str(i) for i in range(5)]
-    for i, folder in enumerate(folders):
-        at(folder, "config.yaml" if i == 2 else "config.json", "{}", 1)
-        at(folder, "deep/weights", "longer" if i == 3 else "ab", 7 if i == 4 else 5)
-        os.utime(folder / "deep", (1, 1))
-    hashes = [directory_hash(str(folder)) for folder in folders]
-    assert hashes[0] == hashes[1]  # wherever the directory is
-    assert len(set(hashes)) == 4
-    assert len(hashes[0]) == 64
-    at(folders[1], "deep/more", "", 1)
-    assert directory_hash(str(folders[1])) != hashes[1]
-    assert directory_hash(str(tmp_path / "nowhere")) == directory_hash("artifact:x") == ""
-    assert directory_hash(str(folders[0] / "config.json")) == ""
 
 
 def test_a_revision_of_a_directory_is_refused(tmp_path: Path) -> None:

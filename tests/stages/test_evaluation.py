@@ -177,6 +177,7 @@ def test_answers_are_measured_beside_the_score(tmp_path: Path, stop_at_eos: bool
     actors = echo_actors(tmp_path, reward=reward, sampler=sampler)
     result = run(actors, num_samples=200)
     metrics, task = result.metrics, EchoTask()
+    assert {*metrics} == {*PPO().metric_names(task=task)}
     true = [task.true_reward(s["prompt"], s["completion"]) for s in result.samples]
     assert [s["true_reward"] for s in result.samples] == pytest.approx(true)
     assert metrics["eval/true_reward"] == pytest.approx(sum(true) / 200)

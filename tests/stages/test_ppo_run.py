@@ -27,7 +27,10 @@ from .toy import RAGGED, Echoed, EchoTask, context, parts, rows, saved_model, st
 
 
 def final_metrics(path: Path, ppo: PPO, seed: int = 1, **replaced: object) -> dict[str, float]:
-    return ppo.run(context(path, seed), **parts(**replaced))["after"]
+    given = parts(**replaced)
+    metrics = ppo.run(context(path, seed), **given)["after"]
+    assert {*metrics} == {*ppo.metric_names(**given)}
+    return metrics
 
 
 @pytest.mark.usefixtures("unchecked")

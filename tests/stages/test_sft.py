@@ -45,6 +45,7 @@ def test_it_learns_the_texts_and_saves_a_model_that_reloads(tmp_path: Path, layo
     optimizer = AdamWSettings(base_lr=1e-2, weight_decay=0.1)
     schedule = WarmupDecay(warmup_steps=10)
     result = train(tmp_path, stage, model=MODEL, optimizer=optimizer, schedule=schedule)
+    assert {*result["after"]} == {*stage.metric_names(task=ToyTask())}
     # Two words are uniform over twelve, the third is the first again, and then the text ends.
     floor = 2 * math.log(12) / 4
     assert result["after"]["heldout/loss"] < floor + 0.55
@@ -149,6 +150,7 @@ def test_it_stops_at_the_first_rate_that_is_enough_and_saves_that_model(
     held_out.with_answers(EchoTask(), [d.prompt for d in split.held_out])
     assert held_out.during()["heldout/exact_match"] == rates[-1]
     assert held_out.final() == pytest.approx(result["after"], abs=1e-6)
+    assert {*result["after"]} == {*SFT(data="demonstrations").metric_names(task=EchoTask())}
     assert 0 < result["after"]["heldout/exact_match"] < 1
     assert rows(tmp_path)[-1] == {"phase": 12 * len(rates), **result["after"]}
 
