@@ -129,13 +129,27 @@ class StopRequests:
 _listening: list[StopRequests] = []
 
 
-def _after_fork() -> None:
+def _block_sigterm() -> None:
+    if _listening:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _unblock_sigterm() -> None:
+    if _listening:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _release_sigterm() -> None:
     for stop in _listening:
         stop.release_sigterm()
+    _unblock_sigterm()
 
 
-# Not left to the handler, which does not run in a child that waits in C code.
-os.register_at_fork(after_in_child=_after_fork)
+# Not left to the handler: Python drops what a child receives before it is fully forked, and calls
+# no handler in one that waits in C code.
+os.register_at_fork(
+    before=_block_sigterm, after_in_parent=_unblock_sigterm, after_in_child=_release_sigterm
+)
 
 
 def _say(line: str) -> None:
