@@ -11,8 +11,7 @@ from rich.console import Console
 from rlhf_exp.functional.masking import masked_mean
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.reference import Reference
-from rlhf_exp.rewards.attempts import ONCE, Patience, checked_scores
-from rlhf_exp.rewards.protocol import RewardFunction
+from rlhf_exp.rewards.attempts import PatientReward
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.stages.answers import exact_match, greedy, judge_answers
@@ -55,7 +54,7 @@ def read_evaluations(folder: RunFolder) -> tuple[Evaluation, Evaluation]:
 def evaluate(
     policy: TransformerWithValueHead,
     reference: Reference,
-    reward: RewardFunction,
+    reward: PatientReward,
     sampler: Sampler,
     prompts: PromptBatch,
     *,
@@ -63,7 +62,6 @@ def evaluate(
     seed: int,
     phase: int,
     answers: AnswerTask | None = None,
-    patience: Patience = ONCE,
 ) -> Evaluation:
     """Scores, exact KL and diversity of `num_samples` completions; with the task that knows exact
     `answers` also exact-match rates, sampled and greedy, and the true reward.
@@ -71,7 +69,7 @@ def evaluate(
     The prompts are the same at every call with one seed, in the same order, repeated if there are
     fewer of them than samples; so is the stream of random numbers, which pairs evaluations and
     makes their differences less noisy. None of it is a rollout's. Raises TrainingError naming the
-    phase for logits that are not finite, and as `checked_scores` does with that `patience`.
+    phase for logits that are not finite, and RewardError as the reward does.
     """
     device = policy.device
     order = torch.randperm(len(prompts.rows), generator=stream(seed, "evaluation prompts"))
@@ -81,7 +79,7 @@ def evaluate(
     chunks = []
     for rows in index.split(ROWS):
         generation = sample(full, policy, take(prompts, rows.to(device)), generator, phase=phase)
-        scores = checked_scores(reward, generation.completions, phase=phase, patience=patience)
+        scores = reward(generation.completions, phase=phase)
         chunks.append(measure(policy, reference, generation, scores, temperature=1.0))
     metrics, samples = _metrics(chunks), sample_rows(chunks)
     if answers is not None:
