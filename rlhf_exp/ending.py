@@ -29,11 +29,11 @@ def concluding(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterator
     """A run in the block, which the yielded requests can stop. Whatever ends it early is said,
     becomes its status, and is raised as SystemExit; a bug in a single run keeps its traceback. The
     user's mistake in a single run leaves no status: `undo` removes what was written."""
-    file = file_log()
+    file, folder = file_log(), RunFolder(path)
 
     def end(status: Status, why: str) -> None:
         try:
-            RunFolder(path).write_status(status, why)
+            folder.write_status(status, why)
         except OSError as error:
             log.warning("%s/status.json cannot be written: %s", path, error.strerror)
 

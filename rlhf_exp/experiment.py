@@ -4,6 +4,7 @@ writes what a run leaves behind.
 It knows nothing of Hydra: whoever calls hands in what turns configuration into objects.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -163,7 +164,7 @@ def _run_stage(
         group=job.path.parent.name if job.sweep else None,
         job_type=type(stage).__module__.rpartition(".")[2],
         config=redact(config),
-        shared_folder=job.path.parent if job.sweep else job.path,
+        shared_folder=(job.path.parent if job.sweep else job.path).absolute(),
     )
 
     @contextmanager
@@ -179,7 +180,8 @@ def _run_stage(
         context = Context(
             folder=folder, seed=job.seed, device=job.device, resume=job.resume, stop=job.stop
         )
-        result = stage.run(context, **parts)
+        with contextlib.chdir("."):  # back to the folder that a reward leaves
+            result = stage.run(context, **parts)
         result["prepare"] = prepared.results
         result["seconds"] = {**prepared.seconds, **result["seconds"]}
         result["seconds"]["total"] = sum(result["seconds"].values())

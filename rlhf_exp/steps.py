@@ -4,6 +4,7 @@ A step is a stage with its parts as plain configuration. It knows nothing of Hyd
 hands in what turns configuration into objects.
 """
 
+import contextlib
 import inspect
 import json
 import logging
@@ -208,7 +209,8 @@ def prepare(
                     resume=resume,
                     stop=stop or StopRequests(),
                 )
-                result = stage.run(context, **parts)
+                with contextlib.chdir("."):  # back to the folder that a reward leaves
+                    result = stage.run(context, **parts)
                 folder.write_json("result.json", result)
                 folder.write_status("done")
             remove_checkpoints(path)  # of a step that will never have to go on

@@ -62,10 +62,11 @@ def local_only() -> AbstractContextManager[list[Sink]]:
 
 
 class RunFolder:
-    """Writes what a run leaves behind. Nothing is created before the first write."""
+    """Writes what a run leaves behind. Nothing is created before the first write. Its path is
+    absolute, so that a reward that changes the process's folder does not scatter the run."""
 
     def __init__(self, path: Path, open_sinks: OpenSinks = local_only) -> None:
-        self.path = path
+        self.path = path.absolute()
         self._open_sinks = open_sinks
         self._stack = ExitStack()
         self._sinks: list[Sink] = []
