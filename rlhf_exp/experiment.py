@@ -24,6 +24,7 @@ from rlhf_exp.training.folder import RunFolder, Sink
 from rlhf_exp.training.hub import HubSettings
 from rlhf_exp.training.loggers import Logger, RunInfo
 from rlhf_exp.training.model_card import write_model_card
+from rlhf_exp.training.presentation import attempt
 from rlhf_exp.training.seeding import seed_shared_generators
 from rlhf_exp.training.stopping import StopRequests
 from rlhf_exp.training.timing import since_process_start
@@ -141,8 +142,8 @@ def _last_to_prepare(steps: Sequence[Step], until: str | None) -> int:
 def _stop_early(prepared: Prepared, path: Path) -> None:
     with RunFolder(path) as folder:
         folder.write_json("result.json", {"prepare": prepared.results, "seconds": prepared.seconds})
-        prepared.copy_figures(path)
         folder.write_status("done")
+    attempt("copying the figures", lambda: prepared.copy_figures(path))
     for name, made in prepared.folders.items():
         log.info("%s: %s", name, made)
     log.info("run folder: %s", path)
@@ -188,10 +189,12 @@ def _run_stage(
         if not (job.sweep or job.resume):  # then imports and checks belong to this run alone
             result["seconds"]["total"] = since_process_start()
         folder.write_json("result.json", result)
-        prepared.copy_figures(job.path)
-        if (job.path / "model").is_dir():
-            write_model_card(job.path, shown, result)
-        folder.log_result(result)
         folder.write_status("done")
+        show = context.presentation
+        show.add("copying the figures of prepared steps", lambda: prepared.copy_figures(job.path))
+        if (job.path / "model").is_dir():
+            show.add("the model card", lambda: write_model_card(job.path, shown, result))
+        show.add("telling W&B the result", lambda: folder.log_result(result))
+        show.show()
     log.info("seconds: %s", "  ".join(f"{k} {v:.1f}" for k, v in result["seconds"].items()))
     log.info("run folder: %s", job.path)

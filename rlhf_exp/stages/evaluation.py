@@ -1,6 +1,7 @@
 """Evaluation of a policy: fresh samples at temperature 1 from the full distribution."""
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.stages.answers import exact_match, greedy, judge_answers
 from rlhf_exp.tasks.prompts import take
 from rlhf_exp.tasks.protocol import AnswerTask
-from rlhf_exp.training.context import TrainingError
+from rlhf_exp.training.context import Context, TrainingError
 from rlhf_exp.training.curves import plot_ppo, print_before_after
 from rlhf_exp.training.folder import RunFolder
 from rlhf_exp.training.metrics import describe, distinct_n
@@ -157,10 +158,21 @@ def brief(metrics: Mapping[str, float]) -> str:
     return describe({name.removeprefix("eval/"): value for name, value in metrics.items()})
 
 
-def report(folder: RunFolder, before: Evaluation, after: Evaluation) -> None:
-    """Draws the curves of a run, and says what it was like before and after."""
-    picture = plot_ppo(folder.rows(), folder.path / "curves.png", title="PPO by phase")
-    print_before_after(before.samples[:TABLE_ROWS], after.samples[:TABLE_ROWS], Console())
-    log.info("before: %s", brief(before.metrics))
-    log.info("after:  %s", brief(after.metrics))
-    log.info("curves: %s", picture)
+def present(context: Context, before: Evaluation, after: Evaluation) -> None:
+    """Has a run's samples, metrics and curves shown, before and after."""
+    folder, add = context.folder, context.presentation.add
+
+    def show_samples() -> None:
+        print_before_after(before.samples[:TABLE_ROWS], after.samples[:TABLE_ROWS], Console())
+
+    def show_metrics() -> None:
+        log.info("before: %s", brief(before.metrics))
+        log.info("after:  %s", brief(after.metrics))
+
+    def draw_curves() -> None:
+        picture = plot_ppo(folder.rows(), folder.path / "curves.png", title="PPO by phase")
+        log.info("curves: %s", os.path.relpath(picture))
+
+    add("the table of samples", show_samples)
+    add("the summary", show_metrics)
+    add("curves.png", draw_curves)

@@ -25,7 +25,7 @@ from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.settings import Count, Fingerprinted, Index, NonNegative, Positive, settings
 from rlhf_exp.stages.actors import Actors, check_frozen, fingerprints, frozen_hash, load_actors
 from rlhf_exp.stages.collecting import SCORING, Collector
-from rlhf_exp.stages.evaluation import brief, evaluate, read_evaluations, report
+from rlhf_exp.stages.evaluation import brief, evaluate, present, read_evaluations
 from rlhf_exp.stages.histograms import LastPass
 from rlhf_exp.stages.learning import Learning
 from rlhf_exp.stages.train_state import TrainState
@@ -182,7 +182,7 @@ class PPO(Learning):
             check_frozen(actors, frozen)
             save_policy(actors.policy, context.folder.path / "model")
         before, after = read_evaluations(context.folder)
-        report(context.folder, before, after)
+        present(context, before, after)
         return {
             "before": before.metrics,
             "after": after.metrics,

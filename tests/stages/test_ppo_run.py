@@ -223,7 +223,9 @@ def test_schedule_must_fit_the_phases() -> None:
 def test_a_task_that_knows_answers_is_measured_by_them(tmp_path: Path) -> None:
     ppo = PPO(total_phases=2, eval_every=1, eval_samples=30)
     sampler = CachedSampler(gen_len=3, stop_at_eos=True)
-    result = ppo.run(context(tmp_path), **parts(task=EchoTask(), reward=Echoed(), sampler=sampler))
+    given = context(tmp_path)
+    result = ppo.run(given, **parts(task=EchoTask(), reward=Echoed(), sampler=sampler))
+    given.presentation.show()
     evaluations = [row for row in rows(tmp_path) if "eval/score" in row]
     assert [row["phase"] for row in evaluations] == [0, 1, 2]
     for row in evaluations:

@@ -35,13 +35,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
 def train(
     path: Path, model: Pretrained, *, task: Any = None, seed: int = 1, **options: Any
 ) -> dict[str, float]:
-    return TrainRewardModel(**{**SMALL, **options}).run(
-        context(path, seed),
+    given = context(path, seed)
+    result = TrainRewardModel(**{**SMALL, **options}).run(
+        given,
         task=ToyPairs() if task is None else task,
         model=model,
         optimizer=AdamWSettings(head_lr=1e-2, base_lr=1e-3),
         schedule=Constant(),
-    )["after"]
+    )
+    given.presentation.show()
+    return result["after"]
 
 
 def losses(path: Path, name: str = "train/loss") -> list[float]:
