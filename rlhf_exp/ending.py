@@ -9,10 +9,12 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from rlhf_exp.queueing import requeue
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.sweeps.state import read_state
 from rlhf_exp.training.checkpoint import newest_phase
 from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.folder import RunFolder, Status
@@ -28,19 +30,17 @@ DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 def concluding(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterator[StopRequests]:
     """A run in the block, which the yielded requests can stop. Whatever ends it early is said,
     becomes its status, and is raised as SystemExit; a bug in a single run keeps its traceback. The
-    user's mistake in a single run leaves no status: `undo` removes what was written."""
-    file = file_log()
-
-    def end(status: Status, why: str) -> None:
-        try:
-            RunFolder(path).write_status(status, why)
-        except OSError as error:
-            log.warning("%s/status.json cannot be written: %s", path, error.strerror)
-
+    user's mistake in a single run leaves no status: `undo` removes what was written. A run that is
+    done stays done, whatever happens while its result is shown or pushed."""
+    file, folder = file_log(), RunFolder(path)
+    end = partial(_end, folder)
     try:
         with StopRequests(abandon=lambda why: end("interrupted", why)).listening() as stop:
             yield stop
     except Interrupted as stopped:
+        if _is_done(folder):
+            log.warning("stopped by %s; the run is done, its figures may be missing", stopped)
+            raise SystemExit(stopped.exit_code) from None
         log.error("stopped by %s; go on with: python train.py resume=%s", stopped, path)
         end("interrupted", str(stopped))
         if stopped.to_be_requeued:
@@ -55,10 +55,18 @@ def concluding(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterator
         end("interrupted", "KeyboardInterrupt")
         raise SystemExit(130) from None
     except TrainingError as error:
-        log.error("error: %s\nwhat was logged so far is in %s%s", error, path, _how_to_go_on(path))
+        left = f"\nwhat was logged so far is in {path}{_how_to_go_on(path)}"
+        log.error("error: %s%s", error, "" if _is_done(folder) else left)
         file.exception("traceback")
         end("failed", str(error))
         raise SystemExit(error.exit_code) from None
+    except SystemExit as error:
+        file.exception("traceback")
+        log.error(
+            "error: sys.exit(%r) was called; the traceback is in %s/train.log", error.code, path
+        )
+        end("failed", f"sys.exit({error.code!r}) was called")
+        raise SystemExit(error.code if isinstance(error.code, int) and error.code else 1) from None
     except Exception as error:
         file.exception("traceback")
         if told := _disk_fault(error, path):
@@ -69,6 +77,20 @@ def concluding(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterator
         if sweep:
             raise SystemExit(1) from None
         raise
+
+
+def _is_done(folder: RunFolder) -> bool:
+    return read_state(folder.path).status == "done"
+
+
+def _end(folder: RunFolder, status: Status, why: str) -> None:
+    """Writes the status of a run that is not done."""
+    if _is_done(folder):
+        return
+    try:
+        folder.write_status(status, why)
+    except OSError as error:
+        log.warning("%s/status.json cannot be written: %s", folder.path, error.strerror)
 
 
 def _how_to_go_on(path: Path) -> str:

@@ -4,6 +4,7 @@ writes what a run leaves behind.
 It knows nothing of Hydra: whoever calls hands in what turns configuration into objects.
 """
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from rlhf_exp.training.folder import RunFolder, Sink
 from rlhf_exp.training.hub import HubSettings
 from rlhf_exp.training.loggers import Logger, RunInfo
 from rlhf_exp.training.model_card import write_model_card
+from rlhf_exp.training.presentation import attempt
 from rlhf_exp.training.seeding import seed_shared_generators
 from rlhf_exp.training.stopping import StopRequests
 from rlhf_exp.training.timing import since_process_start
@@ -162,8 +164,8 @@ def _last_to_prepare(steps: Sequence[Step], until: str | None) -> int:
 def _stop_early(prepared: Prepared, path: Path) -> None:
     with RunFolder(path) as folder:
         folder.write_json("result.json", {"prepare": prepared.results, "seconds": prepared.seconds})
-        prepared.copy_figures(path)
         folder.write_status("done")
+    attempt("copying the figures", lambda: prepared.copy_figures(path))
     for name, made in prepared.folders.items():
         log.info("%s: %s", name, made)
     log.info("run folder: %s", path)
@@ -185,7 +187,7 @@ def _run_stage(
         group=job.group,
         job_type=type(stage).__module__.rpartition(".")[2],
         config=redact(config),
-        shared_folder=job.path.parent if job.sweep else job.path,
+        shared_folder=(job.path.parent if job.sweep else job.path).absolute(),
     )
 
     @contextmanager
@@ -203,17 +205,20 @@ def _run_stage(
         context = Context(
             folder=folder, seed=job.seed, device=job.device, resume=job.resume, stop=job.stop
         )
-        result = stage.run(context, **parts)
+        with contextlib.chdir("."):  # back to the folder that a reward leaves
+            result = stage.run(context, **parts)
         result["prepare"] = prepared.results
         result["seconds"] = {**prepared.seconds, **result["seconds"]}
         result["seconds"]["total"] = sum(result["seconds"].values())
         if not (job.sweep or job.resume):  # then imports and checks belong to this run alone
             result["seconds"]["total"] = since_process_start()
         folder.write_json("result.json", result)
-        prepared.copy_figures(job.path)
-        if (job.path / "model").is_dir():
-            write_model_card(job.path, shown, result)
-        folder.log_result(result)
         folder.write_status("done")
+        show = context.presentation
+        show.add("copying the figures of prepared steps", lambda: prepared.copy_figures(job.path))
+        if (job.path / "model").is_dir():
+            show.add("the model card", lambda: write_model_card(job.path, shown, result))
+        show.add("telling W&B the result", lambda: folder.log_result(result))
+        show.show()
     log.info("seconds: %s", "  ".join(f"{k} {v:.1f}" for k, v in result["seconds"].items()))
     log.info("run folder: %s", job.path)

@@ -3,6 +3,7 @@
 Hydra's part of it; what a configuration may name is said in targets.py.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,15 @@ ALLOWED_TARGETS = ("rlhf_exp.", "torch.optim.")
 def instantiate(
     config: Mapping[str, Any], path: str, problems: list[str], *, allowed: Sequence[str]
 ) -> Any:
-    """The object that a group's configuration describes, or None with its problems appended."""
+    """The object that a group's configuration describes, or None with its problems appended. A
+    module of the user's that changes the process's folder when it is imported does not keep it."""
+    with contextlib.chdir("."):
+        return _instantiate(config, path, problems, allowed)
+
+
+def _instantiate(
+    config: Mapping[str, Any], path: str, problems: list[str], allowed: Sequence[str]
+) -> Any:
     if "_target_" not in config:
         problems.append(f"{path}: no option is chosen; choose one: {path.rpartition('.')[2]}=...")
         return None

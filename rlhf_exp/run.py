@@ -58,6 +58,7 @@ from rlhf_exp.resuming import (
     with_recorded_words,
 )
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.streams import make_streams_unbreakable
 from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs
 from rlhf_exp.sweeps.isolation import call_in_process, describe_end
 from rlhf_exp.sweeps.jobs import BadJobs
@@ -360,6 +361,7 @@ def guard(main: Callable[[], None]) -> None:
 
     With HYDRA_FULL_ERROR=1 in the environment everything comes with its traceback.
     """
+    make_streams_unbreakable()
     remember_words(sys.argv)
     remember_environment()
     scrub_tracebacks()

@@ -3,6 +3,8 @@
 Writes report.html, report.md and their pictures, and prints a table. No account, no network.
 """
 
+import rlhf_exp.environment  # noqa: F401, I001  first: it must precede the import of matplotlib
+
 import argparse
 from datetime import datetime
 from pathlib import Path

@@ -611,3 +611,31 @@ def test_a_push_is_of_one_run(tmp_path, monkeypatch):
     sweep = train(tmp_path, "-m", *TINY, *pushed, "seed=1,2")
     assert_refused(sweep, r"the jobs of a sweep would overwrite it: set hub\.push=false")
     assert_refused(train(tmp_path, "until=base", *pushed), r"and until=base ends before: set hub")
+
+
+WANDERING = """
+import os, tempfile
+{at_import}
+def f(completions, **_):
+    {in_call}
+    return [float(len(text)) for text in completions]
+"""
+WANDERS = "os.chdir(tempfile.mkdtemp(dir='{away}'))"
+
+
+@pytest.mark.parametrize("when", ["at_import", "in_call"])
+def test_a_reward_that_changes_the_folder_scatters_nothing(tmp_path, when):
+    here, away = tmp_path / "here", tmp_path / "away"
+    here.mkdir()
+    away.mkdir()
+    lines = {"at_import": "", "in_call": "", when: WANDERS.format(away=away)}
+    (here / "rewards.py").write_text(WANDERING.format(**lines))
+    words = ["reward=function", "reward.function=rewards.py:f", "logger=local"]
+    done = train(here, *TINY, *words, "stage.checkpoint_every=1")
+    assert done.code == 0, done.lines
+    folder = run_folder(here)
+    assert json.loads((folder / "status.json").read_text())["status"] == "done"
+    assert {"model/README.md", "curves.png", "result.json"} <= {*written(folder)}
+    assert f"run folder: {folder.relative_to(here)}" in done.out
+    assert [*away.iterdir()]
+    assert written(away) == []

@@ -35,10 +35,11 @@ LOADED = (
 
 
 def locate_model(name: str, *, field: str = "model.base_model") -> str:
-    """Where transformers shall load `name` from: the directory itself, the `model/` of a run's
-    folder, or the name unchanged if it can only be a hub's. Raises ConfigError for a directory
-    without a model and for a path that does not exist."""
-    path = Path(name).expanduser()
+    """Where transformers shall load `name` from: the absolute path of the directory itself or of
+    the `model/` of a run's folder, or the name unchanged if it can only be a hub's. Raises
+    ConfigError for a directory without a model and for a path that does not exist."""
+    # Absolute, since tokenizers read some of their files again when they are saved.
+    path = Path(name).expanduser().absolute()
     if path.is_dir():
         for candidate in (path, path / "model"):
             if os.path.lexists(candidate / "config.json"):

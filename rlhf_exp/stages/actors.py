@@ -1,5 +1,6 @@
 """What samples and what scores, loaded and checked against each other."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,7 +146,8 @@ def load_reward(
                 prepend_bos=bool(leading_ids(policy.tokenizer, prepend_bos=task.prepend_bos)),
                 num_tokens=batch.tokens.shape[1] + sampler.gen_len,
             )
-    return reward.load(context.device)
+    with contextlib.chdir("."):
+        return reward.load(context.device)
 
 
 def _why_so_short(policy: TransformerWithValueHead) -> str:

@@ -31,8 +31,8 @@ from rlhf_exp.stages.evaluation import (
     METRICS,
     brief,
     evaluate,
+    present,
     read_evaluations,
-    report,
 )
 from rlhf_exp.stages.histograms import LastPass
 from rlhf_exp.stages.learning import Learning
@@ -196,7 +196,7 @@ class PPO(Learning):
             check_frozen(actors, frozen)
             save_policy(actors.policy, context.folder.path / "model")
         before, after = read_evaluations(context.folder)
-        report(context.folder, before, after)
+        present(context, before, after)
         return {
             "before": before.metrics,
             "after": after.metrics,
@@ -283,14 +283,13 @@ class PPO(Learning):
             result = evaluate(
                 actors.policy,
                 actors.reference,
-                actors.score,
+                collector.reward,
                 actors.sampler,
                 actors.eval_prompts,
                 num_samples=self.eval_samples,
                 seed=context.seed,
                 phase=phase,
                 answers=actors.answers,
-                patience=self.patience,
             )
         context.folder.log(phase, result.metrics)
         context.folder.log_samples(phase, result.samples)
@@ -303,7 +302,8 @@ class PPO(Learning):
             actors,
             rows=self.rollout_batch_size or self.batch_size,
             missing_eos_penalty=self.missing_eos_penalty,
-            overlap=actors.policy.device.type == "cuda",
+            # Without a timeout the reward is called on the main thread, beside nothing else.
+            overlap=actors.policy.device.type == "cuda" and self.reward_timeout_s is not None,
             ahead=self.async_reward,
             patience=self.patience,
             skip_unscored=self.on_reward_error == "skip",

@@ -35,7 +35,7 @@ from rlhf_exp.tasks.examples import (
 )
 from rlhf_exp.tasks.protocol import AnswerTask, CorpusTask, DemonstrationTask, Split, Task
 from rlhf_exp.training.context import Context
-from rlhf_exp.training.curves import plot_supervised
+from rlhf_exp.training.curves import present_losses
 from rlhf_exp.training.metrics import describe
 from rlhf_exp.training.optim import AdamWSettings, Schedule
 from rlhf_exp.training.precision import Dtype, autocast
@@ -157,8 +157,7 @@ class SFT(Supervised):
         with clock("save"):
             network.save_pretrained(context.folder.path / "model")
             tokenizer.save_pretrained(context.folder.path / "model")
-            loss_png = context.folder.path / "loss.png"
-            plot_supervised(context.folder.rows(), loss_png, title="language model")
+        present_losses(context, title="language model")
         return {"after": metrics, "seconds": clock.seconds}
 
     def _load(self, context: Context, task: Task, model: ModelSettings) -> TransformerWithValueHead:

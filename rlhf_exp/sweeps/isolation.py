@@ -18,6 +18,8 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
+from rlhf_exp.streams import make_streams_unbreakable
+
 # What nearly every run imports and what takes longest.
 PRELOADED = (
     "rlhf_exp.environment", "rlhf_exp.experiment", "rlhf_exp.stages.ppo",
@@ -106,6 +108,7 @@ def _run(
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    make_streams_unbreakable()
     threading.Thread(target=_end_with_caller, daemon=True).start()
     function(*arguments)
 

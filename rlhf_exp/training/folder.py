@@ -20,6 +20,7 @@ from rlhf_exp.printable import printable
 from rlhf_exp.redaction import scrub
 from rlhf_exp.training.files import sync, write_whole
 from rlhf_exp.training.metrics import Histogram, summarize
+from rlhf_exp.training.presentation import attempt
 from rlhf_exp.training.provenance import environment
 
 log = logging.getLogger(__name__)
@@ -62,10 +63,11 @@ def local_only() -> AbstractContextManager[list[Sink]]:
 
 
 class RunFolder:
-    """Writes what a run leaves behind. Nothing is created before the first write."""
+    """Writes what a run leaves behind. Nothing is created before the first write. Its path is
+    absolute, so that a reward that changes the process's folder does not scatter the run."""
 
     def __init__(self, path: Path, open_sinks: OpenSinks = local_only) -> None:
-        self.path = path
+        self.path = path.absolute()
         self._open_sinks = open_sinks
         self._stack = ExitStack()
         self._sinks: list[Sink] = []
@@ -74,8 +76,11 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        if kind is None:
+            attempt("closing W&B", self._stack.close)
+        else:
+            self._stack.__exit__(kind, *error)
 
     def start(self) -> None:
         """Says that everything is loaded and the work begins; opens the other sinks."""
@@ -110,7 +115,7 @@ class RunFolder:
             sink.log_histograms(phase, histograms)
 
     def log_result(self, result: Mapping[str, Any]) -> None:
-        """Passes on the result of a run whose folder is complete but for its status."""
+        """Passes on the result of a run that is done."""
         for sink in self._sinks:
             sink.log_result(result, self.path)
 

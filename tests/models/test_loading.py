@@ -92,6 +92,12 @@ def test_a_home_directory_is_found(tmp_path, monkeypatch):
     assert locate_model("~/model") == str(tmp_path / "model")
 
 
+def test_a_directory_is_found_from_every_folder(tmp_path, monkeypatch):
+    save_policy(tiny_policy(), tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    assert locate_model("model") == str(tmp_path / "model")
+
+
 def test_without_a_saved_head_one_is_drawn_by_the_seed(tmp_path):
     policy = tiny_policy()
     save_policy(policy, tmp_path)

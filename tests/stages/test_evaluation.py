@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf_exp.rewards.attempts import PatientReward
 from rlhf_exp.rewards.length import Length
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.sampler import Sampler
@@ -25,7 +26,7 @@ def run(actors: Actors, *, num_samples: int = 6, seed: int = 1) -> Evaluation:
     return evaluate(
         actors.policy,
         actors.reference,
-        actors.score,
+        PatientReward(actors.score),
         actors.sampler,
         actors.eval_prompts,
         num_samples=num_samples,

@@ -32,7 +32,10 @@ def train(path: Path, stage: SFT, **replaced: Any) -> dict[str, Any]:
         "optimizer": AdamWSettings(),
         "schedule": Constant(),
     }
-    return stage.run(context(path), **{**defaults, **replaced})
+    given = context(path)
+    result = stage.run(given, **{**defaults, **replaced})
+    given.presentation.show()
+    return result
 
 
 def weights(path: Path) -> bytes:

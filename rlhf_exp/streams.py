@@ -1,0 +1,47 @@
+"""Standard output and standard error that take everything, whatever becomes of the other end."""
+
+import io
+import os
+import sys
+from typing import Any
+
+
+class _Unbreakable(io.FileIO):
+    """Writes to a descriptor; once that fails (the reader of a pipe has gone, the disk is full, the
+    terminal was closed), what is written is dropped."""
+
+    def write(self, data: Any) -> int:
+        """Returns the number of bytes written, or dropped."""
+        try:
+            return super().write(data)
+        except OSError:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.fileno())
+            return len(data)
+
+
+def make_streams_unbreakable() -> None:
+    """Replaces stdout and stderr by streams whose writes raise neither for a closed pipe nor for a
+    character that the terminal's encoding lacks, which is written as an escape. A stream that the
+    process was started without (`>&-`) leads nowhere."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+            continue
+        if stream is not getattr(sys, f"__{name}__"):
+            continue  # somebody captures it
+        stream.flush()
+        unbreakable = io.TextIOWrapper(
+            io.BufferedWriter(_Unbreakable(number, "w", closefd=False)),
+            encoding=stream.encoding,
+            errors="backslashreplace",
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        setattr(sys, name, unbreakable)
