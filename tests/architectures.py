@@ -289,6 +289,9 @@ def examine(name: str, folder: Path) -> Row:
     assert largest_error(policy, without, static=False) < 1e-4
     adapters = nn.ParameterList(p for p in policy.parameters() if p.requires_grad)
     stretch(adapters, seed=1, std=0.1)
+    batch = prompts(policy, TEXTS["ragged"])
+    generation = sample(policy, batch, static=False)
+    assert_near(learning_logprobs(policy, generation), generation.logprobs, tolerance=1e-4)
     assert_saved(policy, folder / "lora")
     return replace(row, lora=True)
 

@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def add_adapter(
 ) -> None:
     """Freezes the model and adds rank-`rank` adapters, drawn with the seed and of no effect yet, to
     the linear layers that `target_modules` names, or to all of them but the output embedding.
-    Raises ValueError if it names none, an embedding, or a layer whose adapter cannot be merged."""
+    Raises ValueError if it names none, an embedding, or a layer whose adapter cannot be merged or
+    is passed by."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -55,6 +57,7 @@ def add_adapter(
         inject_adapter_in_model(config, language_model)
     for name, layer in _adapted_layers(language_model):
         _check_mergeable(name, layer)
+    _check_called(language_model)
     for name, parameter in language_model.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:
@@ -85,6 +88,42 @@ def _check_mergeable(name: str, layer: Any) -> None:
             f"{kind}, which does more than multiply by its matrix, so that its adapter could not be"
             " merged; name other layers, such as [q_proj, k_proj, v_proj, o_proj]"
         )
+
+
+def _check_called(language_model: PreTrainedModel) -> None:
+    """Raises ValueError for a layer whose matrix the model multiplies by itself, without calling
+    the layer (Jamba's dt_proj): its adapter would have no effect until it is merged."""
+    uncalled = {
+        name: layer
+        for name, layer in _adapted_layers(language_model)
+        if isinstance(layer.get_base_layer(), nn.Linear)
+    }
+    tokens = torch.arange(4, device=language_model.device)[None] % language_model.config.vocab_size
+
+    def run() -> Tensor:
+        return language_model(input_ids=tokens, use_cache=False).logits.sum()
+
+    def note(name: str, *_: Any) -> None:
+        uncalled.pop(name, None)
+
+    hooks = [
+        layer.register_forward_pre_hook(partial(note, name)) for name, layer in uncalled.items()
+    ]
+    with torch.no_grad():
+        run()
+    for hook in hooks:
+        hook.remove()
+    if not uncalled:
+        return
+    weights = [layer.get_base_layer().weight.requires_grad_() for layer in uncalled.values()]
+    gradients = torch.autograd.grad(run(), weights, allow_unused=True)  # None: an unused expert
+    for name, gradient in zip(uncalled, gradients, strict=True):
+        if gradient is not None:
+            last = name.rpartition(".")[2]
+            raise ValueError(
+                f"{type(language_model).__name__} uses the matrix of {name} without calling the"
+                f" layer, so that an adapter would have no effect; name other layers than {last}"
+            )
 
 
 def _is_conv1d(language_model: PreTrainedModel) -> bool:

@@ -16,6 +16,7 @@ from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.reference import Lora, WithoutAdapter, reference_hash
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.settings import ConfigError
+from tests.architectures import build
 from tests.builders import (
     assert_near,
     build_tokenizer,
@@ -269,6 +270,13 @@ def test_a_router_that_returns_more_than_logits_is_refused_by_name() -> None:
     refused = r"target_modules=all-linear: model\.layers\.0\.mlp\.router is a PhimoeTopKRouter"
     with pytest.raises(ConfigError, match=refused):
         Lora().attach(policy, seed=0)
+
+
+def test_a_matrix_that_the_model_multiplies_by_itself_gets_no_adapter() -> None:
+    model = build("jamba")
+    with pytest.raises(ValueError, match="other layers than dt_proj"):
+        add_adapter(model, rank=2, alpha=4, target_modules="all-linear", seed=0)
+    add_adapter(build("jamba"), rank=2, alpha=4, target_modules=["in_proj", "q_proj"], seed=0)
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer")

@@ -18,7 +18,7 @@ from rlhf_exp.stages.actors import fitting_prompts, load_sampled_policy
 from rlhf_exp.tasks.prefix import Prefix
 from rlhf_exp.types import Layout
 from tests.architectures import TEXTS, build, largest_error, learning_logprobs, sample, save
-from tests.builders import assert_near, build_tokenizer, prompts, tiny_policy
+from tests.builders import assert_near, build_tokenizer, prompts, stretch, tiny_policy
 from tests.stages.toy import context
 
 
@@ -77,8 +77,17 @@ def test_one_that_loses_its_place_decodes_without_a_cache(caplog: pytest.LogCapt
     assert largest_error(policy, policy.frozen_reference(), static=False) > 0.01
 
 
+def test_a_cache_that_depends_on_the_weights_is_not_used() -> None:
+    policy = wrapped("zamba2")
+    assert not find_fast_paths(policy).cache
+    stretch(policy.language_model, seed=1)  # as training may
+    assert largest_error(policy, policy.frozen_reference(), static=False) > 0.01
+    policy.fast_paths = find_fast_paths(policy)
+    assert largest_error(policy, policy.frozen_reference(), static=False) < 1e-4
+
+
 @pytest.mark.parametrize("texts", TEXTS)
-@pytest.mark.parametrize("name", ["jamba", "lfm2", "qwen3_next", "granitemoehybrid", "zamba2"])
+@pytest.mark.parametrize("name", ["jamba", "lfm2", "qwen3_next", "granitemoehybrid", "falcon_h1"])
 def test_states_of_other_kinds_are_shared_and_left(name: str, texts: str) -> None:
     policy = probed(wrapped(name))
     assert policy.fast_paths.cache
