@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_exp import complaints
 from rlhf_exp.instantiation import ALLOWED_TARGETS, instantiate
+from rlhf_exp.overrides import command, prepared
 from rlhf_exp.own_keys import read_own_keys
 from rlhf_exp.printable import printable
 from rlhf_exp.redaction import (
@@ -97,7 +98,7 @@ def execute(cfg: DictConfig, path: Path, stop: "StopRequests | None" = None) -> 
     from rlhf_exp.training.processor import use_processor_well
     from rlhf_exp.training.timing import PROCESS_BEGAN
 
-    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+    words = _words()
     resumed = _resumed(cfg, path) if cfg.get("resume") else None
     given = resumed.config if resumed else cfg
     if cfg.get("dry_run"):
@@ -182,6 +183,13 @@ def _read(
     return job, functools.partial(instantiate, allowed=allowed)
 
 
+def _words() -> list[str]:
+    """The job's overrides as they were given: Hydra's own list resolves interpolations in them."""
+    if not HydraConfig.initialized():
+        return []
+    return OmegaConf.to_container(HydraConfig.get().overrides.task)  # type: ignore[return-value]
+
+
 def _is_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
@@ -199,10 +207,9 @@ class Resumed:
 def _resumed(cfg: DictConfig, folder: Path) -> Resumed:
     """A run's own configuration with what the command line may change in it. Raises ConfigError for
     what it may not, and for a run that is done and gets no more phases."""
-    overrides = HydraConfig.get().overrides
     own: Any = OmegaConf.load(folder / CONFIG)
     before = recorded_words(folder)
-    asked = [word for word in overrides.task if key_of(word) not in OF_THE_START]
+    asked = [word for word in _words() if key_of(word) not in OF_THE_START]
     found: list[Change] = []
     if asked != before:
         # Hydra's, since a word may choose another option of a group.
@@ -264,7 +271,8 @@ def job(cfg: DictConfig) -> None:
     _write_configuration(cfg, path)
     log_file = path / f"{HydraConfig.get().job.name}.log"
     # Plain, since the classes of launchers' settings cannot be pickled everywhere.
-    plain = OmegaConf.to_container(HydraConfig.instance().cfg, resolve=True)  # type: ignore[arg-type]
+    plain: Any = OmegaConf.to_container(HydraConfig.instance().cfg, resolve=True)  # type: ignore[arg-type]
+    plain["hydra"]["overrides"]["task"] = _words()
     own = OmegaConf.to_container(cfg)
     code = call_in_process(_isolated, plain, own, path, log=log_file)
     unsaid = read_state(path).status in ("waiting", "running") and not is_claimed(path)
@@ -289,8 +297,8 @@ def _settle_resume(cfg: DictConfig, path: Path) -> None:
         )
     elif not cfg.resume and is_run(path):
         raise ConfigError(
-            f"hydra.run.dir={path} holds a run already: go on with it by resume={path}, or name"
-            " another folder"
+            f"hydra.run.dir={path} holds a run already: go on with it with"
+            f" {command(f'resume={path}')}, or name another folder"
         )
 
 
@@ -355,22 +363,19 @@ def guard(main: Callable[[], None]) -> None:
     remember_words(sys.argv)
     remember_environment()
     scrub_tracebacks()
-    if os.environ.get("HYDRA_FULL_ERROR"):
-        main()
-        return
-    if "--dry-run" in sys.argv:
-        sys.argv = [*(word for word in sys.argv if word != "--dry-run"), "dry_run=true"]
-    # Before Hydra sees them: a word may be of a group that the run itself has chosen.
-    sys.argv = [sys.argv[0], *with_recorded_words(sys.argv[1:])]
+    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises in place of printing
+    words = ["dry_run=true" if word == "--dry-run" else word for word in sys.argv[1:]]
     try:
+        # Before Hydra sees them: a word may be of a group that the run itself has chosen.
+        sys.argv = [sys.argv[0], *with_recorded_words(prepared(words))]
         main()
     except AlreadySaid as failed:
         sys.exit(failed.args[0])
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        message = explain(error)
+        message = None if full else explain(error)
         if message is None:
             raise
         from rlhf_exp.ending import bounded

@@ -6,6 +6,7 @@ breaks it is dropped with one warning while metrics.jsonl goes on.
 
 import logging
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -154,8 +155,9 @@ class WandbLogger:
         run.define_metric("phase")
         run.define_metric("*", step_metric="phase")
         if mode == "offline":
+            files = shlex.quote(str(Path(run.dir).parent))
             log.info("W&B: offline, in %s; upload later with: wandb sync %s",
-                     info.shared_folder / "wandb", Path(run.dir).parent)  # fmt: skip
+                     info.shared_folder / "wandb", files)  # fmt: skip
         return run
 
     def _resolve_mode(self) -> Literal["online", "offline", "disabled"]:
