@@ -1,6 +1,8 @@
 """Text of models and strangers as a terminal may show it: it is only read, never obeyed."""
 
+import os
 import re
+import sys
 
 # Controls but for tabs and ends of lines, and marks that turn the direction of what follows.
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069]")
@@ -10,3 +12,16 @@ def printable(text: str) -> str:
     """The text with nothing that a terminal obeys (colours, titles, links, moves of its cursor) or
     that hides or turns what follows: U+FFFD stands for it. Lines stay lines."""
     return UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
+
+
+def open_closed_streams() -> None:
+    """Opens those of the standard streams that a shell has closed, with >&-, on the null device:
+    else the next file that is opened takes the stream's number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+        if getattr(sys, name) is None:
+            stream = open(number, "r" if number == 0 else "w", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)

@@ -29,7 +29,7 @@ from rlhf_exp import complaints
 from rlhf_exp.instantiation import ALLOWED_TARGETS, instantiate
 from rlhf_exp.overrides import command, prepared
 from rlhf_exp.own_keys import read_own_keys
-from rlhf_exp.printable import printable
+from rlhf_exp.printable import open_closed_streams, printable
 from rlhf_exp.redaction import (
     redact,
     redact_words,
@@ -65,6 +65,7 @@ from rlhf_exp.sweeps.jobs import BadJobs
 from rlhf_exp.sweeps.state import read_state
 from rlhf_exp.training.claims import LOCK, claimed, is_claimed
 from rlhf_exp.training.files import write_whole
+from rlhf_exp.training.progress import keep_log
 
 if TYPE_CHECKING:
     from rlhf_exp.experiment import Job
@@ -139,7 +140,7 @@ def _say_plan(config: Mapping[str, Any], path: Path) -> None:
     stage = str(config["stage"]["_target_"]).rpartition(".")[2]
     steps = ", ".join([*config["prepare"], stage])
     log.info("all is well: %s in %s; %s; nothing was started", steps, path, took)
-    if {file.name for file in path.iterdir()} == {"train.log", LOCK}:
+    if {file.name for file in path.iterdir()} <= {"train.log", LOCK}:
         shutil.rmtree(path)  # nobody's but this call's
 
 
@@ -252,6 +253,8 @@ def job(cfg: DictConfig) -> None:
     """One job of train.py: a single run in this process, a sweep's in one of its own, so that
     nothing that happens to it takes the others down."""
     path = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
+    log_file = path / f"{HydraConfig.get().job.name}.log"
+    keep_log(log_file, console=True)
     scrub_logs()
     logging.raiseExceptions = False  # a log that the disk does not take would fill the terminal
     if not _is_sweep():
@@ -269,7 +272,6 @@ def job(cfg: DictConfig) -> None:
     if read_state(path).status == "done":  # a queue that preempts may start it once more
         return
     _write_configuration(cfg, path)
-    log_file = path / f"{HydraConfig.get().job.name}.log"
     # Plain, since the classes of launchers' settings cannot be pickled everywhere.
     plain: Any = OmegaConf.to_container(HydraConfig.instance().cfg, resolve=True)  # type: ignore[arg-type]
     plain["hydra"]["overrides"]["task"] = _words()
@@ -333,10 +335,14 @@ def _isolated(hydra_config: dict[str, Any], config: dict[str, Any], path: Path) 
     from rlhf_exp.training.folder import RunFolder
 
     setup_globals()
-    hydra_config["hydra"]["job_logging"]["root"]["handlers"] = ["file"]
+    # What goes to the console is in the file too, which has its own handler.
+    logs = hydra_config["hydra"]["job_logging"]
+    if logs and logs.get("root"):
+        logs["root"]["handlers"] = [*({"file"} & {*logs.get("handlers", {})})]
     hydra_cfg = OmegaConf.create(hydra_config)
     HydraConfig.instance().cfg = hydra_cfg  # type: ignore[assignment]
     configure_log(hydra_cfg.hydra.job_logging, hydra_cfg.hydra.verbose)
+    keep_log(path / f"{hydra_cfg.hydra.job.name}.log", console=False)
     scrub_logs()
     with claimed(path):
         RunFolder(path).write_status("running")
@@ -360,6 +366,7 @@ def guard(main: Callable[[], None]) -> None:
 
     With HYDRA_FULL_ERROR=1 in the environment everything comes with its traceback.
     """
+    open_closed_streams()
     remember_words(sys.argv)
     remember_environment()
     scrub_tracebacks()

@@ -2,6 +2,9 @@
 
 import io
 import logging
+import shlex
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -57,3 +60,17 @@ def test_a_talk_obeys_none(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch):
     said = capsys.readouterr().out
     assert "gpj.exe" in said
     assert_harmless(said)
+
+
+def test_streams_that_a_shell_has_closed_are_opened():
+    script = (
+        "import os, sys\n"
+        "from rlhf_exp.printable import open_closed_streams\n"
+        "open_closed_streams()\n"
+        "print('to nowhere', flush=True)\n"
+        "assert os.open(os.devnull, os.O_RDONLY) > 2\n"
+        "print(sys.stdout.fileno(), file=sys.stderr)\n"
+    )
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(script)} >&- <&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "1\n")

@@ -22,7 +22,7 @@ from rlhf_exp import run
 from rlhf_exp.models.scratch import ScratchClassifier
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.reviews import Reviews
-from rlhf_exp.training.progress import line_log
+from rlhf_exp.training.progress import line_log, package_log
 from tests.builders import build_tokenizer, without_checks
 
 TRAIN = Path(run.CONF).parent / "train.py"
@@ -96,7 +96,7 @@ def one_thread() -> Iterator[None]:
 @contextlib.contextmanager
 def kept_logging() -> Iterator[None]:
     """Puts back what Hydra and the run do to the loggers, and closes their files."""
-    loggers = [logging.getLogger(), line_log, logging.getLogger("rlhf_exp.file")]
+    loggers = [logging.getLogger(), package_log, line_log, logging.getLogger("rlhf_exp.file")]
     before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
     try:
         yield
@@ -375,6 +375,15 @@ Broken_seen = []
 
 
 @settings
+class Forcing(TextReward):
+    def score(self, text):
+        import logging
+
+        logging.basicConfig(force=True)
+        return 0.0
+
+
+@settings
 class Bug(TextReward):
     def score(self, text):
         return 1 / 0
@@ -502,6 +511,31 @@ def test_on_a_terminal_the_lines_of_the_phases_are_in_the_log_alone(tmp_path):
     assert "phase 1/2" in (run_folder(tmp_path) / "train.log").read_text()
     assert "2/2" in outcome.err, "the bar"
     assert "evaluation at phase 2" in outcome.out
+
+
+@pytest.mark.parametrize("option", ["none", "disabled", "stdout"])
+def test_the_log_is_written_whatever_hydra_logs(tmp_path, option):
+    outcome = train(tmp_path, *TINY, f"hydra/job_logging={option}", "hydra.run.dir=run")
+    assert (outcome.code, outcome.raised) == (0, None)
+    assert "INFO] run folder: run" in (tmp_path / "run" / "train.log").read_text()
+    words = [*TINY, f"hydra/job_logging={option}", "hydra.run.dir=bad", "stage.kl_coef=-1"]
+    bad = train(tmp_path, *words)
+    assert_refused(bad, r"error: stage\.kl_coef=-1")
+    assert "kl_coef=-1" in (tmp_path / "bad" / "train.log").read_text()
+
+
+def test_a_sweep_needs_none_of_hydras_logs(tmp_path):
+    outcome = train(tmp_path, "-m", *TINY, "hydra/job_logging=none", "hydra.sweep.dir=sweep")
+    assert (outcome.code, outcome.raised) == (0, None), outcome.out
+    [log] = tmp_path.glob("sweep/*/train.log")
+    assert log.read_text().count("INFO] run folder: ") == 1
+
+
+def test_a_reward_that_sets_up_logging_anew_ends_no_log(tmp_path, my_rewards):
+    outcome = train(tmp_path, *own(my_rewards, "Forcing"))
+    assert (outcome.code, outcome.raised) == (0, None)
+    assert "INFO] run folder: " in (run_folder(tmp_path) / "train.log").read_text()
+    assert "run folder: " in outcome.out
 
 
 # --- pieces ---
