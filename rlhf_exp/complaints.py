@@ -6,6 +6,7 @@ It knows how Hydra and OmegaConf fail and which options there are, and nothing o
 import difflib
 import errno
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -14,10 +15,17 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    GrammarParseError,
+    OmegaConfBaseException,
+)
 
+from rlhf_exp.overrides import quoted
+from rlhf_exp.redaction import redact_words
 from rlhf_exp.settings import ConfigError
 
 UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST}
@@ -39,9 +47,14 @@ def explain(error: BaseException, conf: Path) -> str | None:
             return str(link)
         if isinstance(link, MissingConfigException) and link.options:
             return _missing_option(link)
+        if isinstance(link, OverrideParseException):
+            return _unreadable(link)
     for link in chain:
         if isinstance(link, ConfigAttributeError | ConfigKeyError) and link.full_key:
             return f"{link.full_key}: no such key.{_suggestion(link.full_key, conf)}"
+        if isinstance(link, GrammarParseError) and link.full_key:
+            reason = str(link).splitlines()[0]
+            return f"{link.full_key}: {reason}; in a text write \\${{ in place of ${{"
         if isinstance(link, OmegaConfBaseException) and isinstance(link, TypeError):
             return f"{link.full_key}: {str(link).splitlines()[0]}"
     group = re.search(r"Could not override '([^']+)'", str(error))
@@ -60,6 +73,26 @@ def explain(error: BaseException, conf: Path) -> str | None:
     if isinstance(error, HydraException | OmegaConfBaseException) or _is_from_hydra(error):
         return "\n".join(line for line in str(error).splitlines() if line.strip())
     return None
+
+
+def _unreadable(error: OverrideParseException) -> str:
+    """Which word is not in Hydra's grammar, why, and how to quote its value."""
+    [word] = redact_words([error.override])
+    key, equals, value = word.partition("=")
+    if not equals:
+        return f"{word}: write key=value to set a key, ~key to leave one out; see --help"
+    *lines, last = error.message.partition("\nSee http")[0].splitlines()
+    place = len(key)
+    if lines and lines[0].startswith("LexerNoViableAltException: "):  # its last line is a mark
+        place = len(last) - len("LexerNoViableAltException: ") - 1
+        reason = f"{error.override[place]!r} has to be in quotes"
+    else:
+        reason = (lines[1:] or [last])[0].partition(" expecting ")[0]
+    if place < len(key) or not re.fullmatch(r"[+~]*[\w./@:$-]+", key, re.ASCII):
+        return f"{key!r} is not the name of a key; see: python train.py --cfg job"
+    text = f"{key}={quoted(value)}"
+    fix = shlex.quote(text) if text.isprintable() else f"${text!r}"
+    return f"{word} cannot be read: {reason}\nif the value is a text, quote it: {fix}"
 
 
 def _is_from_hydra(error: BaseException) -> bool:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from rlhf_exp.overrides import command
 from rlhf_exp.queueing import requeue
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.sweeps.state import read_state
@@ -41,7 +42,7 @@ def concluding(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterator
         if _is_done(folder):
             log.warning("stopped by %s; the run is done, its figures may be missing", stopped)
             raise SystemExit(stopped.exit_code) from None
-        log.error("stopped by %s; go on with: python train.py resume=%s", stopped, path)
+        log.error("stopped by %s; go on with: %s", stopped, command(f"resume={path}"))
         end("interrupted", str(stopped))
         if stopped.to_be_requeued:
             requeue()
@@ -70,7 +71,7 @@ def concluding(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterator
     except Exception as error:
         file.exception("traceback")
         if told := _disk_fault(error, path):
-            log.error("error: %s; mend that, then: python train.py resume=%s", told, path)
+            log.error("error: %s; mend that, then: %s", told, command(f"resume={path}"))
             end("failed", told)
             raise SystemExit(1) from None
         end("failed", f"{type(error).__name__}: {error}")
@@ -98,7 +99,7 @@ def _how_to_go_on(path: Path) -> str:
     newest = newest_phase(path)
     if newest is None:
         return ""
-    return f"; mended, it goes on after step {newest}: python train.py resume={path}"
+    return f"; mended, it goes on after step {newest}: {command(f'resume={path}')}"
 
 
 def _disk_fault(error: Exception, path: Path) -> str | None:

@@ -12,6 +12,7 @@ import pydantic
 from hydra.errors import InstantiationException
 from hydra.utils import get_object
 
+from rlhf_exp.overrides import without_interpolations
 from rlhf_exp.settings import ConfigError, field_problem
 from rlhf_exp.targets import forbidden_module, instructions, targets, unusable
 
@@ -48,7 +49,7 @@ def _instantiate(
         problems += [f"{path}: {key} is no key of it; leave it out" for key in keys]
         return None
     try:
-        return hydra.utils.instantiate(config, _convert_="all")
+        return hydra.utils.instantiate(_literal(config), _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, pydantic.ValidationError):
@@ -59,3 +60,14 @@ def _instantiate(
             reason = f" {cause}" if cause else ""
             problems.append(f"{path}: {str(error).splitlines()[0]}{reason}")
         return None
+
+
+def _literal(config: Any) -> Any:
+    """A resolved configuration whose texts stay as they are: Hydra resolves them twice again."""
+    if isinstance(config, Mapping):
+        return {key: _literal(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [*map(_literal, config)]
+    if isinstance(config, str):
+        return without_interpolations(without_interpolations(config))
+    return config

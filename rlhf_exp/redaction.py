@@ -157,9 +157,9 @@ class Scrubbing(logging.Formatter):
 
 
 def scrub_logs() -> None:
-    """Has the handlers that the root logger has now write no secret, and nothing that a terminal
-    obeys."""
-    for handler in logging.getLogger().handlers:
+    """Has the handlers that the root logger and this package's have now write no secret, and
+    nothing that a terminal obeys."""
+    for handler in {*logging.getLogger().handlers, *logging.getLogger("rlhf_exp").handlers}:
         if not isinstance(handler.formatter, Scrubbing):
             handler.setFormatter(Scrubbing(handler.formatter or logging.Formatter()))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from rlhf_exp.overrides import unquoted
 from rlhf_exp.redaction import REDACTED
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.sweeps.jobs import NOT_RESULTS
@@ -84,8 +85,8 @@ def with_recorded_words(words: Sequence[str]) -> list[str]:
     """A command line that goes on with a run with that run's own words before it, but for keys of
     an option that is not chosen any more; any other as it is."""
     given = {key: value for key, _, value in (word.partition("=") for word in words)}
-    resume = given.get("resume", "").strip("'\"")
-    folder = given.get("hydra.run.dir", "").strip("'\"")
+    resume = unquoted(given.get("resume", ""))
+    folder = unquoted(given.get("hydra.run.dir", ""))
     if not resume or resume == "null" or {"-m", "--multirun"} & set(words):
         return [*words]
     try:

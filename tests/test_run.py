@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import runpy
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from rlhf_exp import run
 from rlhf_exp.models.scratch import ScratchClassifier
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.reviews import Reviews
-from rlhf_exp.training.progress import line_log
+from rlhf_exp.training.progress import line_log, package_log
 from tests.builders import build_tokenizer, without_checks
 
 TRAIN = Path(run.CONF).parent / "train.py"
@@ -95,7 +96,7 @@ def one_thread() -> Iterator[None]:
 @contextlib.contextmanager
 def kept_logging() -> Iterator[None]:
     """Puts back what Hydra and the run do to the loggers, and closes their files."""
-    loggers = [logging.getLogger(), line_log, logging.getLogger("rlhf_exp.file")]
+    loggers = [logging.getLogger(), package_log, line_log, logging.getLogger("rlhf_exp.file")]
     before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
     try:
         yield
@@ -164,7 +165,12 @@ def assert_refused(outcome: Outcome, *messages: str) -> None:
         ("model=3", [r"^error: model=3: a group takes an option's name"]),
         ("logger.tags={a:1}", [r"^error: logger\.tags: Cannot merge DictConfig with ListConfig$"]),
         ("stage.kl_coef=0.1,0.2", ["Ambiguous value", "--multirun"]),
-        ("stage.kl_coef=[1", ["error: no viable alternative"]),
+        ("stage.kl_coef=[1", ["error: .* no viable alternative", "'stage.kl_coef=\"\[1\"'$"]),
+        (
+            "task.prefix=#tag",
+            ["^error: task.prefix=#tag cannot be read", "'task.prefix=\"#tag\"'$"],
+        ),
+        ("seed=1\r", [r"^error: 'seed=1\\r' ends with a carriage return"]),
         ("--cfg job -m", ["Only one of"]),
         ("-m stage.kl_coef=0.1,0.2 experiment=revews", ["Did you mean experiment=reviews"]),
     ],
@@ -299,6 +305,9 @@ REFUSED = {
          r"optimizer: _convert_ is", r"sampler: _partial_ is"],
     ),
     "no such target": ("stage._target_=rlhf_exp.stages.ppo.Foo", [r"stage: Error locating target"]),
+    "an interpolation that is a text": (
+        r"~experiment reward.character='a\${b}'", [r"character='a\$\{b\}': .* at most 1 char"],
+    ),
     "a dangerous target that is allowed": (
         "allow_targets=[os] reward._target_=os.system",
         [r"reward: Target 'os.system' is blocklisted"],
@@ -348,7 +357,7 @@ def test_a_malformed_address_of_the_hub_is_refused_even_if_nothing_is_loaded_fro
     ],
 )
 def test_what_cannot_be_loaded_is_refused_by_name(tmp_path, arguments, message):
-    saved = tmp_path / "classifier"
+    saved = tmp_path / "classifier=1,#2"
     model = ScratchClassifier(d_model=16, num_heads=2).classifier(
         build_tokenizer(), ("positive", "meh"), seed=0
     )
@@ -388,6 +397,15 @@ class Broken(TextReward):
 
 
 Broken_seen = []
+
+
+@settings
+class Forcing(TextReward):
+    def score(self, text):
+        import logging
+
+        logging.basicConfig(force=True)
+        return 0.0
 
 
 @settings
@@ -520,6 +538,31 @@ def test_on_a_terminal_the_lines_of_the_phases_are_in_the_log_alone(tmp_path):
     assert "evaluation at phase 2" in outcome.out
 
 
+@pytest.mark.parametrize("option", ["none", "disabled", "stdout"])
+def test_the_log_is_written_whatever_hydra_logs(tmp_path, option):
+    outcome = train(tmp_path, *TINY, f"hydra/job_logging={option}", "hydra.run.dir=run")
+    assert (outcome.code, outcome.raised) == (0, None)
+    assert "INFO] run folder: run" in (tmp_path / "run" / "train.log").read_text()
+    words = [*TINY, f"hydra/job_logging={option}", "hydra.run.dir=bad", "stage.kl_coef=-1"]
+    bad = train(tmp_path, *words)
+    assert_refused(bad, r"error: stage\.kl_coef=-1")
+    assert "kl_coef=-1" in (tmp_path / "bad" / "train.log").read_text()
+
+
+def test_a_sweep_needs_none_of_hydras_logs(tmp_path):
+    outcome = train(tmp_path, "-m", *TINY, "hydra/job_logging=none", "hydra.sweep.dir=sweep")
+    assert (outcome.code, outcome.raised) == (0, None), outcome.out
+    [log] = tmp_path.glob("sweep/*/train.log")
+    assert log.read_text().count("INFO] run folder: ") == 1
+
+
+def test_a_reward_that_sets_up_logging_anew_ends_no_log(tmp_path, my_rewards):
+    outcome = train(tmp_path, *own(my_rewards, "Forcing"))
+    assert (outcome.code, outcome.raised) == (0, None)
+    assert "INFO] run folder: " in (run_folder(tmp_path) / "train.log").read_text()
+    assert "run folder: " in outcome.out
+
+
 # --- pieces ---
 
 
@@ -551,6 +594,34 @@ def test_full_errors_are_there_for_the_asking(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "stage.kl_ceof=1"])
     with pytest.raises(hydra.errors.ConfigCompositionException):
         runpy.run_path(str(TRAIN), run_name="__main__")
+
+
+def test_full_errors_leave_a_command_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setitem(OFFLINE, "HYDRA_FULL_ERROR", "1")
+    outcome = train(tmp_path, *TINY, "--dry-run")
+    assert (outcome.code, outcome.raised) == (0, None)
+    assert "all is well" in outcome.out
+
+
+def test_a_run_goes_on_with_the_command_that_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUPYTER_TOKEN", "training")
+    monkeypatch.setenv("KEYWORD", "great")
+    keywords = r'reward.keywords=["costs \${x}","${oc.env:KEYWORD}","${task.prefix}"]'
+    words = [*TINY, "reward=keyword", keywords, "hydra.run.dir=my runs/0_kl_coef=0.1,#2"]
+    assert train(tmp_path, *words).code == 0
+    again = train(tmp_path, *words)
+    assert_refused(again, "holds a run already: go on with it with python train.py ")
+    shown = re.search(r"python train\.py (.*), or name", again.out)[1]
+    monkeypatch.setenv("JUPYTER_TOKEN", "none")
+    for full_error, phases in (("", 3), ("1", 4)):
+        monkeypatch.setitem(OFFLINE, "HYDRA_FULL_ERROR", full_error)
+        outcome = train(tmp_path, *shlex.split(shown), f"stage.total_phases={phases}")
+        assert (outcome.code, outcome.raised) == (0, None), outcome.out + outcome.err
+        assert f"phase {phases}/{phases}" in outcome.out
+    folder = tmp_path / "my runs" / "0_kl_coef=0.1,#2"
+    resolved = json.loads((folder / "resolved_config.json").read_text())
+    prompt = resolved["task"]["prefix"]
+    assert resolved["reward"]["keywords"] == ["costs ${x}", "great", prompt]
 
 
 def test_all_that_is_missing_is_named(config_of):

@@ -7,6 +7,7 @@ where it cannot write or breaks it is dropped with one warning while metrics.jso
 import logging
 import os
 import secrets
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -204,8 +205,9 @@ class WandbLogger:
         run.define_metric("phase")
         run.define_metric("*", step_metric="phase")
         if mode == "offline":
+            files = shlex.quote(str(Path(run.dir).parent))
             log.info("W&B: offline, in %s; upload later with: wandb sync %s",
-                     info.shared_folder / "wandb", Path(run.dir).parent)  # fmt: skip
+                     info.shared_folder / "wandb", files)  # fmt: skip
         return run
 
     def _wanted_mode(self) -> str:
