@@ -60,6 +60,10 @@ def concluding(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterator
         end("failed", str(error))
         raise SystemExit(error.exit_code) from None
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            log.error("error: %s: %s: shorten it", error.filename or path, error.strerror)
+            end("failed", str(error)) if sweep else undo()
+            raise SystemExit(2) from None
         file.exception("traceback")
         if told := _disk_fault(error, path):
             log.error("error: %s; mend that, then: python train.py resume=%s", told, path)
