@@ -31,7 +31,7 @@ ABSENT = object()
 
 def is_run(folder: Path) -> bool:
     """Whether a run has begun in the folder."""
-    return (folder / CONFIG).is_file()
+    return os.path.isfile(folder / CONFIG)  # not Path's, which raises for a name that is too long
 
 
 def is_done(folder: Path) -> bool:

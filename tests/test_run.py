@@ -213,7 +213,7 @@ def test_a_name_leads_nowhere_else(tmp_path):
             r"^error: {long}/\S+: File name too long",
         ),
         ("task=dataset task.path={long}", r"^error: {long}: File name too long: shorten it$"),
-        ("resume={long}", r"^error: {long}\S*: File name too long: shorten it$"),
+        ("resume={long}", r"^error: resume={long}: no run's folder"),
         (
             "reward=function reward.function={long}.py:f",
             r"^error: .*{long}\.py: File name too long",
