@@ -19,7 +19,7 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobStatus
 from hydra.errors import HydraException
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.text import Text
@@ -47,6 +47,7 @@ from rlhf_exp.training.claims import claimed, is_claimed
 from rlhf_exp.training.files import write_whole
 
 OWN = ("skip_completed=", "dry_run=")  # of the sweep, not of its jobs
+OF_THE_SWEEP = ("launcher", "sweeper", "sweep")  # parts of Hydra's configuration
 MANY = 20  # jobs that take long enough to check to say so
 
 
@@ -129,6 +130,13 @@ class Launching:
 
     def _compose(self, words: Sequence[str]) -> DictConfig:
         config = self._context.config_loader.load_sweep_config(self._config, list(words))
+        for part in OF_THE_SWEEP:
+            own, used = (OmegaConf.to_container(c.hydra[part]) for c in (config, self._config))
+            if own != used:
+                raise ConfigError(
+                    f"hydra.{part} is of the whole sweep, and a swept experiment that sets it would"
+                    " be ignored: set it on the command line"
+                )
         with open_dict(config):
             del config["hydra"]
         return config

@@ -60,6 +60,8 @@ def explain(error: BaseException, conf: Path) -> str | None:
     group = re.search(r"Could not override '([^']+)'", str(error))
     if isinstance(error, HydraException) and group:
         return f"{group[1]}: no such key or group.{_suggestion(group[1], conf)}"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{error.filename}: {error.strerror}: shorten it"
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         return (
             f"cannot write {error.filename}: {error.strerror}; name other folders with"

@@ -69,6 +69,10 @@ def concluding(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterator
         end("failed", f"sys.exit({error.code!r}) was called")
         raise SystemExit(error.code if isinstance(error.code, int) and error.code else 1) from None
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            log.error("error: %s: %s: shorten it", error.filename or path, error.strerror)
+            end("failed", str(error)) if sweep else undo()
+            raise SystemExit(2) from None
         file.exception("traceback")
         if told := _disk_fault(error, path):
             log.error("error: %s; mend that, then: %s", told, command(f"resume={path}"))

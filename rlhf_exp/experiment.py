@@ -33,6 +33,8 @@ from rlhf_exp.training.timing import since_process_start
 
 log = logging.getLogger(__name__)
 
+ROOM = 384  # bytes of a path that files in a run's folder take, those of W&B and of jobs included
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -74,6 +76,12 @@ class Plan:
 def check_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate) -> Plan:
     """What a configuration describes. Raises ConfigError with everything that is wrong."""
     hub_url()  # raises here: the hub's client cannot be imported where its address is malformed
+    longest = os.pathconf("/", "PC_PATH_MAX") - ROOM
+    if (length := len(os.fsencode(job.path.absolute()))) > longest:
+        raise ConfigError(
+            f"{'hydra.sweep.dir' if job.sweep else 'hydra.run.dir'}: its path has {length} bytes,"
+            f" more than the {longest} that leave room for the names of files in it: shorten it"
+        )
     if job.metrics and job.until is not None:
         raise ConfigError(f"until={job.until}: a search needs results of whole runs: leave it out")
     steps = read_steps(config)

@@ -50,12 +50,12 @@ from rlhf_exp.resuming import (
     apply,
     changes,
     check_changes,
-    find_run,
     is_done,
     is_run,
     key_of,
     lets_go_on,
     recorded_words,
+    run_dir,
     with_recorded_words,
 )
 from rlhf_exp.settings import ConfigError
@@ -78,15 +78,7 @@ log = logging.getLogger(__name__)
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
-def _run_dir(resume: str | None, otherwise: str) -> str:
-    """The folder of a run: that of the run that is resumed, or a new one. Raises ConfigError if
-    there is no such run, and for a new one that is not below the folder of runs."""
-    if ".." in Path(otherwise).parts:
-        raise ConfigError(f"name: {otherwise} leads elsewhere; use letters, digits, _, - and .")
-    return otherwise if not resume else str(find_run(resume, Path(otherwise).parent.parent))
-
-
-OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
+OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
 OmegaConf.register_new_resolver(
     "run_id", lambda: secrets.token_hex(3), use_cache=True, replace=True
 )

@@ -189,6 +189,50 @@ def test_a_name_leads_nowhere_else(tmp_path):
     assert written(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "name={long}",
+            r"^error: name: a folder's name has at most 255 bytes, not 300: shorten it$",
+        ),
+        (
+            "-m name={long} seed=1,2",
+            r"^error: name: a folder's name has at most 255 bytes, not 300",
+        ),
+        ("name='é{long}'", r"^error: name: a folder's name has at most 255 bytes, not 302"),
+        (
+            "hydra.run.dir={long}",
+            r"^error: {long}: File name too long: shorten it$",
+        ),
+        (
+            "-m hydra.sweep.dir={long} seed=1,2",
+            r"^error: {long}\S*: File name too long: shorten it$",
+        ),
+        (
+            "hydra.run.dir={deep}",
+            r"^error: hydra\.run\.dir: its path has \d+ bytes, more than the \d+",
+        ),
+        ("-m hydra.sweep.dir={deep} seed=1,2", r"its path has \d+ bytes, more than the \d+ that"),
+        (
+            "artifacts_dir={long} experiment=reviews",
+            r"^error: {long}/\S+: File name too long",
+        ),
+        ("task=dataset task.path={long}", r"^error: {long}: File name too long: shorten it$"),
+        ("resume={long}", r"^error: resume={long}: no run's folder"),
+        (
+            "reward=function reward.function={long}.py:f",
+            r"^error: .*{long}\.py: File name too long",
+        ),
+    ],
+)
+def test_a_name_that_is_too_long_for_the_disk_is_refused(tmp_path, words, message):
+    names = {"long": "n" * 300, "deep": "/".join(["d" * 200] * 19)}
+    small = () if "experiment=" in words else TINY
+    outcome = train(tmp_path, *words.format(**names).split(" "), *small)
+    assert_refused(outcome, "(?m)" + message.format(**names))
+
+
 # --- what the run refuses before anything is loaded: only the log is written ---
 
 

@@ -276,6 +276,32 @@ def test_a_sweep_that_cannot_be_is_refused(tmp_path, words, message):
     assert_refused(train(tmp_path, *TINY, "skip_completed=true"), r"is for sweeps: add -m")
 
 
+@pytest.mark.parametrize(
+    ("lines", "part"),
+    [
+        (
+            "defaults: [{override /hydra/launcher: joblib}]\nhydra: {launcher: {n_jobs: 2}}",
+            "launcher",
+        ),
+        ("hydra: {sweeper: {params: {stage.kl_coef: '0.1,1'}}}", "sweeper"),
+        ("hydra: {sweep: {dir: elsewhere}}", "sweep"),
+    ],
+)
+def test_what_is_the_whole_sweeps_is_not_taken_from_a_swept_experiment(tmp_path, lines, part):
+    folder = tmp_path / "configs" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "plain.yaml").write_text("# @package _global_\n")
+    (folder / "own.yaml").write_text(f"# @package _global_\n{lines}\n")
+    small = [word for word in TINY if not word.startswith(("~", "model."))]
+    words = ["--config-dir", str(folder.parent), "-m", *small, "--dry-run"]
+    outcome = train(tmp_path, *words, "experiment=plain,own")
+    assert_refused(
+        outcome, rf"hydra\.{part} is of the whole sweep.*\n  in job 1 \(experiment=own\)"
+    )
+    alone = train(tmp_path, *words, "experiment=own", "seed=1,2")
+    assert (alone.code, alone.raised) == (0, None), alone.out + alone.err
+
+
 def test_a_folder_holds_one_sweep(tmp_path):
     assert train(tmp_path, "-m", *SMALL, "seed=1").code == 0
     again = train(tmp_path, "-m", *SMALL, "seed=1,2")
