@@ -32,7 +32,8 @@ def make_streams_unbreakable() -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+            nowhere = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115
+            setattr(sys, name, nowhere)
             continue
         if stream is not getattr(sys, f"__{name}__"):
             continue  # somebody captures it
