@@ -38,8 +38,9 @@ def make_streams_unbreakable() -> None:
         if stream is not getattr(sys, f"__{name}__"):
             continue  # somebody captures it
         stream.flush()
+        raw = _Unbreakable(number, "w", closefd=False)
         unbreakable = io.TextIOWrapper(
-            io.BufferedWriter(_Unbreakable(number, "w", closefd=False)),
+            raw if stream.write_through else io.BufferedWriter(raw),  # type: ignore[arg-type]
             encoding=stream.encoding,
             errors="backslashreplace",
             line_buffering=stream.line_buffering,
