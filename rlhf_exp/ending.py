@@ -4,6 +4,7 @@ It knows nothing of Hydra.
 """
 
 import errno
+import json
 import logging
 import os
 import re
@@ -15,7 +16,6 @@ from pathlib import Path
 from rlhf_exp.overrides import command
 from rlhf_exp.queueing import requeue
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.sweeps.state import read_state
 from rlhf_exp.training.checkpoint import newest_phase
 from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.folder import RunFolder, Status
@@ -85,7 +85,11 @@ def concluding(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterator
 
 
 def _is_done(folder: RunFolder) -> bool:
-    return read_state(folder.path).status == "done"
+    try:
+        status = json.loads((folder.path / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(status, dict) and status.get("status") == "done"
 
 
 def _end(folder: RunFolder, status: Status, why: str) -> None:

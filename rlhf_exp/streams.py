@@ -32,13 +32,15 @@ def make_streams_unbreakable() -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+            nowhere = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115
+            setattr(sys, name, nowhere)
             continue
         if stream is not getattr(sys, f"__{name}__"):
             continue  # somebody captures it
         stream.flush()
+        raw = _Unbreakable(number, "w", closefd=False)
         unbreakable = io.TextIOWrapper(
-            io.BufferedWriter(_Unbreakable(number, "w", closefd=False)),
+            raw if stream.write_through else io.BufferedWriter(raw),  # type: ignore[arg-type]
             encoding=stream.encoding,
             errors="backslashreplace",
             line_buffering=stream.line_buffering,

@@ -14,6 +14,7 @@ from rlhf_exp.network import hub_url
 from rlhf_exp.report.continuations import prepend_bos_of
 from rlhf_exp.report.talk import Talk
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.streams import make_streams_unbreakable
 
 
 def lines() -> Iterator[str]:
@@ -31,6 +32,7 @@ def lines() -> Iterator[str]:
 
 def main() -> None:
     """Reads the arguments, then lines until the end of input."""
+    make_streams_unbreakable()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="folder of a run, directory or hub name")
     parser.add_argument("--gen-len", type=int, default=128, help="tokens an answer, at most (128)")

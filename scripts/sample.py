@@ -15,6 +15,7 @@ from rlhf_exp.network import hub_url
 from rlhf_exp.report.continuations import continuations, read_run, side_by_side
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.streams import make_streams_unbreakable
 
 
 def _problem(error: ValidationError) -> str:
@@ -26,6 +27,7 @@ def _problem(error: ValidationError) -> str:
 
 def main() -> None:
     """Reads the arguments, samples twice, prints a table."""
+    make_streams_unbreakable()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", help="folder of a finished run")
     parser.add_argument("--prompt", action="append", required=True, help="may be repeated")

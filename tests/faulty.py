@@ -218,17 +218,6 @@ class SignalWhenDone:
         os.replace = call
 
 
-class Variables:
-    """The process has these environment variables."""
-
-    def __init__(self, **values: str) -> None:
-        self.values = values
-
-    def __call__(self, folder: Path) -> None:
-        """Sets them."""
-        os.environ.update(self.values)
-
-
 class Threads:
     """So many threads compute."""
 

@@ -754,3 +754,22 @@ def test_a_reward_that_changes_the_folder_scatters_nothing(tmp_path, when):
     assert f"run folder: {folder.relative_to(here)}" in done.out
     assert [*away.iterdir()]
     assert written(away) == []
+
+
+INFINITE = """
+def f(completions, **_):
+    return [3e38 for _ in completions]
+"""
+
+
+def test_a_run_whose_mean_score_is_infinite_ends_as_others_do(tmp_path):
+    (tmp_path / "rewards.py").write_text(INFINITE)
+    words = ["reward=function", "reward.function=rewards.py:f", "logger=local"]
+    done = train(tmp_path, *TINY, *words)
+    assert done.code == 0, done.lines
+    folder = run_folder(tmp_path)
+    assert json.loads((folder / "status.json").read_text())["status"] == "done"
+    assert json.loads((folder / "result.json").read_text())["after"]["eval/score"] is None
+    assert "after:  score not finite  kl " in done.out
+    assert "| `eval/score` | not finite | not finite |" in (folder / "model/README.md").read_text()
+    assert "the table of samples failed" not in done.out

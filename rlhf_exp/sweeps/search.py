@@ -124,13 +124,18 @@ class Search:
 
     def tell(self, trial: Trial, folder: Path | None) -> None:
         """Hands in the result of a trial, whose run left it in `folder`; None for a run that was
-        not done. Raises ConfigError if a metric is not in the result."""
+        not done. A trial with a metric that is not finite has failed. Raises ConfigError if a
+        metric is not in the result."""
         from optuna.trial import TrialState
 
         if folder is None:
             self._study.tell(trial.number, state=TrialState.FAIL)
             return
-        self._study.tell(trial.number, read_metrics(folder, self._metrics))
+        metrics = read_metrics(folder, self._metrics)
+        if metrics is None:
+            self._study.tell(trial.number, state=TrialState.FAIL)
+        else:
+            self._study.tell(trial.number, metrics)
 
     def best(self) -> list[tuple[dict[str, Any], list[float]]]:
         """The settings that no other is better than, with their metrics, the best by the
@@ -139,9 +144,9 @@ class Search:
         return sorted(found, key=lambda pair: pair[1], reverse=self._highest_first)
 
 
-def read_metrics(folder: Path, names: Sequence[str]) -> list[float]:
-    """Metrics of the last evaluation of a run that is done. Raises ConfigError for one that it does
-    not have."""
+def read_metrics(folder: Path, names: Sequence[str]) -> list[float] | None:
+    """Metrics of the last evaluation of a run that is done; None if one of them was not finite.
+    Raises ConfigError for one that the run does not have."""
     after = json.loads((folder / "result.json").read_text(encoding="utf-8"))["after"]
     for name in names:
         if name not in after:
@@ -149,7 +154,8 @@ def read_metrics(folder: Path, names: Sequence[str]) -> list[float]:
                 f"hydra.sweeper: {name} is no result of these runs; they have:"
                 f" {', '.join(sorted(after))}"
             )
-    return [float(after[name]) for name in names]
+    values = [math.nan if after[name] is None else float(after[name]) for name in names]
+    return values if all(map(math.isfinite, values)) else None
 
 
 def check_space(space: Space) -> None:

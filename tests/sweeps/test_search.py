@@ -304,3 +304,12 @@ def test_corners_hold_both_ends_of_every_interval_and_every_choice():
 def test_ends_of_an_interval_of_integers_are_integers_however_they_were_given():
     ends = Interval(low=1.0, high=4.0, log=False, integer=True)
     assert [setting["n"] for setting in corners({"n": ends})] == ["1", "4"]
+
+
+def test_a_trial_whose_metric_was_not_finite_has_failed(tmp_path):
+    one = search(tmp_path)
+    for loss in (None, float("inf"), float("nan")):
+        one.tell(one.ask(SPACE), finish(tmp_path / "run", loss=loss))
+    assert one.num_done == 0
+    one.tell(one.ask(SPACE), finish(tmp_path / "run", loss=1.0))
+    assert one.num_done == 1
