@@ -300,8 +300,8 @@ def _settle_resume(cfg: DictConfig, path: Path) -> None:
         )
     elif not cfg.resume and is_run(path):
         raise ConfigError(
-            f"hydra.run.dir={path} holds a run already: go on with it with"
-            f" {command(f'resume={path}')}, or name another folder"
+            f"hydra.run.dir={path} holds a run already: name another folder, or go on with it:"
+            f" {command(f'resume={path}')}"
         )
 
 

@@ -31,8 +31,8 @@ M = TypeVar("M", bound=CausalTransformer)
 # 5.23 clamps Zamba2's time steps in full passes (time_step_min), and not when it decodes.
 UNTRUSTED = {"zamba2"}
 
-PROMPT, COMPLETION = 6, 2  # tokens; fewer where the context is shorter
-SHORTER_BY = 3  # tokens that the short row's prompt lacks
+PROMPT, COMPLETION = 5, 2  # tokens; fewer where the context is shorter
+SHORTER_BY = 2  # tokens that the short row's prompt lacks
 
 
 class States(NamedTuple):
@@ -88,12 +88,13 @@ def find_fast_paths(model: CausalTransformer, *, static: bool | None = None) -> 
     shapes is tried if `static`, by default on a GPU alone. Raises ConfigError naming the
     architecture if padded batches or later tokens change what it computes."""
     probe, name = Probe(model), type(model.language_model).__name__
-    for check, reason in (
-        (taken_apart, "its final hidden states and output embedding do not give its logits"),
-        (padded, "padding on the left of a prompt changes what it computes after it"),
-    ):
-        if not probe.holds(check):
-            raise ConfigError(f"model: {name} is not supported: {reason}")
+    if not probe.holds(padded):
+        reason = (
+            "padding on the left of a prompt changes what it computes after it"
+            if probe.holds(taken_apart)
+            else "its final hidden states and output embedding do not give its logits"
+        )
+        raise ConfigError(f"model: {name} is not supported: {reason}")
     cache = model.language_model.config.model_type not in UNTRUSTED and probe.holds(decoded)
     one_prompt = cache and probe.holds(after_one_prompt)
     if not one_prompt:  # which has shown as well that decoding needs no mask
@@ -195,27 +196,24 @@ def by_prefixes(probe: Probe) -> Iterator[States]:
 
 
 def after_one_prompt(probe: Probe) -> Iterator[States]:
-    """Two rows after a prompt that was run once: in decoding, and where the rest is one pass."""
+    """Two rows after a prompt that was run once: all that follows in one pass, or in decoding where
+    only that shares a prompt."""
     model, width = probe.model, probe.width
-    prompt = probe.tokens[:1, :width]
-    cache = decoding_cache(model.language_model, probe.tokens.shape[1])
-    model.hidden_states(prompt, None, cache)
-    cache.reorder_cache(torch.zeros(2, dtype=torch.long, device=prompt.device))
-    step = model.hidden_states(probe.tokens[:2, width : width + 1], None, cache)
-    yield States(step, [0, 1], width)
+    tokens, mask = probe.tokens[:2], probe.mask[:2]
     if prompt_cache(model.language_model) is not None:
-        shared = Completions(
-            prompts=PromptBatch(
-                tokens=probe.tokens[:2, :width],
-                mask=probe.mask[:2, :width],
-                rows=({"prompt": ""},) * 2,
-            ),
-            tokens=probe.tokens[:2, width:],
-            mask=probe.mask[:2, width:],
-            texts=("",) * 2,
+        prompts = PromptBatch(
+            tokens=tokens[:, :width], mask=mask[:, :width], rows=({"prompt": ""},) * 2
         )
-        states = model.completion_states(shared, Layout.of(shared))
-        yield States(states, [0, 1], width - 1)
+        shared = Completions(
+            prompts=prompts, tokens=tokens[:, width:], mask=mask[:, width:], texts=("",) * 2
+        )
+        yield States(model.completion_states(shared, Layout.of(shared)), [0, 1], width - 1)
+        return
+    cache = decoding_cache(model.language_model, tokens.shape[1])
+    model.hidden_states(tokens[:1, :width], None, cache)
+    cache.reorder_cache(torch.zeros(2, dtype=torch.long, device=tokens.device))
+    step = model.hidden_states(tokens[:, width : width + 1], None, cache)
+    yield States(step, [0, 1], width)
 
 
 def static_steps(probe: Probe) -> Iterator[States]:
