@@ -7,7 +7,9 @@ from pathlib import Path
 import yaml
 
 from rlhf_exp.report.judge import judge, read_samples
+from rlhf_exp.rewards.classifier import Classifier
 from rlhf_exp.run import ALLOWED_TARGETS, instantiate
+from rlhf_exp.settings import ConfigError
 from rlhf_exp.streams import make_streams_unbreakable
 from rlhf_exp.tasks.protocol import LabelledTask
 
@@ -22,16 +24,22 @@ def main() -> None:
         parser.error(f"{run} holds no samples.jsonl: name the folder of a finished run")
     config = yaml.safe_load((run / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
     problems: list[str] = []
-    task = instantiate(config["task"], "task", problems, allowed=ALLOWED_TARGETS)
+    task, reward = (
+        instantiate(config[part], part, problems, allowed=ALLOWED_TARGETS)
+        for part in ("task", "reward")
+    )
     if problems or not isinstance(task, LabelledTask):
         parser.error("; ".join(problems) or "the run's task has no labelled texts")
+    if not isinstance(reward, Classifier):
+        parser.error("the run's reward names no label; only reward=classifier has one")
     split = task.labelled_split()
+    # The order of the labels is that of a classifier trained on the task.
     labels = sorted({text.label for text in split.train})
-    wanted = config["reward"].get("label") or config["reward"].get("direction") or ""
-    matching = [label for label in labels if wanted and label.lower().startswith(wanted.lower())]
-    if not matching:
-        parser.error(f"the run's reward names none of the labels {', '.join(labels)}")
-    verdict = judge(split, matching[0], *read_samples(run))
+    try:
+        label = labels[reward.find_label(labels, of="the task")]
+    except ConfigError as error:
+        parser.error(str(error))
+    verdict = judge(split, label, *read_samples(run))
     print(f"judge: TF-IDF logistic regression, {verdict.held_out_accuracy:.3f} on held-out texts")
     for name, (old, new) in (
         ("reward, mean", verdict.reward),

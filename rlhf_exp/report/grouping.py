@@ -4,6 +4,7 @@ It knows configurations, not metrics.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 from rlhf_exp.report.runs import Run
 
 SEEDS = {"seed", "prepare_seed"}
-# Where things are written and on what they are computed; no part of the experiment.
-ELSEWHERE = {"name", "artifacts_dir", "resume", "until", "device", "allow_targets"}
-ELSEWHERE |= {"skip_completed", "dry_run"}
+# Where and how often things are written, on what they are computed and for how long; no part of
+# the experiment.
+ELSEWHERE = {"name", "artifacts_dir", "resume", "resume_with", "until", "device", "allow_targets"}
+ELSEWHERE |= {"max_minutes", "skip_completed", "dry_run"}
+INTERVAL = re.compile(r"(prepare\.[^.]+\.)?stage\.\w+_every")
 ELSEWHERE_GROUPS = ("logger.", "hub.")
 TARGET = "._target_"  # ends the key of what a group of the configuration chose
 STAGE = "stage"
@@ -172,7 +175,9 @@ def _value(run: Run, name: str) -> Any:
 
 
 def _is_elsewhere(key: str) -> bool:
-    return key in SEEDS | ELSEWHERE or f"{key}.".startswith(ELSEWHERE_GROUPS)
+    if key in SEEDS | ELSEWHERE or INTERVAL.fullmatch(key):
+        return True
+    return f"{key}.".startswith(ELSEWHERE_GROUPS)
 
 
 def _partition(runs: Sequence[Run], name: str) -> tuple[int | str, ...]:

@@ -5,6 +5,7 @@ It knows what to show of how many runs, not how it looks. Numbers have four sign
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -53,7 +54,7 @@ def build_payload(paths: Sequence[Path], names: Names, *, made: datetime) -> dic
     parameters = varied_parameters(runs)
     groups = group_runs(runs, parameters)
     counted, remarks = _counted(runs, names)
-    problems += remarks + repeated(runs, groups)
+    problems += remarks + repeated(runs, groups) + _commits(runs)
     shown, kept = _choose_curves(runs, groups, problems)
     common, differing = split_configs(runs)
     importance = _importance(runs, counted, parameters, names)
@@ -106,6 +107,18 @@ def _title(runs: Sequence[Run], paths: Sequence[Path]) -> str:
         else ", ".join(encodable(path.resolve().name) for path in paths)
     )
     return f"{name}: {len(runs)} run{'' if len(runs) == 1 else 's'}"
+
+
+def _commits(runs: Sequence[Run]) -> list[str]:
+    """A line if the runs come from different commits."""
+    counts = Counter(commit for run in runs for commit in run.commits)
+    if len(counts) < 2:
+        return []
+    shown = ", ".join(
+        f"{commit[:7]}{'+' if commit.endswith('+') else ''} ({count} run{'s' * (count > 1)})"
+        for commit, count in counts.items()
+    )
+    return [f"the runs come from different commits, so the code may explain differences: {shown}"]
 
 
 def _counted(runs: Sequence[Run], names: Names) -> tuple[set[int], list[str]]:

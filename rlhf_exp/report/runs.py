@@ -62,6 +62,7 @@ class Run:
     after: dict[str, float]
     seconds: float | None
     samples: list[Sample]
+    commits: tuple[str, ...]  # of the code that it ran, with "+" where files differ from it
 
     @property
     def seed(self) -> int | None:
@@ -168,6 +169,7 @@ def _read_run(folder: Path, name: str, problems: list[str]) -> Run:
         after=_numbers(after) if isinstance(after, Mapping) else {},
         seconds=_numbers(seconds).get("total") if isinstance(seconds, Mapping) else None,
         samples=read_samples(folder / "samples.jsonl", problems),
+        commits=_read_commits(folder, problems),
     )
 
 
@@ -280,6 +282,16 @@ def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
         return parsed
     problems.append(f"{path}: not a JSON object")
     return {}
+
+
+def _read_commits(folder: Path, problems: list[str]) -> tuple[str, ...]:
+    """What the first line of each environment file says; a resumed run may have several."""
+    files = [folder / "environment.txt"]
+    if os.path.isfile(files[0]):
+        files += sorted(folder.glob("environment-*.txt"))
+    words = (_read_bytes(file, problems).partition(b"\n")[0].split() for file in files)
+    known = [w[1].decode(errors="replace") for w in words if len(w) == 2 and w[0] == b"commit"]
+    return tuple(dict.fromkeys(encodable(commit) for commit in known))
 
 
 def _read_config(folder: Path, problems: list[str]) -> dict[str, Any]:

@@ -18,10 +18,11 @@ from rlhf_exp.types import Completions
 Output = Literal["prob", "logprob", "logit"]
 
 
-def _refuse_bool(value: Any) -> Any:
-    if isinstance(value, bool):
+def _check_label(value: Any) -> Any:
+    if isinstance(value, bool | float):
+        kind = "boolean" if isinstance(value, bool) else "float"
         raise ValueError(
-            f"a label is a name or an index, not a boolean; for one of that name set"
+            f"a label is a name or an index, not a {kind}; for one of that name set"
             f" 'reward.label=\"{str(value).lower()}\"'"
         )
     return value
@@ -33,12 +34,13 @@ class Classifier(SequenceClassifierSettings):
     more labels, or its logarithm, or the logit.
 
     The label is given by `label`, a name or an index, or by `direction` for one whose name begins
-    with pos or neg. Labels that exclude each other share a softmax; those of
+    with pos or neg. A number is the name of a label if there is one of that name; it is an index
+    only if no name begins with a digit. Labels that exclude each other share a softmax; those of
     problem_type=multi_label_classification have a sigmoid each. dtype auto is fp16 on CUDA and fp32
     elsewhere; scores are fp32 either way.
     """
 
-    label: Annotated[str | int | None, BeforeValidator(_refuse_bool)] = None
+    label: Annotated[str | int | None, BeforeValidator(_check_label)] = None
     direction: Literal["pos", "neg"] | None = None
     output: Output = "prob"
     truncation_side: Side = "right"
@@ -69,20 +71,26 @@ class Classifier(SequenceClassifierSettings):
 
         return score
 
-    def find_label(self, labels: Sequence[str]) -> int:
-        """The index of the asked label among the classifier's. Raises ConfigError with all of them
-        if it is not there."""
-        for index, label in enumerate(labels):
-            if self.label in (label, index) or (
-                self.direction is not None and label.lower().startswith(self.direction)
-            ):
-                return index
-        asked = f"direction={self.direction!r}" if self.label is None else f"label={self.label!r}"
+    def find_label(self, labels: Sequence[str], *, of: str = "") -> int:
+        """The index of the label that `label` or `direction` names among these. Raises ConfigError
+        with all of them if it names none or several; `of` says whose labels they are, by default
+        the classifier's."""
+        has_numbers = any(label.lstrip("+-")[:1].isdigit() for label in labels)
+        if self.direction is not None:
+            matches = [i for i, x in enumerate(labels) if x.lower().startswith(self.direction)]
+        else:
+            matches = [i for i, x in enumerate(labels) if x == str(self.label)]
+        if isinstance(self.label, int) and not matches and not has_numbers:
+            matches = [i for i in range(len(labels)) if i == self.label]
+        if len(matches) == 1:
+            return matches[0]
+        field = "direction" if self.label is None else "label"
         raise ConfigError(
-            f"reward.{asked}: the classifier {self.name!r} has no such label;"
+            f"reward.{field}={getattr(self, field)!r}: {of or f'the classifier {self.name!r}'} has"
+            f" {'several such labels' if matches else 'no such label'};"
             f" set reward.label to one of {', '.join(labels)}"
             + (" and reward.direction=null" if self.direction else "")
-            + (f", or an index from 0 to {len(labels) - 1}" if isinstance(self.label, int) else "")
+            + ("" if has_numbers else f", or an index from 0 to {len(labels) - 1}")
         )
 
     def _check_usable(self, model: PreTrainedModel) -> None:

@@ -195,6 +195,7 @@ class SFT(Supervised):
             policy,
             examples,
             num_samples=self.eval_samples,
+            chooses=self.eval_every is not None,
             batch_size=self.batch_size,
             seed=context.seed,
         )

@@ -5,6 +5,7 @@ have to guess at, naming the row and the field.
 """
 
 import hashlib
+import logging
 import reprlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -13,9 +14,11 @@ from typing import Any, NamedTuple
 from pydantic import model_validator
 
 from rlhf_exp.settings import ConfigError, Count, Fraction, Index, Text, is_reference, settings
-from rlhf_exp.tasks.hashing import hash_fraction
+from rlhf_exp.tasks.hashing import hash_fraction, held_out_keys
 from rlhf_exp.tasks.protocol import Conversation, Prompt, PromptRow, Split
 from rlhf_exp.tasks.tables import read_table
+
+log = logging.getLogger(__name__)
 
 COLUMNS = ("prompt", "text", "messages")
 ANSWERS = "assistant"
@@ -37,7 +40,8 @@ class PromptDataset:
     Texts of fewer than min_chars characters are left out, and prompts of fewer than min_tokens or
     more than max_tokens tokens. With first_tokens_max a text gives its first tokens only, between
     first_tokens_min and that many, or all if it has fewer; both count BOS. `held_out_fraction` of
-    the distinct prompts is evaluated on, or those of `eval_split` that are not trained on.
+    the distinct prompts is evaluated on, at least one, or those of `eval_split` that are not
+    trained on.
     """
 
     path: Text
@@ -121,18 +125,22 @@ class PromptDataset:
     def _hold_out(self, rows: list[PromptRow]) -> tuple[list[PromptRow], list[PromptRow]]:
         if self.held_out_fraction == 0:
             return rows, rows
+        # By the prompt, so that equal ones stay together, and all where others are added.
+        keys = [f"{self.data_seed} {_key(row)}" for row in rows]
+        chosen = held_out_keys(keys, self.held_out_fraction)
         parts: tuple[list[PromptRow], list[PromptRow]] = ([], [])
-        for row in rows:
-            # By the prompt, so that equal ones stay together, and all where others are added.
-            salted = f"{self.data_seed} {_key(row)}"
-            parts[hash_fraction(salted) < self.held_out_fraction].append(row)
-        for name, part in zip(("train", "evaluate"), parts, strict=True):
-            if not part:
-                raise ConfigError(
-                    f"task.held_out_fraction={self.held_out_fraction} leaves none of the"
-                    f" {len(rows)} prompts of {self.path} to {name} on: move it, name an"
-                    " eval_split, or set it 0 to evaluate on the prompts that are trained on"
-                )
+        for row, key in zip(rows, keys, strict=True):
+            parts[key in chosen].append(row)
+        if not parts[0]:
+            raise ConfigError(
+                f"task.held_out_fraction={self.held_out_fraction} leaves none of the {len(rows)}"
+                f" prompts of {self.path} to train on: lower it, name an eval_split, or set it 0 to"
+                " evaluate on the prompts that are trained on"
+            )
+        log.info(
+            "task.held_out_fraction=%g: %d of %d distinct prompts are held out",
+            self.held_out_fraction, len(chosen), len(set(keys)),
+        )  # fmt: skip
         return parts
 
     def _read(self, split: str, split_field: str) -> list[PromptRow]:

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from rlhf_exp.lfs import refuse_lfs_pointer
 from rlhf_exp.settings import ConfigError, Index, OpenFraction, Text, is_reference, settings
-from rlhf_exp.tasks.hashing import hash_fraction
+from rlhf_exp.tasks.hashing import held_out_keys
 from rlhf_exp.tasks.lines import read_lines
 from rlhf_exp.tasks.protocol import Pair, Split
 
@@ -114,13 +114,15 @@ def hold_out(
     items: Sequence[T], *, fraction: float, salt: str, prompt_of: Callable[[T], str]
 ) -> Split[T]:
     """The items split by a hash of salt and prompt, about `fraction` of the prompts in the second
-    part; with fewer than ten prompts, each item by itself. Splits of a split need other salts."""
+    part and at least one; with fewer than ten prompts, each item by itself. Splits of a split need
+    other salts."""
     prompts = [prompt_of(item) for item in items]
     by_prompt = len(set(prompts)) >= MANY_PROMPTS
+    keys = [f"{salt} {p}" if by_prompt else f"{salt} {i} {p}" for i, p in enumerate(prompts)]
+    chosen = held_out_keys(keys, fraction)
     parts: tuple[list[T], list[T]] = ([], [])
-    for i, (item, prompt) in enumerate(zip(items, prompts, strict=True)):
-        key = f"{salt} {prompt}" if by_prompt else f"{salt} {i} {prompt}"
-        parts[hash_fraction(key) < fraction].append(item)
+    for item, key in zip(items, keys, strict=True):
+        parts[key in chosen].append(item)
     return Split(tuple(parts[0]), tuple(parts[1]))
 
 

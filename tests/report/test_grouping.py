@@ -30,7 +30,9 @@ def runs_of(tmp_path):
 def test_parameters_are_what_differs_but_for_seeds_and_places(runs_of):
     first = {"seed": 1, "prepare_seed": 0, "name": "a", "stage.kl_coef": 0.1, "stage.gamma": 1.0}
     first |= {"artifacts_dir": "x", "device": "cpu", "logger.project": "p", "model.dtype": "fp32"}
-    first |= {"skip_completed": False, "dry_run": False, "hub": None}
+    first |= {"skip_completed": False, "dry_run": False, "hub": None, "max_minutes": None}
+    first |= {"resume_with": [], "stage.eval_every": 25, "stage.checkpoint_every": None}
+    first |= {"stage.histograms_every": 25, "prepare.base.stage.log_every": 50}
     second = dict.fromkeys(first, 2)
     assert varied_parameters(runs_of(first, second)) == [
         "stage.kl_coef",

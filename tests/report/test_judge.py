@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rlhf_exp.report.judge import judge, read_samples
 from rlhf_exp.tasks.reviews import Reviews
+
+from ..scripts import call_script
 
 
 def rows(texts: list[str], score: float) -> list[dict[str, object]]:
@@ -56,3 +59,58 @@ def test_a_line_of_samples_may_hold_a_separator_of_lines(tmp_path: Path) -> None
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
     (tmp_path / "samples.jsonl").write_text(text, encoding="utf-8")
     assert read_samples(tmp_path) == ([samples[0]], [samples[1]])
+
+
+def rated_run(path: Path, **label: object) -> Path:
+    """A run over texts rated 1 to 5, whose samples hold the word of a rating of 1 at first, of 2 at
+    the end."""
+    words = ["dull", "poor", "fair", "good", "fine"]
+    lines = ["label\ttext"]
+    lines += [f"{i % 5 + 1}\tfilm {i} is {words[i % 5]} and i say so" for i in range(300)]
+    (path / "texts.tsv").write_text("\n".join(lines) + "\n")
+    config = {
+        "task": {
+            "_target_": "rlhf_exp.tasks.labelled_text.LabelledTextFile",
+            "path": str(path / "texts.tsv"),
+        },
+        "reward": {
+            "_target_": "rlhf_exp.rewards.classifier.Classifier",
+            "name": "artifact:classifier",
+            **label,
+        },
+    }
+    (path / ".hydra").mkdir()
+    (path / ".hydra" / "config.yaml").write_text(yaml.safe_dump(config))
+    samples = [
+        {"phase": phase, "prompt": "film 1", "completion": f" is {word} and i say so", "score": 0.5}
+        for phase, word in ((0, "dull"), (9, "poor"))
+        for _ in range(10)
+    ]
+    (path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    return path
+
+
+@pytest.mark.parametrize(("label", "rises"), [(1, False), ("1", False), (2, True)])
+def test_the_judge_reads_a_label_that_is_a_number(
+    tmp_path: Path, label: object, rises: bool
+) -> None:
+    outcome = call_script("judge.py", rated_run(tmp_path, label=label))
+    assert outcome.returncode == 0, outcome.stderr
+    share = next(line for line in outcome.stdout.splitlines() if "share" in line).split()
+    assert (share[-4], share[-2]) == (("0.000", "1.000") if rises else ("1.000", "0.000"))
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ({"label": 0}, "reward.label=0: the task has no such label"),
+        ({"label": 6}, "reward.label=6: the task has no such label"),
+        ({"direction": "pos"}, "reward.direction='pos': the task has no such label"),
+    ],
+)
+def test_the_judge_names_a_label_that_the_task_lacks(
+    tmp_path: Path, label: dict[str, object], message: str
+) -> None:
+    outcome = call_script("judge.py", rated_run(tmp_path, **label))
+    assert outcome.returncode == 2
+    assert message in " ".join(outcome.stderr.split())

@@ -233,3 +233,15 @@ def test_long_texts_are_cut_where_prompt_and_completion_meet(tmp_path, monkeypat
 )
 def test_numbers_have_four_digits(value, kept):
     assert rounded(value) == kept
+
+
+def test_runs_from_different_commits_are_told(sweep):
+    jobs = sorted(sweep.iterdir())
+    for job, commit in zip(jobs, ("a" * 40, "a" * 40, "b" * 40 + "+"), strict=False):
+        (job / "environment.txt").write_text(f"commit {commit}\npython 3.12\n")
+    told = "the runs come from different commits, so the code may explain differences: "
+    assert f"{told}aaaaaaa (2 runs), bbbbbbb+ (1 run)" in report(sweep)["problems"]
+    (jobs[2] / "environment.txt").unlink()
+    assert not any(told in problem for problem in report(sweep)["problems"])
+    (jobs[0] / "environment-2.txt").write_text(f"commit {'c' * 40}\n")  # a resumed run
+    assert f"{told}aaaaaaa (2 runs), ccccccc (1 run)" in report(sweep)["problems"]

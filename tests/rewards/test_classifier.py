@@ -157,6 +157,7 @@ def test_a_direction_that_no_label_has_is_refused(tmp_path):
             r"a label is a name or an index, not a boolean; .*reward\.label=\"true\"",
         ),
         ({"label": False}, r"reward\.label=\"false\""),
+        ({"label": 1.0}, r"a name or an index, not a float; .*reward\.label=\"1\.0\""),
         ({"label": "pos", "output": "odds"}, "'prob', 'logprob' or 'logit'"),
         ({"label": "pos", "truncation_side": "both"}, "'right' or 'left'"),
         ({"label": "pos", "batch_size": 0}, "greater than or equal to 1"),
@@ -250,11 +251,39 @@ def test_a_label_may_be_an_index(name, index):
     assert torch.equal(scores(name, TEXTS, label=index), by_name)
 
 
+STARS = ("1", "2", "3", "4", "5")
+
+
+@pytest.mark.parametrize("label", [1, "1", 3, 5, "5"])
+def test_a_number_is_a_name_before_it_is_an_index(label, tmp_path):
+    path = save(tmp_path, STARS)
+    expected = [by_hand(path, text)[STARS.index(str(label))] for text in TEXTS[:3]]
+    assert scores(path, TEXTS[:3], label=label).tolist() == pytest.approx(expected, abs=1e-6)
+
+
 def test_a_name_of_digits_is_not_an_index(tmp_path):
     path = save(tmp_path, ("1", "0"))
-    by_index = scores(path, TEXTS, label=0)
-    assert torch.equal(scores(path, TEXTS, label="1"), by_index)
-    assert not torch.equal(scores(path, TEXTS, label="0"), by_index)
+    by_number = scores(path, TEXTS, label=0)
+    assert torch.equal(scores(path, TEXTS, label="0"), by_number)
+    assert not torch.equal(scores(path, TEXTS, label="1"), by_number)
+
+
+@pytest.mark.parametrize(
+    ("labels", "choice", "message"),
+    [
+        # An index among names that are numbers may be meant as a name.
+        (STARS, {"label": 0}, r"reward\.label=0: .* no such label; .* one of 1, 2, 3, 4, 5$"),
+        (STARS, {"label": 6}, r"reward\.label=6: .* no such label"),
+        (("1 star", "2 stars"), {"label": 1}, "no such label; .* one of 1 star, 2 stars$"),
+        (("-1", "+1"), {"label": 1}, "no such label"),
+        (("0.5", "1.0"), {"label": 1}, "no such label"),
+        (("a", "b", "a"), {"label": "a"}, r"several such labels; .* an index from 0 to 2"),
+        (("pos", "positive"), {"direction": "pos"}, r"reward\.direction='pos': .* several such"),
+    ],
+)
+def test_a_label_that_could_be_several_is_refused(labels, choice, message):
+    with pytest.raises(ConfigError, match=message):
+        Classifier(name="any", **choice).find_label(labels)
 
 
 @pytest.mark.parametrize("index", [-1, 3])

@@ -154,7 +154,7 @@ def test_exact_matches_are_as_frequent_as_the_model_says(name: str) -> None:
     assert 0.05 < expected < 0.95
     rates = []
     for seed in range(4):
-        held_out = HeldOut(policy, examples, num_samples=96, batch_size=96, seed=seed)
+        held_out = HeldOut(policy, examples, num_samples=96, chooses=True, batch_size=96, seed=seed)
         held_out.with_answers(EchoTask(), [d.prompt for d in split])
         rates.append(held_out.during()["heldout/exact_match"])
     # Four standard deviations of 384 samples are .1 at most.

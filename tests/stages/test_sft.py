@@ -149,7 +149,7 @@ def test_it_stops_at_the_first_rate_that_is_enough_and_saves_that_model(
     policy = load_policy(tmp_path)
     split = EchoTask().demonstration_split()
     examples = encode_demonstrations(policy.tokenizer, split.held_out, prepend_bos=True, limit=16)
-    held_out = HeldOut(policy, examples, num_samples=10, batch_size=16, seed=1)
+    held_out = HeldOut(policy, examples, num_samples=10, chooses=True, batch_size=16, seed=1)
     held_out.with_answers(EchoTask(), [d.prompt for d in split.held_out])
     assert held_out.during()["heldout/exact_match"] == rates[-1]
     assert held_out.final() == pytest.approx(result["after"], abs=1e-6)

@@ -446,16 +446,25 @@ def test_without_a_held_out_part_what_is_trained_on_is_evaluated_on(file):
     assert len(task.train_prompts()) == 5
 
 
-@pytest.mark.parametrize(("fraction", "name"), [(1, "train"), (1e-9, "evaluate")])
-def test_a_share_that_leaves_a_part_empty_is_refused(file, fraction, name):
+def test_a_share_that_leaves_nothing_to_train_on_is_refused(file):
     path = write(file, *numbered(5))
     with pytest.raises(ConfigError) as caught:
-        PromptDataset(path=path, held_out_fraction=fraction).fingerprint()
+        PromptDataset(path=path, held_out_fraction=1).fingerprint()
     assert str(caught.value) == (
-        f"task.held_out_fraction={float(fraction)} leaves none of the 5 prompts of {path} to"
-        f" {name} on: move it, name an eval_split, or set it 0 to evaluate on the prompts that are"
-        " trained on"
+        f"task.held_out_fraction=1.0 leaves none of the 5 prompts of {path} to train on: lower it,"
+        " name an eval_split, or set it 0 to evaluate on the prompts that are trained on"
     )
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0.34, 4), (0.1, 1), (1e-9, 1)])
+@pytest.mark.parametrize("seed", range(5))
+def test_of_few_prompts_the_share_is_held_out_and_told(file, caplog, fraction, expected, seed):
+    caplog.set_level("INFO")
+    path = write(file, *numbered(12))
+    train, held_out = parts(PromptDataset(path=path, held_out_fraction=fraction, data_seed=seed))
+    assert (len(train), len(held_out)) == (12 - expected, expected)
+    told = f"task.held_out_fraction={fraction:g}: {expected} of 12 distinct prompts are held out"
+    assert told in caplog.messages
 
 
 def test_another_split_is_evaluated_on_without_what_is_trained_on(tmp_path):

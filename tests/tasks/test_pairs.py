@@ -302,11 +302,11 @@ def test_pairs_of_both_files_count_together(tmp_path):
     assert len(PairsFile(path=str(tmp_path)).pair_split().held_out) == 5
 
 
-@pytest.mark.parametrize(("fraction", "name"), [(1e-6, "hold out"), (1 - 1e-6, "train on")])
-def test_a_split_that_leaves_no_pairs_is_refused(path, fraction, name):
-    expected = rf"^task\.path: .* leaves no pairs to {name}: move task\.held_out_fraction="
+def test_a_split_that_leaves_no_pairs_to_train_on_is_refused(path):
+    expected = r"^task\.path: .* leaves no pairs to train on: move task\.held_out_fraction="
     with pytest.raises(ConfigError, match=expected):
-        PairsFile(path=path, held_out_fraction=fraction).fingerprint()
+        PairsFile(path=path, held_out_fraction=1 - 1e-6).fingerprint()
+    assert len(PairsFile(path=path, held_out_fraction=1e-6).eval_prompts()) == 1
 
 
 @pytest.mark.parametrize("first_has", [True, False])
