@@ -64,9 +64,9 @@ class HeldOut:
         return metrics | self._exact_match(chosen, ("sampled",))
 
     def final(self) -> dict[str, float]:
-        """Loss over the examples that chose nothing, or over all if there are no others; exact-match
-        rates, sampled and greedy, of examples that `during` does not see, or of the same ones if
-        there are no others."""
+        """Loss over the examples that chose nothing, or over all if there are no others;
+        exact-match rates, sampled and greedy, of examples that `during` does not see, or of the
+        same ones if there are no others."""
         has_others = len(self.examples) > self.num_samples
         others = slice(self.num_samples, 3 * self.num_samples)
         first = self.num_samples if self.chooses and has_others else 0

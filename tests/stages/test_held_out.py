@@ -199,7 +199,9 @@ def kept(
     policy = type(echo_policy())(network, tokenizer)
     weight = network.transformer.ln_f.bias
     assert weight[0] == 0
-    held_out = Scripted(policy, TEXTS, num_samples=1, batch_size=1, seed=1).script(measured)
+    held_out = Scripted(policy, TEXTS, num_samples=1, chooses=True, batch_size=1, seed=1).script(
+        measured
+    )
     best = BestKept(
         context(path), held_out, eval_every=eval_every, stop_at=stop_at, max_seconds=max_seconds
     )
