@@ -19,7 +19,7 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobStatus
 from hydra.errors import HydraException
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.text import Text
@@ -47,6 +47,7 @@ from rlhf_exp.training.claims import claimed, is_claimed
 from rlhf_exp.training.files import write_whole
 
 OWN = ("skip_completed=", "dry_run=")  # of the sweep, not of its jobs
+OF_THE_SWEEP = ("launcher", "sweeper", "sweep")  # parts of Hydra's configuration
 MANY = 20  # jobs that take long enough to check to say so
 
 
@@ -91,9 +92,14 @@ class Launching:
                 raise ConfigError(f"{key}: the jobs would be the same; give it one value")
         return overrides
 
-    def check(self, jobs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[SweepJob]:
+    def check(
+        self,
+        jobs: Sequence[tuple[Sequence[str], Sequence[str]]],
+        *,
+        metrics: Sequence[str] = (),
+    ) -> list[SweepJob]:
         """The jobs, each given as its words and those of them that are swept. Raises BadJobs with
-        all that cannot run."""
+        all that cannot run or will not have one of the metrics."""
         if len(jobs) >= MANY:
             self.say(f"checking {len(jobs)} jobs")
         checked: list[SweepJob] = []
@@ -104,7 +110,12 @@ class Launching:
             job = SweepJob(overrides=tuple(words), swept=tuple(swept), identity="", phases=None)
             try:
                 config = run.check(
-                    self._compose(words), self.folder, words, sweep=True, here=self.kind.here
+                    self._compose(words),
+                    self.folder / str(number),  # its folder has no name before all are checked
+                    words,
+                    sweep=True,
+                    here=self.kind.here,
+                    metrics=metrics,
                 )
             except (ConfigError, HydraException, OmegaConfBaseException) as error:
                 for line in (run.explain(error) or str(error)).splitlines():
@@ -119,6 +130,13 @@ class Launching:
 
     def _compose(self, words: Sequence[str]) -> DictConfig:
         config = self._context.config_loader.load_sweep_config(self._config, list(words))
+        for part in OF_THE_SWEEP:
+            own, used = (OmegaConf.to_container(c.hydra[part]) for c in (config, self._config))
+            if own != used:
+                raise ConfigError(
+                    f"hydra.{part} is of the whole sweep, and a swept experiment that sets it would"
+                    " be ignored: set it on the command line"
+                )
         with open_dict(config):
             del config["hydra"]
         return config

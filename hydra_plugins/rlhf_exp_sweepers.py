@@ -15,7 +15,15 @@ from rlhf_exp.redaction import redact_words
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.sweeps.jobs import BadJobs, SweepJob, place, read_record
 from rlhf_exp.sweeps.monitor import show_plan
-from rlhf_exp.sweeps.search import Interval, Search, Space, Trial, check_search, corners
+from rlhf_exp.sweeps.search import (
+    Interval,
+    Search,
+    Space,
+    Trial,
+    check_search,
+    check_space,
+    corners,
+)
 from rlhf_exp.sweeps.state import read_state
 
 BEST = 5
@@ -75,6 +83,10 @@ class SearchSweeper(Sweeper):
         params: Mapping[str, Any],
     ) -> None:
         _check_counts(max_batch_size=max_batch_size, n_trials=n_trials)
+        if both := {*maximize} & {*minimize}:
+            raise ConfigError(
+                f"{min(both)}: it is in hydra.sweeper.maximize and in minimize: leave it out of one"
+            )
         self._metrics = dict.fromkeys(maximize, "maximize") | dict.fromkeys(minimize, "minimize")
         check_search(sampler, self._metrics)
         self._sampler, self._seed = sampler, seed
@@ -90,7 +102,9 @@ class SearchSweeper(Sweeper):
         """Checks the ends of the space and searches it."""
         launching = self._launching
         space, fixed = _space(launching.parse(self._params, arguments))
-        ends = launching.check([_of_values(fixed, values) for values in corners(space)])
+        check_space(space)
+        settings = [_of_values(fixed, values) for values in corners(space)]
+        ends = launching.check(settings, metrics=[*self._metrics])
         batch_size = self._batch_size or launching.kind.at_once
         launching.say(
             f"search: {self._n_trials} trials over {', '.join(space)}, {batch_size} at a time,"

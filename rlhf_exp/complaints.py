@@ -6,6 +6,7 @@ It knows how Hydra and OmegaConf fail and which options there are, and nothing o
 import difflib
 import errno
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -14,10 +15,17 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    GrammarParseError,
+    OmegaConfBaseException,
+)
 
+from rlhf_exp.overrides import quoted
+from rlhf_exp.redaction import redact_words
 from rlhf_exp.settings import ConfigError
 
 UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST}
@@ -39,14 +47,21 @@ def explain(error: BaseException, conf: Path) -> str | None:
             return str(link)
         if isinstance(link, MissingConfigException) and link.options:
             return _missing_option(link)
+        if isinstance(link, OverrideParseException):
+            return _unreadable(link)
     for link in chain:
         if isinstance(link, ConfigAttributeError | ConfigKeyError) and link.full_key:
             return f"{link.full_key}: no such key.{_suggestion(link.full_key, conf)}"
+        if isinstance(link, GrammarParseError) and link.full_key:
+            reason = str(link).splitlines()[0]
+            return f"{link.full_key}: {reason}; in a text write \\${{ in place of ${{"
         if isinstance(link, OmegaConfBaseException) and isinstance(link, TypeError):
             return f"{link.full_key}: {str(link).splitlines()[0]}"
     group = re.search(r"Could not override '([^']+)'", str(error))
     if isinstance(error, HydraException) and group:
         return f"{group[1]}: no such key or group.{_suggestion(group[1], conf)}"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{error.filename}: {error.strerror}: shorten it"
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         return (
             f"cannot write {error.filename}: {error.strerror}; name other folders with"
@@ -60,6 +75,26 @@ def explain(error: BaseException, conf: Path) -> str | None:
     if isinstance(error, HydraException | OmegaConfBaseException) or _is_from_hydra(error):
         return "\n".join(line for line in str(error).splitlines() if line.strip())
     return None
+
+
+def _unreadable(error: OverrideParseException) -> str:
+    """Which word is not in Hydra's grammar, why, and how to quote its value."""
+    [word] = redact_words([error.override])
+    key, equals, value = word.partition("=")
+    if not equals:
+        return f"{word}: write key=value to set a key, ~key to leave one out; see --help"
+    *lines, last = error.message.partition("\nSee http")[0].splitlines()
+    place = len(key)
+    if lines and lines[0].startswith("LexerNoViableAltException: "):  # its last line is a mark
+        place = len(last) - len("LexerNoViableAltException: ") - 1
+        reason = f"{error.override[place]!r} has to be in quotes"
+    else:
+        reason = (lines[1:] or [last])[0].partition(" expecting ")[0]
+    if place < len(key) or not re.fullmatch(r"[+~]*[\w./@:$-]+", key, re.ASCII):
+        return f"{key!r} is not the name of a key; see: python train.py --cfg job"
+    text = f"{key}={quoted(value)}"
+    fix = shlex.quote(text) if text.isprintable() else f"${text!r}"
+    return f"{word} cannot be read: {reason}\nif the value is a text, quote it: {fix}"
 
 
 def _is_from_hydra(error: BaseException) -> bool:
@@ -78,7 +113,11 @@ def _missing_option(error: MissingConfigException) -> str:
 
 
 def _suggestion(key: str, conf: Path) -> str:
-    """ " Did you mean ...?" from the keys and groups that there are, or nothing."""
+    """Which options have the key that the chosen one lacks, or which key or group may be meant."""
+    if options := _options_with(key, conf):
+        group = key.partition(".")[0]
+        listed = ", ".join(f"{group}={option}" for option in options)
+        return f" The chosen {group} does not have it; these do: {listed}"
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(conf), version_base="1.3"):
         try:
@@ -94,6 +133,13 @@ def _suggestion(key: str, conf: Path) -> str:
         for name in difflib.get_close_matches(key.rpartition(".")[2], by_last, n=1, cutoff=0.7)
     ]
     return f" Did you mean {close[0]}?" if close else " See: python train.py --cfg job"
+
+
+def _options_with(key: str, conf: Path) -> list[str]:
+    """The options of the key's group whose file has the key."""
+    group, _, rest = key.partition(".")
+    files = sorted((conf / group).glob("*.yaml"))
+    return [f.stem for f in files if rest in _paths(OmegaConf.to_container(OmegaConf.load(f)))]
 
 
 def _group_choices(conf: Path) -> list[str]:

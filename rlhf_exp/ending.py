@@ -4,13 +4,16 @@ It knows nothing of Hydra.
 """
 
 import errno
+import json
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+from rlhf_exp.overrides import command
 from rlhf_exp.queueing import requeue
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.training.checkpoint import newest_phase
@@ -28,20 +31,18 @@ DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 def concluding(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterator[StopRequests]:
     """A run in the block, which the yielded requests can stop. Whatever ends it early is said,
     becomes its status, and is raised as SystemExit; a bug in a single run keeps its traceback. The
-    user's mistake in a single run leaves no status: `undo` removes what was written."""
-    file = file_log()
-
-    def end(status: Status, why: str) -> None:
-        try:
-            RunFolder(path).write_status(status, why)
-        except OSError as error:
-            log.warning("%s/status.json cannot be written: %s", path, error.strerror)
-
+    user's mistake in a single run leaves no status: `undo` removes what was written. A run that is
+    done stays done, whatever happens while its result is shown or pushed."""
+    file, folder = file_log(), RunFolder(path)
+    end = partial(_end, folder)
     try:
         with StopRequests(abandon=lambda why: end("interrupted", why)).listening() as stop:
             yield stop
     except Interrupted as stopped:
-        log.error("stopped by %s; go on with: python train.py resume=%s", stopped, path)
+        if _is_done(folder):
+            log.warning("stopped by %s; the run is done, its figures may be missing", stopped)
+            raise SystemExit(stopped.exit_code) from None
+        log.error("stopped by %s; go on with: %s", stopped, command(f"resume={path}"))
         end("interrupted", str(stopped))
         if stopped.to_be_requeued:
             requeue()
@@ -55,14 +56,26 @@ def concluding(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterator
         end("interrupted", "KeyboardInterrupt")
         raise SystemExit(130) from None
     except TrainingError as error:
-        log.error("error: %s\nwhat was logged so far is in %s%s", error, path, _how_to_go_on(path))
+        left = f"\nwhat was logged so far is in {path}{_how_to_go_on(path)}"
+        log.error("error: %s%s", error, "" if _is_done(folder) else left)
         file.exception("traceback")
         end("failed", str(error))
         raise SystemExit(error.exit_code) from None
+    except SystemExit as error:
+        file.exception("traceback")
+        log.error(
+            "error: sys.exit(%r) was called; the traceback is in %s/train.log", error.code, path
+        )
+        end("failed", f"sys.exit({error.code!r}) was called")
+        raise SystemExit(error.code if isinstance(error.code, int) and error.code else 1) from None
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            log.error("error: %s: %s: shorten it", error.filename or path, error.strerror)
+            end("failed", str(error)) if sweep else undo()
+            raise SystemExit(2) from None
         file.exception("traceback")
         if told := _disk_fault(error, path):
-            log.error("error: %s; mend that, then: python train.py resume=%s", told, path)
+            log.error("error: %s; mend that, then: %s", told, command(f"resume={path}"))
             end("failed", told)
             raise SystemExit(1) from None
         end("failed", f"{type(error).__name__}: {error}")
@@ -71,12 +84,30 @@ def concluding(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterator
         raise
 
 
+def _is_done(folder: RunFolder) -> bool:
+    try:
+        status = json.loads((folder.path / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(status, dict) and status.get("status") == "done"
+
+
+def _end(folder: RunFolder, status: Status, why: str) -> None:
+    """Writes the status of a run that is not done."""
+    if _is_done(folder):
+        return
+    try:
+        folder.write_status(status, why)
+    except OSError as error:
+        log.warning("%s/status.json cannot be written: %s", folder.path, error.strerror)
+
+
 def _how_to_go_on(path: Path) -> str:
     """The command that goes on from the newest checkpoint, and its phase, if there is one."""
     newest = newest_phase(path)
     if newest is None:
         return ""
-    return f"; mended, it goes on after step {newest}: python train.py resume={path}"
+    return f"; mended, it goes on after step {newest}: {command(f'resume={path}')}"
 
 
 def _disk_fault(error: Exception, path: Path) -> str | None:

@@ -1,5 +1,6 @@
 """Environment variables of the process, set when this is imported, which must be before torch is.
-What the user has set stays.
+What the user has set stays, but for MPLBACKEND: figures are drawn to files alone, and a backend
+whose package is missing, as where a notebook has set it, fails the import of matplotlib.
 
 Waiting threads: OpenMP's spin, and with as many jobs as cores that makes a job tens of times
 slower; not to spin at all makes small models up to twice as slow, since they wait often. So they
@@ -15,3 +16,4 @@ for _name, _value in {
     "THP_MEM_ALLOC_ENABLE": "1",
 }.items():
     os.environ.setdefault(_name, _value)
+os.environ["MPLBACKEND"] = "agg"

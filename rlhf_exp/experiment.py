@@ -4,7 +4,9 @@ writes what a run leaves behind.
 It knows nothing of Hydra: whoever calls hands in what turns configuration into objects.
 """
 
+import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 
 from rlhf_exp.hf import quieten_transformers
+from rlhf_exp.network import hub_url
 from rlhf_exp.redaction import redact
 from rlhf_exp.settings import PARTS, REFERENCE, ConfigError
 from rlhf_exp.stages.foresight import foresee
@@ -23,19 +26,22 @@ from rlhf_exp.training.folder import RunFolder, Sink
 from rlhf_exp.training.hub import HubSettings
 from rlhf_exp.training.loggers import Logger, RunInfo
 from rlhf_exp.training.model_card import write_model_card
+from rlhf_exp.training.presentation import attempt
 from rlhf_exp.training.seeding import seed_shared_generators
 from rlhf_exp.training.stopping import StopRequests
 from rlhf_exp.training.timing import since_process_start
 
 log = logging.getLogger(__name__)
 
+ROOM = 384  # bytes of a path that files in a run's folder take, those of W&B and of jobs included
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """Where and as what an experiment runs. A job of a sweep shares its parent folder with the
     others; a resumed one goes on in the folder of the run that ended. `chosen` are the groups that
-    the command line names, `stop` is what asks it to end early, and `begun` is called when all is
-    loaded and the work begins."""
+    the command line names, `stop` is what asks it to end early, `begun` is called when all is
+    loaded and the work begins, and `metrics` are those that the result must have."""
 
     path: Path
     sweep: bool
@@ -48,6 +54,12 @@ class Job:
     chosen: frozenset[str]
     stop: StopRequests = field(default_factory=StopRequests)
     begun: Callable[[], None] = lambda: None
+    metrics: Sequence[str] = ()
+
+    @property
+    def group(self) -> str | None:
+        """The name of the sweep that it is a job of."""
+        return self.path.parent.name if self.sweep else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +75,15 @@ class Plan:
 
 def check_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate) -> Plan:
     """What a configuration describes. Raises ConfigError with everything that is wrong."""
+    hub_url()  # raises here: the hub's client cannot be imported where its address is malformed
+    longest = os.pathconf("/", "PC_PATH_MAX") - ROOM
+    if (length := len(os.fsencode(job.path.absolute()))) > longest:
+        raise ConfigError(
+            f"{'hydra.sweep.dir' if job.sweep else 'hydra.run.dir'}: its path has {length} bytes,"
+            f" more than the {longest} that leave room for the names of files in it: shorten it"
+        )
+    if job.metrics and job.until is not None:
+        raise ConfigError(f"until={job.until}: a search needs results of whole runs: leave it out")
     steps = read_steps(config)
     last = _last_to_prepare(steps, job.until)
     problems: list[str] = []
@@ -74,6 +95,7 @@ def check_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantia
             problems.append(str(error))
     if not problems and job.until is None:
         problems += foresee(run_parts, built, prefix=REFERENCE)
+        problems += _missing_metrics(job.metrics, stage.metric_names(**run_parts))
         problems += [
             f"{part}: {type(stage).__name__} takes none, so that it would be ignored: leave"
             f" {part}=... out"
@@ -86,6 +108,8 @@ def check_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantia
             what = type(part).__name__
             problems.append(f"{name}: {what} is not for this; choose one: {name}=...")
     problems += _push_problems(hub, job) if isinstance(hub, HubSettings) else []
+    if isinstance(logger, Logger):
+        problems += logger.problems(name=job.path.name, group=job.group)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return Plan(steps=steps, last=last, logger=logger, hub=hub)
@@ -111,6 +135,14 @@ def run_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate
     _run_stage(step, prepared, config, job, plan.logger, instantiate)
     if (job.path / "model").is_dir():
         plan.hub.upload(job.path / "model")
+
+
+def _missing_metrics(asked: Sequence[str], names: Sequence[str]) -> list[str]:
+    return [
+        f"hydra.sweeper: {name} is no metric of these runs; they have: {', '.join(sorted(names))}"
+        for name in asked
+        if name not in names
+    ]
 
 
 def _push_problems(hub: HubSettings, job: Job) -> list[str]:
@@ -140,8 +172,8 @@ def _last_to_prepare(steps: Sequence[Step], until: str | None) -> int:
 def _stop_early(prepared: Prepared, path: Path) -> None:
     with RunFolder(path) as folder:
         folder.write_json("result.json", {"prepare": prepared.results, "seconds": prepared.seconds})
-        prepared.copy_figures(path)
         folder.write_status("done")
+    attempt("copying the figures", lambda: prepared.copy_figures(path))
     for name, made in prepared.folders.items():
         log.info("%s: %s", name, made)
     log.info("run folder: %s", path)
@@ -160,10 +192,10 @@ def _run_stage(
     seed_shared_generators(job.seed)
     info = RunInfo(
         name=job.path.name,
-        group=job.path.parent.name if job.sweep else None,
+        group=job.group,
         job_type=type(stage).__module__.rpartition(".")[2],
         config=redact(config),
-        shared_folder=job.path.parent if job.sweep else job.path,
+        shared_folder=(job.path.parent if job.sweep else job.path).absolute(),
     )
 
     @contextmanager
@@ -171,6 +203,8 @@ def _run_stage(
         folder.write_json("resolved_config.json", shown)
         if not job.resume:
             folder.clear()
+        if wandb_id := not (job.sweep or job.resume) and os.environ.get("WANDB_RUN_ID"):
+            folder.keep_id(wandb_id)  # an agent's; the jobs of a sweep cannot share it
         job.begun()
         with logger.open(replace(info, run_id=folder.run_id)) as sinks:
             yield sinks
@@ -179,17 +213,20 @@ def _run_stage(
         context = Context(
             folder=folder, seed=job.seed, device=job.device, resume=job.resume, stop=job.stop
         )
-        result = stage.run(context, **parts)
+        with contextlib.chdir("."):  # back to the folder that a reward leaves
+            result = stage.run(context, **parts)
         result["prepare"] = prepared.results
         result["seconds"] = {**prepared.seconds, **result["seconds"]}
         result["seconds"]["total"] = sum(result["seconds"].values())
         if not (job.sweep or job.resume):  # then imports and checks belong to this run alone
             result["seconds"]["total"] = since_process_start()
         folder.write_json("result.json", result)
-        prepared.copy_figures(job.path)
-        if (job.path / "model").is_dir():
-            write_model_card(job.path, shown, result)
-        folder.log_result(result)
         folder.write_status("done")
+        show = context.presentation
+        show.add("copying the figures of prepared steps", lambda: prepared.copy_figures(job.path))
+        if (job.path / "model").is_dir():
+            show.add("the model card", lambda: write_model_card(job.path, shown, result))
+        show.add("telling W&B the result", lambda: folder.log_result(result))
+        show.show()
     log.info("seconds: %s", "  ".join(f"{k} {v:.1f}" for k, v in result["seconds"].items()))
     log.info("run folder: %s", job.path)

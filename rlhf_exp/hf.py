@@ -1,10 +1,13 @@
-"""Names of Hugging Face's and TransformerLens' classes, for annotations alone.
+"""Names of Hugging Face's and TransformerLens' classes, for annotations, and how to silence them.
 
 Importing the classes takes seconds, and a configuration is checked without them: a bad value is
 refused before anybody waits for an import. Code that calls them imports them where it calls.
 """
 
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +21,7 @@ __all__ = [
     "PreTrainedModel",
     "PreTrainedTokenizerBase",
     "TransformerBridge",
+    "quiet_datasets",
     "quieten_transformers",
 ]
 
@@ -30,3 +34,29 @@ def quieten_transformers() -> None:
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Without what `datasets` and the hub's client write to stderr; what matters is raised."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # all: `datasets` greets while it is imported
+    try:
+        import datasets
+        from huggingface_hub.utils.tqdm import (
+            are_progress_bars_disabled,
+            disable_progress_bars,
+            enable_progress_bars,
+        )
+
+        datasets.disable_progress_bars()
+        shown = not are_progress_bars_disabled()
+        with warnings.catch_warnings(action="ignore"):
+            disable_progress_bars()
+            try:
+                yield
+            finally:
+                if shown:
+                    enable_progress_bars()
+    finally:
+        logging.disable(before)

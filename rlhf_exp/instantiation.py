@@ -3,6 +3,7 @@
 Hydra's part of it; what a configuration may name is said in targets.py.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import pydantic
 from hydra.errors import InstantiationException
 from hydra.utils import get_object
 
+from rlhf_exp.overrides import without_interpolations
 from rlhf_exp.settings import ConfigError, field_problem
 from rlhf_exp.targets import forbidden_module, instructions, targets, unusable
 
@@ -20,7 +22,15 @@ ALLOWED_TARGETS = ("rlhf_exp.", "torch.optim.")
 def instantiate(
     config: Mapping[str, Any], path: str, problems: list[str], *, allowed: Sequence[str]
 ) -> Any:
-    """The object that a group's configuration describes, or None with its problems appended."""
+    """The object that a group's configuration describes, or None with its problems appended. A
+    module of the user's that changes the process's folder when it is imported does not keep it."""
+    with contextlib.chdir("."):
+        return _instantiate(config, path, problems, allowed)
+
+
+def _instantiate(
+    config: Mapping[str, Any], path: str, problems: list[str], allowed: Sequence[str]
+) -> Any:
     if "_target_" not in config:
         problems.append(f"{path}: no option is chosen; choose one: {path.rpartition('.')[2]}=...")
         return None
@@ -39,7 +49,7 @@ def instantiate(
         problems += [f"{path}: {key} is no key of it; leave it out" for key in keys]
         return None
     try:
-        return hydra.utils.instantiate(config, _convert_="all")
+        return hydra.utils.instantiate(_literal(config), _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, pydantic.ValidationError):
@@ -50,3 +60,14 @@ def instantiate(
             reason = f" {cause}" if cause else ""
             problems.append(f"{path}: {str(error).splitlines()[0]}{reason}")
         return None
+
+
+def _literal(config: Any) -> Any:
+    """A resolved configuration whose texts stay as they are: Hydra resolves them twice again."""
+    if isinstance(config, Mapping):
+        return {key: _literal(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [*map(_literal, config)]
+    if isinstance(config, str):
+        return without_interpolations(without_interpolations(config))
+    return config

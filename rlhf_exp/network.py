@@ -3,12 +3,51 @@
 import functools
 import os
 import socket
+from http.client import HTTPException
 from urllib.parse import urlsplit
+from urllib.request import Request, build_opener
+
+from rlhf_exp.settings import ConfigError
+
+PATIENCE_S = 10.0  # for an answer; a connection must open within 2 s
 
 
 def hub_url() -> str:
-    """Where the Hugging Face hub is."""
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    """Where the Hugging Face hub is. Raises ConfigError if HF_ENDPOINT is not a URL."""
+    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        parts = urlsplit(url)
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of the port, or of an IPv6 address
+        is_url = False
+    if not is_url:
+        raise ConfigError(
+            f"HF_ENDPOINT={url} is not a URL: set it to http(s)://HOST or http(s)://HOST:PORT, or"
+            " unset it"
+        )
+    return url
+
+
+def hub_responds() -> bool:
+    """True if the Hugging Face hub answers requests. Raises ConfigError as `hub_url` does."""
+    url = hub_url()
+    return reachable(url) and responds(url)
+
+
+@functools.cache
+def responds(url: str) -> bool:
+    """False if a request to the URL gets no answer within 10 s, or only a closed connection. True
+    for any answer, an error included, and for any other failure, which the library that needs the
+    URL describes. Asked once a process for each URL."""
+    if os.environ.get("ALL_PROXY"):
+        return True  # it may be SOCKS, which urllib does not know
+    try:
+        # Not urlopen, which keeps the proxies of its first call.
+        build_opener().open(Request(url, method="HEAD"), timeout=PATIENCE_S).close()
+    except (OSError, HTTPException) as error:
+        reason = getattr(error, "reason", error)  # of urllib's URLError
+        return not isinstance(reason, TimeoutError | ConnectionResetError)
+    return True
 
 
 @functools.cache
@@ -17,10 +56,10 @@ def reachable(url: str, *, timeout_s: float = 2.0) -> bool:
     which only the library itself can try. Asked once a process for each URL."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
         return True
-    parts = urlsplit(url)
-    port = parts.port or (80 if parts.scheme == "http" else 443)
     try:
+        parts = urlsplit(url)
+        port = parts.port or (80 if parts.scheme == "http" else 443)
         with socket.create_connection((parts.hostname or "", port), timeout=timeout_s):
             return True
-    except OSError:
+    except (OSError, ValueError):  # the latter for what is no URL
         return False

@@ -1,9 +1,10 @@
 """What is secret in a configuration, and text without it.
 
-A value is known as a secret by its key. It knows no file and no logger that might get to see one:
-each of them asks here.
+A value is known as a secret by its key, or by the name of its environment variable if it also looks
+random. It knows no file and no logger that might get to see one: each of them asks here.
 """
 
+import functools
 import json
 import logging
 import os
@@ -44,9 +45,15 @@ _QUOTED = re.compile(rf"(?i)({_NAME}['\"]?\s*[:=]\s*)(['\"])(?:\\.|(?!\2).)+\2")
 _IN_YAML = re.compile(rf"(?im)^([-+ ]?\s*{_NAME}:\s+)(?!\$\{{|null\b|['\"])\S.*$")
 # Shorter ones would be found in every other word, as would plain words.
 _SHORTEST = 4
+_SHORTEST_RANDOM = 8
 _NUMBER = re.compile(r"\s*[-+]?\d[\d_]*\.?\d*(e[-+]?\d+)?\s*", re.IGNORECASE)
-_WORD = re.compile(r"[a-z]{,7}")
-_SHORTEST_OF_ENVIRONMENT = 8
+_WORD = re.compile(r"[A-Z]?[a-z_/]{,14}|[A-Z_]{,15}")
+# Where letters change their case, or letters, digits and signs follow each other.
+_CHANGE = re.compile(
+    r"(?<=[a-z])(?=[A-Z0-9])|(?<=[A-Z])(?=[a-z0-9])|(?<=[0-9])(?=[A-Za-z])|[^\w\s\\./:,=+~-]"
+)
+# Not within a longer word or path; a line's end in a quoted text is no letter.
+_BEFORE, _AFTER = r"(?:(?<![\w./-])|(?<=\\[nrt]))", r"(?![\w/-]|\.\w)"
 
 _known: set[str] = set()
 
@@ -64,8 +71,8 @@ def is_secret(key: str, value: object = "") -> bool:
 
 def redact(config: Any) -> Any:
     """The configuration with REDACTED in place of secrets, wherever they are in it: what such a
-    key holds, what a mapping or a list of that name does, and every text that repeats one.
-    Interpolations stay. The secrets are remembered."""
+    key holds, what a mapping or a list of that name does, and every text that repeats one that is
+    not a plain word. Interpolations and targets stay. The secrets are remembered."""
     remember(config)
     return _replaced(config, "", within=False)
 
@@ -105,17 +112,23 @@ def remember_words(words: Sequence[str]) -> None:
 
 
 def remember_environment() -> None:
-    """The same for the variables of the environment that have such names."""
+    """The same for the variables of the environment that have such names, if their value looks
+    random: they are other programs', and may be words that paths and configurations hold too."""
     for name, value in os.environ.items():
-        if _NUMBERS_END.search(name) and len(value) >= _SHORTEST_OF_ENVIRONMENT:
+        if _NUMBERS_END.search(name) and looks_random(value):
             remember_secret(value)
+
+
+def looks_random(text: str) -> bool:
+    """Whether the text looks like a token or a generated password, in which every few characters
+    letters change their case or turn into digits or signs, and not like words, a name or a path."""
+    return len(text) >= _SHORTEST_RANDOM and 5 * len(_CHANGE.findall(text)) >= len(text)
 
 
 def scrub(text: str) -> str:
     """The text with REDACTED in place of every secret that is remembered."""
     for secret in sorted(_known, key=len, reverse=True):
-        for form in _forms(secret):
-            text = text.replace(form, REDACTED)
+        text = _pattern(secret).sub(REDACTED, text)
     return text
 
 
@@ -144,9 +157,9 @@ class Scrubbing(logging.Formatter):
 
 
 def scrub_logs() -> None:
-    """Has the handlers that the root logger has now write no secret, and nothing that a terminal
-    obeys."""
-    for handler in logging.getLogger().handlers:
+    """Has the handlers that the root logger and this package's have now write no secret, and
+    nothing that a terminal obeys."""
+    for handler in {*logging.getLogger().handlers, *logging.getLogger("rlhf_exp").handlers}:
         if not isinstance(handler.formatter, Scrubbing):
             handler.setFormatter(Scrubbing(handler.formatter or logging.Formatter()))
 
@@ -162,10 +175,15 @@ def scrub_tracebacks() -> None:
 
 
 def _passes_on(key: str, config: Mapping[Any, Any], within: bool) -> bool:
-    """Whether all that a mapping holds is secret: that of api_keys is, that of a part named so is
-    not, since it has keys of its own."""
+    """Whether all that a mapping holds is secret: that of api_keys is, that of a part named so, or
+    of parts, is not, since they have keys of their own."""
     own = bool(_SECRETS_END.search(key)) and is_secret(key)
-    return (within or own) and "_target_" not in config
+    return (within or own) and not _has_target(config)
+
+
+def _has_target(config: Mapping[Any, Any]) -> bool:
+    below = (value for value in config.values() if isinstance(value, Mapping))
+    return "_target_" in config or any(map(_has_target, below))
 
 
 def _replaced(value: Any, key: str, *, within: bool) -> Any:
@@ -176,9 +194,17 @@ def _replaced(value: Any, key: str, *, within: bool) -> Any:
         return [_replaced(v, key, within=within) for v in value]
     if _is_one(key, value, within=within):
         return REDACTED
-    if isinstance(value, str) and (_in_query(value) or scrub(value) != value):
+    if isinstance(value, str) and not key.startswith("_") and _repeats_secret(value):
         return REDACTED
     return value
+
+
+def _repeats_secret(value: str) -> bool:
+    """Whether a value has a secret in it. A plain word is looked for in messages alone: what is
+    redacted here is missing from a file that is read back."""
+    if _in_query(value):
+        return True
+    return any(not _WORD.fullmatch(known) and _pattern(known).search(value) for known in _known)
 
 
 def _is_one(key: str, value: Any, *, within: bool) -> bool:
@@ -210,10 +236,13 @@ def _in_query(url: str) -> list[tuple[str, str]]:
     return [(key, value) for key, value in found if is_secret(key) and value != REDACTED]
 
 
-def _forms(secret: str) -> list[str]:
-    """A secret as messages, files and URLs write it."""
+@functools.cache
+def _pattern(secret: str) -> re.Pattern[str]:
+    """A secret as messages, files and URLs write it: anywhere if it looks random, else not within a
+    longer word or path."""
     ways = (secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], quote(secret, safe=""))
-    return sorted(dict.fromkeys(ways), key=len, reverse=True)
+    forms = "|".join(map(re.escape, sorted({*ways}, key=len, reverse=True)))
+    return re.compile(forms if looks_random(secret) else f"{_BEFORE}(?:{forms}){_AFTER}")
 
 
 def _holds_secrets(path: str, value: str) -> bool:
@@ -248,4 +277,8 @@ def _redact_word(word: str) -> str:
         key, between, inner = match.groups()
         return f"{key}{between}{REDACTED}" if _holds_secrets(key, inner) else match[0]
 
-    return scrub(_INSIDE.sub(replacement, word))
+    shown = _INSIDE.sub(replacement, word)
+    is_target = path.rpartition(".")[2] == "_target_"
+    if is_target or not _repeats_secret(shown):
+        return shown
+    return f"{path}={REDACTED}" if _PATH.fullmatch(path) and equals else scrub(shown)

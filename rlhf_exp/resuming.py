@@ -4,6 +4,7 @@ It knows runs' folders and plain configurations, and nothing of Hydra.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from rlhf_exp.overrides import unquoted
 from rlhf_exp.redaction import REDACTED
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.sweeps.jobs import NOT_RESULTS
@@ -18,6 +20,7 @@ from rlhf_exp.training.claims import is_claimed
 
 AUTO = "auto"
 CONFIG, OVERRIDES = ".hydra/config.yaml", ".hydra/overrides.yaml"
+LONGEST_NAME = 255  # bytes that nearly all file systems allow
 RUNS = Path("outputs")  # where the configuration puts runs
 OF_THE_START = ("resume", "resume_with", "dry_run")  # of one start of a run alone
 # How often what is already determined is saved or shown.
@@ -29,7 +32,7 @@ ABSENT = object()
 
 def is_run(folder: Path) -> bool:
     """Whether a run has begun in the folder."""
-    return (folder / CONFIG).is_file()
+    return os.path.isfile(folder / CONFIG)  # not Path's, which raises for a name that is too long
 
 
 def is_done(folder: Path) -> bool:
@@ -39,6 +42,20 @@ def is_done(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(status, dict) and status.get("status") == "done"
+
+
+def run_dir(resume: str | None, otherwise: str) -> str:
+    """The folder of a run: that of the run that is resumed, or a new one. Raises ConfigError if
+    there is no such run, and for a new one that is not below the folder of runs or whose name is
+    too long."""
+    if ".." in Path(otherwise).parts:
+        raise ConfigError(f"name: {otherwise} leads elsewhere; use letters, digits, _, - and .")
+    longest = max(len(os.fsencode(part)) for part in Path(otherwise).parts)
+    if longest > LONGEST_NAME:
+        raise ConfigError(
+            f"name: a folder's name has at most {LONGEST_NAME} bytes, not {longest}: shorten it"
+        )
+    return otherwise if not resume else str(find_run(resume, Path(otherwise).parent.parent))
 
 
 def find_run(resume: str, runs: Path) -> Path:
@@ -84,8 +101,8 @@ def with_recorded_words(words: Sequence[str]) -> list[str]:
     """A command line that goes on with a run with that run's own words before it, but for keys of
     an option that is not chosen any more; any other as it is."""
     given = {key: value for key, _, value in (word.partition("=") for word in words)}
-    resume = given.get("resume", "").strip("'\"")
-    folder = given.get("hydra.run.dir", "").strip("'\"")
+    resume = unquoted(given.get("resume", ""))
+    folder = unquoted(given.get("hydra.run.dir", ""))
     if not resume or resume == "null" or {"-m", "--multirun"} & set(words):
         return [*words]
     try:

@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_exp import complaints
 from rlhf_exp.instantiation import ALLOWED_TARGETS, instantiate
+from rlhf_exp.overrides import command, prepared
 from rlhf_exp.own_keys import read_own_keys
 from rlhf_exp.printable import printable
 from rlhf_exp.redaction import (
@@ -49,21 +50,23 @@ from rlhf_exp.resuming import (
     apply,
     changes,
     check_changes,
-    find_run,
     is_done,
     is_run,
     key_of,
     lets_go_on,
     recorded_words,
+    run_dir,
     with_recorded_words,
 )
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.streams import make_streams_unbreakable
 from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs
 from rlhf_exp.sweeps.isolation import call_in_process, describe_end
 from rlhf_exp.sweeps.jobs import BadJobs
 from rlhf_exp.sweeps.state import read_state
 from rlhf_exp.training.claims import LOCK, claimed, is_claimed
 from rlhf_exp.training.files import write_whole
+from rlhf_exp.training.progress import keep_log
 
 if TYPE_CHECKING:
     from rlhf_exp.experiment import Job
@@ -75,15 +78,7 @@ log = logging.getLogger(__name__)
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
-def _run_dir(resume: str | None, otherwise: str) -> str:
-    """The folder of a run: that of the run that is resumed, or a new one. Raises ConfigError if
-    there is no such run, and for a new one that is not below the folder of runs."""
-    if ".." in Path(otherwise).parts:
-        raise ConfigError(f"name: {otherwise} leads elsewhere; use letters, digits, _, - and .")
-    return otherwise if not resume else str(find_run(resume, Path(otherwise).parent.parent))
-
-
-OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
+OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
 OmegaConf.register_new_resolver(
     "run_id", lambda: secrets.token_hex(3), use_cache=True, replace=True
 )
@@ -97,7 +92,7 @@ def execute(cfg: DictConfig, path: Path, stop: "StopRequests | None" = None) -> 
     from rlhf_exp.training.processor import use_processor_well
     from rlhf_exp.training.timing import PROCESS_BEGAN
 
-    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+    words = _words()
     resumed = _resumed(cfg, path) if cfg.get("resume") else None
     given = resumed.config if resumed else cfg
     if cfg.get("dry_run"):
@@ -138,22 +133,30 @@ def _say_plan(config: Mapping[str, Any], path: Path) -> None:
     stage = str(config["stage"]["_target_"]).rpartition(".")[2]
     steps = ", ".join([*config["prepare"], stage])
     log.info("all is well: %s in %s; %s; nothing was started", steps, path, took)
-    if {file.name for file in path.iterdir()} == {"train.log", LOCK}:
+    if {file.name for file in path.iterdir()} <= {"train.log", LOCK}:
         shutil.rmtree(path)  # nobody's but this call's
 
 
 def check(
-    cfg: DictConfig, path: Path, words: Sequence[str], *, sweep: bool, here: bool = True
+    cfg: DictConfig,
+    path: Path,
+    words: Sequence[str],
+    *,
+    sweep: bool,
+    here: bool = True,
+    metrics: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The resolved configuration of a job that `words` of the command line describe. `here` says
-    that it is going to run on this machine. Raises ConfigError with everything that is wrong."""
+    that it is going to run on this machine, `metrics` must be in its result. Raises ConfigError
+    with everything that is wrong."""
     from rlhf_exp.experiment import check_experiment
 
     config = to_container(cfg)
     if sweep and config["resume"]:
         raise ConfigError("resume is for a single run: leave out -m, or use skip_completed=true")
     device = {} if here else {"device": "cpu"}
-    check_experiment(config, *_read({**config, **device}, path, words, sweep=sweep, resume=False))
+    job, instantiate = _read({**config, **device}, path, words, sweep=sweep, resume=False)
+    check_experiment(config, replace(job, metrics=metrics), instantiate)
     return config
 
 
@@ -182,6 +185,13 @@ def _read(
     return job, functools.partial(instantiate, allowed=allowed)
 
 
+def _words() -> list[str]:
+    """The job's overrides as they were given: Hydra's own list resolves interpolations in them."""
+    if not HydraConfig.initialized():
+        return []
+    return OmegaConf.to_container(HydraConfig.get().overrides.task)  # type: ignore[return-value]
+
+
 def _is_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
@@ -199,10 +209,9 @@ class Resumed:
 def _resumed(cfg: DictConfig, folder: Path) -> Resumed:
     """A run's own configuration with what the command line may change in it. Raises ConfigError for
     what it may not, and for a run that is done and gets no more phases."""
-    overrides = HydraConfig.get().overrides
     own: Any = OmegaConf.load(folder / CONFIG)
     before = recorded_words(folder)
-    asked = [word for word in overrides.task if key_of(word) not in OF_THE_START]
+    asked = [word for word in _words() if key_of(word) not in OF_THE_START]
     found: list[Change] = []
     if asked != before:
         # Hydra's, since a word may choose another option of a group.
@@ -245,6 +254,8 @@ def job(cfg: DictConfig) -> None:
     """One job of train.py: a single run in this process, a sweep's in one of its own, so that
     nothing that happens to it takes the others down."""
     path = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
+    log_file = path / f"{HydraConfig.get().job.name}.log"
+    keep_log(log_file, console=True)
     scrub_logs()
     logging.raiseExceptions = False  # a log that the disk does not take would fill the terminal
     if not _is_sweep():
@@ -262,9 +273,9 @@ def job(cfg: DictConfig) -> None:
     if read_state(path).status == "done":  # a queue that preempts may start it once more
         return
     _write_configuration(cfg, path)
-    log_file = path / f"{HydraConfig.get().job.name}.log"
     # Plain, since the classes of launchers' settings cannot be pickled everywhere.
-    plain = OmegaConf.to_container(HydraConfig.instance().cfg, resolve=True)  # type: ignore[arg-type]
+    plain: Any = OmegaConf.to_container(HydraConfig.instance().cfg, resolve=True)  # type: ignore[arg-type]
+    plain["hydra"]["overrides"]["task"] = _words()
     own = OmegaConf.to_container(cfg)
     code = call_in_process(_isolated, plain, own, path, log=log_file)
     unsaid = read_state(path).status in ("waiting", "running") and not is_claimed(path)
@@ -289,8 +300,8 @@ def _settle_resume(cfg: DictConfig, path: Path) -> None:
         )
     elif not cfg.resume and is_run(path):
         raise ConfigError(
-            f"hydra.run.dir={path} holds a run already: go on with it by resume={path}, or name"
-            " another folder"
+            f"hydra.run.dir={path} holds a run already: name another folder, or go on with it:"
+            f" {command(f'resume={path}')}"
         )
 
 
@@ -325,10 +336,14 @@ def _isolated(hydra_config: dict[str, Any], config: dict[str, Any], path: Path) 
     from rlhf_exp.training.folder import RunFolder
 
     setup_globals()
-    hydra_config["hydra"]["job_logging"]["root"]["handlers"] = ["file"]
+    # What goes to the console is in the file too, which has its own handler.
+    logs = hydra_config["hydra"]["job_logging"]
+    if logs and logs.get("root"):
+        logs["root"]["handlers"] = [*({"file"} & {*logs.get("handlers", {})})]
     hydra_cfg = OmegaConf.create(hydra_config)
     HydraConfig.instance().cfg = hydra_cfg  # type: ignore[assignment]
     configure_log(hydra_cfg.hydra.job_logging, hydra_cfg.hydra.verbose)
+    keep_log(path / f"{hydra_cfg.hydra.job.name}.log", console=False)
     scrub_logs()
     with claimed(path):
         RunFolder(path).write_status("running")
@@ -352,25 +367,23 @@ def guard(main: Callable[[], None]) -> None:
 
     With HYDRA_FULL_ERROR=1 in the environment everything comes with its traceback.
     """
+    make_streams_unbreakable()
     remember_words(sys.argv)
     remember_environment()
     scrub_tracebacks()
-    if os.environ.get("HYDRA_FULL_ERROR"):
-        main()
-        return
-    if "--dry-run" in sys.argv:
-        sys.argv = [*(word for word in sys.argv if word != "--dry-run"), "dry_run=true"]
-    # Before Hydra sees them: a word may be of a group that the run itself has chosen.
-    sys.argv = [sys.argv[0], *with_recorded_words(sys.argv[1:])]
+    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises in place of printing
+    words = ["dry_run=true" if word == "--dry-run" else word for word in sys.argv[1:]]
     try:
+        # Before Hydra sees them: a word may be of a group that the run itself has chosen.
+        sys.argv = [sys.argv[0], *with_recorded_words(prepared(words))]
         main()
     except AlreadySaid as failed:
         sys.exit(failed.args[0])
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        message = explain(error)
+        message = None if full else explain(error)
         if message is None:
             raise
         from rlhf_exp.ending import bounded

@@ -4,6 +4,7 @@ A step is a stage with its parts as plain configuration. It knows nothing of Hyd
 hands in what turns configuration into objects.
 """
 
+import contextlib
 import inspect
 import json
 import logging
@@ -25,6 +26,7 @@ from rlhf_exp.training.context import Context
 from rlhf_exp.training.folder import RunFolder
 from rlhf_exp.training.metrics import describe
 from rlhf_exp.training.precision import computes_bf16
+from rlhf_exp.training.presentation import attempt
 from rlhf_exp.training.seeding import seed_shared_generators
 from rlhf_exp.training.stopping import StopRequests
 from rlhf_exp.training.timing import Stopwatch
@@ -194,7 +196,6 @@ def prepare(
     for step in steps:
 
         def build(path: Path, step: Step = step) -> None:
-            stage, parts = step.resolved(folders).build(instantiate)
             resume = has_checkpoint(path)
             if not resume:
                 shutil.rmtree(path)
@@ -208,10 +209,7 @@ def prepare(
                     resume=resume,
                     stop=stop or StopRequests(),
                 )
-                result = stage.run(context, **parts)
-                folder.write_json("result.json", result)
-                folder.write_status("done")
-            remove_checkpoints(path)  # of a step that will never have to go on
+                _run(step.resolved(folders), instantiate, context)
 
         with clock(f"prepare.{step.name}"):
             folder = store.obtain(step.name, keys[step.name], build)
@@ -220,6 +218,19 @@ def prepare(
         if step not in missing:  # else its stage has just said so
             log.info("%s: %s", step.name, describe(results[step.name]))
     return Prepared(folders=folders, results=results, seconds=clock.seconds)
+
+
+def _run(step: Step, instantiate: Instantiate, context: Context) -> None:
+    """Runs a step's stage; what shows and tidies its result comes after the result is written."""
+    stage, parts = step.build(instantiate)
+    folder = context.folder
+    with contextlib.chdir("."):  # back to the folder that a reward leaves
+        result = stage.run(context, **parts)
+    folder.write_json("result.json", result)
+    folder.write_status("done")
+    context.presentation.show()
+    # A step that is built never has to go on.
+    attempt("removing the checkpoints", lambda: remove_checkpoints(folder.path))
 
 
 def _description(

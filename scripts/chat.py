@@ -10,9 +10,11 @@ import sys
 from collections.abc import Iterator
 
 from rlhf_exp.hf import quieten_transformers
+from rlhf_exp.network import hub_url
 from rlhf_exp.report.continuations import prepend_bos_of
 from rlhf_exp.report.talk import Talk
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.streams import make_streams_unbreakable
 
 
 def lines() -> Iterator[str]:
@@ -30,6 +32,7 @@ def lines() -> Iterator[str]:
 
 def main() -> None:
     """Reads the arguments, then lines until the end of input."""
+    make_streams_unbreakable()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="folder of a run, directory or hub name")
     parser.add_argument("--gen-len", type=int, default=128, help="tokens an answer, at most (128)")
@@ -37,8 +40,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="0")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
     arguments = parser.parse_args()
-    quieten_transformers()
     try:
+        hub_url()  # raises, where importing the hub's client would
+        quieten_transformers()
         talk = Talk(
             arguments.model,
             temperature=arguments.temperature,

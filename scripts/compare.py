@@ -3,6 +3,8 @@
 Writes report.html, report.md and their pictures, and prints a table. No account, no network.
 """
 
+import rlhf_exp.environment  # noqa: F401, I001  first: it must precede the import of matplotlib
+
 import argparse
 from datetime import datetime
 from pathlib import Path
@@ -14,10 +16,12 @@ from rlhf_exp.report.markdown import write_markdown
 from rlhf_exp.report.page import write_page
 from rlhf_exp.report.payload import Names, build_payload
 from rlhf_exp.report.terminal import print_report
+from rlhf_exp.streams import make_streams_unbreakable
 
 
 def main() -> None:
     """Reads the arguments, writes the report, prints its essentials."""
+    make_streams_unbreakable()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("paths", nargs="+", type=Path, help="runs, sweeps, or folders of them")
     parser.add_argument("--out", type=Path, help="folder (report in the one path, else ./report)")

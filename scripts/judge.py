@@ -10,11 +10,13 @@ from rlhf_exp.report.judge import judge, read_samples
 from rlhf_exp.rewards.classifier import Classifier
 from rlhf_exp.run import ALLOWED_TARGETS, instantiate
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.streams import make_streams_unbreakable
 from rlhf_exp.tasks.protocol import LabelledTask
 
 
 def main() -> None:
     """Prints what the reward and the judge say of the samples before and after."""
+    make_streams_unbreakable()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     run = parser.parse_args().run

@@ -7,35 +7,47 @@ import argparse
 import functools
 import sys
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from rlhf_exp.hf import quieten_transformers
+from rlhf_exp.network import hub_url
 from rlhf_exp.report.continuations import continuations, read_run, side_by_side
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.streams import make_streams_unbreakable
+
+
+def _problem(error: ValidationError) -> str:
+    """Which argument is out of range, and why."""
+    detail = error.errors()[0]
+    name = str(detail["loc"][0]).replace("_", "-")
+    return f"--{name}={detail['input']}: {detail['msg']}"
 
 
 def main() -> None:
     """Reads the arguments, samples twice, prints a table."""
+    make_streams_unbreakable()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", help="folder of a finished run")
     parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
     parser.add_argument("--num", type=int, default=1, help="completions a prompt (1)")
     parser.add_argument("--gen-len", type=int, default=32, help="tokens a completion, at most (32)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="1")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (1)")
     parser.add_argument("--top-k", type=int, help="sample from this many tokens; 1 is greedy")
     parser.add_argument("--seed", type=int, default=0, help="0")
     parser.add_argument("--chat", action="store_true", help="prompts are a user's messages")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
     arguments = parser.parse_args()
-    quieten_transformers()
     prompts = [prompt for prompt in arguments.prompt for _ in range(arguments.num)]
     try:
+        hub_url()  # raises, where importing the hub's client would
+        quieten_transformers()
         run = read_run(arguments.run, trust_remote_code=arguments.trust_remote_code)
         sampler = CachedSampler(
             gen_len=arguments.gen_len,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
+            temperature=arguments.temperature or 1.0,
+            top_k=arguments.top_k if arguments.temperature else 1,
             stop_at_eos=True,
         )
         complete = functools.partial(
@@ -47,9 +59,8 @@ def main() -> None:
             seed=arguments.seed,
         )
         base, tuned = run.base and complete(run.base), complete(run.tuned)
-    except ValueError as error:  # ConfigError, or pydantic's about a number
-        reason = str(error) if isinstance(error, ConfigError) else error.errors()[0]["msg"]
-        sys.exit(f"error: {reason}")
+    except (ConfigError, ValidationError) as error:
+        sys.exit(f"error: {error if isinstance(error, ConfigError) else _problem(error)}")
     Console().print(side_by_side(prompts, base, tuned))
     if base is None:
         print("the run began from nothing: there is no base model to show")

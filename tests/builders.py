@@ -56,12 +56,12 @@ def tiny_policy(
     return policy
 
 
-def stretch(model: nn.Module, *, seed: int) -> None:
-    """Adds noise of standard deviation 0.3 to every parameter."""
+def stretch(model: nn.Module, *, seed: int, std: float = 0.3) -> None:
+    """Adds noise of that standard deviation to every parameter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(std * torch.randn(parameter.shape, generator=generator))
 
 
 def sliding_policy() -> TransformerWithValueHead:
@@ -94,7 +94,7 @@ def ragged_tokens(batch: int = 5, seq: int = 9, *, seed: int = 0) -> tuple[Tenso
 
 def prompts(policy: TransformerWithValueHead, texts: Sequence[str]) -> PromptBatch:
     """The texts as a batch, BOS before each."""
-    return encode_prompts(policy.tokenizer, texts, prepend_bos=True)
+    return encode_prompts(policy.tokenizer, texts, prepend_bos=True, device=policy.device)
 
 
 def completions(texts: Sequence[str], *, before: Sequence[str] | None = None) -> Completions:

@@ -1,6 +1,7 @@
 """Runs of train.py in processes of their own into which faults are put, for tests of what is
 promised when they happen."""
 
+import importlib
 import os
 import resource
 import runpy
@@ -156,6 +157,65 @@ class KillArtifactAtUpdate:
             os.kill(os.getpid(), signal.SIGKILL)
 
         threading.Thread(target=watch, daemon=True).start()
+
+
+class Broken:
+    """A method of a library raises, SystemExit if `exits`."""
+
+    def __init__(self, module: str, kind: str, method: str, *, exits: bool = False) -> None:
+        self.module, self.kind, self.method, self.exits = module, kind, method, exits
+
+    def __call__(self, folder: Path) -> None:
+        """Replaces it."""
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise SystemExit(1) if self.exits else RuntimeError("broken by a test")
+
+        setattr(getattr(importlib.import_module(self.module), self.kind), self.method, fail)
+
+
+class FullDiskWhenDone:
+    """Once status.json says done, no file can be written any more."""
+
+    def __call__(self, folder: Path) -> None:
+        """Watches the renames by which files come into being."""
+        replace = os.replace
+
+        def call(source: Any, target: Any, **named: Any) -> None:
+            replace(source, target, **named)
+            if Path(target).name == "status.json" and "done" in Path(target).read_text():
+                resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+
+        os.replace = call
+
+
+class ClosedPipe:
+    """Standard output and standard error are a pipe that nobody reads."""
+
+    def __call__(self, folder: Path) -> None:
+        """Replaces what the process writes to."""
+        read, write = os.pipe()
+        os.close(read)
+        for stream in (1, 2):
+            os.dup2(write, stream)
+
+
+class SignalWhenDone:
+    """A signal as soon as status.json says done, while figures are drawn."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, folder: Path) -> None:
+        """Watches the renames by which files come into being."""
+        replace = os.replace
+
+        def call(source: Any, target: Any, **named: Any) -> None:
+            replace(source, target, **named)
+            if Path(target).name == "status.json" and "done" in Path(target).read_text():
+                os.kill(os.getpid(), getattr(signal, self.name))
+
+        os.replace = call
 
 
 class Threads:

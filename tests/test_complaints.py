@@ -3,8 +3,13 @@ line."""
 
 import errno
 import os
+import re
+import shlex
 
+import hydra
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from rlhf_exp.complaints import explain
 from rlhf_exp.run import CONF
@@ -21,3 +26,70 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_fix(number):
     assert os.strerror(number) in message
     assert "hydra.run.dir=" in message
     assert explain(OSError(errno.ECONNRESET, "reset"), CONF) is None
+
+
+def explained(word: str) -> str:
+    with pytest.raises(HydraException) as caught:
+        OverridesParser.create().parse_overrides(["seed=1", word])
+    message = explain(caught.value, CONF)
+    assert message is not None
+    return message
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("#tag", "'#' has to be in quotes"),
+        ("a~b", "'~' has to be in quotes"),
+        ("größer", "'ö' has to be in quotes"),
+        ("a\rb", r"'\r' has to be in quotes"),
+        ("a\nb", r"'\n' has to be in quotes"),
+        ("don't", '"\'" has to be in quotes'),
+        ("a=b", "mismatched input '='"),
+        ("[1", "no viable alternative at input '[1'"),
+        ("great (film)", "Unknown function 'great'"),
+        ("costs ${x", "mismatched input '{'"),
+    ],
+)
+def test_a_value_that_hydra_cannot_read_is_shown_in_quotes(value, reason):
+    message = explained(f"task.prefix={value}")
+    assert message.startswith(f"task.prefix={value} cannot be read: ")
+    assert reason in message
+    fix = message.partition("\nif the value is a text, quote it: ")[2]
+    if fix.startswith("$"):  # as a shell writes control characters
+        word = fix[2:-1].encode().decode("unicode_escape")
+    else:
+        [word] = shlex.split(fix)
+    [override] = OverridesParser.create().parse_overrides([word])
+    assert override.value() == value.replace("${", "\\${")
+
+
+@pytest.mark.parametrize("word", ["seed", "+a"])
+def test_a_word_without_a_value_is_told_of_its_form(word):
+    assert (
+        explained(word)
+        == f"{word}: write key=value to set a key, ~key to leave one out; see --help"
+    )
+
+
+@pytest.mark.parametrize("key", ["#x", "größe", "1a", "a..b"])
+def test_a_key_that_cannot_be_one_is_named(key):
+    assert explained(f"{key}=1").startswith(f"{key!r} is not the name of a key")
+
+
+def test_secrets_are_not_repeated():
+    message = explained("+reward.api_key=hunter#2")
+    assert "hunter" not in message
+    assert "+reward.api_key=***" in message
+
+
+def test_half_an_interpolation_is_told_how_to_be_text():
+    with (
+        hydra.initialize_config_dir(str(CONF), version_base="1.3"),
+        pytest.raises(HydraException) as caught,
+    ):
+        hydra.compose("config", overrides=['task.prefix="costs ${x"'])
+    message = explain(caught.value, CONF)
+    assert re.match(
+        r"task\.prefix: no viable .*; in a text write \\\$\{ in place of \$\{$", message
+    )

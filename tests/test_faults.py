@@ -13,14 +13,19 @@ from typing import Any
 
 import pytest
 
+from rlhf_exp.sweeps.state import read_state
 from rlhf_exp.training.files import sync_tree
 from tests.faulty import (
     TRAIN,
+    Broken,
+    ClosedPipe,
     FullDiskAtPhase,
+    FullDiskWhenDone,
     KillArtifactAtUpdate,
     KillAtFileOperation,
     KillWandbAtPhase,
     SignalAtPhase,
+    SignalWhenDone,
     SmallFiles,
     Threads,
     begin_or_go_on,
@@ -128,7 +133,8 @@ def crash_at(numbers: range, whole: Path, tmp_path: Path) -> None:
         # Some of what was not flushed may be lost with the power.
         if folder.exists():
             sync_tree(folder)
-        assert begin_or_go_on(folder, SHORT) == 0, said(folder)
+        if read_state(folder).status != "done":  # else it was killed while it showed its result
+            assert begin_or_go_on(folder, SHORT) == 0, said(folder)
         assert_the_same(folder, whole, "SIGKILL at an operation on a file", 1)
         shutil.rmtree(folder)
 
@@ -278,10 +284,43 @@ def test_no_room_for_metrics(short: Path, tmp_path: Path) -> None:
     assert_the_same(folder, short, "disk full while logging", 1)
 
 
-def test_wandb_is_killed(short: Path, tmp_path: Path) -> None:
+SHOWING = {
+    "figures": (Broken("matplotlib.figure", "Figure", "savefig"), "curves.png failed"),
+    "tables": (Broken("rich.console", "Console", "print"), "the table of samples failed"),
+    "tables exit": (Broken("rich.console", "Console", "print", exits=True), "the table of samples"),
+    "cards": (Broken("huggingface_hub", "ModelCard", "save"), "the model card failed"),
+    "disk": (FullDiskWhenDone(), "failed (OSError: "),
+    "stdout": (ClosedPipe(), ""),
+}
+
+
+@pytest.mark.parametrize("what", SHOWING)
+def test_what_shows_a_result_does_not_cost_it(what: str, short: Path, tmp_path: Path) -> None:
+    """Warned of once where it fails; the status stays, and so do result and model."""
+    folder = tmp_path / "run"
+    fault, warning = SHOWING[what]
+    assert begin_or_go_on(folder, SHORT, fault=fault) == 0, said(folder)
+    assert_the_same(folder, short, f"shown in vain: {what}", 1)
+    text = said(folder)
+    assert "Traceback" not in text
+    assert text.count(warning) == 1 or what in ("disk", "stdout")
+    assert text.count("the result is complete without it") <= 3
+
+
+def test_a_signal_while_the_result_is_shown_leaves_the_run_done(
+    short: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    assert begin_or_go_on(folder, SHORT, fault=SignalWhenDone("SIGTERM")) == 143, said(folder)
+    assert "stopped by SIGTERM; the run is done" in said(folder)
+    assert_the_same(folder, short, "SIGTERM, SIGINT, SIGUSR1", 1)
+
+
+@pytest.mark.parametrize("phase", [2, 6])
+def test_wandb_is_killed(phase: int, short: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = (*(word for word in SHORT if word != "logger=local"), "logger.finish_s=5")
-    assert begin_or_go_on(folder, words, fault=KillWandbAtPhase(2)) == 0, said(folder)
+    assert begin_or_go_on(folder, words, fault=KillWandbAtPhase(phase)) == 0, said(folder)
     assert (tmp_path / "killed").exists()
     assert "W&B failed" in said(folder)
     assert_the_same(folder, short, "W&B killed", 1)

@@ -16,9 +16,10 @@ MODULES = [path for path in FILES if path != PACKAGE / "__init__.py"]
 # A module imports from lower floors and from its own subpackage.
 FLOORS = [
     {"printable"},
-    {"redaction"},
-    {"functional", "types", "settings", "network", "hf", "environment", "targets", "queueing"},
-    {"models", "tasks", "training", "own_keys"},
+    {"redaction", "streams"},
+    {"functional", "types", "settings", "hf", "environment", "targets", "queueing"},
+    {"network", "lfs"},
+    {"models", "tasks", "training", "own_keys", "overrides"},
     {"rollout", "rewards"},
     {"stages", "interp", "report"},
     {"steps", "sweeps"},
@@ -86,6 +87,7 @@ def test_only_the_composition_root_its_complaints_and_the_plugin_know_hydra():
     assert knowing == {
         "rlhf_exp.complaints",
         "rlhf_exp.instantiation",
+        "rlhf_exp.overrides",
         "rlhf_exp.run",
         "hydra_plugins.rlhf_exp_launching",
         "hydra_plugins.rlhf_exp_sweepers",

@@ -1,11 +1,14 @@
 """Secrets are known by their keys, and nothing repeats them."""
 
 import logging
+import re
 import sys
 from pathlib import Path
 
+import hydra
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from rlhf_exp import redaction
 from rlhf_exp.redaction import (
@@ -13,6 +16,7 @@ from rlhf_exp.redaction import (
     REDACTED,
     Scrubbing,
     is_secret,
+    looks_random,
     redact,
     redact_source,
     redact_words,
@@ -154,11 +158,92 @@ def test_a_command_line_is_remembered_even_if_it_is_wrong():
 
 
 def test_the_environments_secrets_are_remembered(monkeypatch):
-    monkeypatch.setenv("MY_API_KEY", "hunter-22")
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "somewhere")
+    monkeypatch.setenv("MY_API_KEY", "hNt3r-2!2")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "s0m3wh3re")
     monkeypatch.setenv("NO_TOKEN", "true")
     remember_environment()
-    assert scrub("hunter-22 is true somewhere") == "*** is true somewhere"
+    assert scrub("/v1/hNt3r-2!2: true s0m3wh3re") == "/v1/***: true s0m3wh3re"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["sk-proj-9fK2mXq7Lw", "ghp_16C7e42F292c6912E7710c838347Ae178B4a", "P@ssw0rd!2024",
+     "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", "9f86d081884c7d659a2feaa0c55ad015",
+     "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"],
+)  # fmt: skip
+def test_tokens_and_generated_passwords_look_random(text):
+    assert looks_random(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["training", "outputs/", "a1b2", "hunter-22", "123456789012", "openai-community/gpt2",
+     "meta-llama/Llama-3.2-1B", "/home/me/.ssh/id_ed25519", "rlhf_exp.training.optim.WarmupDecay",
+     "outputs/run/2026-11-30_04-00-00-3f9a2c", "0_kl_coef=0.1,seed=2"],
+)  # fmt: skip
+def test_words_names_and_paths_do_not(text):
+    assert not looks_random(text)
+
+
+@pytest.fixture(scope="module")
+def default_config() -> dict:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return OmegaConf.to_container(hydra.compose("config"))
+
+
+def texts_of(config) -> set[str]:
+    """The texts in a configuration, keys included, and the words, names and paths in them."""
+    if isinstance(config, dict):
+        return texts_of([*config, *config.values()])
+    if isinstance(config, list):
+        return set().union(*map(texts_of, config))
+    if not isinstance(config, str):
+        return set()
+    return {config, *re.split(r"\W+", config), *re.split(r"[^\w/.-]+", config)}
+
+
+def test_a_variable_with_a_secrets_name_changes_nothing_in_a_configuration(
+    default_config, monkeypatch
+):
+    for number, text in enumerate(sorted(texts_of(default_config) | {"outputs/", "training"})):
+        monkeypatch.setenv(f"SERVICE_{number}_TOKEN", text)
+    remember_environment()
+    assert redact(default_config) == default_config
+    path = "outputs/run/2026-11-30_04-00-00-3f9a2c"
+    assert scrub(path) == path
+
+
+@pytest.mark.parametrize(
+    "password",
+    ["training", "reviews", "outputs", "outputs/", "rlhf_exp", "artifacts",
+     "rlhf_exp.training.optim.WarmupDecay", "reviews/2026"],
+)  # fmt: skip
+def test_a_weak_secret_takes_nothing_else_from_a_configuration(default_config, password):
+    config = {**default_config, "access": {"password": password}}
+    assert redact(config) == {**default_config, "access": {"password": REDACTED}}
+    path = "rlhf_exp/training of outputs/reviews/2026-11-30 in outputs/artifacts with "
+    assert scrub(path + password) == path + REDACTED
+    words = ["schedule._target_=rlhf_exp.training.optim.WarmupDecay", "task.name=reviews"]
+    assert redact_words([*words, f"+access.password={password}"]) == [
+        *words, f"+access.password={REDACTED}",
+    ]  # fmt: skip
+
+
+def test_names_that_are_secrets_names_by_chance_hide_no_parts():
+    config = {
+        "terms": {"monkey": {"weight": 2, "reward": {"_target_": "mine.Reward", "n": 3}}},
+        "prepare": {"tokens": {"stage": {"_target_": "mine.Stage"}, "seed": 3}},
+    }
+    assert redact(config) == config
+
+
+def test_a_value_that_repeats_a_secret_is_redacted_whole():
+    remember({"api_key": "hunter-2", "token": "hNt3r-2!2"})
+    assert redact_words(["+reward.auth='Bearer hunter-2'", "+a.url=http://h/xhNt3r-2!2/y"]) == [
+        f"+reward.auth={REDACTED}", f"+a.url={REDACTED}",
+    ]  # fmt: skip
+    assert redact_words(["task.path=data/hunter-2.csv"]) == ["task.path=data/hunter-2.csv"]
+    assert scrub("line\nhunter-2, 'hunter-2'.") == "line\n***, '***'."
 
 
 def test_a_secret_is_found_however_it_is_written():

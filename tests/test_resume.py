@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,17 @@ def test_a_run_whose_reward_failed_goes_on_bit_by_bit(tmp_path, command, referen
     assert "reward=function" in (broken / ".hydra" / "overrides.yaml").read_text()
 
 
+def test_a_run_has_its_agents_id_and_keeps_it(tmp_path, command, monkeypatch):
+    broken = tmp_path / "broken"
+    monkeypatch.setenv("WANDB_RUN_ID", "agent-07")
+    assert train(tmp_path, *command, f"hydra.run.dir={broken}").code == 2
+    assert (broken / "run_id.txt").read_text() == "agent-07\n"
+    monkeypatch.setenv("WANDB_RUN_ID", "another1")
+    (tmp_path / "mended").touch()
+    assert train(tmp_path, f"resume={broken}").code == 0
+    assert (broken / "run_id.txt").read_text() == "agent-07\n"
+
+
 def test_what_cannot_be_resumed_is_refused_and_nothing_changes(tmp_path, command):
     broken = tmp_path / "broken"
     assert train(tmp_path, *command, f"hydra.run.dir={broken}").code == 2
@@ -120,7 +132,7 @@ def test_what_cannot_be_resumed_is_refused_and_nothing_changes(tmp_path, command
     elsewhere = train(tmp_path, f"resume={broken}", f"hydra.run.dir={tmp_path / 'elsewhere'}")
     assert_refused(elsewhere, r"goes on in that folder: leave out hydra\.run\.dir")
     again = train(tmp_path, *command, f"hydra.run.dir={broken}")
-    assert_refused(again, r"holds a run already: go on with it by resume=\S*broken")
+    assert_refused(again, r"holds a run already: .* go on with it: .*resume=\S*broken")
     after = {p.relative_to(tmp_path): p.read_bytes() for p in broken.rglob("*") if p.is_file()}
     passing = {"train.log", ".lock"}
     assert {k: v for k, v in after.items() if k.name not in passing} == {
@@ -226,6 +238,19 @@ def test_a_run_whose_model_changed_is_not_resumed(tmp_path, command):
     )
 
 
+def test_a_run_goes_on_with_its_model_copied_anew(tmp_path, command):
+    broken, base = tmp_path / "broken", tmp_path / "base"
+    assert train(tmp_path, *command, f"hydra.run.dir={broken}").code == 2
+    base.rename(tmp_path / "old")
+    shutil.copytree(tmp_path / "old", base, copy_function=shutil.copyfile)
+    (base / "README.md").write_text("what this is")
+    (base / "latest").symlink_to("nowhere")
+    (tmp_path / "mended").touch()
+    resumed = train(tmp_path, f"resume={broken}")
+    assert (resumed.code, resumed.raised) == (0, None), resumed.out + resumed.err
+    assert untimed(broken / "metrics.jsonl")[-1]["phase"] == 5
+
+
 def test_scripts_sample_from_a_run_and_talk_to_it(tmp_path, command):
     (tmp_path / "mended").touch()
     folder = tmp_path / "run"
@@ -245,15 +270,25 @@ def test_scripts_sample_from_a_run_and_talk_to_it(tmp_path, command):
     assert talked.returncode == 0, talked.stderr
     assert len(talked.stdout.splitlines()) == 1
     assert "each line is continued" in talked.stderr
+    greedy, top_1 = (
+        call_script("sample.py", folder, "--prompt", "one", *words)
+        for words in (("--temperature", 0, "--gen-len", 5), ("--top-k", 1, "--gen-len", 5))
+    )
+    assert (greedy.returncode, greedy.stderr) == (0, "")
+    assert greedy.stdout == top_1.stdout
     for refused in (
         call_script("sample.py", tmp_path, "--prompt", "one"),
         call_script("sample.py", folder, "--prompt", "one", "--gen-len", 0),
-        call_script("sample.py", folder, "--prompt", "one", "--temperature", 0),
+        call_script("sample.py", folder, "--prompt", "one", "--temperature", -1),
         call_script("chat.py", tmp_path / "nowhere"),
     ):
         assert refused.returncode == 1
         assert refused.stderr.startswith("error: ")
         assert "Traceback" not in refused.stderr
+    cold = call_script("sample.py", folder, "--prompt", "one", "--temperature", -1)
+    assert cold.stderr.startswith(
+        "error: --temperature=-1.0: Input should be greater than or equal"
+    )
 
 
 def test_a_push_without_a_token_is_refused_before_anything_is_written(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import runpy
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from rlhf_exp import run
 from rlhf_exp.models.scratch import ScratchClassifier
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.reviews import Reviews
-from rlhf_exp.training.progress import line_log
+from rlhf_exp.training.progress import line_log, package_log
 from tests.builders import build_tokenizer, without_checks
 
 TRAIN = Path(run.CONF).parent / "train.py"
@@ -95,7 +96,7 @@ def one_thread() -> Iterator[None]:
 @contextlib.contextmanager
 def kept_logging() -> Iterator[None]:
     """Puts back what Hydra and the run do to the loggers, and closes their files."""
-    loggers = [logging.getLogger(), line_log, logging.getLogger("rlhf_exp.file")]
+    loggers = [logging.getLogger(), package_log, line_log, logging.getLogger("rlhf_exp.file")]
     before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
     try:
         yield
@@ -138,6 +139,19 @@ def assert_refused(outcome: Outcome, *messages: str) -> None:
             [r"^error: stage\.kl_ceof: no such key\. Did you mean stage\.kl_coef\?"],
         ),
         ("kl_coef=1", [r"kl_coef: no such key.* Did you mean stage\.kl_coef\?"]),
+        (
+            "schedule=constant schedule.warmup_steps=3",
+            [
+                r"^error: schedule\.warmup_steps: no such key\. The chosen schedule does not have"
+                r" it; these do: schedule=cosine, schedule=warmup_decay$"
+            ],
+        ),
+        (
+            "-m schedule=constant,warmup_decay schedule.warmup_steps=1",
+            [r"warmup_steps: no such key\. The chosen schedule does not .*\n  in job 0 \(schedule"],
+        ),
+        ("model=gpt2 model.num_layers=2", [r"these do: model=series, model=small, model=tiny"]),
+        ("schedule.warmup_step=3", [r"no such key\. Did you mean schedule\.warmup_steps\?$"]),
         ("zzzzz=1", [r"zzzzz: no such key", r"python train\.py --cfg job"]),
         ("stag=ppo", [r"stag: no such key.* Did you mean stage\?"]),
         (
@@ -151,7 +165,12 @@ def assert_refused(outcome: Outcome, *messages: str) -> None:
         ("model=3", [r"^error: model=3: a group takes an option's name"]),
         ("logger.tags={a:1}", [r"^error: logger\.tags: Cannot merge DictConfig with ListConfig$"]),
         ("stage.kl_coef=0.1,0.2", ["Ambiguous value", "--multirun"]),
-        ("stage.kl_coef=[1", ["error: no viable alternative"]),
+        ("stage.kl_coef=[1", ["error: .* no viable alternative", "'stage.kl_coef=\"\[1\"'$"]),
+        (
+            "task.prefix=#tag",
+            ["^error: task.prefix=#tag cannot be read", "'task.prefix=\"#tag\"'$"],
+        ),
+        ("seed=1\r", [r"^error: 'seed=1\\r' ends with a carriage return"]),
         ("--cfg job -m", ["Only one of"]),
         ("-m stage.kl_coef=0.1,0.2 experiment=revews", ["Did you mean experiment=reviews"]),
     ],
@@ -168,6 +187,50 @@ def test_a_name_leads_nowhere_else(tmp_path):
     for words in (["name=../../elsewhere"], ["-m", "name=a/../../../elsewhere", "seed=1,2"]):
         assert_refused(train(tmp_path, *words), r"name: outputs/\S+ leads elsewhere; use letters")
     assert written(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "name={long}",
+            r"^error: name: a folder's name has at most 255 bytes, not 300: shorten it$",
+        ),
+        (
+            "-m name={long} seed=1,2",
+            r"^error: name: a folder's name has at most 255 bytes, not 300",
+        ),
+        ("name='é{long}'", r"^error: name: a folder's name has at most 255 bytes, not 302"),
+        (
+            "hydra.run.dir={long}",
+            r"^error: {long}: File name too long: shorten it$",
+        ),
+        (
+            "-m hydra.sweep.dir={long} seed=1,2",
+            r"^error: {long}\S*: File name too long: shorten it$",
+        ),
+        (
+            "hydra.run.dir={deep}",
+            r"^error: hydra\.run\.dir: its path has \d+ bytes, more than the \d+",
+        ),
+        ("-m hydra.sweep.dir={deep} seed=1,2", r"its path has \d+ bytes, more than the \d+ that"),
+        (
+            "artifacts_dir={long} experiment=reviews",
+            r"^error: {long}/\S+: File name too long",
+        ),
+        ("task=dataset task.path={long}", r"^error: {long}: File name too long: shorten it$"),
+        ("resume={long}", r"^error: resume={long}: no run's folder"),
+        (
+            "reward=function reward.function={long}.py:f",
+            r"^error: .*{long}\.py: File name too long",
+        ),
+    ],
+)
+def test_a_name_that_is_too_long_for_the_disk_is_refused(tmp_path, words, message):
+    names = {"long": "n" * 300, "deep": "/".join(["d" * 200] * 19)}
+    small = () if "experiment=" in words else TINY
+    outcome = train(tmp_path, *words.format(**names).split(" "), *small)
+    assert_refused(outcome, "(?m)" + message.format(**names))
 
 
 # --- what the run refuses before anything is loaded: only the log is written ---
@@ -210,6 +273,10 @@ REFUSED = {
             r"sampler\.top_p=0: .* greater than 0",
             r"prepare\.base\.stage\.epochs=0: .* greater than or equal to 1",
         ],
+    ),
+    "a clip that never clips from below": (
+        "stage.clip_coef=2",
+        [r"stage\.clip_coef=2: .* less than 1"],
     ),
     "nan": ("stage.kl_coef=nan optimizer.eps=inf", [r"stage\.kl_coef=nan", r"optimizer\.eps=inf"]),
     "a bool": ("stage.gamma=true optimizer.beta1=false", [r"gamma=True", r"beta1=False"]),
@@ -282,6 +349,9 @@ REFUSED = {
          r"optimizer: _convert_ is", r"sampler: _partial_ is"],
     ),
     "no such target": ("stage._target_=rlhf_exp.stages.ppo.Foo", [r"stage: Error locating target"]),
+    "an interpolation that is a text": (
+        r"~experiment reward.character='a\${b}'", [r"character='a\$\{b\}': .* at most 1 char"],
+    ),
     "a dangerous target that is allowed": (
         "allow_targets=[os] reward._target_=os.system",
         [r"reward: Target 'os.system' is blocklisted"],
@@ -308,6 +378,14 @@ def test_a_bad_value_is_refused_by_name_before_anything_is_loaded(
     assert written(tmp_path) == []
 
 
+def test_a_malformed_address_of_the_hub_is_refused_even_if_nothing_is_loaded_from_it(
+    tmp_path, monkeypatch, config_of
+):
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example:bad")
+    with pytest.raises(ConfigError, match=r"^HF_ENDPOINT=https://hub\.example:bad is not a URL"):
+        run.execute(config_of(*TINY), tmp_path / "run")
+
+
 # --- what shows when the parts are loaded ---
 
 
@@ -323,7 +401,7 @@ def test_a_bad_value_is_refused_by_name_before_anything_is_loaded(
     ],
 )
 def test_what_cannot_be_loaded_is_refused_by_name(tmp_path, arguments, message):
-    saved = tmp_path / "classifier"
+    saved = tmp_path / "classifier=1,#2"
     model = ScratchClassifier(d_model=16, num_heads=2).classifier(
         build_tokenizer(), ("positive", "meh"), seed=0
     )
@@ -363,6 +441,15 @@ class Broken(TextReward):
 
 
 Broken_seen = []
+
+
+@settings
+class Forcing(TextReward):
+    def score(self, text):
+        import logging
+
+        logging.basicConfig(force=True)
+        return 0.0
 
 
 @settings
@@ -495,6 +582,31 @@ def test_on_a_terminal_the_lines_of_the_phases_are_in_the_log_alone(tmp_path):
     assert "evaluation at phase 2" in outcome.out
 
 
+@pytest.mark.parametrize("option", ["none", "disabled", "stdout"])
+def test_the_log_is_written_whatever_hydra_logs(tmp_path, option):
+    outcome = train(tmp_path, *TINY, f"hydra/job_logging={option}", "hydra.run.dir=run")
+    assert (outcome.code, outcome.raised) == (0, None)
+    assert "INFO] run folder: run" in (tmp_path / "run" / "train.log").read_text()
+    words = [*TINY, f"hydra/job_logging={option}", "hydra.run.dir=bad", "stage.kl_coef=-1"]
+    bad = train(tmp_path, *words)
+    assert_refused(bad, r"error: stage\.kl_coef=-1")
+    assert "kl_coef=-1" in (tmp_path / "bad" / "train.log").read_text()
+
+
+def test_a_sweep_needs_none_of_hydras_logs(tmp_path):
+    outcome = train(tmp_path, "-m", *TINY, "hydra/job_logging=none", "hydra.sweep.dir=sweep")
+    assert (outcome.code, outcome.raised) == (0, None), outcome.out
+    [log] = tmp_path.glob("sweep/*/train.log")
+    assert log.read_text().count("INFO] run folder: ") == 1
+
+
+def test_a_reward_that_sets_up_logging_anew_ends_no_log(tmp_path, my_rewards):
+    outcome = train(tmp_path, *own(my_rewards, "Forcing"))
+    assert (outcome.code, outcome.raised) == (0, None)
+    assert "INFO] run folder: " in (run_folder(tmp_path) / "train.log").read_text()
+    assert "run folder: " in outcome.out
+
+
 # --- pieces ---
 
 
@@ -526,6 +638,34 @@ def test_full_errors_are_there_for_the_asking(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "stage.kl_ceof=1"])
     with pytest.raises(hydra.errors.ConfigCompositionException):
         runpy.run_path(str(TRAIN), run_name="__main__")
+
+
+def test_full_errors_leave_a_command_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setitem(OFFLINE, "HYDRA_FULL_ERROR", "1")
+    outcome = train(tmp_path, *TINY, "--dry-run")
+    assert (outcome.code, outcome.raised) == (0, None)
+    assert "all is well" in outcome.out
+
+
+def test_a_run_goes_on_with_the_command_that_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUPYTER_TOKEN", "training")
+    monkeypatch.setenv("KEYWORD", "great")
+    keywords = r'reward.keywords=["costs \${x}","${oc.env:KEYWORD}","${task.prefix}"]'
+    words = [*TINY, "reward=keyword", keywords, "hydra.run.dir=my runs/0_kl_coef=0.1,#2"]
+    assert train(tmp_path, *words).code == 0
+    again = train(tmp_path, *words)
+    assert_refused(again, "holds a run already: go on with it with python train.py ")
+    shown = re.search(r"python train\.py (.*), or name", again.out)[1]
+    monkeypatch.setenv("JUPYTER_TOKEN", "none")
+    for full_error, phases in (("", 3), ("1", 4)):
+        monkeypatch.setitem(OFFLINE, "HYDRA_FULL_ERROR", full_error)
+        outcome = train(tmp_path, *shlex.split(shown), f"stage.total_phases={phases}")
+        assert (outcome.code, outcome.raised) == (0, None), outcome.out + outcome.err
+        assert f"phase {phases}/{phases}" in outcome.out
+    folder = tmp_path / "my runs" / "0_kl_coef=0.1,#2"
+    resolved = json.loads((folder / "resolved_config.json").read_text())
+    prompt = resolved["task"]["prefix"]
+    assert resolved["reward"]["keywords"] == ["costs ${x}", "great", prompt]
 
 
 def test_all_that_is_missing_is_named(config_of):
@@ -564,9 +704,72 @@ def test_a_part_that_the_stage_does_not_take_is_refused(tmp_path, word):
     assert_refused(outcome, rf"{part}: SFT takes none, so that it would be ignored: leave {part}=")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["hydra.run.dir={long}"], r"the name of the run's folder has 140 characters"),
+        (["-m", "hydra.sweep.dir={long}"], r"the name of the sweep's folder has 140 characters"),
+    ],
+)
+def test_a_folder_too_long_for_wandb_is_refused_before_anything_is_loaded(tmp_path, words, message):
+    outcome = train(
+        tmp_path, *(word.format(long="a" * 140) for word in words), *TINY, "logger.mode=offline"
+    )
+    assert outcome.code == 2
+    assert re.search(message, outcome.err + outcome.out)
+    assert "phase" not in outcome.out
+
+
 def test_a_push_is_of_one_run(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     pushed = ["hub.push=true", "hub.repo=me/model"]
     sweep = train(tmp_path, "-m", *TINY, *pushed, "seed=1,2")
     assert_refused(sweep, r"the jobs of a sweep would overwrite it: set hub\.push=false")
     assert_refused(train(tmp_path, "until=base", *pushed), r"and until=base ends before: set hub")
+
+
+WANDERING = """
+import os, tempfile
+{at_import}
+def f(completions, **_):
+    {in_call}
+    return [float(len(text)) for text in completions]
+"""
+WANDERS = "os.chdir(tempfile.mkdtemp(dir='{away}'))"
+
+
+@pytest.mark.parametrize("when", ["at_import", "in_call"])
+def test_a_reward_that_changes_the_folder_scatters_nothing(tmp_path, when):
+    here, away = tmp_path / "here", tmp_path / "away"
+    here.mkdir()
+    away.mkdir()
+    lines = {"at_import": "", "in_call": "", when: WANDERS.format(away=away)}
+    (here / "rewards.py").write_text(WANDERING.format(**lines))
+    words = ["reward=function", "reward.function=rewards.py:f", "logger=local"]
+    done = train(here, *TINY, *words, "stage.checkpoint_every=1")
+    assert done.code == 0, done.lines
+    folder = run_folder(here)
+    assert json.loads((folder / "status.json").read_text())["status"] == "done"
+    assert {"model/README.md", "curves.png", "result.json"} <= {*written(folder)}
+    assert f"run folder: {folder.relative_to(here)}" in done.out
+    assert [*away.iterdir()]
+    assert written(away) == []
+
+
+INFINITE = """
+def f(completions, **_):
+    return [3e38 for _ in completions]
+"""
+
+
+def test_a_run_whose_mean_score_is_infinite_ends_as_others_do(tmp_path):
+    (tmp_path / "rewards.py").write_text(INFINITE)
+    words = ["reward=function", "reward.function=rewards.py:f", "logger=local"]
+    done = train(tmp_path, *TINY, *words)
+    assert done.code == 0, done.lines
+    folder = run_folder(tmp_path)
+    assert json.loads((folder / "status.json").read_text())["status"] == "done"
+    assert json.loads((folder / "result.json").read_text())["after"]["eval/score"] is None
+    assert "after:  score not finite  kl " in done.out
+    assert "| `eval/score` | not finite | not finite |" in (folder / "model/README.md").read_text()
+    assert "the table of samples failed" not in done.out

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,22 @@ class Extend:
         return {"after": {}, "seconds": {}}
 
 
+@dataclass(frozen=True)
+class Wander:
+    """A stage whose reward changes the folder of the process before the stage writes its model."""
+
+    to: str
+
+    def check(self, *, task: Lines) -> list[str]:
+        return []
+
+    def run(self, context: Context, *, task: Lines) -> dict[str, Any]:
+        os.chdir(self.to)
+        return Write().run(context, task=Lines(path=str(Path(self.to).parent / "lines")))
+
+
 KINDS = {
+    "wander": Wander,
     "write": Write,
     "extend": Extend,
     "count": Count,
@@ -364,6 +380,17 @@ def test_figures_of_the_steps_are_copied_under_the_steps_names(tmp_path):
         "more_loss.png": "more loss.png",
         "more_held_out.png": "more held_out.png",
     }
+
+
+def test_a_step_that_changes_the_folder_scatters_nothing(steps, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    away = tmp_path / "away"
+    away.mkdir()
+    steps["prepare"]["base"]["stage"] = {"kind": "wander", "to": str(away)}
+    folders = made(steps, Path("artifacts"))
+    assert Path.cwd() == tmp_path
+    assert {name: (Path(folder) / "model" / "out").is_file() for name, folder in folders.items()}
+    assert not [*away.iterdir()]
 
 
 def test_what_a_step_measured_is_said_again_only_when_it_is_reused(steps, tmp_path, caplog):

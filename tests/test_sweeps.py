@@ -249,6 +249,22 @@ def test_what_makes_no_other_job_is_not_swept(tmp_path):
             r"stage\.kl_coef: an interval is for a search; add hydra/sweeper=",
         ),
         (["sweep=search", "hydra.sweeper.sampler=tpee"], r"hydra\.sweeper\.sampler=tpee: use tpe"),
+        (
+            ["sweep=search", "hydra.sweeper.maximize=[eval/scoer]"],
+            r"hydra\.sweeper: eval/scoer is no metric of these runs; they have: .*, eval/score\n",
+        ),
+        (
+            ["sweep=search", "until=sft"],
+            r"until=sft: a search needs results of whole runs: leave it out",
+        ),
+        (
+            ["sweep=search", "hydra.sweeper.minimize=[eval/kl,eval/score]"],
+            r"eval/score: it is in hydra\.sweeper\.maximize and in minimize",
+        ),
+        (
+            ["hydra/sweeper=search", "stage.kl_coef=interval(1,0.1)"],
+            r"stage\.kl_coef: interval\(1,0\.1\) ends below its beginning: write interval",
+        ),
         (["sweep=search", "hydra.sweeper.n_trials=0"], r"hydra\.sweeper\.n_trials=0: it must be 1"),
         (["hydra.sweeper.max_batch_size=-1"], r"hydra\.sweeper\.max_batch_size=-1: it must be 1"),
     ],
@@ -258,6 +274,32 @@ def test_a_sweep_that_cannot_be_is_refused(tmp_path, words, message):
     assert (outcome.code, outcome.raised) == (2, None)
     assert re.search(message, outcome.err), outcome.err
     assert_refused(train(tmp_path, *TINY, "skip_completed=true"), r"is for sweeps: add -m")
+
+
+@pytest.mark.parametrize(
+    ("lines", "part"),
+    [
+        (
+            "defaults: [{override /hydra/launcher: joblib}]\nhydra: {launcher: {n_jobs: 2}}",
+            "launcher",
+        ),
+        ("hydra: {sweeper: {params: {stage.kl_coef: '0.1,1'}}}", "sweeper"),
+        ("hydra: {sweep: {dir: elsewhere}}", "sweep"),
+    ],
+)
+def test_what_is_the_whole_sweeps_is_not_taken_from_a_swept_experiment(tmp_path, lines, part):
+    folder = tmp_path / "configs" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "plain.yaml").write_text("# @package _global_\n")
+    (folder / "own.yaml").write_text(f"# @package _global_\n{lines}\n")
+    small = [word for word in TINY if not word.startswith(("~", "model."))]
+    words = ["--config-dir", str(folder.parent), "-m", *small, "--dry-run"]
+    outcome = train(tmp_path, *words, "experiment=plain,own")
+    assert_refused(
+        outcome, rf"hydra\.{part} is of the whole sweep.*\n  in job 1 \(experiment=own\)"
+    )
+    alone = train(tmp_path, *words, "experiment=own", "seed=1,2")
+    assert (alone.code, alone.raised) == (0, None), alone.out + alone.err
 
 
 def test_a_folder_holds_one_sweep(tmp_path):

@@ -72,6 +72,8 @@ def test_what_it_maximizes_is_logged() -> None:
 def test_the_runs_of_a_sweep_lie_in_one_folder_and_are_told_apart(tmp_path: Path) -> None:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     environment = {**kept, **OFFLINE, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    # As under an agent whose program is a sweep of Hydra: its one id cannot be that of every job.
+    environment |= {"WANDB_SWEEP_ID": "sweep123", "WANDB_RUN_ID": "agent-07"}
     done = subprocess.run(
         [sys.executable, str(TRAIN), "-m", "seed=1,2", "stage.histograms_every=1", *TINY],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False,
@@ -91,3 +93,5 @@ def test_the_runs_of_a_sweep_lie_in_one_folder_and_are_told_apart(tmp_path: Path
         assert summary["summary"]["phase"] == 2
         assert summary["summary"]["samples"]["nrows"] == 8
         assert sum(summary["summary"]["histogram/ratio"]["values"]) == 8 * 6
+        own = (sweep / summary["name"] / "run_id.txt").read_text()
+        assert summary["run_id"] == own.strip() != "agent-07"

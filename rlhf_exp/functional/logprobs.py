@@ -97,3 +97,22 @@ def _expectation(
     # They are found by the probability, which underflows where its logarithm is still finite.
     probs = logprobs.exp()
     return (probs * masked_fill_zero(x, probs != 0)).sum(dim=-1)
+
+
+# The largest difference of logits, relative to them, that rounding explains.
+ROUNDING = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def logits_agree(
+    found: Float[Tensor, "*axes vocab"],
+    expected: Float[Tensor, "*axes vocab"],
+    *,
+    dtype: torch.dtype,
+) -> bool:
+    """Whether logits give the expected distributions but for the rounding of a model in `dtype`:
+    |found - expected| <= tolerance |expected| at each position, both centred over the vocabulary,
+    since a constant added to all logits changes no probability."""
+    tolerance = ROUNDING[dtype]
+    found, expected = (x.float() - x.float().mean(dim=-1, keepdim=True) for x in (found, expected))
+    error = (found - expected).norm(dim=-1)
+    return bool((error <= tolerance * expected.norm(dim=-1)).all())

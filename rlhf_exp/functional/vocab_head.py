@@ -1,8 +1,9 @@
 """Log-probabilities, entropy and exact KL straight from final hidden states, without the logits.
 
-Knows unembedding matrices, not models. The vocabulary is walked tile by tile in the forward pass
-and again in the backward pass, so that no [positions, vocab] tensor is ever whole (but of a
-vocabulary of one tile); the textbook form in `logprobs` is what it is held against.
+This is the one place that turns final hidden states into logits. It knows unembedding matrices, not
+models. The vocabulary is walked tile by tile in the forward pass and again in the backward pass, so
+that no [positions, vocab] tensor is ever whole (but of a vocabulary of one tile); the textbook form
+in `logprobs` is what it is held against.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 # Numbers in a tile of logits: few enough for a processor's cache, enough to keep a GPU busy.
 CPU_TILE, GPU_TILE = 2**18, 2**27
@@ -36,13 +38,32 @@ class RolloutStatistics(NamedTuple):
 
 
 class Head(NamedTuple):
-    """An unembedding: logits = hidden @ weight.T + bias. The gradient of `weight` is added to
-    `gradient` if that is given, in place of being returned to autograd: at large vocabularies a
-    second matrix of that size costs more than computing it."""
+    """An unembedding: logits = scale (hidden @ weight.T + bias), and with a soft cap
+    cap tanh(logits / cap). The gradient of `weight` is added to `gradient` if that is given, in
+    place of being returned to autograd: at large vocabularies a second matrix of that size costs
+    more than computing it."""
 
     weight: Float[Tensor, "vocab d_model"]
     bias: Float[Tensor, " vocab"] | None = None
     gradient: Float[Tensor, "vocab d_model"] | None = None
+    scale: float = 1.0
+    cap: float | None = None
+
+    def divisor(self, temperature: float) -> float:
+        """What hidden states and bias are divided by before they are multiplied and added. A
+        temperature divides capped logits only after the cap."""
+        return (temperature if self.cap is None else 1.0) / self.scale
+
+    def soft_cap(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
+        """Final logits / temperature, from hidden states divided by `divisor` and unembedded."""
+        if self.cap is None:
+            return logits
+        return torch.tanh(logits / self.cap) * (self.cap / temperature)
+
+    def slope(self, logits: Tensor, temperature: float) -> Tensor:
+        """The derivative of `soft_cap` where it returns `logits`. Only for a head with a cap."""
+        assert self.cap is not None
+        return (1 - (logits * (temperature / self.cap)).square()) / temperature
 
 
 def token_statistics(
@@ -88,8 +109,18 @@ def head_logits(
     low = low_precision(hidden)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         rows = hidden.reshape(-1, hidden.shape[-1])
-        logits = _logits(rows.to(_wide(rows)), head, slice(None), 1.0, low)
+        logits = _logits(_divided(rows, head, 1.0), head, slice(None), 1.0, low)
     return logits.view(*hidden.shape[:-1], -1)
+
+
+def unembed(hidden: Float[Tensor, "*axes d_model"], head: Head) -> Float[Tensor, "*axes vocab"]:
+    """All logits at once, fp32 (float64 for float64 input) whatever autocast says; with
+    gradients."""
+    wide = _wide(hidden)
+    bias = None if head.bias is None else head.bias.to(wide)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = F.linear(hidden.to(wide), head.weight.to(wide), bias)
+    return head.soft_cap(logits if head.scale == 1 else logits * head.scale)
 
 
 def low_precision(like: Tensor) -> torch.dtype | None:
@@ -129,6 +160,12 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _divided(hidden: Tensor, head: Head, temperature: float) -> Tensor:
+    divisor = head.divisor(temperature)
+    wide = hidden.to(_wide(hidden))
+    return wide if divisor == 1 else wide / divisor
+
+
 def _tiles(weight: Tensor, rows: int) -> Iterator[slice]:
     size = GPU_TILE if weight.is_cuda else CPU_TILE
     step = max(NARROWEST_TILE, size // max(1, rows))
@@ -148,15 +185,16 @@ def _product(a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor:
 def _logits(
     scaled: Tensor, head: Head, tile: slice, temperature: float, low: torch.dtype | None
 ) -> Tensor:
-    """Logits / temperature of the tile's tokens, from hidden states divided by it."""
+    """Logits / temperature of the tile's tokens, from hidden states divided by the head's
+    divisor."""
     weight = head.weight[tile]
     if scaled.is_cuda and low is not None:
         logits = _product(scaled, weight.t(), low)
     else:  # a logit rounded to bf16 would be off by up to a quarter where GPT-2's are: around -100
         logits = scaled @ weight.to(scaled.dtype).t()
     if head.bias is not None:
-        logits += head.bias[tile].to(logits.dtype) / temperature
-    return logits
+        logits += head.bias[tile].to(logits.dtype) / head.divisor(temperature)
+    return head.soft_cap(logits, temperature)
 
 
 def _target_logits(
@@ -167,7 +205,9 @@ def _target_logits(
         scaled, weight = scaled.to(low), weight.to(low)
     wide = _wide(scaled)
     logits = torch.linalg.vecdot(scaled.to(wide), weight.to(wide))
-    return logits if head.bias is None else logits + head.bias[tokens] / temperature
+    if head.bias is not None:
+        logits = logits + head.bias[tokens] / head.divisor(temperature)
+    return head.soft_cap(logits, temperature)
 
 
 class _LogSumExp:
@@ -216,12 +256,12 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, sink: Tensor | None,
-        tokens: Tensor, ref_hidden: Tensor, ref_head: Head, temperature: float,
-        low: torch.dtype | None,
+        scale: float, cap: float | None, tokens: Tensor, ref_hidden: Tensor, ref_head: Head,
+        temperature: float, low: torch.dtype | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        head = Head(weight, bias)
-        scaled = hidden.to(_wide(hidden)) / temperature
-        ref_scaled = ref_hidden.to(scaled.dtype) / temperature
+        head = Head(weight, bias, None, scale, cap)
+        scaled = _divided(hidden, head, temperature)
+        ref_scaled = _divided(ref_hidden.to(scaled.dtype), ref_head, temperature)
         own, ref = _LogSumExp(scaled), _LogSumExp(ref_scaled)
         for tile in _tiles(weight, len(hidden)):
             logits = _logits(scaled, head, tile, temperature, low)
@@ -249,6 +289,7 @@ class _TokenStatistics(torch.autograd.Function):
             lse, ref_lse, entropy, kl, *kept,
         )  # fmt: skip
         ctx.temperature, ctx.low, ctx.sink = temperature, low, sink
+        ctx.shapes = (scale, cap), (ref_head.scale, ref_head.cap)
         return logprobs, entropy, kl, ref_logprobs
 
     @staticmethod
@@ -260,9 +301,12 @@ class _TokenStatistics(torch.autograd.Function):
         by_logprob, by_entropy, by_kl = (g[:, None] for g in gradients[:3])
         factor = by_kl - by_entropy
         offset = -by_logprob - by_entropy * entropy[:, None] - by_kl * kl[:, None]
-        head, ref_head = Head(weight, bias), Head(ref_weight, ref_bias)
-        scaled = hidden.to(_wide(hidden)) / temperature
-        ref_scaled = ref_hidden.to(scaled.dtype) / temperature
+        own_shape, ref_shape = ctx.shapes
+        head = Head(weight, bias, None, *own_shape)
+        ref_head = Head(ref_weight, ref_bias, None, *ref_shape)
+        divisor = head.divisor(temperature)
+        scaled = _divided(hidden, head, temperature)
+        ref_scaled = _divided(ref_hidden.to(scaled.dtype), ref_head, temperature)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         for_hidden = torch.zeros_like(scaled) if wants_hidden else None
         for_weight = ctx.sink
@@ -279,19 +323,24 @@ class _TokenStatistics(torch.autograd.Function):
             probs = logprobs.exp()
             step = ref_logprobs * -by_kl
             step.addcmul_(logprobs, factor).add_(offset).mul_(probs)
+            if head.cap is not None:
+                step *= head.slope(logprobs + lse[:, None], temperature)
             if for_hidden is not None:
                 for_hidden += _product(step, weight[tile].to(step.dtype), low)
             if for_weight is not None:
                 for_weight[tile] += _product(step.t(), scaled, low)
             if for_bias is not None:
-                for_bias[tile] = step.sum(dim=0) / temperature
+                for_bias[tile] = step.sum(dim=0) / divisor
+        if head.cap is not None:
+            target_logits = _target_logits(scaled, head, tokens, temperature, low)
+            by_logprob = by_logprob * head.slope(target_logits, temperature)[:, None]
         if for_hidden is not None:
             for_hidden += by_logprob * weight[tokens].to(for_hidden.dtype)
-            for_hidden = (for_hidden / temperature).to(hidden.dtype)
+            for_hidden = (for_hidden / divisor).to(hidden.dtype)
         if for_weight is not None:
             for_weight.index_add_(0, tokens, (by_logprob * scaled).to(for_weight.dtype))
         if for_bias is not None:
-            for_bias.index_add_(0, tokens, by_logprob[:, 0].to(for_bias.dtype) / temperature)
+            for_bias.index_add_(0, tokens, by_logprob[:, 0].to(for_bias.dtype) / divisor)
         if ctx.sink is not None:
             for_weight = None
-        return for_hidden, for_weight, for_bias, *([None] * 6)
+        return for_hidden, for_weight, for_bias, *([None] * 8)

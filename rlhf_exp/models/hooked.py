@@ -15,7 +15,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from rlhf_exp.functional.logprobs import logits_agree
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase, TransformerBridge
+from rlhf_exp.settings import ConfigError
 
 T = TypeVar("T")
 
@@ -30,10 +32,30 @@ def boot_bridge(
     """A TransformerBridge that shares the model's tensors and leaves the model itself untouched.
 
     Where the architecture's adapter copies weights (GPT-NeoX) the copies are of this moment: after
-    a further optimizer step boot another one.
+    a further optimizer step boot another one. Raises ConfigError for an architecture that
+    TransformerLens does not know, and where its logits are not the model's.
     """
     shared = {id(t): t for t in (*language_model.parameters(), *language_model.buffers())}
-    return _boot(copy.deepcopy(language_model, shared), tokenizer)
+    name = type(language_model).__name__
+    tokens = torch.arange(min(8, len(tokenizer)), device=language_model.device)[None]
+    try:
+        bridge = _boot(copy.deepcopy(language_model, shared), tokenizer)
+        with torch.no_grad():
+            logits = bridge(tokens, return_type="logits")
+    except Exception as error:  # each adapter fails in its own way
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise ConfigError(
+            f"TransformerLens cannot open {name}: {reason}\nuse model.engine=fast, and the plain"
+            " module in place of policy.hooked()"
+        ) from error
+    with torch.no_grad():
+        expected = language_model(input_ids=tokens, use_cache=False).logits
+    if not logits_agree(logits, expected, dtype=language_model.dtype):
+        raise ConfigError(
+            f"TransformerLens computes something else than transformers for this {name}: use"
+            " model.engine=fast, and the plain module in place of policy.hooked()"
+        )
+    return bridge
 
 
 def _boot(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformerBridge:
@@ -121,7 +143,7 @@ def _find_sources(
 
     Found by booting a bridge over a copy whose weights are numbered consecutively, so it holds for
     any adapter that only selects and permutes. Needs 8 bytes a weight for a moment. Raises
-    ValueError for an adapter that computes something else.
+    ConfigError for an adapter that computes something else.
     """
     model_ids = {id(p) for p in language_model.parameters()}
     own = [name for name, p in caller.named_parameters() if id(p) not in model_ids]
@@ -144,7 +166,7 @@ def _find_sources(
         index = (ids - offset).long()
         size = language_model.get_parameter(source).numel()
         if not (torch.equal(index + offset, ids) and 0 <= index.min() <= index.max() < size):
-            raise ValueError(
+            raise ConfigError(
                 f"model.engine=hooked: TransformerLens computes {name} from several weights of"
                 f" {type(language_model).__name__}; use model.engine=fast for this architecture"
             )

@@ -4,9 +4,13 @@ It knows where models lie and what goes wrong with them: every failure is a Conf
 the model and the fix.
 """
 
+import functools
 import hashlib
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -14,18 +18,32 @@ from typing import Any
 from safetensors import SafetensorError
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
-from rlhf_exp.network import hub_url, reachable
+from rlhf_exp.lfs import refuse_lfs_pointer
+from rlhf_exp.network import hub_responds, hub_url
 from rlhf_exp.settings import ConfigError
+
+# Of these transformers loads the first that is there.
+WEIGHTS = (
+    "model.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+# What else is loaded: configurations, the tokenizer, and this package's heads.
+LOADED = (
+    "config.json", "generation_config.json", "*token*.json", "vocab*", "merges.txt", "*.model",
+    "*.tiktoken", "*.jinja", "value_head.safetensors", "reward_head.*",
+)  # fmt: skip
 
 
 def locate_model(name: str, *, field: str = "model.base_model") -> str:
-    """Where transformers shall load `name` from: the directory itself, the `model/` of a run's
-    folder, or the name unchanged if it can only be a hub's. Raises ConfigError for a directory
-    without a model and for a path that does not exist."""
-    path = Path(name).expanduser()
+    """Where transformers shall load `name` from: the absolute path of the directory itself or of
+    the `model/` of a run's folder, or the name unchanged if it can only be a hub's. Raises
+    ConfigError for a directory without a model and for a path that does not exist."""
+    # Absolute, since tokenizers read some of their files again when they are saved.
+    path = Path(name).expanduser().absolute()
     if path.is_dir():
         for candidate in (path, path / "model"):
-            if (candidate / "config.json").is_file():
+            if os.path.lexists(candidate / "config.json"):
+                _refuse_placeholders(candidate, field, name)
                 return str(candidate)
         if (path / "adapter_config.json").is_file():
             raise ConfigError(
@@ -123,14 +141,25 @@ def _explained(loader: str, source: str, field: str, name: str) -> Iterator[bool
             f"{field}={name!r} cannot be loaded: its weights are a pickle that would run code; save"
             " it anew as safetensors where you trust it"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except _load_errors() as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         fix = _fix(str(error), loader, source, field.partition(".")[0], offline=local_only)
         raise ConfigError(f"{field}={name!r} cannot be loaded: {fix}.\n  {reason}") from error
 
 
+def _load_errors() -> tuple[type[Exception], ...]:
+    """What `from_pretrained` raises for a model that cannot be loaded. The hub's client lets errors
+    of its transport through, such as a connection that breaks."""
+    from huggingface_hub import errors
+
+    transport: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
+    return (
+        OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, transport,
+    )  # fmt: skip
+
+
 def _local_only(source: str) -> bool:
-    return Path(source).is_dir() or not reachable(hub_url())
+    return Path(source).is_dir() or not hub_responds()
 
 
 def _fix(error: str, loader: str, source: str, group: str, *, offline: bool) -> str:
@@ -148,12 +177,62 @@ def _fix(error: str, loader: str, source: str, group: str, *, offline: bool) -> 
 
 
 def directory_hash(path: str) -> str:
-    """A hash of names, sizes and times of the files below a directory, "" if it is none."""
+    """A SHA-256 of the names and contents of the files that a model is loaded from, "" if the path
+    is no directory. Other files, times and the directory's own name do not matter. Weights are read
+    whole, about 1.5 GB/s, once a process."""
     source = Path(path)
     if not source.is_dir():
         return ""
     digest = hashlib.sha256()
-    for file in sorted(source.rglob("*")):
+    for file in _loaded_files(source):
         stat = file.stat()
-        digest.update(f"{file.relative_to(source)} {stat.st_size} {stat.st_mtime_ns}".encode())
+        content = _file_hash(file.resolve(), stat.st_size, stat.st_mtime_ns)
+        digest.update(f"{file.relative_to(source)} {content}\n".encode())
     return digest.hexdigest()
+
+
+@functools.cache
+def _file_hash(file: Path, size: int, time_ns: int) -> str:
+    """The SHA-256 of a file, read again if its size or time is another."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _loaded_files(directory: Path) -> list[Path]:
+    """The files of a directory that a model and its tokenizer are loaded from, dangling links
+    included."""
+    patterns = (*LOADED, "*.py") if _brings_code(directory) else LOADED
+    names = {n for n in os.listdir(directory) if any(fnmatchcase(n, p) for p in patterns)}
+    return [directory / name for name in sorted({*names, *_weights(directory)})]
+
+
+def _weights(directory: Path) -> list[str]:
+    """The names of the files with weights that transformers picks, the index of shards first."""
+    for name in WEIGHTS:
+        path = directory / name
+        if not os.path.lexists(path):
+            continue
+        if path.suffix != ".json":
+            return [name]
+        try:
+            shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+            return [name, *(s for s in set(shards) if os.path.lexists(directory / s))]
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            return [name]  # the loader says what is wrong with it
+    return []
+
+
+def _brings_code(directory: Path) -> bool:
+    configs = (directory / "config.json", directory / "tokenizer_config.json")
+    return any(b'"auto_map"' in file.read_bytes() for file in configs if file.is_file())
+
+
+def _refuse_placeholders(directory: Path, field: str, name: str) -> None:
+    """Raises ConfigError for a link to nothing and for a Git LFS pointer in place of a file."""
+    for file in _loaded_files(directory):
+        if not file.exists():
+            raise ConfigError(
+                f"{field}={name!r}: {file.name} is a link to {file.readlink()}, which does not"
+                " exist: copy the file itself there"
+            )
+        refuse_lfs_pointer(file, field=field)

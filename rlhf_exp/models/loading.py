@@ -12,9 +12,9 @@ import torch
 from pydantic import model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
+from rlhf_exp.models.cache import config_context_len
 from rlhf_exp.models.hub import (
     directory_hash,
     find_file,
@@ -26,7 +26,12 @@ from rlhf_exp.models.hub import (
 )
 from rlhf_exp.models.kernels import install_kernels
 from rlhf_exp.models.lora import has_adapter
-from rlhf_exp.models.policy import Engine, TransformerWithValueHead, initialise_value_head
+from rlhf_exp.models.policy import (
+    Engine,
+    TransformerWithValueHead,
+    initialise_value_head,
+)
+from rlhf_exp.models.probing import check_hooked, probed
 from rlhf_exp.settings import ConfigError, Text, settings
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -102,7 +107,7 @@ class Pretrained:
         )
 
     def fingerprint(self) -> str:
-        """A hash of names, sizes and times of the directory's files, "" for a hub name."""
+        """A hash of the directory's files, "" for a hub name."""
         return directory_hash(locate_model(self.base_model))
 
     def value_head_path(self) -> Path | None:
@@ -141,7 +146,9 @@ def build_policy(
     is drawn with the seed."""
     language_model, tokenizer = model.language_model(make_tokenizer, seed=seed)
     policy = TransformerWithValueHead(language_model.to(device), tokenizer, engine=model.engine)
-    _check_taken_apart(policy)
+    probed(policy)
+    if policy.engine == "hooked":
+        check_hooked(policy)
     saved = model.value_head_path()
     if saved is not None:
         _load_value_head(policy, saved)
@@ -199,6 +206,7 @@ def load_language_model(
             f"{field}={name!r} holds an adapter: merge it into its base model with PEFT's"
             " merge_and_unload, and name what that saves"
         )
+    model = _text_part(model, field, name)
     tokenizer = load_tokenizer(
         name, revision=revision, field=field, trust_remote_code=trust_remote_code
     )
@@ -210,6 +218,32 @@ def load_language_model(
             f" only {model.config.vocab_size}; save the tokenizer that the model was trained with"
         )
     return model, tokenizer
+
+
+def _text_part(model: PreTrainedModel, field: str, name: str) -> PreTrainedModel:
+    """Of a model that reads images or sound too, what reads and writes text, as the causal language
+    model that it is; any other model itself. It takes over the modules, so nothing is copied."""
+    from transformers import AutoModelForCausalLM
+
+    config = model.config.get_text_config()
+    if config is model.config:
+        return model
+    decoder = model.get_decoder()
+    try:
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(config)
+    except ValueError:  # there is no class for it
+        plain = None
+    if plain is None or type(plain.base_model) is not type(decoder):
+        raise ConfigError(
+            f"{field}={name!r}: {type(model).__name__} reads more than text, and its text part"
+            " cannot be taken out; name a language model"
+        )
+    setattr(plain, plain.base_model_prefix, decoder)
+    plain.set_output_embeddings(model.get_output_embeddings())
+    plain.generation_config = model.generation_config
+    plain.name_or_path = model.name_or_path
+    return plain.eval()
 
 
 def load_tokenizer(
@@ -245,7 +279,7 @@ def load_context_len(name: str, *, field: str = "model.base_model") -> int:
     from transformers import AutoConfig
 
     config = from_pretrained(AutoConfig, locate_model(name, field=field), field, name)
-    return int(config.max_position_embeddings)
+    return config_context_len(config.get_text_config(), name)
 
 
 def load_classifier(
@@ -283,43 +317,3 @@ def _load_value_head(policy: TransformerWithValueHead, path: Path) -> None:
         raise ConfigError(
             f"{path} is not a value head of this model; delete it to have one drawn.\n  {error}"
         ) from error
-
-
-def _check_taken_apart(policy: TransformerWithValueHead) -> None:
-    """Raises ConfigError for an architecture whose logits are more than its output embedding on its
-    final hidden states (soft-capped or scaled logits, the heads of encoders), which this package
-    does not handle, and for one without a length of context."""
-    name = type(policy.language_model).__name__
-    try:
-        context_len = policy.language_model.config.max_position_embeddings
-    except AttributeError as error:
-        raise ConfigError(
-            f"model: {name} does not say how many tokens it attends to"
-            " (max_position_embeddings); this architecture is not supported"
-        ) from error
-    assert context_len > 0
-    tokens = torch.arange(min(8, len(policy.tokenizer)), device=policy.device)[None]
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    calls: list[tuple[Tensor, Tensor]] = []
-
-    def watch(module: Any, args: tuple[Tensor], logits: Tensor) -> Tensor:
-        # So large that a soft cap shows even where the weights were just drawn.
-        calls.append((args[0], logits + 100))
-        return calls[-1][1]
-
-    hook = policy.language_model.get_output_embeddings().register_forward_hook(watch)
-    try:
-        with torch.no_grad():
-            whole = policy.language_model(input_ids=tokens, attention_mask=mask.long()).logits
-    finally:
-        hook.remove()
-    with torch.no_grad():
-        hidden = policy.hidden_states(tokens, mask)
-    (unembedded, logits) = calls[-1]
-    if not (
-        torch.allclose(unembedded, hidden, rtol=1e-3, atol=1e-3) and torch.allclose(whole, logits)
-    ):
-        raise ConfigError(
-            f"model: {name} does more than its output embedding"
-            " between final hidden states and logits; this architecture is not supported"
-        )

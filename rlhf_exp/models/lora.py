@@ -4,18 +4,21 @@ The model stays of its own Hugging Face class; the adapter sits inside of its li
 """
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_exp.hf import PreTrainedModel
 
 ADAPTER = "default"  # PEFT's own name for the only one
+WRAPPED = "base_layer"  # what PEFT adds to the names of the weights that it wraps
 
 
 def add_adapter(
@@ -28,7 +31,8 @@ def add_adapter(
 ) -> None:
     """Freezes the model and adds rank-`rank` adapters, drawn with the seed and of no effect yet, to
     the linear layers that `target_modules` names, or to all of them but the output embedding.
-    Raises ValueError if it names none, or an embedding."""
+    Raises ValueError if it names none, an embedding, or a layer whose adapter cannot be merged or
+    is passed by."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -46,13 +50,80 @@ def add_adapter(
         # The two may be one matrix, of which a merge would change both.
         if module in embeddings and check_target_module_exists(config, name):
             raise ValueError(f"{name} is an embedding; name linear layers between the embeddings")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # Of ranks that PEFT sets itself for the experts' fused matrices.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not")
         torch.manual_seed(seed)
         inject_adapter_in_model(config, language_model)
+    for name, layer in _adapted_layers(language_model):
+        _check_mergeable(name, layer)
+    _check_called(language_model)
     for name, parameter in language_model.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # bf16 would round small updates away
+
+
+@torch.no_grad()
+def _check_mergeable(name: str, layer: Any) -> None:
+    """Raises ValueError for a layer that is more than a product with its matrix: a merged matrix
+    would not compute what the layer with its adapter does."""
+    from peft.tuners import lora
+    from peft.tuners.lora.layer import ParamWrapper
+    from transformers.pytorch_utils import Conv1D
+
+    base = layer.get_base_layer()
+    if isinstance(layer, ParamWrapper) or type(base) in (nn.Linear, Conv1D):
+        return
+    kind = f"{name} is a {type(base).__name__}"
+    if not (isinstance(layer, lora.Linear) and isinstance(base, nn.Linear)):
+        raise ValueError(f"{kind}, of which adapters cannot be merged; name linear layers")
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2, base.in_features, generator=generator).to(base.weight)
+    outputs = base(inputs)
+    expected = nn.functional.linear(inputs, base.weight, base.bias)
+    bound = 1e-2 * expected.abs().max()
+    if not isinstance(outputs, Tensor) or (outputs - expected).abs().max() > bound:
+        raise ValueError(
+            f"{kind}, which does more than multiply by its matrix, so that its adapter could not be"
+            " merged; name other layers, such as [q_proj, k_proj, v_proj, o_proj]"
+        )
+
+
+def _check_called(language_model: PreTrainedModel) -> None:
+    """Raises ValueError for a layer whose matrix the model multiplies by itself, without calling
+    the layer (Jamba's dt_proj): its adapter would have no effect until it is merged."""
+    uncalled = {
+        name: layer
+        for name, layer in _adapted_layers(language_model)
+        if isinstance(layer.get_base_layer(), nn.Linear)
+    }
+    tokens = torch.arange(4, device=language_model.device)[None] % language_model.config.vocab_size
+
+    def run() -> Tensor:
+        return language_model(input_ids=tokens, use_cache=False).logits.sum()
+
+    def note(name: str, *_: Any) -> None:
+        uncalled.pop(name, None)
+
+    hooks = [
+        layer.register_forward_pre_hook(partial(note, name)) for name, layer in uncalled.items()
+    ]
+    with torch.no_grad():
+        run()
+    for hook in hooks:
+        hook.remove()
+    if not uncalled:
+        return
+    weights = [layer.get_base_layer().weight.requires_grad_() for layer in uncalled.values()]
+    gradients = torch.autograd.grad(run(), weights, allow_unused=True)  # None: an unused expert
+    for name, gradient in zip(uncalled, gradients, strict=True):
+        if gradient is not None:
+            last = name.rpartition(".")[2]
+            raise ValueError(
+                f"{type(language_model).__name__} uses the matrix of {name} without calling the"
+                f" layer, so that an adapter would have no effect; name other layers than {last}"
+            )
 
 
 def _is_conv1d(language_model: PreTrainedModel) -> bool:
@@ -83,20 +154,28 @@ def adapter_off(language_model: PreTrainedModel) -> Iterator[None]:
 def merged_state(language_model: PreTrainedModel) -> dict[str, Tensor]:
     """The weights of the plain model that computes the same, by its own names. Only adapted
     matrices are copied."""
-    layers = dict(_adapted_layers(language_model))
-    state = {}
-    for name, tensor in language_model.state_dict().items():
-        if "lora_" in name:
-            continue
-        prefix, adapted, rest = name.partition(".base_layer.")
-        if not adapted:
-            state[name] = tensor
-            continue
-        if rest == "weight":
-            delta = layers[prefix].get_delta_weight(ADAPTER)
-            tensor = (tensor.float() + delta.float()).to(tensor.dtype)
-        state[f"{prefix}.{rest}"] = tensor
+    state = {
+        plain_name(name): tensor
+        for name, tensor in language_model.state_dict().items()
+        if "lora_" not in name
+    }
+    for prefix, layer in _adapted_layers(language_model):
+        name = plain_name(f"{prefix}.{_parameter_name(layer)}")
+        delta = layer.get_delta_weight(ADAPTER)
+        state[name] = (state[name].float() + delta.float()).to(state[name].dtype)
     return state
+
+
+def plain_name(name: str) -> str:
+    """A weight's name without its wrappers, of which experts with several matrices have several."""
+    return ".".join(part for part in name.split(".") if part != WRAPPED)
+
+
+def _parameter_name(layer: Any) -> str:
+    """The name of the adapted matrix in its module."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    return layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
 
 
 def merged_copy(language_model: PreTrainedModel) -> PreTrainedModel:

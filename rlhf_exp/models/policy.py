@@ -7,6 +7,7 @@ Dropout is off, always: with it on, the first PPO ratio is not 1.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -15,10 +16,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_exp.functional.vocab_head import Head
+from rlhf_exp.functional.vocab_head import Head, unembed
 from rlhf_exp.hf import Cache, PreTrainedModel, PreTrainedTokenizerBase, TransformerBridge
+from rlhf_exp.models.cache import context_len, prompt_cache
 from rlhf_exp.models.hooked import HookedView, boot_bridge
+from rlhf_exp.models.kernels import ATTENTION
 from rlhf_exp.models.lora import has_adapter, merged_copy
+from rlhf_exp.models.unembedding import measure_unembedding
 from rlhf_exp.models.working_weights import WorkingWeights
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.types import Completions, Layout, PromptBatch
@@ -29,19 +33,36 @@ Engine = Literal["fast", "hooked"]
 # second pass through the blocks.
 WORTH_A_PASS = 0.25
 
+# Attention that takes masks that are True for what is attended to. Others add them to the scores.
+BOOLEAN_MASKS = ("sdpa", ATTENTION)
+
+
+@dataclass(frozen=True)
+class FastPaths:
+    """Which shortcuts give the numbers of plain passes on an architecture: decoding with a
+    key-value cache, running a prompt that all rows share once, decoding by steps of fixed shapes.
+    `models.probing` finds out; everything works without them, more slowly."""
+
+    cache: bool = True
+    one_prompt: bool = True
+    static: bool = True
+
 
 class CausalTransformer(nn.Module):
-    """A causal language model taken apart into final hidden states and unembedding."""
+    """A causal language model taken apart into final hidden states and unembedding. Raises
+    ConfigError for one whose unembedding is more than a matrix, a scale and a soft cap."""
 
     def __init__(self, language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
         self.language_model = language_model
         self.tokenizer = tokenizer
+        self.fast_paths = FastPaths()
         self._recomputed: list[Any] = []
         self._compiled: tuple[Callable[..., Any], ...] = ()  # not a submodule: it is the same one
         self.low: torch.dtype | None = None  # what autocast casts passes to, None for nothing
         self._working: WorkingWeights | None = None
         self.train(False)
+        self._unembedding = measure_unembedding(language_model)
 
     def train(self, mode: bool = True) -> "CausalTransformer":
         """Sets the mode of everything but the language model, which stays in evaluation mode."""
@@ -149,8 +170,8 @@ class CausalTransformer(nn.Module):
 
     @property
     def context_len(self) -> int:
-        """Tokens that the model can attend to."""
-        return int(self.language_model.config.max_position_embeddings)
+        """Tokens that a prompt and its completion may have together."""
+        return context_len(self.language_model)
 
     def hidden_states(
         self,
@@ -176,9 +197,14 @@ class CausalTransformer(nn.Module):
         positions: Int[Tensor, "batch 1"],
         cache: Cache,
     ) -> Float[Tensor, "batch 1 d_model"]:
-        """The final hidden states of one token a row, told everything that other passes work out:
-        the keys it attends to and its position. Nothing here makes the host wait for a GPU."""
-        return self._states(tokens, cache, {"attention_mask": allowed, "position_ids": positions})
+        """The final hidden states of one token a row, given the keys that it attends to and its
+        position. Nothing here makes the host wait for a GPU."""
+        mask = allowed
+        if self.language_model.config._attn_implementation not in BOOLEAN_MASKS:  # it adds masks
+            lowest = torch.finfo(self.language_model.dtype).min
+            mask = torch.zeros_like(allowed, dtype=self.language_model.dtype)
+            mask = mask.masked_fill(~allowed, lowest)
+        return self._states(tokens, cache, {"attention_mask": mask, "position_ids": positions})
 
     def _states(self, tokens: Tensor, cache: Cache | None, given: dict[str, Tensor]) -> Tensor:
         # The embedding apart: given token ids, transformers may look for padding in them, which on
@@ -202,7 +228,8 @@ class CausalTransformer(nn.Module):
         tokens, mask = completions.tokens[:, :last], completions.mask[:, :last]
         width = prompts.tokens.shape[1]
         saved = (1 - 1 / len(tokens)) * width / (width + last)
-        if layout.one_prompt and saved >= WORTH_A_PASS and not (self._recomputed or layout.whole):
+        one_prompt = layout.one_prompt and self.fast_paths.one_prompt
+        if one_prompt and saved >= WORTH_A_PASS and not (self._recomputed or layout.whole):
             cache = prompt_cache(self.language_model)
             if cache is not None:
                 return self._after_one_prompt(prompts, tokens, mask, cache, layout)
@@ -239,14 +266,22 @@ class CausalTransformer(nn.Module):
         return (*output.hidden_states[-count:-1], output.last_hidden_state)
 
     def unembed(self, hidden: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes vocab"]:
-        """Logits from final hidden states."""
-        return self.language_model.get_output_embeddings()(hidden)
+        """Logits from final hidden states, fp32 whatever the passes compute in."""
+        return unembed(hidden, self.head)
+
+    def frozen(self, twin: PreTrainedModel) -> "CausalTransformer":
+        """A copy of this language model, which takes the same fast paths and is not trained."""
+        other = CausalTransformer(twin, self.tokenizer)
+        other.fast_paths = self.fast_paths
+        return other.requires_grad_(False)
 
     @property
     def head(self) -> Head:
-        """The output embedding, as functional.vocab_head takes it."""
+        """The output embedding with the model's scale and soft cap, as functional.vocab_head
+        takes it."""
         embedding = self.language_model.get_output_embeddings()
-        return Head(embedding.weight, embedding.bias)
+        scale, cap = self._unembedding
+        return Head(embedding.weight, embedding.bias, scale=scale, cap=cap)
 
 
 class TransformerWithValueHead(CausalTransformer):
@@ -309,18 +344,7 @@ class TransformerWithValueHead(CausalTransformer):
 
     def frozen_reference(self) -> CausalTransformer:
         """A copy of the language model as it is now that nothing trains."""
-        reference = CausalTransformer(copy.deepcopy(self.language_model), self.tokenizer)
-        return reference.requires_grad_(False)
-
-
-def prompt_cache(model: PreTrainedModel) -> Cache | None:
-    """An empty cache whose layers hold all that they have seen, None for a model whose layers
-    cannot (sliding windows, states of recurrences)."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    cache = DynamicCache(config=model.config)
-    return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
+        return self.frozen(copy.deepcopy(self.language_model))
 
 
 def _run_checkpointed(block: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf_exp.functional.vocab_head import Head
 from rlhf_exp.models.freezing import train_last_layers
 from rlhf_exp.models.loading import ModelSettings, must_be_fp32
-from rlhf_exp.models.lora import adapter_off, add_adapter
+from rlhf_exp.models.lora import adapter_off, add_adapter, plain_name
 from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
 from rlhf_exp.models.working_weights import round_frozen
 from rlhf_exp.settings import ConfigError, Count, Text, settings
@@ -92,8 +92,7 @@ class SharedTrunk:
             raise ConfigError(str(error)) from error
         frozen = [p for p in model.parameters() if not p.requires_grad]
         shared = {id(tensor): tensor for tensor in (*frozen, *model.buffers())}
-        reference = CausalTransformer(copy.deepcopy(model, shared), policy.tokenizer)
-        return reference.requires_grad_(False)
+        return policy.frozen(copy.deepcopy(model, shared))
 
 
 @settings
@@ -177,7 +176,7 @@ def reference_hash(reference: Reference, policy: CausalTransformer) -> str:
     model = reference if isinstance(reference, CausalTransformer) else policy
     digest = hashlib.sha256()
     weights = {
-        name.replace(".base_layer.", "."): weight.detach()
+        plain_name(name): weight.detach()
         for name, weight in model.language_model.named_parameters()
         if "lora_" not in name
     }

@@ -20,6 +20,7 @@ from rlhf_exp.models.freezing import train_last_layers
 from rlhf_exp.models.hub import locate_model
 from rlhf_exp.models.loading import load_language_model
 from rlhf_exp.models.policy import CausalTransformer, draw_linear
+from rlhf_exp.models.probing import probed
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.types import Completions, Record, record
 
@@ -193,7 +194,7 @@ def load_reward_model(path: str | Path, *, device: torch.device | str = "cpu") -
     directory = Path(locate_model(str(path), field="reward.path"))
     shape = read_head_shape(directory)
     language_model, tokenizer = load_language_model(str(directory), field="reward.path")
-    backbone = CausalTransformer(language_model.to(device), tokenizer)
+    backbone = probed(CausalTransformer(language_model.to(device), tokenizer))
     try:
         model = RewardModel(backbone, shape)
         model.head.load_state_dict(load_file(directory / HEAD_FILE))

@@ -3,6 +3,7 @@
 It draws a payload and computes nothing.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 from rlhf_exp.report.grouping import short_names, show_value
 from rlhf_exp.report.wording import best_first, front_of
 from rlhf_exp.training.curves import INK, MUTED, SCORE
+
+log = logging.getLogger(__name__)
 
 # After Okabe and Ito, told apart by color-blind readers too; the HTML page uses the same.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#b5559a", "#b98100", "#3a9bd9", "#5b4fa2", "#7a5c3e")
@@ -31,9 +34,19 @@ LOG_FROM = 8  # the ratio of a parameter's ends from which its axis is logarithm
 
 
 def write_figures(payload: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Those of frontier.png, curves.png and parameters.png that the payload has data for."""
-    drawn = (draw_frontier, draw_curves, draw_parameters)
-    paths = [draw(payload, folder) for draw in drawn]
+    """Those of frontier.png, curves.png and parameters.png that the payload has data for. One that
+    cannot be drawn is warned of and left out; raises OSError for a folder that cannot be written.
+    """
+    paths = []
+    for draw in (draw_frontier, draw_curves, draw_parameters):
+        try:
+            paths.append(draw(payload, folder))
+        except OSError:
+            raise
+        except Exception as error:
+            name = draw.__name__.removeprefix("draw_")
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            log.warning("%s.png failed (%s); the report goes on without it", name, reason)
     return [path for path in paths if path is not None]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from rlhf_exp.models.cache import context_len
 from rlhf_exp.models.loading import load_language_model
 from rlhf_exp.printable import printable
 from rlhf_exp.settings import ConfigError
@@ -62,7 +63,7 @@ class Talk:
         from transformers import GenerationConfig, TextStreamer
 
         ids = self._ids(line)
-        room = int(self._model.config.max_position_embeddings) - len(ids)
+        room = context_len(self._model) - len(ids)
         if room < 1:
             raise ConfigError(f"the model's context is full ({len(ids)} tokens): /reset")
         eos = self._tokenizer.eos_token_id

@@ -8,7 +8,7 @@ from typing import Any
 from rlhf_exp.report.grouping import settings_of, varied_parameters
 from rlhf_exp.report.runs import Run, read_runs
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.training.loggers import RunInfo, WandbLogger
+from rlhf_exp.training.loggers import MAX_NAME, RunInfo, WandbLogger
 
 MAX_PAGE_BYTES = 20 * 2**20  # what W&B shows inline
 
@@ -22,8 +22,8 @@ def log_report(folder: Path, pictures: Sequence[Path], *, page: Path | None = No
         raise ConfigError("\n".join(problems))
     columns, rows = tabulate_runs(runs)
     info = RunInfo(
-        name=f"report on {folder.resolve().name}",
-        group=folder.resolve().name,
+        name=f"report on {folder.resolve().name}"[:MAX_NAME],
+        group=folder.resolve().name[:MAX_NAME],
         job_type="report",
         config={"runs": [run.name for run in runs]},
         shared_folder=folder,

@@ -15,7 +15,7 @@ import sys
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from inspect import Parameter
@@ -253,9 +253,10 @@ def _make_importable(folder: Path) -> None:
 @contextmanager
 def _telling(who: str, action: str, *, wanted: str = "") -> Iterator[None]:
     """Turns whatever the user's module raises into ConfigError; that it is not there is told
-    apart."""
+    apart. The process's folder is afterwards what it was."""
     try:
-        yield
+        with chdir("."):
+            yield
     except ModuleNotFoundError as error:
         if error.name is not None and f"{wanted}.".startswith(f"{error.name}."):
             raise ConfigError(

@@ -29,8 +29,7 @@ class LearnedReward:
     batch_size: Count = 256
 
     def fingerprint(self) -> str:
-        """A hash of names, sizes and times of the directory's files, "" for what an earlier step
-        will make."""
+        """A hash of the directory's files, "" for what an earlier step will make."""
         return directory_hash(locate_model(self.path, field="reward.path"))
 
     def check_policy(

@@ -96,8 +96,8 @@ class SequenceClassifierSettings:
     trust_remote_code: bool = False
 
     def fingerprint(self) -> str:
-        """A hash of names, sizes and times of the directory's files, "" for a hub name and for what
-        an earlier step will make."""
+        """A hash of the directory's files, "" for a hub name and for what an earlier step will
+        make."""
         return directory_hash(locate_model(self.name, field="reward.name"))
 
     def open_model(

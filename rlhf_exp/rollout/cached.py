@@ -3,7 +3,8 @@
 A prompt that all rows share is run once. Log-probs, values and hidden states are taken from the
 decoding pass itself, so the policy is not run again over what it sampled. Rows that ended leave
 the batch; on a GPU, where launching work takes longer than the work, they stay, and a step is a
-captured graph.
+captured graph. Where a policy computes something else with a cache, every step is a pass over all
+that was sampled so far.
 """
 
 from dataclasses import dataclass, field
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.hf import Cache
+from rlhf_exp.models.cache import decoding_cache
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.rollout.cache import preallocated_cache
 from rlhf_exp.rollout.sampler import Drawn, Sampler, as_completions, check_finite, draw, eos_token
 from rlhf_exp.rollout.static import StaticDecoder, static_decoder
 from rlhf_exp.settings import settings
@@ -36,10 +37,9 @@ class CachedSampler(Sampler):
         seen = None if bool(prompts.mask.all()) else prompts.mask
         cache, hidden = prefill(policy, prompts, seen, prompt_len + self.gen_len)
         uniforms = torch.rand((batch, self.gen_len), generator=generator, device=hidden.device)
-        decoder = None
-        if self.cuda_graphs and policy.device.type == "cuda":
+        if self.cuda_graphs and policy.device.type == "cuda" and policy.fast_paths.static:
+            assert cache is not None
             decoder = static_decoder(policy, self, batch, prompt_len)
-        if decoder is not None:
             return decode_static(decoder, policy, prompts, cache, hidden, uniforms, eos=eos)
         return self._decode(policy, prompts, seen, cache, hidden, uniforms, eos=eos)
 
@@ -48,7 +48,7 @@ class CachedSampler(Sampler):
         policy: TransformerWithValueHead,
         prompts: PromptBatch,
         seen: Tensor | None,
-        cache: Cache,
+        cache: Cache | None,
         hidden: Tensor,
         uniforms: Tensor,
         *,
@@ -56,6 +56,7 @@ class CachedSampler(Sampler):
     ) -> Generation:
         active = torch.arange(len(hidden), device=hidden.device)
         steps = _Steps(len(hidden), self.gen_len)
+        before = prompts.tokens  # of the active rows, all that the next pass does not find cached
         for t in range(self.gen_len):
             drawn = draw(self, policy, hidden, uniforms[:, t])
             steps.add(active, hidden, drawn)
@@ -64,12 +65,17 @@ class CachedSampler(Sampler):
                 going_on = (~ended).nonzero().squeeze(-1)
                 active, tokens, uniforms = active[going_on], tokens[going_on], uniforms[going_on]
                 seen = None if seen is None else seen[going_on]
-                cache.batch_select_indices(going_on)
+                before = before[going_on]
+                if cache is not None:
+                    cache.reorder_cache(going_on)
             if t + 1 == self.gen_len or not len(active):
                 break
             if seen is not None:
                 seen = torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)
-            hidden = policy.hidden_states(tokens[:, None], seen, cache)[:, -1]
+            new = tokens[:, None]
+            if cache is None:
+                new = before = torch.cat([before, new], dim=1)
+            hidden = policy.hidden_states(new, seen, cache)[:, -1]
         return steps.generation(policy, prompts)
 
 
@@ -112,16 +118,18 @@ class _Steps:
 
 def prefill(
     policy: TransformerWithValueHead, prompts: PromptBatch, seen: Tensor | None, length: int
-) -> tuple[Cache, Tensor]:
+) -> tuple[Cache | None, Tensor]:
     """The cache over the prompts, with room for `length` tokens, and the hidden state after each;
-    of equal rows only one is run. `seen` is the prompts' mask, None if nothing is padding."""
-    batch = prompts.tokens.shape[0]
-    rows = 1 if prompts.is_one else batch
-    cache = preallocated_cache(policy.language_model, length)
+    of equal rows only one is run. `seen` is the prompts' mask, None if nothing is padding. There is
+    no cache for a policy that computes something else with one."""
+    batch, paths = prompts.tokens.shape[0], policy.fast_paths
+    rows = 1 if paths.one_prompt and prompts.is_one else batch
+    cache = decoding_cache(policy.language_model, length) if paths.cache else None
     mask = None if seen is None else seen[:rows]
     hidden = policy.hidden_states(prompts.tokens[:rows], mask, cache)[:, -1]
     if rows < batch:
-        cache.batch_repeat_interleave(batch)
+        if cache is not None:
+            cache.reorder_cache(torch.zeros(batch, dtype=torch.long, device=hidden.device))
         hidden = hidden.expand(batch, -1)
     return cache, hidden
 

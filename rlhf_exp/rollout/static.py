@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.hf import Cache
-from rlhf_exp.models.policy import TransformerWithValueHead, position_ids, prompt_cache
-from rlhf_exp.rollout.cache import static_layer
+from rlhf_exp.models.cache import fill_static_cache, static_cache
+from rlhf_exp.models.policy import TransformerWithValueHead, position_ids
 from rlhf_exp.rollout.sampler import Sampler, draw, through_first_eos
 
 # Steps between two looks at whether all rows have ended, each of which makes the host wait.
@@ -33,11 +33,8 @@ class Columns(NamedTuple):
 
 def static_decoder(
     policy: TransformerWithValueHead, sampler: Sampler, batch: int, prompt_len: int
-) -> "StaticDecoder | None":
-    """The policy's decoder of this shape, made at the first use; None for a model whose layers keep
-    something other than all keys and values."""
-    if prompt_cache(policy.language_model) is None:
-        return None
+) -> "StaticDecoder":
+    """The policy's decoder of this shape, made at the first use."""
     key = (sampler, batch, prompt_len, policy.is_working)
     if key not in policy.decoders:
         if len(policy.decoders) == MOST_SHAPES:
@@ -105,17 +102,11 @@ class StaticDecoder:
 
     def _load(self, prompt_mask: Tensor, cache: Cache, hidden: Tensor, uniforms: Tensor) -> None:
         if self._cache is None or self._last is None:
-            length = self._allowed.shape[-1]
-            self._cache = prompt_cache(self._policy.language_model)
-            assert self._cache is not None
-            self._cache.layers = [
-                static_layer(layer.keys, layer.values, length, self._slot) for layer in cache.layers
-            ]
+            length, model = self._allowed.shape[-1], self._policy.language_model
+            self._cache = static_cache(model, cache, length, self._slot)
             self._last = torch.empty_like(hidden, memory_format=torch.contiguous_format)
             self._hidden = self._hidden.to(hidden.dtype)
-        for own, given in zip(self._cache.layers, cache.layers, strict=True):
-            own.keys[:, :, : self._prompt_len] = given.keys
-            own.values[:, :, : self._prompt_len] = given.values
+        fill_static_cache(self._cache, cache)
         self._last.copy_(hidden)
         self._allowed.zero_()
         self._allowed[:, 0, 0, : self._prompt_len] = prompt_mask

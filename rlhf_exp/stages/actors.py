@@ -1,5 +1,6 @@
 """What samples and what scores, loaded and checked against each other."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ import torch
 from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.models.loading import ModelSettings, build_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.models.probing import check_hooked
 from rlhf_exp.models.reference import Reference, ReferenceSettings, reference_hash
 from rlhf_exp.rewards.protocol import ReadsPrompts, ReadsTokens, Reward, RewardFunction
+from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.sampler import Sampler, eos_token
 from rlhf_exp.settings import ConfigError, Fingerprinted
 from rlhf_exp.tasks.encoding import leading_ids, tokenizer_factory
@@ -119,6 +122,8 @@ def load_sampled_policy(
     seed = stream_seed(context.seed, "model")
     policy = build_policy(model, tokenizer_factory(task), device=context.device, seed=seed)
     eos_token(policy, stop_at_eos=sampler.stop_at_eos)  # raises here rather than while sampling
+    if isinstance(sampler, BridgeSampler) and policy.engine != "hooked":  # which was checked
+        check_hooked(policy)
     return policy
 
 
@@ -141,7 +146,18 @@ def load_reward(
                 prepend_bos=bool(leading_ids(policy.tokenizer, prepend_bos=task.prepend_bos)),
                 num_tokens=batch.tokens.shape[1] + sampler.gen_len,
             )
-    return reward.load(context.device)
+    with contextlib.chdir("."):
+        return reward.load(context.device)
+
+
+def _why_so_short(policy: TransformerWithValueHead) -> str:
+    config = policy.language_model.config
+    if policy.context_len == config.max_position_embeddings:
+        return ""
+    return (
+        f" Beyond them its rotary embedding changes at all positions, so that its"
+        f" max_position_embeddings of {config.max_position_embeddings} cannot be used."
+    )
 
 
 def fitting_prompts(
@@ -169,6 +185,6 @@ def fitting_prompts(
         raise ConfigError(
             f"a prompt of {longest} tokens and sampler.gen_len={sampler.gen_len} exceed the"
             f" model's context of {policy.context_len} tokens; set sampler.gen_len to at most"
-            f" {room} or {shorter}. The prompt begins {text[:80]!r}"
+            f" {room} or {shorter}.{_why_so_short(policy)} The prompt begins {text[:80]!r}"
         )
     return batch

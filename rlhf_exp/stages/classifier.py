@@ -49,6 +49,10 @@ class TrainClassifier(Supervised):
         """What is wrong between the schedule and the number of updates that the texts give."""
         return self.check_updates(schedule, len(task.labelled_split().train))
 
+    def metric_names(self, **_: Any) -> tuple[str, ...]:
+        """The names of the metrics in the result."""
+        return ("heldout/accuracy", "heldout/loss")
+
     def run(
         self,
         context: Context,

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_exp.rewards.attempts import ONCE, Patience, checked_scores
+from rlhf_exp.rewards.attempts import ONCE, Patience, PatientReward
 from rlhf_exp.rewards.protocol import RewardError
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import have_ended
@@ -56,7 +56,8 @@ class Collector:
         self._rows, self._penalty = rows, missing_eos_penalty
         self._thread = Background("reward") if overlap or ahead else None
         self._ahead = ahead
-        self._patience, self._skip_unscored = patience, skip_unscored
+        self.reward = PatientReward(actors.score, patience, on_thread=self._thread is not None)
+        self._skip_unscored = skip_unscored
         self._waiting: tuple[Rollout, Callable[[], Tensor]] | None = None
 
     def collect(self, state: TrainState, lap: Stopwatch, *, another: bool) -> Rollout:
@@ -165,9 +166,7 @@ class Collector:
     def _scores(self, completions: Completions, phase: int) -> Float[Tensor, " batch"]:
         try:
             with explaining_memory(f"phase {phase}: scoring", SCORING):
-                scores = checked_scores(
-                    self.actors.score, completions, phase=phase, patience=self._patience
-                )
+                scores = self.reward(completions, phase=phase)
         except RewardError as error:
             if not self._skip_unscored:
                 raise

@@ -1,6 +1,7 @@
 """Evaluation of a policy: fresh samples at temperature 1 from the full distribution."""
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +12,13 @@ from rich.console import Console
 from rlhf_exp.functional.masking import masked_mean
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.reference import Reference
-from rlhf_exp.rewards.attempts import ONCE, Patience, checked_scores
-from rlhf_exp.rewards.protocol import RewardFunction
+from rlhf_exp.rewards.attempts import PatientReward
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.stages.answers import exact_match, greedy, judge_answers
 from rlhf_exp.tasks.prompts import take
 from rlhf_exp.tasks.protocol import AnswerTask
-from rlhf_exp.training.context import TrainingError
+from rlhf_exp.training.context import Context, TrainingError
 from rlhf_exp.training.curves import plot_ppo, print_before_after
 from rlhf_exp.training.folder import RunFolder
 from rlhf_exp.training.metrics import describe, distinct_n
@@ -28,6 +28,11 @@ from rlhf_exp.types import Generation, PromptBatch, Rollout, concatenate
 log = logging.getLogger(__name__)
 
 ROWS, TABLE_ROWS = 64, 6
+METRICS = ("eval/score", "eval/kl", "eval/kl_sum", "eval/entropy", "eval/distinct_3",
+           "eval/len_mean")  # fmt: skip
+# Of a task that knows exact answers, too.
+ANSWER_METRICS = ("eval/true_reward", "eval/reward_gap", "eval/exact_match",
+                  "eval/greedy_exact_match")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +60,7 @@ def read_evaluations(folder: RunFolder) -> tuple[Evaluation, Evaluation]:
 def evaluate(
     policy: TransformerWithValueHead,
     reference: Reference,
-    reward: RewardFunction,
+    reward: PatientReward,
     sampler: Sampler,
     prompts: PromptBatch,
     *,
@@ -63,7 +68,6 @@ def evaluate(
     seed: int,
     phase: int,
     answers: AnswerTask | None = None,
-    patience: Patience = ONCE,
 ) -> Evaluation:
     """Scores, exact KL and diversity of `num_samples` completions; with the task that knows exact
     `answers` also exact-match rates, sampled and greedy, and the true reward.
@@ -71,7 +75,7 @@ def evaluate(
     The prompts are the same at every call with one seed, in the same order, repeated if there are
     fewer of them than samples; so is the stream of random numbers, which pairs evaluations and
     makes their differences less noisy. None of it is a rollout's. Raises TrainingError naming the
-    phase for logits that are not finite, and as `checked_scores` does with that `patience`.
+    phase for logits that are not finite, and RewardError as the reward does.
     """
     device = policy.device
     order = torch.randperm(len(prompts.rows), generator=stream(seed, "evaluation prompts"))
@@ -81,7 +85,7 @@ def evaluate(
     chunks = []
     for rows in index.split(ROWS):
         generation = sample(full, policy, take(prompts, rows.to(device)), generator, phase=phase)
-        scores = checked_scores(reward, generation.completions, phase=phase, patience=patience)
+        scores = reward(generation.completions, phase=phase)
         chunks.append(measure(policy, reference, generation, scores, temperature=1.0))
     metrics, samples = _metrics(chunks), sample_rows(chunks)
     if answers is not None:
@@ -159,10 +163,21 @@ def brief(metrics: Mapping[str, float]) -> str:
     return describe({name.removeprefix("eval/"): value for name, value in metrics.items()})
 
 
-def report(folder: RunFolder, before: Evaluation, after: Evaluation) -> None:
-    """Draws the curves of a run, and says what it was like before and after."""
-    picture = plot_ppo(folder.rows(), folder.path / "curves.png", title="PPO by phase")
-    print_before_after(before.samples[:TABLE_ROWS], after.samples[:TABLE_ROWS], Console())
-    log.info("before: %s", brief(before.metrics))
-    log.info("after:  %s", brief(after.metrics))
-    log.info("curves: %s", picture)
+def present(context: Context, before: Evaluation, after: Evaluation) -> None:
+    """Has a run's samples, metrics and curves shown, before and after."""
+    folder, add = context.folder, context.presentation.add
+
+    def show_samples() -> None:
+        print_before_after(before.samples[:TABLE_ROWS], after.samples[:TABLE_ROWS], Console())
+
+    def show_metrics() -> None:
+        log.info("before: %s", brief(before.metrics))
+        log.info("after:  %s", brief(after.metrics))
+
+    def draw_curves() -> None:
+        picture = plot_ppo(folder.rows(), folder.path / "curves.png", title="PPO by phase")
+        log.info("curves: %s", os.path.relpath(picture))
+
+    add("the table of samples", show_samples)
+    add("the summary", show_metrics)
+    add("curves.png", draw_curves)

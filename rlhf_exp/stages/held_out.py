@@ -25,11 +25,12 @@ log = logging.getLogger(__name__)
 
 MAX_EXPONENT = 700.0  # a float overflows soon after
 EXACT, LOSS = "heldout/exact_match", "heldout/loss"
+GREEDY_EXACT, PERPLEXITY = "heldout/greedy_exact_match", "heldout/perplexity"
 
 
 class HeldOut:
     """Held-out examples in random order. The first `num_samples` of them measure the model while it
-    trains; what is chosen by those is measured at the end on others."""
+    trains; if its weights are chosen by that (`chooses`), it is measured at the end on others."""
 
     def __init__(
         self,
@@ -37,13 +38,14 @@ class HeldOut:
         examples: Sequence[Example],
         *,
         num_samples: int,
+        chooses: bool,
         batch_size: int,
         seed: int,
     ) -> None:
         order = torch.randperm(len(examples), generator=stream(seed, "held-out")).tolist()
         self.policy, self.seed, self.batch_size = policy, seed, batch_size
         self.examples = [examples[i] for i in order]
-        self.num_samples = num_samples
+        self.num_samples, self.chooses = num_samples, chooses
         self._order = order
         self._answers: tuple[AnswerTask, PromptBatch] | None = None
 
@@ -62,12 +64,15 @@ class HeldOut:
         return metrics | self._exact_match(chosen, ("sampled",))
 
     def final(self) -> dict[str, float]:
-        """Loss over the examples that `during` does not see; exact-match rates, sampled and greedy,
-        of the first of them, twice as many as `during` sees. If it sees all, over all."""
-        first = self.num_samples if len(self.examples) > self.num_samples else 0
+        """Loss over the examples that chose nothing, or over all if there are no others;
+        exact-match rates, sampled and greedy, of examples that `during` does not see, or of the
+        same ones if there are no others."""
+        has_others = len(self.examples) > self.num_samples
+        others = slice(self.num_samples, 3 * self.num_samples)
+        first = self.num_samples if self.chooses and has_others else 0
         metrics = self._loss(self.examples[first:])
-        metrics["heldout/perplexity"] = math.exp(min(metrics[LOSS], MAX_EXPONENT))
-        unseen = slice(first, 3 * self.num_samples if first else None)
+        metrics[PERPLEXITY] = math.exp(min(metrics[LOSS], MAX_EXPONENT))
+        unseen = others if has_others else slice(None)
         return metrics | self._exact_match(unseen, ("sampled", "greedy"))
 
     def _loss(self, examples: Sequence[Example]) -> dict[str, float]:
@@ -82,7 +87,7 @@ class HeldOut:
         room = self.policy.context_len - prompts.tokens.shape[1]
         sampler = CachedSampler(gen_len=min(longest, room), stop_at_eos=True)
         samplers = {"sampled": sampler, "greedy": greedy(sampler)}
-        names = {"sampled": EXACT, "greedy": "heldout/greedy_exact_match"}
+        names = {"sampled": EXACT, "greedy": GREEDY_EXACT}
         rows = prompts[torch.arange(len(prompts.rows), device=self.policy.device)[chosen]]
         generator = stream(self.seed, "held-out samples", self.policy.device)
         return {

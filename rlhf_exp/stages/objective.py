@@ -24,7 +24,7 @@ from rlhf_exp.functional.masking import masked_mean
 from rlhf_exp.functional.vocab_head import token_statistics
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.reference import Reference
-from rlhf_exp.settings import NonNegative, Positive, settings
+from rlhf_exp.settings import NonNegative, OpenFraction, Positive, settings
 from rlhf_exp.types import Experience, Layout, LossOutput
 
 # The metrics of a minibatch.
@@ -48,7 +48,7 @@ class Objective:
     """Coefficients. Objective = clipped surrogate - vf_coef value loss + ent_coef entropy - kl_coef
     exact KL, the last only with kl_penalty="loss"."""
 
-    clip_coef: Positive = 0.2
+    clip_coef: OpenFraction = 0.2
     vf_coef: NonNegative = 0.15
     value_clip_coef: Positive | None = None
     ent_coef: NonNegative = 0.001

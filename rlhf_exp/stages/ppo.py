@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from pydantic import model_validator
 
+from rlhf_exp.models.hub import locate_model
 from rlhf_exp.models.loading import ModelSettings, Pretrained
 from rlhf_exp.models.reference import (
     ReferenceSettings,
@@ -25,7 +26,14 @@ from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.settings import Count, Fingerprinted, Index, NonNegative, Positive, settings
 from rlhf_exp.stages.actors import Actors, check_frozen, fingerprints, frozen_hash, load_actors
 from rlhf_exp.stages.collecting import SCORING, Collector
-from rlhf_exp.stages.evaluation import brief, evaluate, read_evaluations, report
+from rlhf_exp.stages.evaluation import (
+    ANSWER_METRICS,
+    METRICS,
+    brief,
+    evaluate,
+    present,
+    read_evaluations,
+)
 from rlhf_exp.stages.histograms import LastPass
 from rlhf_exp.stages.learning import Learning
 from rlhf_exp.stages.train_state import TrainState
@@ -106,9 +114,11 @@ class PPO(Learning):
     ) -> list[str]:
         """What is wrong between this stage and its parts. Raises ConfigError for a part whose files
         are missing or malformed."""
-        for part in (task, model, reward):
+        for part in (task, reward):
             if isinstance(part, Fingerprinted):
                 part.fingerprint()
+        if isinstance(model, Pretrained):
+            locate_model(model.base_model)  # not its hash, for which all weights are read
         problems = check_schedule(
             schedule, total_steps=self.total_phases, field="stage.total_phases"
         )
@@ -132,6 +142,10 @@ class PPO(Learning):
         if isinstance(task, AnswerTask) and not sampler.stop_at_eos:
             problems.append("the task has exact answers, which end: set sampler.stop_at_eos=true")
         return problems
+
+    def metric_names(self, *, task: Task, **_: Any) -> tuple[str, ...]:
+        """The names of the metrics in the result."""
+        return METRICS + ANSWER_METRICS if isinstance(task, AnswerTask) else METRICS
 
     def run(
         self,
@@ -182,7 +196,7 @@ class PPO(Learning):
             check_frozen(actors, frozen)
             save_policy(actors.policy, context.folder.path / "model")
         before, after = read_evaluations(context.folder)
-        report(context.folder, before, after)
+        present(context, before, after)
         return {
             "before": before.metrics,
             "after": after.metrics,
@@ -269,14 +283,13 @@ class PPO(Learning):
             result = evaluate(
                 actors.policy,
                 actors.reference,
-                actors.score,
+                collector.reward,
                 actors.sampler,
                 actors.eval_prompts,
                 num_samples=self.eval_samples,
                 seed=context.seed,
                 phase=phase,
                 answers=actors.answers,
-                patience=self.patience,
             )
         context.folder.log(phase, result.metrics)
         context.folder.log_samples(phase, result.samples)
@@ -289,7 +302,8 @@ class PPO(Learning):
             actors,
             rows=self.rollout_batch_size or self.batch_size,
             missing_eos_penalty=self.missing_eos_penalty,
-            overlap=actors.policy.device.type == "cuda",
+            # Without a timeout the reward is called on the main thread, beside nothing else.
+            overlap=actors.policy.device.type == "cuda" and self.reward_timeout_s is not None,
             ahead=self.async_reward,
             patience=self.patience,
             skip_unscored=self.on_reward_error == "skip",

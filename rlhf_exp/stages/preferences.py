@@ -9,7 +9,7 @@ import torch
 
 from rlhf_exp.models.loading import ModelSettings
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.rewards.attempts import checked_scores
+from rlhf_exp.rewards.attempts import PatientReward
 from rlhf_exp.rewards.protocol import Reward, RewardFunction
 from rlhf_exp.rollout.sampler import Sampler, have_ended
 from rlhf_exp.settings import ConfigError, Count, settings
@@ -58,6 +58,11 @@ class Preferences:
         if sampler.stop_at_eos:
             return []
         return ["stage=preferences writes answers that end: set sampler.stop_at_eos=true"]
+
+    def metric_names(self, **_: Any) -> tuple[str, ...]:
+        """The names of the metrics in the result."""
+        return ("pairs/prompts", "pairs/ties", "pairs/tie_fraction", "pairs/chosen_reward",
+                "pairs/rejected_reward")  # fmt: skip
 
     def run(
         self,
@@ -122,7 +127,8 @@ class _PairSource:
         stage: Preferences,
         prompts: Sequence[PromptBatch],
     ) -> None:
-        self.policy, self.sampler, self.score, self.stage = policy, sampler, score, stage
+        self.policy, self.sampler, self.stage = policy, sampler, stage
+        self.score = PatientReward(score)
         self.inputs: Mapping[str, str] = {}
         order = stream(context.seed, "prompts")
         self.streams = [PromptStream(batch, stage.batch_size, order) for batch in prompts]
@@ -204,7 +210,7 @@ class _PairSource:
                 self.sampler, self.policy, prompts[twice], self.generator, phase=self.num_prompts
             )
         completions = generation.completions
-        scores = checked_scores(self.score, completions, phase=self.num_prompts).tolist()
+        scores = self.score(completions, phase=self.num_prompts).tolist()
         answers = [*zip(completions.texts, scores, have_ended(completions, self.policy.tokenizer)
                         .tolist(), strict=True)]  # fmt: skip
         pairs = [

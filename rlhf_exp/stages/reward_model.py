@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf_exp.models.loading import ModelSettings, must_be_plain
 from rlhf_exp.models.policy import CausalTransformer
+from rlhf_exp.models.probing import probed
 from rlhf_exp.models.reward_model import HeadKind, HeadShape, RewardModel, save_reward_model
 from rlhf_exp.settings import ConfigError, Count, Index, NonNegative, settings
 from rlhf_exp.stages.actors import fingerprints
@@ -31,7 +32,7 @@ from rlhf_exp.tasks.pair_tokens import EncodedPair, encode_pairs
 from rlhf_exp.tasks.pairs import hold_out, num_shared
 from rlhf_exp.tasks.protocol import PairTask
 from rlhf_exp.training.context import Context
-from rlhf_exp.training.curves import plot_margins, plot_predictions, plot_supervised
+from rlhf_exp.training.curves import plot_margins, plot_predictions, present_losses
 from rlhf_exp.training.metrics import describe
 from rlhf_exp.training.optim import AdamWSettings, Schedule
 from rlhf_exp.training.precision import Dtype
@@ -97,6 +98,11 @@ class TrainRewardModel(Supervised):
             )
         return problems
 
+    def metric_names(self, **_: Any) -> tuple[str, ...]:
+        """The names of the metrics in the result; Spearman's only if the pairs have rewards."""
+        of_rewards = ("heldout/mse", "heldout/reward_variance") if self.loss == "mse_rank" else ()
+        return ("heldout/pair_accuracy", "heldout/rank_loss", "heldout/spearman", *of_rewards)
+
     def run(
         self,
         context: Context,
@@ -139,7 +145,9 @@ class TrainRewardModel(Supervised):
         context.folder.log(last, metrics)
         with clock("save"):
             save_reward_model(scorer, context.folder.path / "model")
-            self._report(context, report, scores)
+        rows = score_rows(report, scores)
+        context.folder.log_samples(0, rows)
+        self._present(context, report, scores, rows)
         log.info("%s", describe(metrics))
         return {"after": metrics, "seconds": clock.seconds}
 
@@ -150,7 +158,7 @@ class TrainRewardModel(Supervised):
         network, tokenizer = model.language_model(None, seed=stream_seed(context.seed, "model"))
         if tokenizer.eos_token_id is None:
             raise ConfigError("stage=reward_model needs a tokenizer with an EOS token")
-        backbone = CausalTransformer(network.to(context.device), tokenizer)
+        backbone = probed(CausalTransformer(network.to(context.device), tokenizer))
         shape = HeadShape(
             kind=self.head,
             width=self.width,
@@ -237,15 +245,19 @@ class TrainRewardModel(Supervised):
         known = rewards if self.loss == "mse_rank" else None
         return pair_loss(scores, known, rank_coef=self.rank_coef)
 
-    def _report(self, context: Context, report: PairData, scores: Scores) -> None:
-        folder = context.folder
-        rows = score_rows(report, scores)
-        folder.log_samples(0, rows)
-        plot_supervised(folder.rows(), folder.path / "loss.png", title="reward model")
+    def _present(
+        self, context: Context, report: PairData, scores: Scores, rows: list[dict[str, object]]
+    ) -> None:
+        folder, add = context.folder, context.presentation.add
         path, title = folder.path / "held_out.png", "reward model on held-out pairs"
-        if report.rewards is None or self.loss == "rank":
-            plot_margins((scores[0] - scores[1]).tolist(), path, title=title)
-        else:
-            true = torch.cat(report.rewards).tolist()
-            plot_predictions(true, torch.cat(scores).tolist(), path, title=title)
-        print_pairs(rows[: self.num_examples], Console())
+
+        def plot_held_out() -> None:
+            if report.rewards is None or self.loss == "rank":
+                plot_margins((scores[0] - scores[1]).tolist(), path, title=title)
+            else:
+                true = torch.cat(report.rewards).tolist()
+                plot_predictions(true, torch.cat(scores).tolist(), path, title=title)
+
+        present_losses(context, title="reward model")
+        add("held_out.png", plot_held_out)
+        add("the table of pairs", lambda: print_pairs(rows[: self.num_examples], Console()))

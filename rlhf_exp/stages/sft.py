@@ -9,11 +9,21 @@ import torch
 from pydantic import model_validator
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
+from rlhf_exp.models.cache import context_len
 from rlhf_exp.models.loading import ModelSettings, must_be_plain
 from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.models.probing import packs, probed
 from rlhf_exp.settings import ConfigError, Count, OpenFraction, Positive, settings
 from rlhf_exp.stages.actors import fingerprints
-from rlhf_exp.stages.held_out import BestKept, HeldOut, next_token_loss
+from rlhf_exp.stages.held_out import (
+    EXACT,
+    GREEDY_EXACT,
+    LOSS,
+    PERPLEXITY,
+    BestKept,
+    HeldOut,
+    next_token_loss,
+)
 from rlhf_exp.tasks.batches import BatchStream, length_bucketed, shuffled
 from rlhf_exp.tasks.encoding import tokenizer_factory
 from rlhf_exp.tasks.examples import (
@@ -25,7 +35,7 @@ from rlhf_exp.tasks.examples import (
 )
 from rlhf_exp.tasks.protocol import AnswerTask, CorpusTask, DemonstrationTask, Split, Task
 from rlhf_exp.training.context import Context
-from rlhf_exp.training.curves import plot_supervised
+from rlhf_exp.training.curves import present_losses
 from rlhf_exp.training.metrics import describe
 from rlhf_exp.training.optim import AdamWSettings, Schedule
 from rlhf_exp.training.precision import Dtype, autocast
@@ -87,6 +97,11 @@ class SFT(Supervised):
         """What is wrong between the schedule and the number of updates that the texts give."""
         return self.check_updates(schedule, len(self._split(task).train))
 
+    def metric_names(self, *, task: Any, **_: Any) -> tuple[str, ...]:
+        """The names of the metrics in the result."""
+        exact = isinstance(task, AnswerTask) and self.data == "demonstrations"
+        return (LOSS, PERPLEXITY, EXACT, GREEDY_EXACT) if exact else (LOSS, PERPLEXITY)
+
     def run(
         self,
         context: Context,
@@ -103,13 +118,13 @@ class SFT(Supervised):
         """
         clock = Stopwatch()
         with clock("load"), self.explaining("loading"):
-            network, tokenizer = model.language_model(
-                tokenizer_factory(task), seed=stream_seed(context.seed, "model")
+            policy = self._load(context, task, model)
+            network, tokenizer = policy.language_model, policy.tokenizer
+            train, held_out = (
+                self._encode(task, tokenizer, part, limit=policy.context_len)
+                for part in self._split(task)
             )
-            if tokenizer.eos_token_id is None:
-                raise ConfigError("stage=sft needs a tokenizer with an EOS token")
-            train, held_out = self._encoded(task, network, tokenizer)
-            measured = self._held_out(context, task, network, tokenizer, held_out)
+            measured = self._held_out(context, task, policy, held_out)
         context.folder.start()
         log.info(
             "training %.2f M parameters on %d examples, %d tokens; %d examples held out",
@@ -142,18 +157,22 @@ class SFT(Supervised):
         with clock("save"):
             network.save_pretrained(context.folder.path / "model")
             tokenizer.save_pretrained(context.folder.path / "model")
-            loss_png = context.folder.path / "loss.png"
-            plot_supervised(context.folder.rows(), loss_png, title="language model")
+        present_losses(context, title="language model")
         return {"after": metrics, "seconds": clock.seconds}
 
-    def _encoded(
-        self, task: Task, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[list[Example], list[Example]]:
-        limit = int(network.config.max_position_embeddings)
-        train, held_out = (
-            self._encode(task, tokenizer, part, limit=limit) for part in self._split(task)
+    def _load(self, context: Context, task: Task, model: ModelSettings) -> TransformerWithValueHead:
+        network, tokenizer = model.language_model(
+            tokenizer_factory(task), seed=stream_seed(context.seed, "model")
         )
-        return train, held_out
+        if tokenizer.eos_token_id is None:
+            raise ConfigError("stage=sft needs a tokenizer with an EOS token")
+        policy = probed(TransformerWithValueHead(network.to(context.device), tokenizer))
+        if self.layout == "pack" and not packs(policy):
+            raise ConfigError(
+                f"stage.layout=pack: examples in one row would see each other in"
+                f" {type(network).__name__}; set stage.layout=pad"
+            )
+        return policy
 
     def _split(self, task: Any) -> Split[Any]:
         return task.language_split() if self.data == "texts" else task.demonstration_split()
@@ -169,14 +188,14 @@ class SFT(Supervised):
         self,
         context: Context,
         task: Task,
-        network: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        policy: TransformerWithValueHead,
         examples: list[Example],
     ) -> HeldOut:
         held_out = HeldOut(
-            TransformerWithValueHead(network.to(context.device), tokenizer),
+            policy,
             examples,
             num_samples=self.eval_samples,
+            chooses=self.eval_every is not None,
             batch_size=self.batch_size,
             seed=context.seed,
         )
@@ -197,7 +216,7 @@ class SFT(Supervised):
         examples: Sequence[Example],
         batches: BatchStream,
     ) -> Iterator[torch.Tensor]:
-        limit = int(network.config.max_position_embeddings)
+        limit = context_len(network)
         for index in batches:
             chosen = [examples[i] for i in index]
             batch = pad(chosen) if self.layout == "pad" else pack(chosen, limit=limit)

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,8 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
+from rlhf_exp.streams import make_streams_unbreakable
+
 # What nearly every run imports and what takes longest.
 PRELOADED = (
     "rlhf_exp.environment", "rlhf_exp.experiment", "rlhf_exp.stages.ppo",
@@ -24,6 +27,7 @@ PRELOADED = (
     "transformers.models.gpt2.modeling_gpt2", "matplotlib.backends.backend_agg",
 )  # fmt: skip
 SWEEP_PID = "RLHF_EXP_SWEEP_PID"  # environment: the process whose end ends those of its jobs
+LONGEST_TEMP_DIR = 70  # of the 104 characters that macOS allows; multiprocessing adds 32
 POLL_S = 1.0
 GRACE_S = 600.0  # for one that was asked to stop, which finishes a step and saves
 
@@ -64,7 +68,9 @@ def _context() -> Any:
     if multiprocessing.get_start_method(allow_none=True) not in (None, *methods):
         # A worker of joblib tells its children of a method that only joblib knows.
         multiprocessing.set_start_method("spawn", force=True)
-    if "forkserver" not in methods:
+    # The server listens on a socket below the folder of temporary files. Where its path is too
+    # long, each process imports the libraries itself.
+    if "forkserver" not in methods or len(tempfile.gettempdir()) > LONGEST_TEMP_DIR:
         return multiprocessing.get_context("spawn")
     context: BaseContext = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
@@ -102,6 +108,7 @@ def _run(
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    make_streams_unbreakable()
     threading.Thread(target=_end_with_caller, daemon=True).start()
     function(*arguments)
 

@@ -5,12 +5,17 @@ It knows intervals, choices and results, not how jobs are run.
 """
 
 import json
+import logging
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf_exp.settings import ConfigError
+
+log = logging.getLogger(__name__)
 
 STUDY = "study.jsonl"
 
@@ -38,8 +43,8 @@ class Trial:
 
 class Search:
     """A study in `folder`, a new one or the one that is there. Trials that had no result are drawn
-    again first. Raises ConfigError without Optuna, for an unknown sampler, and for a study of other
-    metrics."""
+    again first. Raises ConfigError without Optuna, for an unknown sampler, for a study of other
+    metrics, and for a damaged one."""
 
     def __init__(
         self,
@@ -50,14 +55,11 @@ class Search:
         metrics: Mapping[str, str],
     ) -> None:
         optuna = _optuna()
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
-
         check_search(sampler, metrics)
         folder.mkdir(parents=True, exist_ok=True)
         self._metrics = tuple(metrics)
         self._highest_first = next(iter(metrics.values())) == "maximize"
-        storage = JournalStorage(JournalFileBackend(str(folder / STUDY)))
+        storage = _open_journal(folder / STUDY)
         names = [study.study_name for study in optuna.get_all_study_summaries(storage)]
         drawn = 0
         if names:
@@ -110,8 +112,9 @@ class Search:
 
     def ask(self, space: Space) -> Trial:
         """Draws a setting. Raises ConfigError for a space that the study's earlier one excludes."""
+        distributions = {key: _distribution(of) for key, of in space.items()}
         try:
-            trial = self._study.ask({key: _distribution(of) for key, of in space.items()})
+            trial = self._study.ask(distributions)
         except ValueError as error:
             raise ConfigError(
                 f"the search in this folder was begun over other values ({error}): name another"
@@ -121,13 +124,18 @@ class Search:
 
     def tell(self, trial: Trial, folder: Path | None) -> None:
         """Hands in the result of a trial, whose run left it in `folder`; None for a run that was
-        not done. Raises ConfigError if a metric is not in the result."""
+        not done. A trial with a metric that is not finite has failed. Raises ConfigError if a
+        metric is not in the result."""
         from optuna.trial import TrialState
 
         if folder is None:
             self._study.tell(trial.number, state=TrialState.FAIL)
             return
-        self._study.tell(trial.number, read_metrics(folder, self._metrics))
+        metrics = read_metrics(folder, self._metrics)
+        if metrics is None:
+            self._study.tell(trial.number, state=TrialState.FAIL)
+        else:
+            self._study.tell(trial.number, metrics)
 
     def best(self) -> list[tuple[dict[str, Any], list[float]]]:
         """The settings that no other is better than, with their metrics, the best by the
@@ -136,9 +144,9 @@ class Search:
         return sorted(found, key=lambda pair: pair[1], reverse=self._highest_first)
 
 
-def read_metrics(folder: Path, names: Sequence[str]) -> list[float]:
-    """Metrics of the last evaluation of a run that is done. Raises ConfigError for one that it does
-    not have."""
+def read_metrics(folder: Path, names: Sequence[str]) -> list[float] | None:
+    """Metrics of the last evaluation of a run that is done; None if one of them was not finite.
+    Raises ConfigError for one that the run does not have."""
     after = json.loads((folder / "result.json").read_text(encoding="utf-8"))["after"]
     for name in names:
         if name not in after:
@@ -146,7 +154,24 @@ def read_metrics(folder: Path, names: Sequence[str]) -> list[float]:
                 f"hydra.sweeper: {name} is no result of these runs; they have:"
                 f" {', '.join(sorted(after))}"
             )
-    return [float(after[name]) for name in names]
+    values = [math.nan if after[name] is None else float(after[name]) for name in names]
+    return values if all(map(math.isfinite, values)) else None
+
+
+def check_space(space: Space) -> None:
+    """Raises ConfigError for an interval that no number can be drawn from."""
+    for key, of in space.items():
+        if isinstance(of, tuple):
+            continue
+        shown = f"interval({of.low:g},{of.high:g})"
+        if not (math.isfinite(of.low) and math.isfinite(of.high)):
+            raise ConfigError(f"{key}: {shown}: both ends must be finite")
+        if of.low > of.high:
+            raise ConfigError(
+                f"{key}: {shown} ends below its beginning: write interval({of.high:g},{of.low:g})"
+            )
+        if of.log and of.low <= 0:
+            raise ConfigError(f"{key}: {shown} is drawn on a log scale, which begins above 0")
 
 
 def corners(space: Space) -> list[dict[str, str]]:
@@ -189,6 +214,27 @@ def check_search(sampler: str, metrics: Mapping[str, str]) -> None:
     for name, direction in metrics.items():
         if direction not in ("maximize", "minimize"):
             raise ConfigError(f"{name}: {direction}: maximize or minimize")
+
+
+def _open_journal(file: Path) -> Any:
+    """Optuna's storage in a file of JSON lines. A last line that was cut is removed, since Optuna
+    would write behind it. Raises ConfigError for a file that is damaged otherwise."""
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    content = file.read_bytes() if file.is_file() else b""
+    if not content.endswith(b"\n") and content:
+        os.truncate(file, content.rfind(b"\n") + 1)
+        log.warning("%s was cut in its last line, which is removed", file)
+    try:
+        return JournalStorage(JournalFileBackend(str(file)))
+    except OSError:
+        raise
+    except Exception as error:  # Optuna raises whatever the lines make it stumble over
+        raise ConfigError(
+            f"{file} is damaged ({str(error)[:80]}): remove it to search anew on the runs that are"
+            " done"
+        ) from error
 
 
 def _optuna() -> Any:

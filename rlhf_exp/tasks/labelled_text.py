@@ -14,6 +14,7 @@ from typing import NamedTuple
 from pydantic import model_validator
 
 from rlhf_exp.hf import PreTrainedTokenizerBase
+from rlhf_exp.lfs import refuse_lfs_pointer
 from rlhf_exp.settings import ConfigError, Count, Index, OpenFraction, Text, settings
 from rlhf_exp.tasks.protocol import LabelledText, Split
 
@@ -126,6 +127,7 @@ class LabelledTextFile:
     def _contents(self) -> _Contents:
         path = Path(self.path).expanduser()
         try:
+            refuse_lfs_pointer(path, field="task.path")
             data = path.read_bytes()
         except OSError as error:
             raise ConfigError(

@@ -12,14 +12,14 @@ import re
 import reprlib
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.network import hub_url, reachable
+from rlhf_exp.hf import quiet_datasets
+from rlhf_exp.lfs import refuse_lfs_pointer
+from rlhf_exp.network import hub_responds, hub_url
 from rlhf_exp.settings import ConfigError
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ TYPES: tuple[tuple[re.Pattern[str], Callable[[str], Any]], ...] = (
     (re.compile(r"[+-]?((0|[1-9][0-9]{0,99})(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,2})?"), float),
     (re.compile(r"[Tt]rue|TRUE|[Ff]alse|FALSE"), lambda cell: cell.lower() == "true"),
 )
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 CHUNK = 1000  # rows that are decoded at once; one by one takes `datasets` ten times as long
 
 
@@ -106,7 +107,7 @@ def read_table(
         raise ConfigError(f"{field}={path}: no such file or directory, and no name on the hub")
     if not is_local:
         log.info("%s: reading %s from %s or its local cache", field, path, hub_url())
-    with _quiet():
+    with quiet_datasets():
         if place.is_file():
             table = _read_file(place, asked, text_columns)
         elif is_local:
@@ -133,6 +134,7 @@ def _read_file(file: Path, asked: Source, text_columns: Sequence[str]) -> Table:
             " directory or a name on the hub"
         )
     try:
+        refuse_lfs_pointer(file, field=asked.field)
         table = reader(file, asked, text_columns)
     except OSError as error:
         raise ConfigError(
@@ -204,6 +206,13 @@ def _typed(cells: Sequence[str]) -> Sequence[Any]:
 
 def _csv_rows(contents: str, delimiter: str, where: str) -> tuple[list[str], list[list[str]]]:
     """The header and the rows below it, blank lines left out."""
+    first = re.split(r"[\r\n]", contents.lstrip(), maxsplit=1)[0]
+    others = [name for separator, name in SEPARATORS.items() if separator in first]
+    if others and delimiter not in first:
+        raise ConfigError(
+            f"{where} separates its columns by {others[0]}, not by {SEPARATORS[delimiter]}: save it"
+            " with commas as .csv, or with tabs as .tsv"
+        )
     limit = csv.field_size_limit(sys.maxsize)
     rows: list[list[str]] = []
     try:
@@ -319,7 +328,7 @@ def _read_hub(asked: Source) -> Table:
     import datasets
 
     before = datasets.config.HF_HUB_OFFLINE
-    if not before and reachable(hub_url()):
+    if not before and hub_responds():
         return _built(asked.path, asked, f"check the name on {hub_url()}/datasets, or name a file")
     why = "HF_HUB_OFFLINE is set" if before else f"{hub_url()} is out of reach"
     fix = f"{why}, and it is not in the local cache; name a file or a directory"
@@ -376,29 +385,3 @@ def _short(error: BaseException, limit: int = 300) -> str:
     if isinstance(error, StopIteration):
         return "it holds an empty file"
     return (" ".join(str(error).split()) or type(error).__name__)[:limit]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what `datasets` and the hub's client write to stderr; what matters is raised."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # all: `datasets` greets while it is imported
-    try:
-        import datasets
-        from huggingface_hub.utils.tqdm import (
-            are_progress_bars_disabled,
-            disable_progress_bars,
-            enable_progress_bars,
-        )
-
-        datasets.disable_progress_bars()
-        shown = not are_progress_bars_disabled()
-        with warnings.catch_warnings(action="ignore"):
-            disable_progress_bars()
-            try:
-                yield
-            finally:
-                if shown:
-                    enable_progress_bars()
-    finally:
-        logging.disable(before)

@@ -16,7 +16,7 @@ PATIENCE_S = 2.0  # who asks whether a folder is claimed holds the lock for a mo
 def claimed(path: Path) -> Iterator[None]:
     """The folder is this process's own within the block. Raises ConfigError if it is another's."""
     path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path / LOCK)
+    lock = FileLock(path.absolute() / LOCK)
     try:
         lock.acquire(timeout=PATIENCE_S)
     except Timeout as error:

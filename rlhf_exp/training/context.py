@@ -7,19 +7,22 @@ import torch
 
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.training.folder import RunFolder
+from rlhf_exp.training.presentation import Presentation
 from rlhf_exp.training.stopping import StopRequests
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """The surroundings of one run of one stage. A resumed run goes on from the newest checkpoint
-    in its folder, or begins anew if it has none; `stop` is whether it is asked to end early."""
+    in its folder, or begins anew if it has none; `stop` is whether it is asked to end early. What
+    the stage adds to `presentation` is shown after its result is written."""
 
     folder: RunFolder
     seed: int
     device: torch.device
     resume: bool = False
     stop: StopRequests = field(default_factory=StopRequests)
+    presentation: Presentation = field(default_factory=Presentation)
 
 
 class TrainingError(RuntimeError):

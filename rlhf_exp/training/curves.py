@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_exp.printable import printable
+from rlhf_exp.training.context import Context
 
 INK, MUTED = "#222222", "#8a8a8a"
 SCORE, KL, TRUE = "#0b6e4f", "#b3541e", "#2c5aa0"
@@ -68,6 +69,14 @@ def plot_supervised(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str
     panels[-1].set_xlabel("update", color=INK)
     figure.savefig(path, dpi=130)
     return path
+
+
+def present_losses(context: Context, *, title: str) -> None:
+    """Has loss.png drawn once the result of a supervised stage is written."""
+    folder = context.folder
+    context.presentation.add(
+        "loss.png", lambda: plot_supervised(folder.rows(), folder.path / "loss.png", title=title)
+    )
 
 
 def plot_predictions(
@@ -150,8 +159,13 @@ def print_before_after(
     table.add_column("score", justify="right", no_wrap=True)
     table.add_column("after", ratio=1)
     for old, new in zip(before, after, strict=True):
-        table.add_row(f"{old['score']:.2f}", _sample(old), f"{new['score']:.2f}", _sample(new))
+        table.add_row(_score(old), _sample(old), _score(new), _sample(new))
     console.print(table)
+
+
+def _score(row: Mapping[str, Any]) -> str:
+    score = row["score"]
+    return f"{score:.2f}" if abs(score) < 1e9 else f"{score:.2e}"
 
 
 def _sample(row: Mapping[str, Any]) -> Text:

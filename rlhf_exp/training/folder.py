@@ -20,6 +20,7 @@ from rlhf_exp.printable import printable
 from rlhf_exp.redaction import scrub
 from rlhf_exp.training.files import sync, write_whole
 from rlhf_exp.training.metrics import Histogram, summarize
+from rlhf_exp.training.presentation import attempt
 from rlhf_exp.training.provenance import environment
 
 log = logging.getLogger(__name__)
@@ -62,10 +63,11 @@ def local_only() -> AbstractContextManager[list[Sink]]:
 
 
 class RunFolder:
-    """Writes what a run leaves behind. Nothing is created before the first write."""
+    """Writes what a run leaves behind. Nothing is created before the first write. Its path is
+    absolute, so that a reward that changes the process's folder does not scatter the run."""
 
     def __init__(self, path: Path, open_sinks: OpenSinks = local_only) -> None:
-        self.path = path
+        self.path = path.absolute()
         self._open_sinks = open_sinks
         self._stack = ExitStack()
         self._sinks: list[Sink] = []
@@ -74,8 +76,11 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        if kind is None:
+            attempt("closing W&B", self._stack.close)
+        else:
+            self._stack.__exit__(kind, *error)
 
     def start(self) -> None:
         """Says that everything is loaded and the work begins; opens the other sinks."""
@@ -110,7 +115,7 @@ class RunFolder:
             sink.log_histograms(phase, histograms)
 
     def log_result(self, result: Mapping[str, Any]) -> None:
-        """Passes on the result of a run whose folder is complete but for its status."""
+        """Passes on the result of a run that is done."""
         for sink in self._sinks:
             sink.log_result(result, self.path)
 
@@ -161,10 +166,13 @@ class RunFolder:
             known = file.read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError):
             known = ""
-        if not re.fullmatch(r"[a-z0-9]{8,32}", known):
-            known = secrets.token_hex(4)
-            write_whole(file, f"{known}\n")
-        return known
+        if re.fullmatch(r"[\w.-]{1,64}", known, re.ASCII):
+            return known
+        run_id = secrets.token_hex(4)
+        write_whole(file, f"{run_id}\n")
+        if known:
+            log.warning("%s is no id of a W&B run; this run is %s", known, run_id)
+        return run_id
 
     def clear(self) -> None:
         """Removes the rows that an earlier attempt in this folder left."""
@@ -198,7 +206,7 @@ class RunFolder:
         write_whole(files[len(known)], "\n".join(lines) + "\n")
 
     def keep_id(self, run_id: str) -> None:
-        """Has the run be called what its checkpoint says, if the file that says so is lost."""
+        """Gives the run its name in W&B, unless it has one."""
         if not (self.path / RUN_ID).is_file():
             write_whole(self.path / RUN_ID, f"{run_id}\n")
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from rlhf_exp.network import hub_url, reachable
+from rlhf_exp.network import hub_responds, hub_url
 from rlhf_exp.settings import settings
 from rlhf_exp.training.context import TrainingError
 
@@ -45,7 +45,7 @@ class HubSettings:
                 "hub.push=true: no Hugging Face token; log in with `hf auth login`, set HF_TOKEN,"
                 " or set hub.push=false"
             )
-        if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0") or not reachable(hub_url()):
+        if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0") or not hub_responds():
             found.append(
                 f"hub.push=true: {hub_url()} is out of reach (or HF_HUB_OFFLINE is set); set"
                 " hub.push=false and push later with `hf upload`"

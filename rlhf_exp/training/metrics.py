@@ -71,10 +71,17 @@ def summarize(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def describe(metrics: Mapping[str, float]) -> str:
-    """The metrics as one line."""
+def describe(metrics: Mapping[str, float | None]) -> str:
+    """The metrics as one line. None is what files hold for a number that was not finite."""
+    return "  ".join(f"{name} {show_number(value)}" for name, value in metrics.items())
+
+
+def show_number(value: float | None) -> str:
+    """A metric for people, with three decimals; in scientific notation from 1e9 on."""
+    if value is None:
+        return "not finite"
     # An exact KL of 0 may come out as -1e-8; + 0.0 takes the sign off the rounded one.
-    return "  ".join(f"{name} {round(value, 3) + 0.0:.3f}" for name, value in metrics.items())
+    return f"{round(value, 3) + 0.0:.3f}" if abs(value) < 1e9 else f"{value:.3e}"
 
 
 def distinct_n(tokens: Int[Tensor, "batch completion"], mask: Bool[Tensor, "batch completion"],

@@ -74,9 +74,13 @@ def _evaluation(result: Mapping[str, Any]) -> str:
     note = "Fresh samples at temperature 1 from the full distribution; KL to the model it began as."
     lines = ["| metric | before | after |", "| --- | --- | --- |"]
     for name, value in after.items():
-        first = f"{before[name]:.4g}" if name in before else ""
-        lines.append(f"| `{name}` | {first} | {value:.4g} |")
+        first = _number(before[name]) if name in before else ""
+        lines.append(f"| `{name}` | {first} | {_number(value)} |")
     return "\n".join([note, "", *lines] if before else lines)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
 
 
 def _listing(part: Mapping[str, Any]) -> str:

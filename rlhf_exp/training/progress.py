@@ -6,12 +6,14 @@ import sys
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 # run.py sends this one to the log file alone when a bar is on the terminal.
 line_log = logging.getLogger("rlhf_exp.progress")
+package_log = logging.getLogger("rlhf_exp")
 
 SHORT = {
     "objective/scores": "score",
@@ -40,7 +42,7 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if not self.bar.disable:  # else log lines would break the bar
-            self._stack.enter_context(logging_redirect_tqdm())
+            self._stack.enter_context(logging_redirect_tqdm([logging.root, package_log]))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,12 +65,33 @@ def on_terminal() -> bool:
     return sys.stderr.isatty()
 
 
+def keep_log(file: Path, *, console: bool) -> None:
+    """Has this package log to the file, and warnings to the console if so asked, whatever Hydra's
+    configuration has set up. The package has handlers of its own, since the user's code may replace
+    those of the root logger, as logging.basicConfig(force=True) does."""
+    handlers = [*logging.root.handlers]
+    if not any(isinstance(handler, logging.FileHandler) for handler in handlers):
+        to_file = logging.FileHandler(file, encoding="utf-8", delay=True)
+        to_file.setFormatter(logging.Formatter("[%(asctime)s %(levelname)s] %(message)s"))
+        handlers.append(to_file)
+    if console and all(isinstance(handler, logging.FileHandler) for handler in handlers):
+        to_console = logging.StreamHandler()
+        to_console.setLevel(logging.WARNING)
+        handlers.append(to_console)
+    package_log.handlers, package_log.propagate = handlers, False
+    package_log.setLevel(min(logging.root.level, logging.INFO))
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.partition(".")[0] == "rlhf_exp" and isinstance(logger, logging.Logger):
+            logger.disabled = False  # as hydra/job_logging=disabled has set it
+
+
 def file_log() -> logging.Logger:
     """A logger that writes to train.log alone. The progress lines go there too while a bar is on
     the terminal."""
     handlers: list[logging.Handler] = [
-        h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)
+        h for h in package_log.handlers if isinstance(h, logging.FileHandler)
     ]
+    handlers = handlers or [logging.NullHandler()]  # none would mean standard error
     own = logging.getLogger("rlhf_exp.file")
     for logger in (own, line_log) if on_terminal() else (own,):
         logger.handlers, logger.propagate = handlers, False

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 # What ends a process with a word of warning. Not all systems have all of them.
 SIGNALS = tuple(
@@ -41,6 +42,10 @@ class StopRequests:
     outside of it, as while a model is loaded, it raises Interrupted at once. A second signal ends
     the process where it is, after `abandon(why)`; but a caller that has hung up may have
     interrupted before.
+
+    A process that is forked within `listening`, by a reward for instance, does not answer for the
+    run: SIGTERM ends it as if nobody listened. The other signals, which a terminal or a queue sends
+    to all processes of a job, it ignores the first time, so that the run can finish its step.
     """
 
     def __init__(self, *, abandon: Callable[[str], None] = lambda why: None) -> None:
@@ -49,6 +54,8 @@ class StopRequests:
         self._asked: Interrupted | None = None
         self._in_steps = False
         self._last = self._longest = 0.0
+        self._process = os.getpid()
+        self._before: dict[int, Any] = {}
 
     def limit(self, minutes: float, *, began: float) -> None:
         """The run may take so long, counted from `began` of time.monotonic(): the time is up where
@@ -63,11 +70,14 @@ class StopRequests:
             yield self
             return
         numbers = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # as under nohup
-        before = {number: signal.signal(number, self._receive) for number in numbers}
+        self._process = os.getpid()
+        self._before = {number: signal.signal(number, self._receive) for number in numbers}
+        _listening.append(self)
         try:
             yield self
         finally:
-            for number, handler in before.items():
+            _listening.remove(self)
+            for number, handler in self._before.items():
                 signal.signal(number, handler)
 
     @contextmanager
@@ -93,18 +103,53 @@ class StopRequests:
             self._asked = Interrupted(why, TIME_IS_UP)
         return self._asked
 
+    def release_sigterm(self) -> None:
+        """Gives SIGTERM back to the handler that it had before `listening`."""
+        if signal.SIGTERM in self._before:
+            signal.signal(signal.SIGTERM, self._before[signal.SIGTERM])
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         name, code = signal.Signals(number).name, 128 + number
+        is_run = os.getpid() == self._process
         if self._asked is not None:
             if name == "SIGHUP":
                 return
-            self._abandon(f"{name}, the second")
-            _say(f"\n{name} once more: ending at once\n")
+            if is_run:
+                self._abandon(f"{name}, the second")
+                _say(f"\n{name} once more: ending at once\n")
             os._exit(code)
         self._asked = Interrupted(name, code)
+        if not is_run:
+            return
         if not self._in_steps:
             raise self._asked
         _say(f"\n{name}: finishing this step and saving; once more ends at once\n")
+
+
+_listening: list[StopRequests] = []
+
+
+def _block_sigterm() -> None:
+    if _listening:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _unblock_sigterm() -> None:
+    if _listening:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _release_sigterm() -> None:
+    for stop in _listening:
+        stop.release_sigterm()
+    _unblock_sigterm()
+
+
+# Not left to the handler: Python drops what a child receives before it is fully forked, and calls
+# no handler in one that waits in C code.
+os.register_at_fork(
+    before=_block_sigterm, after_in_parent=_unblock_sigterm, after_in_child=_release_sigterm
+)
 
 
 def _say(line: str) -> None:

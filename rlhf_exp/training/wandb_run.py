@@ -6,6 +6,7 @@ It knows how W&B's service dies, and nothing of what is logged.
 
 import logging
 import queue
+import shlex
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,7 @@ class WandbRun:
         self.call(finish)
         self._thread.join(self._finish_s)
         if self._thread.is_alive():
-            files = Path(self._run.dir).parent
+            files = shlex.quote(str(Path(self._run.dir).parent))
             self._give_up(f"not finished after {self._finish_s:g} s; later: wandb sync {files}")
         if self._failed.is_set():
             drop_service(lambda: self._run.finish(exit_code=exit_code))

@@ -18,6 +18,7 @@ from rlhf_exp.functional.vocab_head import (
     low_precision,
     rollout_statistics,
     token_statistics,
+    unembed,
 )
 from tests.builders import assert_near
 
@@ -78,14 +79,20 @@ def case(
 
 def logits_of(hidden: Tensor, head: Head, *, temperature: float) -> Tensor:
     logits = hidden @ head.weight.T
-    return (logits if head.bias is None else logits + head.bias) / temperature
+    logits = head.scale * (logits if head.bias is None else logits + head.bias)
+    if head.cap is not None:
+        logits = head.cap * torch.tanh(logits / head.cap)
+    return logits / temperature
 
 
 def textbook(of: Case, *, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs, entropy, KL and the reference's log-probs in float64, of [rows, 1, vocab]."""
     rows = of.hidden.double().flatten(0, -2)[:, None]
     ref_rows = of.ref_hidden.double().flatten(0, -2)[:, None]
-    head, ref_head = (Head(*(x if x is None else x.double() for x in h)) for h in (of[1], of[4]))
+    head, ref_head = (
+        h._replace(weight=h.weight.double(), bias=None if h.bias is None else h.bias.double())
+        for h in (of.head, of.ref_head)
+    )
     logits = logits_of(rows, head, temperature=temperature)
     ref_logits = logits_of(ref_rows, ref_head, temperature=temperature)
     tokens = of.tokens.flatten()[:, None]
@@ -166,6 +173,51 @@ def test_gradients_in_float64(tiles: None) -> None:
     # And float64 stays float64.
     for ours, expected in zip(of.statistics(0.7), textbook(of, temperature=0.7), strict=False):
         assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+SCALE_AND_CAP = [(0.125, None), (6.0, None), (1.0, 3.0), (0.125, 0.5), (6.0, 30.0)]
+
+
+@pytest.mark.parametrize(("scale", "cap"), SCALE_AND_CAP)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_scale_and_a_soft_cap_in_float64(
+    scale: float, cap: float | None, bias: bool, tiles: None
+) -> None:
+    of = case(axes=(2, 2), d_model=3, vocab=17, bias=bias, dtype=torch.float64)
+    # A reference of another shape, so that neither is taken for the other.
+    ref_head = of.ref_head._replace(scale=0.5, cap=4.0)
+    of = of._replace(head=of.head._replace(scale=scale, cap=cap), ref_head=ref_head)
+    expected = textbook(of, temperature=0.7)
+    for ours, wanted in zip(of.statistics(0.7), expected, strict=False):
+        assert_close(ours, wanted, rtol=0, atol=1e-12)
+    ref_logprobs = rollout_statistics(*of, temperature=0.7).ref_logprobs
+    assert_close(ref_logprobs, expected[3], rtol=0, atol=1e-12)
+    for by in (BY, (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)):
+        seen = torch.autograd.grad(loss(of.statistics(0.7), by=by), of.leaves())
+        wanted = torch.autograd.grad(loss(textbook(of, temperature=0.7), by=by), of.leaves())
+        for gradient, other in zip(seen, wanted, strict=True):
+            assert other.abs().max() > 1e-4
+            assert_close(gradient, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), *SCALE_AND_CAP])
+def test_a_scale_and_a_soft_cap_in_whole_logits(scale: float, cap: float | None) -> None:
+    of = case(dtype=torch.float64)
+    head = of.head._replace(scale=scale, cap=cap)
+    expected = logits_of(of.hidden, head, temperature=1.0)
+    assert_close(head_logits(of.hidden, head), expected.detach(), rtol=0, atol=1e-12)
+    logits = unembed(of.hidden, head)
+    assert_close(logits, expected, rtol=0, atol=1e-12)
+    seen, wanted = (torch.autograd.grad(x.square().sum(), of.leaves()) for x in (logits, expected))
+    for gradient, other in zip(seen, wanted, strict=True):
+        assert_close(gradient, other, rtol=1e-9, atol=1e-9)
+
+
+def test_whole_logits_are_not_rounded_under_autocast() -> None:
+    of = case(level=-100)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = unembed(of.hidden, of.head)
+    assert torch.equal(logits, of.hidden @ of.head.weight.T + of.head.bias)
 
 
 def test_a_backward_pass_can_be_repeated(tiles: None) -> None:

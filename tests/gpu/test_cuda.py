@@ -8,6 +8,8 @@ import torch
 
 from rlhf_exp.functional.logprobs import completion_logits, token_logprobs
 from rlhf_exp.models.loading import Pretrained, build_policy, load_policy
+from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.models.probing import probed
 from rlhf_exp.models.reference import FullCopy, Lora, ReferenceSettings, SharedTrunk
 from rlhf_exp.models.reward_model import load_reward_model
 from rlhf_exp.models.saving import save_policy
@@ -28,6 +30,8 @@ from rlhf_exp.training.context import Context
 from rlhf_exp.training.folder import RunFolder
 from rlhf_exp.training.optim import AdamWSettings, Constant
 from rlhf_exp.training.seeding import stream
+from tests.architectures import build, largest_error
+from tests.builders import build_tokenizer
 from tests.stages.fixed import perturb
 from tests.stages.test_low_precision import assert_alike, moved, small
 from tests.stages.test_objective import REFERENCES as KINDS
@@ -51,6 +55,13 @@ def test_engines_are_equal(architecture: str) -> None:
     policy.engine = "hooked"
     for a, b in zip(fast, policy(tokens, mask), strict=True):
         torch.testing.assert_close(a[mask], b[mask], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama, eager", "gptj", "gpt_neo", "falcon with alibi", "lfm2"])
+def test_graphs_are_used_where_they_are_right(name: str) -> None:
+    policy = probed(TransformerWithValueHead(build(name).to(DEVICE), build_tokenizer()))
+    assert policy.fast_paths.static == (name in ("llama, eager", "gptj"))
+    assert largest_error(policy, policy.frozen_reference(), static=False) < 1e-4
 
 
 @pytest.mark.parametrize("sampler", [CachedSampler(gen_len=6), BridgeSampler(gen_len=6)])

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from rlhf_exp.functional.logprobs import completion_part
 from rlhf_exp.functional.vocab_head import token_statistics
-from rlhf_exp.models.policy import TransformerWithValueHead, prompt_cache
+from rlhf_exp.models.cache import prompt_cache
+from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.reference import Lora, SharedTrunk
 from rlhf_exp.types import Completions, Layout
 from tests.builders import (

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -10,7 +11,14 @@ from rlhf_exp.models.kernels import ATTENTION
 from rlhf_exp.models.loading import load_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.saving import save_policy
-from tests.builders import assert_near, plain_forward, ragged_tokens, tiny_policy
+from tests.builders import (
+    assert_near,
+    build_tokenizer,
+    plain_forward,
+    ragged_tokens,
+    stretch,
+    tiny_policy,
+)
 
 TOKENS, MASK = ragged_tokens()
 
@@ -179,3 +187,25 @@ def test_each_policy_has_a_view_of_its_own():
     for policy, view, logits in zip(policies, views, seen, strict=True):
         assert policy.view is view
         assert_near(logits[MASK], policy(TOKENS, MASK)[0][MASK])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Granite", {"logits_scaling": 8.0}),
+        ("Cohere", {"logit_scale": 0.0625}),
+        ("Gemma2", {"final_logit_softcapping": 2.0, "head_dim": 8}),
+    ],
+)
+def test_a_scale_and_a_soft_cap_are_in_its_logits(name, options):
+    config = getattr(hf, f"{name}Config")(
+        vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=32,
+        architectures=[f"{name}ForCausalLM"], **options,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    stretch(model, seed=0)
+    policy = TransformerWithValueHead(model, build_tokenizer(), engine="hooked")
+    for ours, plain in zip(policy(TOKENS, MASK), plain_forward(policy, TOKENS, MASK), strict=False):
+        assert_near(ours[MASK], plain[MASK])

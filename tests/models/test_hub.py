@@ -2,7 +2,9 @@
 
 import http.server
 import json
+import os
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,11 +14,17 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from rlhf_exp.models.hub import find_file, from_pretrained, locate_revision
+from rlhf_exp.models.hub import (
+    directory_hash,
+    find_file,
+    from_pretrained,
+    locate_model,
+    locate_revision,
+)
 from rlhf_exp.models.loading import load_classifier, load_language_model, load_policy
 from rlhf_exp.models.reference import Lora
 from rlhf_exp.models.saving import save_policy
-from rlhf_exp.network import reachable
+from rlhf_exp.network import reachable, responds
 from rlhf_exp.settings import ConfigError
 from tests.builders import ragged_tokens, tiny_policy
 
@@ -38,9 +46,11 @@ def use_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[UseHub]:
             huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + PATHS
         )
         reachable.cache_clear()
+        responds.cache_clear()
 
     yield use
     reachable.cache_clear()
+    responds.cache_clear()
 
 
 @pytest.fixture
@@ -91,6 +101,42 @@ def test_a_name_that_the_hub_does_not_have(answering: list[str]) -> None:
     with pytest.raises(ConfigError, match=rf"^model\.base_model='nobody/typo' .*: {fix}\.\n"):
         load_policy("nobody/typo")
     assert any("nobody/typo" in path for path in answering)
+
+
+class Breaking(http.server.BaseHTTPRequestHandler):
+    """Answers the first request, and closes the connection of every other one."""
+
+    def do_HEAD(self) -> None:
+        if self.path == "/":
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_a_hub_that_breaks_connections_is_named(use_hub: UseHub) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), Breaking) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        use_hub(f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(ConfigError, match=r"'nobody/any' cannot be loaded: check the name on"):
+            load_policy("nobody/any")
+        server.shutdown()
+        thread.join()
+
+
+def test_a_hub_that_accepts_and_never_answers_counts_as_out_of_reach(
+    use_hub: UseHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf_exp.network.PATIENCE_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        use_hub(f"http://127.0.0.1:{server.getsockname()[1]}")
+        start = time.monotonic()
+        with pytest.raises(ConfigError, match=r"^model\.base_model='nobody/any' .*out of reach"):
+            load_policy("nobody/any")
+        assert time.monotonic() - start < 5
 
 
 def test_a_directory_is_loaded_without_asking_the_hub(answering: list[str], tmp_path: Path) -> None:
@@ -178,3 +224,84 @@ def test_a_file_of_a_directory_or_of_the_cache_is_found(tmp_path: Path, monkeypa
     assert found.read_text() == "weights"
     assert find_file("me/model", "other", revision=None) is None
     assert find_file("me/unknown", "head", revision=None) is None
+
+
+INDEX = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}
+MODEL = {
+    "config.json": "{}",
+    "tokenizer.json": "{}",
+    "model.safetensors.index.json": json.dumps(INDEX),
+    "model-1-of-2.safetensors": "first",
+    "model-2-of-2.safetensors": "second",
+    "value_head.safetensors": "head",
+}
+
+
+def model_directory(folder: Path, **contents: str) -> Path:
+    """A directory with the files of a sharded model; `contents` replaces some of them."""
+    folder.mkdir()
+    for name, text in (MODEL | contents).items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_the_hash_of_a_directory_is_of_what_is_loaded_from_it(tmp_path: Path) -> None:
+    first = model_directory(tmp_path / "first")
+    expected = directory_hash(str(first))
+    assert len(expected) == 64
+    # Copied elsewhere at another time, with files that no loader opens.
+    second = model_directory(tmp_path / "second")
+    for name in MODEL:
+        os.utime(second / name, (1, 1))
+    for name in ("README.md", "notes.txt", "train.log", "optimizer.bin", "trainer_state.json"):
+        (second / name).write_text("more")
+    (second / "checkpoints").mkdir()
+    (second / "checkpoints" / "model.safetensors").write_text("more")
+    (second / "old.safetensors").symlink_to(tmp_path / "removed")
+    (second / "pytorch_model.bin").write_text("safetensors are preferred")
+    assert directory_hash(str(second)) == expected
+    assert directory_hash(str(tmp_path / "nowhere")) == directory_hash("artifact:x") == ""
+    assert directory_hash(str(first / "config.json")) == ""
+
+
+@pytest.mark.parametrize("name", [*MODEL, "model.safetensors", "tokenizer_config.json"])
+def test_the_hash_of_a_directory_follows_every_file_that_is_loaded(
+    tmp_path: Path, name: str
+) -> None:
+    first = model_directory(tmp_path / "first")
+    text = MODEL.get(name, "")
+    changed = text.replace("f", "F") if name.startswith("model-1") else f"{text} "
+    second = model_directory(tmp_path / "second", **{name: changed})
+    stat = (first / "config.json").stat()
+    os.utime(second / name, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert directory_hash(str(first)) != directory_hash(str(second))
+
+
+def test_code_that_a_model_brings_is_part_of_its_hash(tmp_path: Path) -> None:
+    code = '{"auto_map": {"AutoConfig": "own.OwnConfig"}}'
+    folders = [
+        model_directory(tmp_path / str(i), **{"config.json": config, "own.py": source})
+        for i, (config, source) in enumerate([(code, "1"), (code, "2"), ("{}", "1"), ("{}", "2")])
+    ]
+    hashes = [directory_hash(str(folder)) for folder in folders]
+    assert hashes[0] != hashes[1]
+    assert hashes[2] == hashes[3]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model-2-of-2.safetensors"])
+def test_a_pointer_of_git_lfs_is_told_from_a_file(tmp_path: Path, name: str) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+    folder = model_directory(tmp_path / "model", **{name: pointer})
+    message = rf"^reward\.path: {folder / name} is a Git LFS pointer, .*`git lfs pull` in {folder}$"
+    with pytest.raises(ConfigError, match=message):
+        locate_model(str(folder), field="reward.path")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model-2-of-2.safetensors"])
+def test_a_link_to_nothing_is_told_from_a_file(tmp_path: Path, name: str) -> None:
+    folder = model_directory(tmp_path / "model")
+    (folder / name).unlink()
+    (folder / name).symlink_to("../blobs/12ab")
+    message = rf"^model\.base_model='.*': {name} is a link to \.\./blobs/12ab, which does not exist"
+    with pytest.raises(ConfigError, match=message):
+        locate_model(str(folder))

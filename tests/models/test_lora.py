@@ -6,16 +6,25 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rlhf_exp.models.loading import load_policy
 from rlhf_exp.models.lora import adapter_off, add_adapter, has_adapter, merged_copy, merged_state
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.models.reference import Lora
+from rlhf_exp.models.reference import Lora, WithoutAdapter, reference_hash
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.settings import ConfigError
-from tests.builders import assert_near, plain_forward, ragged_tokens, tiny_policy
+from tests.architectures import build
+from tests.builders import (
+    assert_near,
+    build_tokenizer,
+    plain_forward,
+    ragged_tokens,
+    stretch,
+    tiny_policy,
+)
 
 TOKENS, MASK = ragged_tokens()
 
@@ -199,6 +208,85 @@ def test_a_save_holds_the_merged_model_and_the_adapters(architecture: str, tmp_p
     ]
 
 
+SHAPE = {
+    "vocab_size": 16, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_experts_per_tok": 2,
+}  # fmt: skip
+LATENT = {
+    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
+    "v_head_dim": 6, "n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 8,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
+MIXTURES = {
+    "mixtral": hf.MixtralConfig(**SHAPE, num_local_experts=4),
+    "qwen3_moe": hf.Qwen3MoeConfig(**SHAPE, head_dim=8, moe_intermediate_size=8, num_experts=4),
+    "olmoe": hf.OlmoeConfig(**SHAPE, num_experts=4),
+    "deepseek_v3": hf.DeepseekV3Config(**SHAPE, **LATENT, n_group=2, topk_group=1),
+    "deepseek_v2": hf.DeepseekV2Config(**SHAPE, **LATENT),
+}
+
+
+def mixture(name: str, path: Path) -> TransformerWithValueHead:
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(MIXTURES[name])
+    stretch(model, seed=0)
+    model.save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+    return load_policy(path)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("name", MIXTURES)
+def test_adapters_of_experts_are_merged_and_saved(name: str, tmp_path: Path) -> None:
+    policy = mixture(name, tmp_path / "base")
+    names = policy.language_model.state_dict().keys()
+    before = policy(TOKENS, MASK)[0]
+    frozen = reference_hash(policy.frozen_reference(), policy)
+    Lora(rank=4, alpha=6).attach(policy, seed=0)
+    shake_adapters(policy)
+    assert any("experts" in adapter for adapter in adapters(policy))
+    logits = policy(TOKENS, MASK)[0]
+    assert (logits - before)[MASK].abs().max() > 0.1
+    with adapter_off(policy.language_model):
+        assert torch.equal(policy(TOKENS, MASK)[0], before)
+    assert reference_hash(WithoutAdapter(policy), policy) == frozen
+    assert merged_state(policy.language_model).keys() == names
+    merged = TransformerWithValueHead(merged_copy(policy.language_model), policy.tokenizer)
+    assert_near(merged(TOKENS, MASK)[0][MASK], logits[MASK])
+
+    path = save_policy(policy, tmp_path / "run" / "model")
+    loaded = load_policy(tmp_path / "run")
+    assert_near(loaded(TOKENS, MASK)[0][MASK], logits[MASK])
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    reopened = peft.PeftModel.from_pretrained(plain, path / "adapter").eval()
+    assert_near(reopened(input_ids=TOKENS[:1]).logits, logits[:1])
+
+
+def test_a_router_that_returns_more_than_logits_is_refused_by_name() -> None:
+    model = hf.PhimoeForCausalLM(hf.PhimoeConfig(**SHAPE, num_local_experts=4))
+    policy = TransformerWithValueHead(model, build_tokenizer())
+    refused = r"target_modules=all-linear: model\.layers\.0\.mlp\.router is a PhimoeTopKRouter"
+    with pytest.raises(ConfigError, match=refused):
+        Lora().attach(policy, seed=0)
+
+
+def test_a_matrix_that_the_model_multiplies_by_itself_gets_no_adapter() -> None:
+    model = build("jamba")
+    with pytest.raises(ValueError, match="other layers than dt_proj"):
+        add_adapter(model, rank=2, alpha=4, target_modules="all-linear", seed=0)
+    add_adapter(build("jamba"), rank=2, alpha=4, target_modules=["in_proj", "q_proj"], seed=0)
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer")
+def test_a_convolution_gets_no_adapter() -> None:
+    config = hf.Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"], block_multiple_of=8)
+    policy = TransformerWithValueHead(hf.Lfm2ForCausalLM(config), build_tokenizer())
+    with pytest.raises(ConfigError, match=r"layers\.0\.conv\.conv is a Conv1d, of which adapters"):
+        Lora(target_modules=r".*\.conv\.conv").attach(policy, seed=0)
+
+
 def test_adapters_are_fp32_on_a_base_of_any_type(architecture: str) -> None:
     policy = tiny_policy(architecture)
     policy.language_model.to(torch.bfloat16)
@@ -207,7 +295,7 @@ def test_adapters_are_fp32_on_a_base_of_any_type(architecture: str) -> None:
         assert parameter.dtype == (torch.float32 if "lora_" in name else torch.bfloat16)
         assert parameter.requires_grad == ("lora_" in name)
     logits, values = policy(TOKENS, MASK)
-    assert logits.dtype == torch.bfloat16
-    (logits.float().square().mean() + values.square().mean()).backward()
+    assert logits.dtype == torch.float32
+    (logits.square().mean() + values.square().mean()).backward()
     moved = [p.grad.abs().max() for n, p in policy.named_parameters() if "lora_B" in n]
     assert min(moved) > 0

@@ -81,11 +81,10 @@ def test_weights_are_of_the_type_that_is_asked_for(
     with torch.no_grad():
         logits, values = loaded(TOKENS, MASK)
         exact, _, hidden = plain_forward(policy, TOKENS, MASK)
-    assert logits.dtype == dtype
-    assert values.dtype == torch.float32
+    assert logits.dtype == values.dtype == torch.float32
     scale = exact.abs().max()
     # A bfloat16 has three digits, of which two layers leave two.
-    assert (logits.float() - exact)[MASK].abs().max() < 0.05 * scale
+    assert (logits - exact)[MASK].abs().max() < 0.05 * scale
     assert (values - policy.values(hidden))[MASK].abs().max() < 0.1
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 from rlhf_exp.models.policy import CausalTransformer
@@ -26,7 +27,16 @@ from rlhf_exp.models.reward_model import (
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.types import Completions, PromptBatch
-from tests.builders import WORDS, assert_near, plain_forward, ragged_tokens, stretch, tiny_policy
+from tests.builders import (
+    ARCHITECTURES,
+    WORDS,
+    assert_near,
+    build_tokenizer,
+    plain_forward,
+    ragged_tokens,
+    stretch,
+    tiny_policy,
+)
 
 EOS = 2
 KINDS = ("token_sum", "last_token")
@@ -119,6 +129,51 @@ def test_a_sampling_temperature_is_not_the_reward_models():
     logits, _, _ = plain_forward(policy, *batch.sequences)
     logprobs = logits.log_softmax(dim=-1)[:, 5:-1].gather(-1, batch.tokens[..., None])[..., 0]
     assert_near(model.features(batch).logprobs[batch.mask], logprobs[batch.mask])
+
+
+BACKBONE = {
+    "vocab_size": 16, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        hf.GraniteConfig(**BACKBONE, logits_scaling=8.0),
+        hf.CohereConfig(**BACKBONE, logit_scale=0.0625),
+        hf.Gemma2Config(**BACKBONE, head_dim=8, final_logit_softcapping=2.0),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_scale_and_a_soft_cap_reach_the_logprobs(config):
+    torch.manual_seed(0)
+    network = hf.AutoModelForCausalLM.from_config(config).eval()
+    stretch(network, seed=0)
+    model = RewardModel(CausalTransformer(network, build_tokenizer()), shape())
+    batch = ragged_completions()
+    features = model.features(batch)
+    for row, length in enumerate(LENGTHS):
+        prompt, answer = real(batch, row)
+        logits = network(input_ids=torch.cat([prompt, answer])[None]).logits[0]
+        logprobs = logits.log_softmax(dim=-1)[len(prompt) - 1 : -1]
+        expected = logprobs.gather(-1, answer[:, None])[:, 0]
+        assert_near(features.logprobs[row, :length], expected)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logprobs_are_not_rounded_under_autocast(architecture):
+    # Logits around -100, where bf16 has steps of one half.
+    model = tiny_reward_model(architecture)
+    embedding = model.backbone.language_model.get_output_embeddings()
+    embedding.bias = nn.Parameter(torch.linspace(-110, -90, 16))
+    batch = ragged_completions()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = model.features(batch)
+        hidden = model.backbone.last_layers(*batch.sequences, 1)[-1].float()
+    logits = hidden @ embedding.weight.T + embedding.bias
+    logprobs = logits.log_softmax(dim=-1)[:, 5:-1].gather(-1, batch.tokens[..., None])[..., 0]
+    assert_near(features.logprobs[batch.mask], logprobs[batch.mask])
 
 
 @pytest.mark.parametrize("kind", KINDS)

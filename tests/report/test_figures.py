@@ -94,3 +94,20 @@ def test_runs_without_metrics_have_no_pictures(tmp_path):
         write_run(tmp_path / f"s/{kl_coef}", config(kl_coef=kl_coef), [], status="failed")
     names, payload = draw(tmp_path, tmp_path / "s")
     assert (names, payload["parameters"]) == ([], ["stage.kl_coef"])
+
+
+def test_a_figure_that_cannot_be_drawn_is_left_out(tmp_path, monkeypatch, caplog):
+    save = Figure.savefig
+
+    def fail(figure, path, **options):
+        if path.name == "curves.png":
+            raise RuntimeError("no font")
+        save(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    write_sweep(tmp_path / "s", {"kl_coef": [0.1, 1.0], "seed": [1, 2]})
+    names, _ = draw(tmp_path, tmp_path / "s")
+    assert names == ["frontier.png", "parameters.png"]
+    assert caplog.messages == [
+        "curves.png failed (RuntimeError: no font); the report goes on without it"
+    ]

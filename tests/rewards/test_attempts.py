@@ -2,6 +2,8 @@
 
 import logging
 import math
+import signal
+import sqlite3
 import sys
 import threading
 import time
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_exp.rewards.attempts import ONCE, Patience, checked_scores
+from rlhf_exp.rewards.attempts import ONCE, Patience, PatientReward
 from rlhf_exp.rewards.protocol import RewardError, TextReward
 from rlhf_exp.settings import settings
 from rlhf_exp.types import Completions, PromptBatch
@@ -69,7 +71,7 @@ def test_a_fault_is_told_with_its_phase(fault: str, patience: Patience) -> None:
     make, message = FAULTS[fault]
     score, calls = failing(make)
     with pytest.raises(RewardError, match=rf"^phase 7: .*{message}") as raised:
-        checked_scores(score, BATCH, phase=7, patience=patience)
+        PatientReward(score, patience)(BATCH, phase=7)
     assert "attempts failed" not in str(raised.value)
     assert len(calls) == 1
 
@@ -81,7 +83,7 @@ def test_it_is_asked_again(
 ) -> None:
     make, message = FAULTS[fault]
     score, calls = failing(make, make)
-    assert checked_scores(score, BATCH, phase=7, patience=patience).tolist() == GIVEN
+    assert PatientReward(score, patience)(BATCH, phase=7).tolist() == GIVEN
     assert len(calls) == 3
     told = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(told) == 2
@@ -91,7 +93,7 @@ def test_it_is_asked_again(
 
     score, calls = failing(*[make] * 4)
     with pytest.raises(RewardError, match=rf"^phase 7: .*{message}.* \(3 attempts failed\)$"):
-        checked_scores(score, BATCH, phase=7, patience=patience)
+        PatientReward(score, patience)(BATCH, phase=7)
     assert len(calls) == 3
     assert len(caplog.records) == 2
 
@@ -99,7 +101,7 @@ def test_it_is_asked_again(
 def test_the_wait_grows() -> None:
     score, _ = failing(broken, broken)
     before = time.monotonic()
-    checked_scores(score, BATCH, phase=1, patience=Patience(retries=2, wait_s=0.05))
+    PatientReward(score, Patience(retries=2, wait_s=0.05))(BATCH, phase=1)
     assert time.monotonic() - before >= 0.05 + 0.1
 
 
@@ -114,16 +116,67 @@ def test_a_call_that_hangs_is_given_up_and_asked_again() -> None:
     score, calls = failing(hang)
     patience = Patience(retries=1, timeout_s=0.2)
     try:
-        assert checked_scores(score, BATCH, phase=1, patience=patience).tolist() == GIVEN
+        assert PatientReward(score, patience)(BATCH, phase=1).tolist() == GIVEN
         assert len(calls) == 2
         # The process does not wait for it.
         assert threads[0].is_alive()
         assert threads[0].daemon
         score, _ = failing(hang, hang)
         with pytest.raises(RewardError, match=r"no scores within 0\.2 s; .*reward_timeout_s"):
-            checked_scores(score, BATCH, phase=1, patience=patience)
+            PatientReward(score, patience)(BATCH, phase=1)
     finally:
         release.set()
+
+
+@pytest.mark.parametrize("patience", [ONCE, WATCHED], ids=["here", "on a thread"])
+def test_what_belongs_to_a_thread_serves_every_call(patience: Patience) -> None:
+    """SQLite refuses connections of other threads, and a threading.local is empty on them."""
+    kept, loads = threading.local(), []
+
+    def score(completions: Completions) -> Tensor:
+        if not hasattr(kept, "connection"):
+            loads.append(threading.current_thread())
+            kept.connection = sqlite3.connect(":memory:")
+            score.connection = kept.connection
+        score.connection.execute("select 1")
+        return torch.tensor(GIVEN)
+
+    reward = PatientReward(score, patience)
+    for phase in range(3):
+        assert reward(BATCH, phase=phase).tolist() == GIVEN
+    assert len(loads) == 1
+    assert (loads[0] is threading.main_thread()) == (patience is ONCE)
+
+
+def handle_alarms() -> Tensor:
+    signal.signal(signal.SIGALRM, signal.getsignal(signal.SIGALRM))
+    return torch.tensor(GIVEN)
+
+
+OF_THE_MAIN_THREAD = sqlite3.connect(":memory:")
+
+
+def ask_the_database() -> Tensor:
+    OF_THE_MAIN_THREAD.execute("select 1")
+    return torch.tensor(GIVEN)
+
+
+@pytest.mark.parametrize("needs_main", [handle_alarms, ask_the_database])
+def test_what_needs_the_main_thread_is_told_how_to_get_it(needs_main) -> None:
+    def wrapping(completions: Completions) -> Tensor:
+        try:
+            return needs_main()
+        except Exception as error:
+            raise RewardError("reward.function=a.py:f raised it") from error
+
+    for score in (lambda _: needs_main(), wrapping):
+        with pytest.raises(RewardError, match=r"main thread, set stage\.reward_timeout_s=null"):
+            PatientReward(score, WATCHED)(BATCH, phase=1)
+        assert PatientReward(score, THRICE)(BATCH, phase=1).tolist() == GIVEN
+    score, _ = failing(broken)
+    with pytest.raises(RewardError) as raised:
+        PatientReward(score, Patience(timeout_s=30.0))(BATCH, phase=1)
+    assert "reward_timeout_s" not in str(raised.value)
 
 
 def test_a_timeout_of_the_rewards_own_is_a_fault_like_others() -> None:
@@ -132,7 +185,7 @@ def test_a_timeout_of_the_rewards_own_is_a_fault_like_others() -> None:
 
     score, _ = failing(late)
     with pytest.raises(RewardError, match="raised TimeoutError: the judge sleeps"):
-        checked_scores(score, BATCH, phase=1, patience=Patience(timeout_s=30.0))
+        PatientReward(score, Patience(timeout_s=30.0))(BATCH, phase=1)
 
 
 def test_nobody_is_asked_again_for_memory_or_for_the_user() -> None:
@@ -146,7 +199,7 @@ def test_nobody_is_asked_again_for_memory_or_for_the_user() -> None:
         for patience in (THRICE, WATCHED):
             score, calls = failing(fault)
             with pytest.raises(error) as raised:
-                checked_scores(score, BATCH, phase=1, patience=patience)
+                PatientReward(score, patience)(BATCH, phase=1)
             assert not isinstance(raised.value, RewardError)
             assert len(calls) == 1
 
@@ -161,4 +214,4 @@ class Buggy(TextReward):
 
 def test_a_bug_in_a_reward_of_ones_own_is_told_with_its_line() -> None:
     with pytest.raises(RewardError, match=r"ZeroDivisionError: .* at .*test_attempts\.py:\d+$"):
-        checked_scores(Buggy().load(torch.device("cpu")), BATCH, phase=2)
+        PatientReward(Buggy().load(torch.device("cpu")))(BATCH, phase=2)

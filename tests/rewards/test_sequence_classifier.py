@@ -340,6 +340,8 @@ def test_the_fingerprint_follows_the_files(tmp_path):
     first = settings.fingerprint()
     assert first == directory_hash(path) != ""
     (Path(path) / "more").write_text("")
+    assert settings.fingerprint() == first
+    (Path(path) / "config.json").write_text("{}")
     assert settings.fingerprint() != first
     assert SequenceClassifierSettings(name="nobody/nothing").fingerprint() == ""
     with pytest.raises(ConfigError, match=r"^reward\.name='/missing': no such directory"):

@@ -36,32 +36,43 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, d
         return chain(tmp_path_factory.mktemp("chain"))
 
 
+def run(stage: Any, path: Path, **parts: Any) -> dict[str, Any]:
+    given = context(path)
+    result = stage.run(given, **parts)
+    given.presentation.show()
+    return result
+
+
 def chain(path: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
     task = Arithmetic()
     sft = Pretrained(base_model=str(path / "sft"))
     learned = {"optimizer": OPTIMIZER, "schedule": Constant()}
     return path, {
-        "sft": SFT(data="demonstrations", layout="pack", max_updates=60, batch_size=64).run(
-            context(path / "sft"),
+        "sft": run(
+            SFT(data="demonstrations", layout="pack", max_updates=60, batch_size=64),
+            path / "sft",
             task=task,
             model=Scratch(num_layers=2, d_model=32, num_heads=4, context_len=36),
             **learned,
         ),
-        "pairs": Preferences(num_pairs=400, num_held_out=200).run(
-            context(path / "pairs"),
+        "pairs": run(
+            Preferences(num_pairs=400, num_held_out=200),
+            path / "pairs",
             task=task,
             model=sft,
             reward=ArithmeticReward(),
             sampler=SAMPLER,
         ),
-        "reward": TrainRewardModel(width=32, epochs=10, eval_every=10).run(
-            context(path / "reward"),
+        "reward": run(
+            TrainRewardModel(width=32, epochs=10, eval_every=10),
+            path / "reward",
             task=PairsFile(path=str(path / "pairs")),
             model=sft,
             **learned,
         ),
-        "ppo": PPO(total_phases=2, eval_every=1, eval_samples=32).run(
-            context(path / "ppo"),
+        "ppo": run(
+            PPO(total_phases=2, eval_every=1, eval_samples=32),
+            path / "ppo",
             task=task,
             model=sft,
             reference=FullCopy(),

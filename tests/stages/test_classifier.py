@@ -34,6 +34,7 @@ def test_it_learns_and_serves_as_a_reward(tmp_path: Path) -> None:
         optimizer=AdamWSettings(base_lr=1e-2, head_lr=1e-2),
         schedule=Constant(),
     )
+    assert {*result["after"]} == {*stage.metric_names()}
     assert result["after"]["heldout/accuracy"] == 1.0
     tokenizer = ToyTask().build_tokenizer()
     prompts = encode_prompts(tokenizer, ["w1", "w10"], prepend_bos=True)

@@ -45,6 +45,7 @@ class Seen:
     """What a reward noted at its calls."""
 
     threads: list[str] = field(default_factory=list)
+    idents: list[int] = field(default_factory=list)
     texts: list[tuple[str, ...]] = field(default_factory=list)
     most_at_once: int = 0
     at_once: int = 0
@@ -67,6 +68,7 @@ class Noting:
             seen.at_once += 1
             seen.most_at_once = max(seen.most_at_once, seen.at_once)
             seen.threads.append(threading.current_thread().name)
+            seen.idents.append(threading.get_ident())
             seen.texts.append(completions.full_texts)
             if threading.current_thread() is not threading.main_thread():
                 time.sleep(self.takes_s)
@@ -110,6 +112,26 @@ def test_scores_come_from_the_thread(tmp_path: Path) -> None:
     assert SEEN["sync"].threads == [main, main]
     assert len(SEEN["ahead"].threads) == 2
     assert main not in SEEN["ahead"].threads
+
+
+@pytest.mark.parametrize(
+    ("options", "on_main"),
+    [
+        ({}, False),
+        ({"async_reward": True}, False),
+        ({"async_reward": True, "reward_timeout_s": None}, False),
+        ({"reward_timeout_s": None}, True),
+    ],
+    ids=str,
+)
+def test_phases_and_evaluations_ask_on_one_thread(
+    options: dict[str, Any], on_main: bool, tmp_path: Path
+) -> None:
+    ppo = PPO(total_phases=2, batch_size=4, num_minibatches=1, eval_samples=4, **options)
+    ppo.run(context(tmp_path), **parts(reward=Noting(name="one")))
+    assert len(SEEN["one"].idents) == 4
+    assert set(SEEN["one"].idents) == {SEEN["one"].idents[0]}
+    assert (SEEN["one"].idents[0] == threading.get_ident()) == on_main
 
 
 @dataclass

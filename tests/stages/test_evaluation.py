@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf_exp.rewards.attempts import PatientReward
 from rlhf_exp.rewards.length import Length
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.sampler import Sampler
@@ -25,7 +26,7 @@ def run(actors: Actors, *, num_samples: int = 6, seed: int = 1) -> Evaluation:
     return evaluate(
         actors.policy,
         actors.reference,
-        actors.score,
+        PatientReward(actors.score),
         actors.sampler,
         actors.eval_prompts,
         num_samples=num_samples,
@@ -177,6 +178,7 @@ def test_answers_are_measured_beside_the_score(tmp_path: Path, stop_at_eos: bool
     actors = echo_actors(tmp_path, reward=reward, sampler=sampler)
     result = run(actors, num_samples=200)
     metrics, task = result.metrics, EchoTask()
+    assert {*metrics} == {*PPO().metric_names(task=task)}
     true = [task.true_reward(s["prompt"], s["completion"]) for s in result.samples]
     assert [s["true_reward"] for s in result.samples] == pytest.approx(true)
     assert metrics["eval/true_reward"] == pytest.approx(sum(true) / 200)

@@ -94,7 +94,9 @@ def echo_held_out(num_samples: int, *, seed: int = 1, answers: bool = True) -> H
     examples = encode_demonstrations(
         echo_policy().tokenizer, split.train, prepend_bos=True, limit=16
     )
-    held_out = HeldOut(echo_policy(), examples, num_samples=num_samples, batch_size=10, seed=seed)
+    held_out = HeldOut(
+        echo_policy(), examples, num_samples=num_samples, chooses=True, batch_size=10, seed=seed
+    )
     if answers:
         held_out.with_answers(EchoTask(), [d.prompt for d in split.train])
     return held_out
@@ -126,6 +128,9 @@ def test_while_it_trains_the_first_examples_measure_and_at_the_end_others() -> N
     }  # fmt: skip
     assert final["heldout/loss"] == pytest.approx(by_hand(network, unseen), abs=1e-5)
     assert final["heldout/perplexity"] == pytest.approx(math.exp(final["heldout/loss"]))
+    held_out.chooses = False  # then all of them are measures of weights that were not chosen
+    whole = by_hand(network, held_out.examples)
+    assert held_out.final()["heldout/loss"] == pytest.approx(whole, abs=1e-5)
     assert final["heldout/exact_match"] == rate(others, is_greedy=False)
     assert final["heldout/greedy_exact_match"] == rate(others, is_greedy=True)
     assert held_out.during() == during
@@ -158,7 +163,7 @@ def test_dropout_is_off_while_measuring() -> None:
     ).language_model(ToyTask().build_tokenizer, seed=0)
     stretch(network, seed=0)
     policy = type(echo_policy())(network, tokenizer)
-    held_out = HeldOut(policy, TEXTS, num_samples=9, batch_size=2, seed=1)
+    held_out = HeldOut(policy, TEXTS, num_samples=9, chooses=True, batch_size=2, seed=1)
     network.train()
     expected = pytest.approx(by_hand(network, TEXTS), abs=1e-5)
     network.train()
@@ -194,7 +199,9 @@ def kept(
     policy = type(echo_policy())(network, tokenizer)
     weight = network.transformer.ln_f.bias
     assert weight[0] == 0
-    held_out = Scripted(policy, TEXTS, num_samples=1, batch_size=1, seed=1).script(measured)
+    held_out = Scripted(policy, TEXTS, num_samples=1, chooses=True, batch_size=1, seed=1).script(
+        measured
+    )
     best = BestKept(
         context(path), held_out, eval_every=eval_every, stop_at=stop_at, max_seconds=max_seconds
     )

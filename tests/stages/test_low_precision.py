@@ -33,7 +33,7 @@ SMALL_STEPS = AdamWSettings(base_lr=2e-4, head_lr=2e-4, eps=1e-3)
 
 def small(dtype: str, **options: object) -> PPO:
     # Whether a ratio is clipped may depend on how it is rounded.
-    given = {"batch_size": 8, "num_minibatches": 2, "dtype": dtype, "clip_coef": 9.0, **options}
+    given = {"batch_size": 8, "num_minibatches": 2, "dtype": dtype, "clip_coef": 0.99, **options}
     return PPO(**given)
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from rlhf_exp.models.loading import load_policy
 from rlhf_exp.models.reference import Lora, ReferenceSettings, SharedTrunk
 from rlhf_exp.models.scratch import Scratch
-from rlhf_exp.rewards.attempts import checked_scores
+from rlhf_exp.rewards.attempts import PatientReward
 from rlhf_exp.rewards.keyword import Keyword
 from rlhf_exp.rewards.length import Length
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
@@ -27,7 +27,10 @@ from .toy import RAGGED, Echoed, EchoTask, context, parts, rows, saved_model, st
 
 
 def final_metrics(path: Path, ppo: PPO, seed: int = 1, **replaced: object) -> dict[str, float]:
-    return ppo.run(context(path, seed), **parts(**replaced))["after"]
+    given = parts(**replaced)
+    metrics = ppo.run(context(path, seed), **given)["after"]
+    assert {*metrics} == {*ppo.metric_names(**given)}
+    return metrics
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -191,7 +194,7 @@ def test_a_reward_must_give_one_score_each(tmp_path: Path) -> None:
     actors, _ = start(PPO(), tmp_path)
     generation = actors.sampler(actors.policy, actors.train_prompts, torch.Generator())
     with pytest.raises(RewardError, match=r"phase 3: .* shape \(2,\) for 1 samples"):
-        checked_scores(lambda _: torch.zeros(2), generation.completions, phase=3)
+        PatientReward(lambda _: torch.zeros(2))(generation.completions, phase=3)
 
 
 def test_batch_size_must_be_a_multiple_of_num_minibatches() -> None:
@@ -223,7 +226,9 @@ def test_schedule_must_fit_the_phases() -> None:
 def test_a_task_that_knows_answers_is_measured_by_them(tmp_path: Path) -> None:
     ppo = PPO(total_phases=2, eval_every=1, eval_samples=30)
     sampler = CachedSampler(gen_len=3, stop_at_eos=True)
-    result = ppo.run(context(tmp_path), **parts(task=EchoTask(), reward=Echoed(), sampler=sampler))
+    given = context(tmp_path)
+    result = ppo.run(given, **parts(task=EchoTask(), reward=Echoed(), sampler=sampler))
+    given.presentation.show()
     evaluations = [row for row in rows(tmp_path) if "eval/score" in row]
     assert [row["phase"] for row in evaluations] == [0, 1, 2]
     for row in evaluations:

@@ -49,6 +49,7 @@ def pairs(path: Path, name: str) -> list[Pair]:
 
 def test_the_better_answer_to_the_prompt_is_chosen(tmp_path: Path, model: Pretrained) -> None:
     result = make(tmp_path, model)["after"]
+    assert {*result} == {*STAGE.metric_names()}
     train, held_out = pairs(tmp_path, "train"), pairs(tmp_path, "test")
     assert (len(train), len(held_out)) == (50, 20)
     for pair in train + held_out:

@@ -35,13 +35,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
 def train(
     path: Path, model: Pretrained, *, task: Any = None, seed: int = 1, **options: Any
 ) -> dict[str, float]:
-    return TrainRewardModel(**{**SMALL, **options}).run(
-        context(path, seed),
+    given, stage = context(path, seed), TrainRewardModel(**{**SMALL, **options})
+    metrics = stage.run(
+        given,
         task=ToyPairs() if task is None else task,
         model=model,
         optimizer=AdamWSettings(head_lr=1e-2, base_lr=1e-3),
         schedule=Constant(),
     )["after"]
+    given.presentation.show()
+    # All of them, but for one that pairs without rewards do not have.
+    assert {*stage.metric_names()} - {"heldout/spearman"} <= {*metrics} <= {*stage.metric_names()}
+    return metrics
 
 
 def losses(path: Path, name: str = "train/loss") -> list[float]:

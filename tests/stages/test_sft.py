@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from rlhf_exp.models.loading import load_language_model, load_policy
+from rlhf_exp.models.loading import Pretrained, load_language_model, load_policy
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.stages.held_out import HeldOut, held_out_loss
@@ -17,6 +17,7 @@ from rlhf_exp.tasks.examples import encode_demonstrations, encode_texts
 from rlhf_exp.tasks.prefix import Prefix
 from rlhf_exp.training.optim import AdamWSettings, Constant, WarmupDecay
 from rlhf_exp.training.seeding import stream_seed
+from tests.architectures import save
 
 from .toy import ECHO, EchoTask, ToyTask, context, rows, train_echo
 
@@ -31,7 +32,10 @@ def train(path: Path, stage: SFT, **replaced: Any) -> dict[str, Any]:
         "optimizer": AdamWSettings(),
         "schedule": Constant(),
     }
-    return stage.run(context(path), **{**defaults, **replaced})
+    given = context(path)
+    result = stage.run(given, **{**defaults, **replaced})
+    given.presentation.show()
+    return result
 
 
 def weights(path: Path) -> bytes:
@@ -44,6 +48,7 @@ def test_it_learns_the_texts_and_saves_a_model_that_reloads(tmp_path: Path, layo
     optimizer = AdamWSettings(base_lr=1e-2, weight_decay=0.1)
     schedule = WarmupDecay(warmup_steps=10)
     result = train(tmp_path, stage, model=MODEL, optimizer=optimizer, schedule=schedule)
+    assert {*result["after"]} == {*stage.metric_names(task=ToyTask())}
     # Two words are uniform over twelve, the third is the first again, and then the text ends.
     floor = 2 * math.log(12) / 4
     assert result["after"]["heldout/loss"] < floor + 0.55
@@ -71,6 +76,19 @@ def test_packed_and_padded_batches_teach_the_same(tmp_path: Path) -> None:
     assert packed == pytest.approx(padded, abs=1e-4)
     assert padded[0] > padded[-1] + 0.1
     assert weights(tmp_path / "pad") != weights(tmp_path / "pack")  # sums in another order
+
+
+def test_packing_is_refused_where_examples_would_see_each_other(tmp_path: Path) -> None:
+    model = Pretrained(base_model=str(save("opt", tmp_path / "opt")))
+    with pytest.raises(ConfigError, match=r"stage\.layout=pack: .* in OPTForCausalLM; set stage"):
+        train(tmp_path, SFT(layout="pack"), model=model)
+    train(tmp_path, SFT(layout="pad", max_updates=1), model=model)
+
+
+def test_a_model_that_is_wrong_when_padded_is_not_trained(tmp_path: Path) -> None:
+    model = Pretrained(base_model=str(save("rwkv", tmp_path / "rwkv")))
+    with pytest.raises(ConfigError, match="RwkvForCausalLM is not supported"):
+        train(tmp_path, SFT(), model=model)
 
 
 @pytest.mark.parametrize("layout", ["pad", "pack"])
@@ -131,10 +149,11 @@ def test_it_stops_at_the_first_rate_that_is_enough_and_saves_that_model(
     policy = load_policy(tmp_path)
     split = EchoTask().demonstration_split()
     examples = encode_demonstrations(policy.tokenizer, split.held_out, prepend_bos=True, limit=16)
-    held_out = HeldOut(policy, examples, num_samples=10, batch_size=16, seed=1)
+    held_out = HeldOut(policy, examples, num_samples=10, chooses=True, batch_size=16, seed=1)
     held_out.with_answers(EchoTask(), [d.prompt for d in split.held_out])
     assert held_out.during()["heldout/exact_match"] == rates[-1]
     assert held_out.final() == pytest.approx(result["after"], abs=1e-6)
+    assert {*result["after"]} == {*SFT(data="demonstrations").metric_names(task=EchoTask())}
     assert 0 < result["after"]["heldout/exact_match"] < 1
     assert rows(tmp_path)[-1] == {"phase": 12 * len(rates), **result["after"]}
 

@@ -207,6 +207,20 @@ def test_what_does_not_end_by_an_interrupt_is_killed(tmp_path):
     assert (tmp_path / "log").read_text(encoding="utf-8") == "interrupted\n"
 
 
+def test_it_works_where_the_path_of_temporary_files_is_too_long_for_a_socket(tmp_path, monkeypatch):
+    folder = tmp_path / ("x" * 120)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    body = (
+        "print(isolation.call_in_process(functions.exit_with, 3, log=log),"
+        " isolation.call_in_process(functions.end_well, 'well', log=log))"
+    )
+    with begin(tmp_path, body) as caller:
+        out, _ = caller.communicate(timeout=60)
+    assert out == "3 0\n"
+    assert (tmp_path / "log").read_text(encoding="utf-8").splitlines()[0] == "well"
+
+
 def test_it_works_in_a_worker_of_joblib(tmp_path):
     pytest.importorskip("joblib")
     body = (

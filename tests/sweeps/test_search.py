@@ -1,6 +1,7 @@
 """A search goes on where it was cut, learns from what runs leave behind, and knows its best."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.sweeps.search import Interval, Search, Trial, corners, read_metrics
+from rlhf_exp.sweeps.search import (
+    STUDY,
+    Interval,
+    Search,
+    Trial,
+    check_space,
+    corners,
+    read_metrics,
+)
 
 LOSS = {"loss": "minimize"}
 FRONT = {"eval/score": "maximize", "eval/kl": "minimize"}
@@ -144,6 +153,35 @@ def test_it_goes_on_after_its_process_was_killed(tmp_path):
     assert again.ask(SPACE).values["stage.kl_coef"] == killed.stdout.strip()
 
 
+def test_it_goes_on_with_a_study_that_was_cut_anywhere_in_its_last_lines(tmp_path):
+    whole = search(tmp_path / "whole")
+    for loss in (3.0, 2.0):
+        whole.tell(whole.ask(SPACE), finish(tmp_path / "run", loss=loss))
+    content = (tmp_path / "whole" / STUDY).read_bytes()
+    last = len(content.splitlines(keepends=True)[-1])
+    sizes = {len(content) - cut: 1 for cut in (1, 2, last // 2, last - 1, last, last + 1)}
+    for size, num_done in (sizes | {1: 0, 0: 0}).items():
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        (folder / STUDY).write_bytes(content[:size])
+        again = search(folder)
+        assert again.num_done == num_done
+        again.tell(again.ask(SPACE), finish(tmp_path / "run", loss=1.0))
+        assert search(folder).best()[0][1] == [1.0]
+
+
+def test_a_study_that_is_damaged_within_is_refused_by_name(tmp_path):
+    one = search(tmp_path)
+    one.tell(one.ask(SPACE), finish(tmp_path / "run", loss=1.0))
+    lines = (tmp_path / STUDY).read_bytes().splitlines(keepends=True)
+    for damaged in (lines[1][:9] + lines[2], b"[]\n", b"{}\n", b"\xff\n"):
+        content = b"".join([*lines[:1], damaged, *lines[2:]])
+        (tmp_path / STUDY).write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"^{tmp_path / STUDY} is damaged .*: remove it to"):
+            search(tmp_path)
+        assert (tmp_path / STUDY).read_bytes() == content
+
+
 @pytest.mark.parametrize(("direction", "best"), [("minimize", 1.0), ("maximize", 3.0)])
 def test_the_best_of_one_metric(tmp_path, direction, best):
     one = search(tmp_path, metrics={"loss": direction})
@@ -232,6 +270,23 @@ def test_a_metric_that_runs_do_not_have_ends_the_search(tmp_path):
     assert one.num_done == 0
 
 
+@pytest.mark.parametrize(
+    ("interval", "message"),
+    [
+        (Interval(low=1, high=0.1, log=False, integer=False), r"write interval\(0\.1,1\)$"),
+        (Interval(low=4, high=1, log=False, integer=True), r"write interval\(1,4\)$"),
+        (Interval(low=0.0, high=1.0, log=True, integer=False), r"begins above 0$"),
+        (Interval(low=-1, high=3, log=True, integer=True), r"begins above 0$"),
+        (Interval(low=0.0, high=math.inf, log=False, integer=False), r"both ends must be finite$"),
+        (Interval(low=math.nan, high=1.0, log=False, integer=False), r"both ends must be finite$"),
+    ],
+)
+def test_an_interval_that_cannot_be_drawn_from_is_refused_by_its_key(interval, message):
+    with pytest.raises(ConfigError, match=rf"^stage\.kl_coef: .*{message}"):
+        check_space({"seed": ("1", "2"), "stage.kl_coef": interval})
+    check_space(SPACE)
+
+
 def test_corners_hold_both_ends_of_every_interval_and_every_choice():
     settings = corners(SPACE)
     assert all(setting.keys() == SPACE.keys() for setting in settings)
@@ -249,3 +304,12 @@ def test_corners_hold_both_ends_of_every_interval_and_every_choice():
 def test_ends_of_an_interval_of_integers_are_integers_however_they_were_given():
     ends = Interval(low=1.0, high=4.0, log=False, integer=True)
     assert [setting["n"] for setting in corners({"n": ends})] == ["1", "4"]
+
+
+def test_a_trial_whose_metric_was_not_finite_has_failed(tmp_path):
+    one = search(tmp_path)
+    for loss in (None, float("inf"), float("nan")):
+        one.tell(one.ask(SPACE), finish(tmp_path / "run", loss=loss))
+    assert one.num_done == 0
+    one.tell(one.ask(SPACE), finish(tmp_path / "run", loss=1.0))
+    assert one.num_done == 1

@@ -4,7 +4,10 @@ from pathlib import Path
 import pytest
 
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.tasks.labelled_text import LabelledTextFile
 from rlhf_exp.tasks.lines import read_lines
+from rlhf_exp.tasks.pairs import read_pairs
+from rlhf_exp.tasks.tables import READERS, read_table
 
 
 def test_lines_end_at_line_feeds_alone_and_a_mark_of_the_encoding_is_left_out(tmp_path: Path):
@@ -20,3 +23,33 @@ def test_what_cannot_be_read_is_refused_by_field_and_file(tmp_path: Path):
         with pytest.raises(ConfigError, match=f"^{message}"):
             read_lines(file, field="task.x")
         file.write_bytes(b"\xff")
+
+
+def read_as_table(file: Path) -> object:
+    return read_table(str(file), field="task.path", split_field="task.split")
+
+
+def read_as_pairs(file: Path) -> object:
+    return [*read_pairs(file)]
+
+
+def read_as_labelled_text(file: Path) -> object:
+    return LabelledTextFile(path=str(file)).labelled_split()
+
+
+@pytest.mark.parametrize(
+    ("read", "ending"),
+    [
+        *((read_as_table, ending) for ending in READERS),
+        (read_as_pairs, ".jsonl"),
+        (read_as_pairs, ".parquet"),
+        (read_as_labelled_text, ".tsv"),
+        (lambda file: read_lines(file, field="task.path"), ".txt"),
+    ],
+)
+def test_a_pointer_of_git_lfs_is_not_read_as_data(tmp_path: Path, read, ending: str):
+    file = tmp_path / f"data{ending}"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    message = re.escape(f"task.path: {file} is a Git LFS pointer, not the file itself: run")
+    with pytest.raises(ConfigError, match=rf"^{message} `git lfs pull` in {tmp_path}$"):
+        read(file)

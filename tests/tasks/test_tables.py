@@ -17,7 +17,7 @@ import pytest
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from pyarrow import parquet
 
-from rlhf_exp.network import reachable
+from rlhf_exp.network import reachable, responds
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.tables import CHUNK, READERS, Table, read_table
 
@@ -69,8 +69,10 @@ def offline(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", NAMELESS)
     reachable.cache_clear()
+    responds.cache_clear()
     yield
     reachable.cache_clear()
+    responds.cache_clear()
 
 
 # Files
@@ -286,6 +288,13 @@ BROKEN = {
     "h.csv": ("", r"h\.csv holds no rows"),
     "i.csv": ("a,b,a\n1,2,3\n", r"i\.csv has the header 'a, b, a'; give each column a name of its"),
     "j.csv": ("a,,b\n1,2,3\n", r"j\.csv has the header 'a, , b'; give each column a name"),
+    "semicolons.csv": (
+        "prompt;n\na;1\n",
+        r"columns by semicolons, not by commas: save it with com",
+    ),
+    "quotes.csv": ('"prompt";"n"\n"a, b";1\n', r"quotes\.csv separates its columns by semicolons"),
+    "tabs.csv": ("\nprompt\tn\na, b\t1\n", r"by tabs, not by commas: .*, or with tabs as \.tsv$"),
+    "commas.tsv": ("prompt,n\na,1\n", r"\.tsv separates its columns by commas, not by tabs: save"),
     "k.csv": (b"prompt\na\nb\ncaf\xe9\n", r"k\.csv, line 4 is not UTF-8"),
     "l.csv": ('"prompt\n', r"l\.csv, row 1 is not quoted"),
     "a.tsv": ("prompt\tn\na\tb\t1\n", r"a\.tsv, row 1 has 3 fields .* holds '\\t' into quotes"),
@@ -594,7 +603,7 @@ os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME
 os.environ["TQDM_POSITION"] = "-1"  # bars even where stderr is no terminal
 logging.basicConfig(level=logging.INFO)
 
-from rlhf_exp.network import reachable
+from rlhf_exp.network import reachable, responds
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.tables import read_table
 
@@ -604,6 +613,7 @@ results += [attempt("org/name", revision="v2"), attempt("org/other")]
 server.shutdown()
 server.server_close()
 reachable.cache_clear()
+responds.cache_clear()
 given = [{}, {"revision": "main"}, {"revision": SHA}, {"revision": "v2"}, {"split": "test"}]
 results += [attempt("org/name", **options) for options in given] + [attempt("org/other")]
 print(json.dumps([os.environ["HF_ENDPOINT"], results]))

@@ -202,6 +202,17 @@ def test_the_name_of_a_run_comes_back_from_its_checkpoint(tmp_path):
     assert folder.run_id == "abcdef12"
 
 
+@pytest.mark.parametrize(
+    ("asked", "kept"), [("My-run_1.b", True), ("x", True), ("a" * 65, False), ("a/b", False)]
+)
+def test_a_run_is_called_what_it_is_asked_to_be_if_that_is_an_id(tmp_path, caplog, asked, kept):
+    folder = RunFolder(tmp_path)
+    folder.keep_id(asked)
+    assert (folder.run_id == asked) is kept
+    warnings = [] if kept else [f"{asked} is no id of a W&B run; this run is {folder.run_id}"]
+    assert caplog.messages == warnings
+
+
 def test_a_run_has_one_name_for_good(tmp_path):
     first = RunFolder(tmp_path / "a").run_id
     assert RunFolder(tmp_path / "a").run_id == first

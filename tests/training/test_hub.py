@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from rlhf_exp.network import reachable
+from rlhf_exp.network import reachable, responds
 from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.hub import HubSettings
 
@@ -70,6 +70,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     reachable.cache_clear()
+    responds.cache_clear()
     with Hub() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
@@ -77,6 +78,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield server
         server.shutdown()
     reachable.cache_clear()
+    responds.cache_clear()
 
 
 @pytest.fixture

@@ -55,17 +55,18 @@ def test_a_bar_on_a_terminal_and_the_same_lines_in_the_log(caplog, monkeypatch):
 
 @pytest.fixture
 def log_file(tmp_path):
-    """train.log as the only file that the root logger writes to."""
+    """train.log as the only file that the package's loggers write to."""
     handler = logging.FileHandler(tmp_path / "train.log")
     own = logging.getLogger("rlhf_exp.file")
-    before = own.handlers, own.propagate, logging.getLogger("rlhf_exp").level
-    logging.getLogger().addHandler(handler)
-    logging.getLogger("rlhf_exp").setLevel(logging.INFO)
+    package = logging.getLogger("rlhf_exp")
+    before = own.handlers, own.propagate, package.level
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
     yield tmp_path / "train.log"
-    logging.getLogger().removeHandler(handler)
+    package.removeHandler(handler)
     handler.close()
     own.handlers, own.propagate = before[:2]
-    logging.getLogger("rlhf_exp").setLevel(before[2])
+    package.setLevel(before[2])
 
 
 def test_the_file_log_writes_to_the_file_alone(log_file, caplog):

@@ -101,6 +101,79 @@ def test_a_second_signal_ends_the_process_where_it_is(names, code, out):
     assert "Traceback" not in done.stderr
 
 
+FORKING = """
+import multiprocessing, os, signal, sys, time
+from rlhf_exp.training.stopping import StopRequests
+stop = StopRequests(abandon=lambda why: print("abandoned:", why, flush=True))
+context = multiprocessing.get_context("fork")
+ours, theirs = context.Pipe()
+
+def work():
+    while True:
+        theirs.send(None)
+        time.sleep(0.01)
+
+with stop.listening(), stop.steps():
+    child = context.Process(target=work)
+    child.start()
+    theirs.close()
+    for name in sys.argv[1:]:
+        ours.recv()
+        os.kill(child.pid, getattr(signal, name))
+        try:
+            for _ in range(50):
+                ours.recv()
+        except EOFError:
+            child.join()
+    print(child.exitcode, stop.asked(), flush=True)
+    child.kill()
+"""
+
+
+@pytest.mark.parametrize(
+    ("names", "out"),
+    [
+        (["SIGTERM"], "-15 None\n"),
+        (["SIGINT", "SIGTERM"], "-15 None\n"),
+        (["SIGINT", "SIGINT"], "130 None\n"),
+        (["SIGINT"], "None None\n"),  # of a terminal, which interrupts the run as well
+        (["SIGUSR1"], "None None\n"),  # of a queue
+    ],
+)
+def test_a_process_that_the_run_forks_does_not_answer_for_it(names, out):
+    done = subprocess.run([sys.executable, "-c", FORKING, *names], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (out, "")
+
+
+KILLED_WHILE_FORKED = """
+import os, signal, time
+from rlhf_exp.training.stopping import StopRequests
+with StopRequests().listening():
+    children = []
+    for _ in range(50):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        os.kill(child, signal.SIGTERM)
+        children.append(child)
+    deadline, ended = time.monotonic() + 10, 0
+    while ended < 50 and time.monotonic() < deadline:
+        ended += os.waitpid(-1, os.WNOHANG)[0] != 0
+    for child in children:
+        try:
+            os.kill(child, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    print(ended, signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+"""
+
+
+def test_a_process_that_is_ended_while_it_is_forked_ends():
+    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_FORKED], capture_output=True)
+    assert (done.stdout, done.stderr) == (b"50 False\n", b"")
+
+
 def test_the_time_is_up_before_a_step_that_would_not_fit(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])

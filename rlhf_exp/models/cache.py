@@ -1,0 +1,151 @@
+"""Key-value caches whose memory is taken once, for all the tokens that will come, and how many
+tokens a model takes."""
+
+import functools
+from typing import Any
+
+from torch import Tensor
+
+from rlhf_exp.hf import Cache, PreTrainedModel
+from rlhf_exp.settings import ConfigError
+
+
+def context_len(model: PreTrainedModel) -> int:
+    """Tokens that a model attends to without computing those before differently.
+
+    Some rotary embeddings (longrope, dynamic) turn all positions otherwise as soon as a sequence
+    is longer than those that the model was first trained on: a cache, and rows of one batch, would
+    disagree across that length. Raises ConfigError for an architecture that names no length.
+    """
+    return config_context_len(model.config.get_text_config(), type(model).__name__)
+
+
+def config_context_len(config: Any, name: str) -> int:
+    """`context_len` from the text part of a configuration, `name` being the architecture's."""
+    longest = getattr(config, "max_position_embeddings", None)
+    if not longest:
+        raise ConfigError(
+            f"model: {name} does not say how many tokens it attends to"
+            " (max_position_embeddings); this architecture is not supported"
+        )
+    rotary = getattr(config, "rope_parameters", None) or {}
+    by_layer = [entry for entry in rotary.values() if isinstance(entry, dict)]
+    switches = [
+        entry.get("original_max_position_embeddings")
+        for entry in (rotary, *by_layer)
+        if entry.get("rope_type") in ("longrope", "dynamic")
+    ]
+    return min([int(longest), *(int(switch) for switch in switches if switch)])
+
+
+def prompt_cache(model: PreTrainedModel) -> Cache | None:
+    """An empty cache whose layers hold all that they have seen, None for a model whose layers
+    cannot (sliding windows, states of recurrences)."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache = DynamicCache(config=model.config)
+    return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
+
+
+def decoding_cache(model: PreTrainedModel, length: int) -> Cache:
+    """An empty cache for `length` tokens. It grows by being written to, where transformers' own
+    copies all that it holds at each token; models whose layers keep something else get theirs."""
+    from transformers import DynamicCache
+
+    cache = prompt_cache(model)
+    if cache is None:
+        return DynamicCache(config=model.config)
+    cache.layers = [_preallocated_layer()(length) for _ in cache.layers]
+    return cache
+
+
+@functools.cache
+def _preallocated_layer() -> Any:
+    from transformers.cache_utils import DynamicLayer
+
+    class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
+        """`keys` and `values` are the written parts of buffers for `length` tokens."""
+
+        def __init__(self, length: int) -> None:
+            super().__init__()
+            self._length = length
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
+            seen = self.get_seq_length()
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+                self._take(key_states, value_states)
+            end = seen + key_states.shape[2]
+            assert end <= self._length, "more tokens than the cache was made for"
+            self._buffers[0][:, :, seen:end] = key_states
+            self._buffers[1][:, :, seen:end] = value_states
+            self._show(end)
+            return self.keys, self.values
+
+        def reorder_cache(self, index: Tensor) -> None:
+            keys, values = self.keys[index], self.values[index]
+            seen = keys.shape[2]
+            self._take(keys, values)
+            self._buffers[0][:, :, :seen] = keys
+            self._buffers[1][:, :, :seen] = values
+            self._show(seen)
+
+        def _take(self, keys: Tensor, values: Tensor) -> None:
+            self._buffers = [
+                x.new_empty((*x.shape[:2], self._length, x.shape[3])) for x in (keys, values)
+            ]
+
+        def _show(self, end: int) -> None:
+            self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+
+    return PreallocatedLayer
+
+
+def static_cache(model: PreTrainedModel, cache: Cache, length: int, slot: Tensor) -> Cache:
+    """A cache of `length` slots a layer, the first of which hold what `cache` holds. Each update
+    writes to the slot that the tensor `slot` [1] names, and returns all slots. Only for models with
+    a `prompt_cache`."""
+    static = prompt_cache(model)
+    assert static is not None
+    static.layers = []
+    for layer in cache.layers:
+        fixed = _static_layer()(slot)
+        fixed.lazy_initialization(layer.keys, layer.values)
+        fixed.keys, fixed.values = (
+            x.new_zeros((*x.shape[:2], length, x.shape[3])) for x in (layer.keys, layer.values)
+        )
+        static.layers.append(fixed)
+    fill_static_cache(static, cache)
+    return static
+
+
+def fill_static_cache(static: Cache, cache: Cache) -> None:
+    """Writes what a cache holds to the first slots of a static one of as many rows."""
+    for fixed, layer in zip(static.layers, cache.layers, strict=True):
+        seen = layer.keys.shape[2]
+        fixed.keys[:, :, :seen] = layer.keys
+        fixed.values[:, :, :seen] = layer.values
+
+
+@functools.cache
+def _static_layer() -> Any:
+    from transformers.cache_utils import DynamicLayer
+
+    class StaticLayer(DynamicLayer):  # type: ignore[misc]
+        """All of `keys` and `values` is always shown; a mask has to say what counts."""
+
+        def __init__(self, slot: Tensor) -> None:
+            super().__init__()
+            self._slot = slot
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
+            self.keys.index_copy_(2, self._slot, key_states)
+            self.values.index_copy_(2, self._slot, value_states)
+            return self.keys, self.values
+
+    return StaticLayer
