@@ -24,6 +24,7 @@ from rlhf_exp.stages.held_out import (
     HeldOut,
     next_token_loss,
 )
+from rlhf_exp.stages.saved import check_saved_language_model
 from rlhf_exp.tasks.batches import BatchStream, length_bucketed, shuffled
 from rlhf_exp.tasks.encoding import tokenizer_factory
 from rlhf_exp.tasks.examples import (
@@ -157,6 +158,7 @@ class SFT(Supervised):
         with clock("save"):
             network.save_pretrained(context.folder.path / "model")
             tokenizer.save_pretrained(context.folder.path / "model")
+            check_saved_language_model(network, context.folder.path / "model")
         present_losses(context, title="language model")
         return {"after": metrics, "seconds": clock.seconds}
 
