@@ -39,7 +39,7 @@ from rlhf_exp.training.context import Context
 from rlhf_exp.training.curves import present_losses
 from rlhf_exp.training.metrics import describe
 from rlhf_exp.training.optim import AdamWSettings, Schedule
-from rlhf_exp.training.precision import Dtype, autocast
+from rlhf_exp.training.precision import Dtype, autocast, fp32_logits
 from rlhf_exp.training.seeding import stream, stream_seed
 from rlhf_exp.training.supervised import Supervised, SupervisedState
 from rlhf_exp.training.timing import Stopwatch
@@ -221,6 +221,7 @@ class SFT(Supervised):
         for index in batches:
             chosen = [examples[i] for i in index]
             batch = pad(chosen) if self.layout == "pad" else pack(chosen, limit=limit)
-            with autocast(self.dtype, context.device):
+            head = network.get_output_embeddings()
+            with autocast(self.dtype, context.device), fp32_logits(head):
                 loss = next_token_loss(network, batch)
             yield loss
