@@ -121,9 +121,12 @@ class CausalTransformer(nn.Module):
 
         # Not by transformers' own switch, which has gradients reach the embeddings even where all
         # blocks below the last are frozen.
-        self._recomputed = [
+        blocks = [
             m for m in self.language_model.modules() if isinstance(m, GradientCheckpointingLayer)
         ]
+        # The outermost ones: when one runs again, a block within it must run as it did before.
+        inner = {m for block in blocks for m in block.modules() if m is not block}
+        self._recomputed = [block for block in blocks if block not in inner]
         if not self._recomputed:
             raise ConfigError(
                 f"stage.gradient_checkpointing=true: {type(self.language_model).__name__} has no"

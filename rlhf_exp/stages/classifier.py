@@ -17,6 +17,7 @@ from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.models.scratch import ScratchClassifier
 from rlhf_exp.settings import Count, Fraction, settings
 from rlhf_exp.stages.actors import fingerprints
+from rlhf_exp.stages.saved import check_saved_classifier
 from rlhf_exp.tasks.batches import BatchStream, length_bucketed, pad_right
 from rlhf_exp.tasks.protocol import LabelledTask, LabelledText
 from rlhf_exp.training.context import Context
@@ -105,6 +106,7 @@ class TrainClassifier(Supervised):
         with clock("save"):
             network.save_pretrained(context.folder.path / "model")
             tokenizer.save_pretrained(context.folder.path / "model")
+            check_saved_classifier(network, context.folder.path / "model")
         return {"after": metrics, "seconds": clock.seconds}
 
     def _losses(

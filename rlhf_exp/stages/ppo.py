@@ -36,6 +36,7 @@ from rlhf_exp.stages.evaluation import (
 )
 from rlhf_exp.stages.histograms import LastPass
 from rlhf_exp.stages.learning import Learning
+from rlhf_exp.stages.saved import check_saved_policy
 from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.tasks.protocol import AnswerTask, Task
 from rlhf_exp.training.context import Context
@@ -194,7 +195,8 @@ class PPO(Learning):
         self._train(context, state, collector, saver, clock)
         with clock("save"):
             check_frozen(actors, frozen)
-            save_policy(actors.policy, context.folder.path / "model")
+            path = save_policy(actors.policy, context.folder.path / "model")
+            check_saved_policy(actors.policy, path)
         before, after = read_evaluations(context.folder)
         present(context, before, after)
         return {

@@ -26,6 +26,7 @@ from rlhf_exp.stages.pair_data import (
     print_pairs,
     score_rows,
 )
+from rlhf_exp.stages.saved import check_saved_reward_model
 from rlhf_exp.tasks.batches import BatchStream, shuffled
 from rlhf_exp.tasks.encoding import leading_ids
 from rlhf_exp.tasks.pair_tokens import EncodedPair, encode_pairs
@@ -144,7 +145,8 @@ class TrainRewardModel(Supervised):
                 metrics |= error_metrics(scores, report.rewards)
         context.folder.log(last, metrics)
         with clock("save"):
-            save_reward_model(scorer, context.folder.path / "model")
+            path = save_reward_model(scorer, context.folder.path / "model")
+            check_saved_reward_model(scorer, path)
         rows = score_rows(report, scores)
         context.folder.log_samples(0, rows)
         self._present(context, report, scores, rows)

@@ -24,6 +24,7 @@ from rlhf_exp.stages.held_out import (
     HeldOut,
     next_token_loss,
 )
+from rlhf_exp.stages.saved import check_saved_language_model
 from rlhf_exp.tasks.batches import BatchStream, length_bucketed, shuffled
 from rlhf_exp.tasks.encoding import tokenizer_factory
 from rlhf_exp.tasks.examples import (
@@ -38,7 +39,7 @@ from rlhf_exp.training.context import Context
 from rlhf_exp.training.curves import present_losses
 from rlhf_exp.training.metrics import describe
 from rlhf_exp.training.optim import AdamWSettings, Schedule
-from rlhf_exp.training.precision import Dtype, autocast
+from rlhf_exp.training.precision import Dtype, autocast, fp32_logits
 from rlhf_exp.training.seeding import stream, stream_seed
 from rlhf_exp.training.supervised import Supervised, SupervisedState
 from rlhf_exp.training.timing import Stopwatch
@@ -157,6 +158,7 @@ class SFT(Supervised):
         with clock("save"):
             network.save_pretrained(context.folder.path / "model")
             tokenizer.save_pretrained(context.folder.path / "model")
+            check_saved_language_model(network, context.folder.path / "model")
         present_losses(context, title="language model")
         return {"after": metrics, "seconds": clock.seconds}
 
@@ -220,6 +222,7 @@ class SFT(Supervised):
         for index in batches:
             chosen = [examples[i] for i in index]
             batch = pad(chosen) if self.layout == "pad" else pack(chosen, limit=limit)
-            with autocast(self.dtype, context.device):
+            head = network.get_output_embeddings()
+            with autocast(self.dtype, context.device), fp32_logits(head):
                 loss = next_token_loss(network, batch)
             yield loss

@@ -1,9 +1,11 @@
 """Which numbers a forward pass is computed in; weights, losses and updates are fp32 everywhere."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
 
 Dtype = Literal["auto", "bf16", "fp32"]
 
@@ -34,6 +36,23 @@ def autocast(dtype: Dtype, device: torch.device) -> AbstractContextManager[objec
     if not _in_bf16(dtype, device):
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+@contextmanager
+def fp32_logits(head: nn.Module) -> Iterator[None]:
+    """A context in which autocast leaves the output embedding alone: around -100 bf16 has steps of
+    one half, and a log-softmax of such logits is off by as much."""
+
+    def forward(hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits: Tensor = type(head).forward(head, hidden.float())
+        return logits
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 def _in_bf16(dtype: Dtype, device: torch.device) -> bool:

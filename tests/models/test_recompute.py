@@ -13,6 +13,7 @@ from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.reference import FullCopy, Lora, SharedTrunk
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError
+from tests.architectures import ARCHITECTURES, build
 from tests.builders import build_tokenizer, prompts, ragged_tokens, tiny_policy
 from tests.rollout.oracles import RAGGED
 
@@ -124,6 +125,32 @@ def test_dropouts_of_the_blocks_themselves_stay_off() -> None:
     seen = gradients(policy)
     for name, gradient in expected.items():
         assert torch.equal(seen[name], gradient), name
+
+
+# Zamba2 has a block within a block; others hold experts, recurrences, inputs of their own.
+DIFFERENT = ("zamba2", "gemma3n", "jamba", "mixtral", "qwen3_next", "mamba2")
+NOT_TAKEN_APART = {"bert", "llama4"}  # refused before
+
+
+def assert_recomputed(name: str) -> None:
+    policy = TransformerWithValueHead(build(name), build_tokenizer())
+    expected = gradients(policy)
+    policy.checkpoint_gradients()
+    seen = gradients(policy)
+    assert seen.keys() == expected.keys()
+    for parameter, gradient in expected.items():
+        assert torch.equal(seen[parameter], gradient), parameter
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_gradients_are_the_same_whatever_a_block_holds(name: str) -> None:
+    assert_recomputed(name)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - NOT_TAKEN_APART - {*DIFFERENT}))
+def test_gradients_are_the_same_on_every_architecture(name: str) -> None:
+    assert_recomputed(name)
 
 
 def test_an_architecture_that_cannot_recompute_is_refused() -> None:

@@ -19,7 +19,7 @@ from rlhf_exp.training.optim import AdamWSettings, Constant, WarmupDecay
 from rlhf_exp.training.seeding import stream_seed
 from tests.architectures import save
 
-from .toy import ECHO, EchoTask, ToyTask, context, rows, train_echo
+from .toy import ECHO, EchoTask, ToyTask, context, rows, saved_model, train_echo
 
 MODEL = Scratch(num_layers=2, d_model=32, num_heads=2, context_len=16)
 SMALL = Scratch(num_layers=1, d_model=16, num_heads=2, context_len=16, dropout=0.2)
@@ -232,6 +232,25 @@ def test_half_precision_is_for_the_forward_pass_alone(tmp_path: Path) -> None:
     network, _ = load_language_model(str(tmp_path / "bf16"))
     assert {p.dtype for p in network.parameters()} == {torch.float32}
     assert any((p != p.bfloat16().float()).any() for p in network.parameters())
+
+
+def test_half_precision_does_not_round_logits(tmp_path: Path) -> None:
+    # Logits around -100, where bf16 has steps of one half.
+    saved = saved_model(tmp_path / "base")
+    network, _ = load_language_model(saved.base_model)
+    with torch.no_grad():
+        network.transformer.wte.weight[:, 0] = 10
+        network.transformer.ln_f.weight[0] = 0
+        network.transformer.ln_f.bias[0] = -10
+    network.save_pretrained(saved.base_model)
+    losses = []
+    for dtype in ("fp32", "bf16"):
+        stage = SFT(batch_size=16, log_every=1, max_updates=1, dtype=dtype)
+        train(tmp_path / dtype, stage, model=saved)
+        losses += [row["train/loss"] for row in rows(tmp_path / dtype) if "train/loss" in row]
+    full, half = losses
+    assert half == pytest.approx(full, abs=5e-3)
+    assert half != full
 
 
 def test_what_does_not_fit_is_said() -> None:

@@ -1,0 +1,107 @@
+"""Whether a saved model is the trained one: reads it again and compares logits of a few tokens.
+
+For that time it needs memory for one more copy of the weights on the CPU.
+"""
+
+from pathlib import Path
+from typing import get_args
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rlhf_exp.functional.logprobs import logits_agree
+from rlhf_exp.hf import PreTrainedModel
+from rlhf_exp.models.cache import context_len
+from rlhf_exp.models.loading import (
+    DTYPES,
+    VALUE_HEAD_FILE,
+    WeightsDtype,
+    load_classifier,
+    load_language_model,
+)
+from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.models.reward_model import HEAD_FILE, RewardModel
+from rlhf_exp.settings import ConfigError
+from rlhf_exp.training.context import TrainingError
+
+ROWS, LENGTH = 4, 16  # of the tokens
+
+
+def check_saved_policy(policy: TransformerWithValueHead, path: Path) -> None:
+    """Raises TrainingError unless the folder holds the policy and its value head."""
+    _check_head(policy.value_head, path / VALUE_HEAD_FILE)
+    check_saved_language_model(policy.language_model, path)
+
+
+def check_saved_reward_model(model: RewardModel, path: Path) -> None:
+    """Raises TrainingError unless the folder holds the reward model and its head."""
+    _check_head(model.head, path / HEAD_FILE)
+    check_saved_language_model(model.backbone.language_model, path)
+
+
+def check_saved_language_model(network: PreTrainedModel, path: Path) -> None:
+    """Raises TrainingError unless the folder holds the model."""
+    eager = network.config._attn_implementation == "eager"
+    try:
+        saved, _ = load_language_model(
+            str(path),
+            dtype=next(name for name in get_args(WeightsDtype) if DTYPES[name] == network.dtype),
+            attn_implementation="eager" if eager else None,
+            trust_remote_code=type(network).__module__.startswith("transformers_modules"),
+        )
+    except ConfigError as error:
+        raise _failed(path, f"it cannot be read again: {error}") from error
+    _check_logits(network, saved, path)
+
+
+def check_saved_classifier(network: PreTrainedModel, path: Path) -> None:
+    """Raises TrainingError unless the folder holds the classifier."""
+    try:
+        saved, _ = load_classifier(str(path), dtype=network.dtype)
+    except ConfigError as error:
+        raise _failed(path, f"it cannot be read again: {error}") from error
+    _check_logits(network, saved, path)
+
+
+def _check_head(head: nn.Module, file: Path) -> None:
+    trained = head.state_dict()
+    try:
+        saved = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise _failed(file.parent, f"{file.name} cannot be read again: {error}") from error
+    if saved.keys() != trained.keys() or not all(
+        torch.equal(saved[name], tensor.cpu()) for name, tensor in trained.items()
+    ):
+        raise _failed(file.parent, f"{file.name} holds other weights")
+
+
+@torch.no_grad()
+def _check_logits(network: PreTrainedModel, saved: PreTrainedModel, path: Path) -> None:
+    expected, found = _logits(network), _logits(saved)
+    wrong = sum(
+        not logits_agree(one, other, dtype=network.dtype)
+        for one, other in zip(found, expected, strict=True)
+    )
+    # Elsewhere or in 16 bits rounding may send single tokens to other experts.
+    exact = network.device == saved.device and network.dtype == torch.float32
+    if wrong > (0 if exact else len(expected) // 2):
+        raise _failed(path, f"its logits differ at {wrong} of {len(expected)} tokens")
+
+
+def _logits(network: PreTrainedModel) -> Float[Tensor, "rows vocab"]:
+    vocab, shape = network.config.vocab_size, (ROWS, min(LENGTH, context_len(network)))
+    tokens = torch.randint(vocab, shape, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens).to(network.device)
+    logits = network.eval()(input_ids=tokens.to(network.device), attention_mask=mask).logits
+    return logits.flatten(0, -2).cpu()
+
+
+def _failed(path: Path, reason: str) -> TrainingError:
+    return TrainingError(
+        f"{path}: the saved model is not the trained one: {reason}\n"
+        "Do not use it. The run's checkpoints stay: resume the run to save the model again. If that"
+        " fails too, report it with the architecture's name"
+    )
