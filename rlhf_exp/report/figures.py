@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.report.grouping import short_names, show_value
-from rlhf_exp.report.wording import best_first, front_of
+from rlhf_exp.report.wording import INTERVALS, best_first, front_of
 from rlhf_exp.training.curves import INK, MUTED, SCORE
 
 log = logging.getLogger(__name__)
@@ -85,8 +85,8 @@ def draw_frontier(payload: Mapping[str, Any], folder: Path) -> Path | None:
     unit = " (nats a token)" if payload["kl"].endswith("/kl") else ""
     axis.set_xlabel(f"{payload['kl']}{unit}", color=INK)
     axis.set_ylabel(payload["score"], color=INK)
-    axis.set_title("score against KL: lines by phase, dots at the end, filled on the front",
-                   loc="left", color=INK, fontsize=10)  # fmt: skip
+    axis.set_title("score against KL: lines by phase, dots at the end, filled on the front\n"
+                   f"bars: {INTERVALS}", loc="left", color=INK, fontsize=10)  # fmt: skip
     axis.margins(x=0.12)
     if beside:
         axis.legend(frameon=False, loc="lower right", labelcolor=INK, fontsize=8)
@@ -120,6 +120,7 @@ def draw_curves(payload: Mapping[str, Any], folder: Path) -> Path | None:
             axis.fill_between(curves["phase"], band["low"], band["high"], color=style["color"],
                               alpha=0.18, linewidth=0)  # fmt: skip
         axis.set_title(name, loc="left", color=INK, fontsize=9)
+    figure.suptitle(f"lines: means over seeds; bands: {INTERVALS}", color=INK, fontsize=9)
     _legend_below(figure, panels)
     return _save(figure, folder / "curves.png")
 

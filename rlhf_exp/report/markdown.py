@@ -35,7 +35,7 @@ def write_markdown(payload: Mapping[str, Any], pictures: Sequence[Path], path: P
         *_headline(payload),
         *_picture("frontier.png", "score against KL", names),
         *_groups(payload),
-        *_picture("curves.png", "curves with means and intervals over seeds", names),
+        *_picture("curves.png", f"means over seeds with {INTERVALS}", names),
         *_parameters(payload, names),
         *_runs(payload),
         *_warnings(payload),
@@ -78,7 +78,10 @@ def _headline(payload: Mapping[str, Any]) -> list[str]:
         f" {escape(show_interval(group['kl']))}"
         for group in front[:MAX_ROWS]
     ]
-    lead = "Best trade-offs (no other has both a higher score and a lower KL):"
+    lead = (
+        "Best trade-offs (no other has both a higher score and a lower KL; means over seeds, in"
+        f" brackets {INTERVALS}):"
+    )
     return [lead, "\n".join(lines)]
 
 
@@ -96,7 +99,11 @@ def _groups(payload: Mapping[str, Any]) -> list[str]:
     if len(rows) < 2:
         return []
     head = ["parameters", "runs", escape(payload["score"]), escape(payload["kl"]), "on the front"]
-    return ["## By parameters", INTERVALS, *_table(head, rows, ":--:")]
+    return [
+        "## By parameters",
+        f"Means over seeds, in brackets {INTERVALS}.",
+        *_table(head, rows, ":--:"),
+    ]
 
 
 def _parameters(payload: Mapping[str, Any], names: set[str]) -> list[str]:

@@ -26,7 +26,7 @@ from rlhf_exp.report.grouping import (
 from rlhf_exp.report.importance import Importance, measure_importance
 from rlhf_exp.report.runs import Curves, Run, read_runs
 from rlhf_exp.report.samples import Sample, encodable
-from rlhf_exp.report.statistics import bootstrap_mean, pareto_front
+from rlhf_exp.report.statistics import mean_interval, pareto_front
 
 MAX_NUMBERS = 1_000_000  # in curves: 7 MB of JSON beside Plotly's 5 in a page of 15
 ENOUGH_PHASES = 100  # thinned to no fewer, while there are metrics a report can do without
@@ -96,7 +96,7 @@ def rounded(value: float | None) -> float | None:
 
 
 def _rounded_all(values: np.ndarray) -> list[float | None]:
-    return [None if value != value else float(f"{value:.4g}") for value in values.tolist()]
+    return [rounded(value) for value in values.tolist()]
 
 
 def _title(runs: Sequence[Run], paths: Sequence[Path]) -> str:
@@ -271,7 +271,7 @@ def _describe_groups(
 
 def _interval(runs: Sequence[Run], metric: str) -> dict[str, float | None]:
     values = [value for run in runs if (value := run.final(metric)) is not None]
-    interval = bootstrap_mean(np.array(values, dtype=float).reshape(-1, 1))
+    interval = mean_interval(np.array(values, dtype=float).reshape(-1, 1))
     ends = {"mean": interval.mean, "low": interval.low, "high": interval.high}
     return {name: rounded(float(array[0])) for name, array in ends.items()}
 
@@ -307,7 +307,7 @@ def _group_curves(
         columns: dict[str, Any] = {"phase": phases}
         if metrics:
             tables = _table(sources, phases, metrics)
-            interval = bootstrap_mean(np.hstack([tables[name] for name in metrics]))
+            interval = mean_interval(np.hstack([tables[name] for name in metrics]))
             parts = [
                 np.split(a, len(metrics)) for a in (interval.mean, interval.low, interval.high)
             ]

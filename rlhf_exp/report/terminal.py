@@ -9,9 +9,9 @@ from rich.text import Text
 
 from rlhf_exp.report.grouping import short_names, show_value
 from rlhf_exp.report.wording import (
+    INTERVALS,
     best_first,
     count_statuses,
-    name_intervals,
     one_line,
     show_interval,
 )
@@ -26,8 +26,8 @@ def print_report(payload: Mapping[str, Any], console: Console) -> None:
     if payload["groups"]:
         console.print(_groups(payload))
         if any(group["pareto"] for group in payload["groups"]):
-            intervals = name_intervals(payload)
-            brackets = f"; in brackets {intervals}" if intervals else ""
+            several = any(group["score"]["low"] is not None for group in payload["groups"])
+            brackets = f"; in brackets {INTERVALS}" if several else ""
             console.print(Text(f"* on the Pareto front{brackets}", style="dim"))
     if payload["importance"]:
         console.print(_importance(payload))

@@ -8,21 +8,7 @@ from rlhf_exp.printable import printable
 
 LINE_ENDS = re.compile("\r\n|[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]")
 
-INTERVALS = (
-    "Means over seeds with 95 % bootstrap intervals; of two or three seeds an interval is no more"
-    " than the lowest and the highest of them."
-)
-
-FEW = 3  # so many seeds have an interval that is no more than the lowest and the highest of them
-
-
-def name_intervals(payload: Mapping[str, Any]) -> str:
-    """What the intervals are: "95 % bootstrap intervals", or of groups of few runs what these come
-    to; "" if no group's score has one."""
-    if all(group["score"]["low"] is None for group in payload["groups"]):
-        return ""
-    few = all(len(group["runs"]) <= FEW for group in payload["groups"])
-    return "the lowest and the highest seed" if few else "95 % bootstrap intervals"
+INTERVALS = "95 % t-intervals of the mean"  # what page, Markdown and terminal call them
 
 
 def show_number(value: float | None) -> str:

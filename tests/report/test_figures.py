@@ -43,6 +43,8 @@ def test_a_sweep_has_frontier_curves_and_parameters(tmp_path, drawn):
     ends = sorted((group["kl"]["mean"], group["score"]["mean"]) for group in payload["groups"])
     assert list(zip(*front.get_data(), strict=True)) == ends
     assert front.get_drawstyle() == "steps-post", "what is between two settings nobody has reached"
+    assert "bars: 95 % t-intervals of the mean" in frontier.get_title(loc="left")
+    assert "bands: 95 % t-intervals of the mean" in drawn["curves.png"].get_suptitle()
     scores = drawn["curves.png"].axes[0]
     means = [group["curves"]["train"]["objective/scores"]["mean"] for group in payload["groups"]]
     assert [line.get_ydata().tolist() for line in scores.lines] == means

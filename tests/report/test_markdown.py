@@ -45,6 +45,7 @@ def test_a_sweep(tmp_path):
     assert groups[0][2].startswith("0.9")
     assert groups[0][4] == "yes"
     assert r"- **kl\_coef=1**: eval/score 0." in text
+    assert text.count("in brackets 95 % t-intervals of the mean") == 2, "front and table"
     (row,) = [row for row in table_of(text, "run") if row[1] != "done"]
     assert row[1] == "failed: outPIPEof memory"
     assert r"- **6\_x**: clip fraction above 0.4" in text

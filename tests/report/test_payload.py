@@ -36,9 +36,10 @@ def sweep(tmp_path):
 def test_groups_are_means_over_the_finished_seeds(sweep):
     payload = report(sweep)
     first, second = payload["groups"]
+    # Of two seeds .2 apart the interval reaches t(.975, 1) = 12.706 times .1 from their mean.
     assert (first["label"], first["runs"], second["runs"]) == ("kl_coef=0.1", [0, 1, 2], [3])
-    assert first["score"] == {"mean": 0.8, "low": 0.7, "high": 0.9}
-    assert first["kl"] == {"mean": 0.2, "low": 0.1, "high": 0.3}
+    assert first["score"] == {"mean": 0.8, "low": -0.4706, "high": 2.071}
+    assert first["kl"] == {"mean": 0.2, "low": -1.071, "high": 1.471}
     assert second["score"] == {"mean": 0.6, "low": None, "high": None}
     assert first["path"] == [
         {"phase": 0, "score": 0.5, "kl": 0.0},
@@ -47,8 +48,8 @@ def test_groups_are_means_over_the_finished_seeds(sweep):
     assert [group["pareto"] for group in payload["groups"]] == [True, True]
     assert first["curves"]["eval"]["eval/kl"] == {
         "mean": [0.0, 0.2],
-        "low": [0.0, 0.1],
-        "high": [0.0, 0.3],
+        "low": [0.0, -1.071],
+        "high": [0.0, 1.471],
     }
     assert first["curves"]["train"] == {
         "phase": [1],
@@ -93,7 +94,7 @@ def test_if_no_run_is_done_the_frontier_shows_them_so_far(sweep):
         status = {"status": "running", "error": None}
         (folder / "status.json").write_text(json.dumps(status), encoding="utf-8")
     payload = report(sweep)
-    assert payload["groups"][0]["score"] == {"mean": 0.6, "low": 0.2, "high": 0.9}
+    assert payload["groups"][0]["score"] == {"mean": 0.6, "low": -0.2957, "high": 1.496}
     assert payload["problems"] == [
         "frontier: no run is done; it shows each run's last evaluation so far"
     ]

@@ -36,8 +36,7 @@ def test_a_sweep_at_80_columns(tmp_path):
 def test_the_brackets_are_called_what_they_are(tmp_path):
     for seeds, told in {
         1: "* on the Pareto front",
-        3: "* on the Pareto front; in brackets the lowest and the highest seed",
-        4: "* on the Pareto front; in brackets 95 % bootstrap intervals",
+        3: "* on the Pareto front; in brackets 95 % t-intervals of the mean",
     }.items():
         grid = {"kl_coef": [0.1, 1.0], "seed": [*range(seeds)]}
         write_sweep(tmp_path / str(seeds), grid, phases=2)

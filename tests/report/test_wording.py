@@ -4,7 +4,6 @@ from rlhf_exp.report.wording import (
     best_first,
     count_statuses,
     front_of,
-    name_intervals,
     one_line,
     show_interval,
     show_number,
@@ -30,20 +29,6 @@ def test_groups_in_order():
     payload = {"groups": GROUPS}
     assert [g["id"] for g in front_of(payload)] == [0, 3]
     assert [g["id"] for g in best_first(GROUPS)] == [3, 0, 2, 4, 1]
-
-
-def test_intervals_of_few_seeds_are_called_what_they_are():
-    def payload(*counts):
-        low = [0.5 if count > 1 else None for count in counts]
-        groups = [
-            {"runs": [*range(n)], "score": {"low": x}} for n, x in zip(counts, low, strict=True)
-        ]
-        return {"groups": groups}
-
-    assert name_intervals(payload(3, 2, 1)) == "the lowest and the highest seed"
-    assert name_intervals(payload(3, 4)) == "95 % bootstrap intervals"
-    assert name_intervals(payload(1, 1)) == ""
-    assert name_intervals(payload()) == ""
 
 
 def test_statuses_are_counted():

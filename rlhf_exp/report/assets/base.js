@@ -49,9 +49,7 @@ function format(value, digits = 4) {
 
 const hasBounds = (measure) => isNumber(measure?.low) && isNumber(measure?.high);
 const bounds = (measure) => (hasBounds(measure) ? ` [${format(measure.low, 3)}, ${format(measure.high, 3)}]` : "");
-// Of three seeds a bootstrap interval is no more than the lowest and the highest of them.
-const INTERVALS = data.groups.every((group) => group.runs.length <= 3)
-  ? "the lowest and the highest seed" : "95 % bootstrap intervals";
+const INTERVALS = "95 % t-intervals of the mean";
 const interval = (measure) => format(measure?.mean, 3) + bounds(measure);
 
 // Names of hyperparameters that no other one ends with are shown without their path.

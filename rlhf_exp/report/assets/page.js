@@ -37,7 +37,8 @@ function lowestLoss() {
 function headline() {
   if (front.length && data.groups.length === 1) {
     const [only] = front;
-    return `Score ${interval(only.score)} at ${interval(only.kl)} ${klUnit}, ${plural(only.runs.length, "run")}.`;
+    const intervals = hasBounds(only.score) ? `, in brackets ${INTERVALS}` : "";
+    return `Score ${interval(only.score)} at ${interval(only.kl)} ${klUnit}, ${plural(only.runs.length, "run")}${intervals}.`;
   }
   if (front.length === 1) return `Best trade-off: ${groupLabel(front[0])} scores ${at(front[0])}.`;
   if (front.length) {
@@ -46,7 +47,7 @@ function headline() {
       + `${groupLabel(front[0])} stays closest to the reference, ${at(front[0])}.`;
   }
   const best = data.groups.filter(hasScore).sort((a, b) => b.score.mean - a.score.mean)[0];
-  if (best) return `Highest score: ${groupLabel(best)}, ${interval(best.score)}. These runs report no KL.`;
+  if (best) return `Highest score: ${groupLabel(best)}, ${interval(best.score)}${hasBounds(best.score) ? ` (${INTERVALS})` : ""}. These runs report no KL.`;
   if (lowestLoss()) return lowestLoss();
   const state = finished.length ? "" : data.runs.length ? " No run has finished." : "";
   return `There is no ${data.score} to compare yet.${state}`;
