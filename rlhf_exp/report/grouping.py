@@ -12,11 +12,13 @@ from typing import Any
 from rlhf_exp.report.runs import Run
 
 SEEDS = {"seed", "prepare_seed"}
-# Where and how often things are written, on what they are computed and for how long; no part of
-# the experiment.
-ELSEWHERE = {"name", "artifacts_dir", "resume", "resume_with", "until", "device", "allow_targets"}
-ELSEWHERE |= {"max_minutes", "skip_completed", "dry_run"}
-INTERVAL = re.compile(r"(prepare\.[^.]+\.)?stage\.\w+_every")
+# Where things are written and on what they are computed; no part of the experiment.
+ELSEWHERE = {"name", "artifacts_dir", "resume", "until", "device", "allow_targets"}
+ELSEWHERE |= {"skip_completed", "dry_run", "resume_with", "max_minutes"}
+# How often a stage logs, saves and measures. Of stages that keep the weights that measure best,
+# eval_every is part of the experiment.
+REPORTING = re.compile(r"(prepare\.[^.]+\.)?stage\.(?P<what>\w+)_every")
+PPO = "rlhf_exp.stages.ppo.PPO"  # keeps the last weights
 ELSEWHERE_GROUPS = ("logger.", "hub.")
 TARGET = "._target_"  # ends the key of what a group of the configuration chose
 STAGE = "stage"
@@ -152,7 +154,7 @@ def _differing(runs: Sequence[Run]) -> list[str]:
 
 
 def _parameters_within(kind: Sequence[Run]) -> list[str]:
-    differing = [key for key in _differing(kind) if not _is_elsewhere(key)]
+    differing = [key for key in _differing(kind) if not _is_elsewhere(key, kind[0])]
     chosen = [key.removesuffix(TARGET) for key in differing if key.endswith(TARGET)]
     kept = [
         key
@@ -174,10 +176,12 @@ def _value(run: Run, name: str) -> Any:
     return run.config.get(f"{name}{TARGET}", run.config.get(name))
 
 
-def _is_elsewhere(key: str) -> bool:
-    if key in SEEDS | ELSEWHERE or INTERVAL.fullmatch(key):
-        return True
-    return f"{key}.".startswith(ELSEWHERE_GROUPS)
+def _is_elsewhere(key: str, run: Run) -> bool:
+    reporting = REPORTING.fullmatch(key)
+    if reporting:
+        stage = key.rpartition(".")[0]
+        return reporting["what"] != "eval" or run.config.get(f"{stage}{TARGET}") == PPO
+    return key in SEEDS | ELSEWHERE or f"{key}.".startswith(ELSEWHERE_GROUPS)
 
 
 def _partition(runs: Sequence[Run], name: str) -> tuple[int | str, ...]:

@@ -30,15 +30,29 @@ def runs_of(tmp_path):
 def test_parameters_are_what_differs_but_for_seeds_and_places(runs_of):
     first = {"seed": 1, "prepare_seed": 0, "name": "a", "stage.kl_coef": 0.1, "stage.gamma": 1.0}
     first |= {"artifacts_dir": "x", "device": "cpu", "logger.project": "p", "model.dtype": "fp32"}
-    first |= {"skip_completed": False, "dry_run": False, "hub": None, "max_minutes": None}
-    first |= {"resume_with": [], "stage.eval_every": 25, "stage.checkpoint_every": None}
-    first |= {"stage.histograms_every": 25, "prepare.base.stage.log_every": 50}
+    first |= {"skip_completed": False, "dry_run": False, "hub": None}
     second = dict.fromkeys(first, 2)
     assert varied_parameters(runs_of(first, second)) == [
         "stage.kl_coef",
         "stage.gamma",
         "model.dtype",
     ]
+
+
+def test_how_often_a_stage_reports_and_when_a_run_stops_are_no_parameters(runs_of):
+    keys = ["max_minutes", "resume_with", "stage.log_every", "stage.checkpoint_every"]
+    keys += ["stage.histograms_every", "stage.eval_every", "prepare.base.stage.log_every"]
+    ppo = {"stage._target_": "rlhf_exp.stages.ppo.PPO"}
+    runs = runs_of(*({**ppo, **dict.fromkeys(keys, value), "seed": value} for value in (1, 2)))
+    assert varied_parameters(runs) == []
+    assert [group.runs for group in group_runs(runs, [])] == [[0, 1]]
+
+
+@pytest.mark.parametrize("stage", ["stage", "prepare.base.stage"])
+def test_where_the_best_weights_are_kept_how_often_they_are_measured_is_a_parameter(runs_of, stage):
+    sft = {f"{stage}._target_": "rlhf_exp.stages.sft.SFT"}
+    runs = runs_of(*({**sft, f"{stage}.eval_every": value} for value in (10, 20)))
+    assert varied_parameters(runs) == [f"{stage}.eval_every"]
 
 
 def test_lists_texts_null_and_absence_are_values(runs_of):
