@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,12 @@ from rlhf_exp.hf import quiet_datasets
 from rlhf_exp.lfs import refuse_lfs_pointer
 from rlhf_exp.network import hub_responds, hub_url
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.tasks.columns import rows_of, typed_columns
 
 log = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-# Cells of a column of numbers or booleans that hold none; among texts they are texts.
-MISSING = {"", "NA", "N/A", "NaN", "nan", "null", "None"}
-TYPES: tuple[tuple[re.Pattern[str], Callable[[str], Any]], ...] = (
-    (re.compile(r"[+-]?(0|[1-9][0-9]{0,999})"), int),
-    (re.compile(r"[+-]?((0|[1-9][0-9]{0,99})(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,2})?"), float),
-    (re.compile(r"[Tt]rue|TRUE|[Ff]alse|FALSE"), lambda cell: cell.lower() == "true"),
-)
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 CHUNK = 1000  # rows that are decoded at once; one by one takes `datasets` ten times as long
 
@@ -111,7 +106,7 @@ def read_table(
         if place.is_file():
             table = _read_file(place, asked, text_columns)
         elif is_local:
-            table = _read_directory(place, asked)
+            table = _read_directory(place, asked, text_columns)
         else:
             table = _read_hub(asked)
     if not table.num_rows:
@@ -189,19 +184,8 @@ def _read_csv(file: Path, asked: Source, text_columns: Sequence[str]) -> Table:
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
     header, rows = _csv_rows(_decode(file, asked), delimiter, f"{asked.field}: {asked.path}")
     cells = dict(zip(header, zip(*rows, strict=True), strict=True)) if rows else {}
-    columns = {n: c if n in text_columns else _typed(c) for n, c in cells.items()}
-    typed = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    typed = rows_of(typed_columns(cells, text_columns))
     return _listed(header, dict(enumerate(typed, start=1)))
-
-
-def _typed(cells: Sequence[str]) -> Sequence[Any]:
-    """A column as integers, floats or booleans, with None for missing cells, if all its other cells
-    are such; else the texts as they are. Integers with leading zeros are texts."""
-    filled = {cell for cell in cells if cell not in MISSING}
-    for pattern, convert in TYPES:
-        if filled and all(pattern.fullmatch(cell) for cell in filled):
-            return [None if cell in MISSING else convert(cell) for cell in cells]
-    return cells if any(cells) else [None] * len(cells)
 
 
 def _csv_rows(contents: str, delimiter: str, where: str) -> tuple[list[str], list[list[str]]]:
@@ -310,7 +294,7 @@ def _of_dataset(dataset: Any, asked: Source, numbers: Sequence[int]) -> Table:
     return Table(tuple(dataset.column_names), numbers, fetch)
 
 
-def _read_directory(directory: Path, asked: Source) -> Table:
+def _read_directory(directory: Path, asked: Source, text_columns: Sequence[str]) -> Table:
     if asked.revision is not None:
         raise ConfigError(
             f"{asked.sibling('revision')}={asked.revision} is for names on the hub; {asked.path} is"
@@ -321,7 +305,8 @@ def _read_directory(directory: Path, asked: Source) -> Table:
     with tempfile.TemporaryDirectory(prefix="rlhf_exp-", ignore_cleanup_errors=True) as cache:
         # Absolute, as "json" alone is a reader of `datasets`.
         fix = "`datasets` reads folders of .jsonl, .json, .parquet, .csv or .txt files"
-        return _built(str(directory.absolute()), asked, fix, cache=cache)
+        name = str(directory.absolute())
+        return _built(name, asked, fix, cache=cache, text_columns=text_columns)
 
 
 def _read_hub(asked: Source) -> Table:
@@ -341,16 +326,26 @@ def _read_hub(asked: Source) -> Table:
 
 
 def _built(
-    name: str, asked: Source, fix: str, *, cache: str | None = None, offline: str | None = None
+    name: str,
+    asked: Source,
+    fix: str,
+    *,
+    cache: str | None = None,
+    offline: str | None = None,
+    text_columns: Sequence[str] = (),
 ) -> Table:
-    """The split, as a builder of `datasets` reads it; `offline` says why only from the cache."""
+    """The split, as a builder of `datasets` reads it; `offline` says why only from the cache. The
+    columns of CSV files in a directory have the types that those of a single file have."""
     import datasets
     from datasets.packaged_modules.cache.cache import Cache
+    from datasets.packaged_modules.csv.csv import Csv
 
+    load = partial(
+        datasets.load_dataset_builder, name, asked.subset, revision=asked.revision, cache_dir=cache
+    )
     try:
-        builder = datasets.load_dataset_builder(
-            name, asked.subset, revision=asked.revision, cache_dir=cache
-        )
+        builder = load()
+        is_csv = cache is not None and isinstance(builder, Csv) and builder.info.features is None
         # From the cache it is whatever there is, of another revision too.
         if isinstance(builder, Cache) and asked.revision not in (None, "main", builder.hash):
             raise ConfigError(
@@ -358,6 +353,10 @@ def _built(
                 f" and the local cache holds {builder.hash}; set it so, or null"
             )
         builder.download_and_prepare()
+        if is_csv:  # `datasets` makes floats of integers with a gap, and None of NA: now as texts
+            texts = dict.fromkeys(builder.info.features, datasets.Value("string"))
+            builder = load(features=datasets.Features(texts), keep_default_na=False)
+            builder.download_and_prepare()
         lengths = {name: part.num_examples for name, part in builder.info.splits.items()}
         numbers = [index + 1 for index in _places(asked, lengths)]
         # `datasets` refuses to read none.
@@ -373,7 +372,12 @@ def _built(
         raise ConfigError(f"{asked.field}={asked.path} cannot be read: {fix}.\n  {reason}") from (
             error
         )
-    return _listed([], {}) if dataset is None else _of_dataset(dataset, asked, numbers)
+    if dataset is None:
+        return _listed([], {})
+    if is_csv:
+        columns = typed_columns(dataset.to_dict(), text_columns)
+        return _listed([*columns], dict(zip(numbers, rows_of(columns), strict=True)))
+    return _of_dataset(dataset, asked, numbers)
 
 
 def _short(error: BaseException, limit: int = 300) -> str:

@@ -206,6 +206,15 @@ def test_a_gap_changes_no_type_and_texts_stay_texts(tmp_path, ending, cells, exp
     assert [(type(v), v) for v in values] == [(type(v), v) for v in expected]
 
 
+def test_the_files_of_a_directory_have_the_types_of_a_single_one(tmp_path):
+    contents = "prompt,n,label\n12,1,NA\n7,,x\n,3,\n"
+    single = rows(read(write(tmp_path / "a.csv", contents), text_columns=("prompt",)))
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder" / "train.csv", contents)
+    assert single[1] == {"prompt": "7", "n": None, "label": "x"}
+    assert rows(read(tmp_path / "folder", text_columns=("prompt",))) == single
+
+
 def test_csv_rows_are_counted_below_the_header_without_blank_lines(tmp_path):
     contents = 'prompt,n\r\n\r\n"a\r\nb",1\r\n\r\nc,2\r\n'
     table = read(write(tmp_path / "a.csv", contents))
