@@ -654,8 +654,8 @@ def test_a_run_goes_on_with_the_command_that_is_shown(tmp_path, monkeypatch):
     words = [*TINY, "reward=keyword", keywords, "hydra.run.dir=my runs/0_kl_coef=0.1,#2"]
     assert train(tmp_path, *words).code == 0
     again = train(tmp_path, *words)
-    assert_refused(again, "holds a run already: go on with it with python train.py ")
-    shown = re.search(r"python train\.py (.*), or name", again.out)[1]
+    assert_refused(again, "or go on with it: python train.py ")
+    shown = re.search(r"python train\.py (.*)", again.out)[1]
     monkeypatch.setenv("JUPYTER_TOKEN", "none")
     for full_error, phases in (("", 3), ("1", 4)):
         monkeypatch.setitem(OFFLINE, "HYDRA_FULL_ERROR", full_error)
