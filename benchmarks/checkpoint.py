@@ -22,7 +22,7 @@ import torch
 
 from ppo_phase import actors_of
 from rlhf_exp.stages.ppo import PPO
-from rlhf_exp.stages.train_state import TrainState
+from rlhf_exp.rl.state import TrainState
 from rlhf_exp.training.checkpoint import CheckpointWriter
 from rlhf_exp.training.context import pick_device
 from rlhf_exp.training.optim import AdamWSettings, Constant

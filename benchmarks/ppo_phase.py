@@ -31,9 +31,9 @@ from rlhf_exp.models.reference import (
 )
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rollout.cached import CachedSampler
-from rlhf_exp.stages.collecting import Collector
+from rlhf_exp.rl.collect import Collector
 from rlhf_exp.stages.ppo import PPO, Actors
-from rlhf_exp.stages.train_state import TrainState
+from rlhf_exp.rl.state import TrainState
 from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.tasks.tokenizers import word_tokenizer
 from rlhf_exp.training.context import pick_device

@@ -21,6 +21,7 @@ FLOORS = [
     {"network", "lfs"},
     {"models", "tasks", "training", "own_keys", "overrides"},
     {"rollout", "rewards"},
+    {"rl"},
     {"stages", "interp", "report"},
     {"steps", "sweeps"},
     {"experiment", "resuming", "ending"},

@@ -12,7 +12,7 @@ from rlhf_exp.report.continuations import side_by_side
 from rlhf_exp.report.talk import Talk
 from rlhf_exp.stages.pair_data import print_pairs
 from rlhf_exp.training.curves import print_before_after
-from tests.stages.toy import saved_model
+from tests.rl.toy import saved_model
 
 # A colour, a title, a link, a cleared screen, the same with C1 controls, a bell, a turned name.
 OBEYED = (

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.models.scratch import ScratchClassifier
+from rlhf_exp.rl.actors import fingerprints
 from rlhf_exp.settings import Count, Fraction, settings
-from rlhf_exp.stages.actors import fingerprints
 from rlhf_exp.stages.saved import check_saved_classifier
 from rlhf_exp.tasks.batches import BatchStream, length_bucketed, pad_right
 from rlhf_exp.tasks.protocol import LabelledTask, LabelledText

@@ -10,8 +10,8 @@ import torch
 
 from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.rl.answers import exact_match, greedy
 from rlhf_exp.rollout.cached import CachedSampler
-from rlhf_exp.stages.answers import exact_match, greedy
 from rlhf_exp.tasks.examples import Example, ExampleBatch, pad
 from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.tasks.protocol import AnswerTask

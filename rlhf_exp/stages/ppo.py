@@ -21,12 +21,9 @@ from rlhf_exp.models.reference import (
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.rewards.attempts import Patience
 from rlhf_exp.rewards.protocol import Reward
-from rlhf_exp.rollout.bridge import BridgeSampler
-from rlhf_exp.rollout.sampler import Sampler
-from rlhf_exp.settings import Count, Fingerprinted, Index, NonNegative, Positive, settings
-from rlhf_exp.stages.actors import Actors, check_frozen, fingerprints, frozen_hash, load_actors
-from rlhf_exp.stages.collecting import SCORING, Collector
-from rlhf_exp.stages.evaluation import (
+from rlhf_exp.rl.actors import Actors, check_frozen, fingerprints, frozen_hash, load_actors
+from rlhf_exp.rl.collect import SCORING, Collector
+from rlhf_exp.rl.evaluation import (
     ANSWER_METRICS,
     METRICS,
     brief,
@@ -34,10 +31,13 @@ from rlhf_exp.stages.evaluation import (
     present,
     read_evaluations,
 )
-from rlhf_exp.stages.histograms import LastPass
-from rlhf_exp.stages.learning import Learning
+from rlhf_exp.rl.histograms import LastPass
+from rlhf_exp.rl.learn import Learning
+from rlhf_exp.rl.state import TrainState
+from rlhf_exp.rollout.bridge import BridgeSampler
+from rlhf_exp.rollout.sampler import Sampler
+from rlhf_exp.settings import Count, Fingerprinted, Index, NonNegative, Positive, settings
 from rlhf_exp.stages.saved import check_saved_policy
-from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.tasks.protocol import AnswerTask, Task
 from rlhf_exp.training.context import Context
 from rlhf_exp.training.memory import explaining_memory

@@ -11,11 +11,11 @@ from rlhf_exp.models.loading import ModelSettings
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rewards.attempts import PatientReward
 from rlhf_exp.rewards.protocol import Reward, RewardFunction
+from rlhf_exp.rl.actors import fingerprints, fitting_prompts, load_reward, load_sampled_policy
+from rlhf_exp.rl.collect import SCORING
+from rlhf_exp.rl.evaluation import sample
 from rlhf_exp.rollout.sampler import Sampler, have_ended
 from rlhf_exp.settings import ConfigError, Count, settings
-from rlhf_exp.stages.actors import fingerprints, fitting_prompts, load_reward, load_sampled_policy
-from rlhf_exp.stages.collecting import SCORING
-from rlhf_exp.stages.evaluation import sample
 from rlhf_exp.tasks.hashing import hash_fraction
 from rlhf_exp.tasks.pairs import FOLDER, Format, write_pairs
 from rlhf_exp.tasks.prompts import PromptStream

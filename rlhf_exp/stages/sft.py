@@ -13,8 +13,8 @@ from rlhf_exp.models.cache import context_len
 from rlhf_exp.models.loading import ModelSettings, must_be_plain
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.probing import packs, probed
+from rlhf_exp.rl.actors import fingerprints
 from rlhf_exp.settings import ConfigError, Count, OpenFraction, Positive, settings
-from rlhf_exp.stages.actors import fingerprints
 from rlhf_exp.stages.held_out import (
     EXACT,
     GREEDY_EXACT,

@@ -32,11 +32,11 @@ from rlhf_exp.training.optim import AdamWSettings, Constant
 from rlhf_exp.training.seeding import stream
 from tests.architectures import build, largest_error
 from tests.builders import build_tokenizer
-from tests.stages.fixed import perturb
-from tests.stages.test_low_precision import assert_alike, moved, small
-from tests.stages.test_objective import REFERENCES as KINDS
-from tests.stages.test_objective import SMALL, compiled_beside_plain, learned
-from tests.stages.toy import RAGGED, ToyTask, parts, start
+from tests.rl.fixed import perturb
+from tests.rl.test_low_precision import assert_alike, moved, small
+from tests.rl.test_objectives import REFERENCES as KINDS
+from tests.rl.test_objectives import SMALL, compiled_beside_plain, learned
+from tests.rl.toy import RAGGED, ToyTask, parts, start
 
 pytestmark = pytest.mark.gpu
 

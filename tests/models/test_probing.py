@@ -11,15 +11,15 @@ from torch import Tensor
 from rlhf_exp.models.loading import Pretrained, load_language_model, load_policy
 from rlhf_exp.models.policy import FastPaths, TransformerWithValueHead
 from rlhf_exp.models.probing import find_fast_paths, packs, probed
+from rlhf_exp.rl.actors import fitting_prompts, load_sampled_policy
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.stages.actors import fitting_prompts, load_sampled_policy
 from rlhf_exp.tasks.prefix import Prefix
 from rlhf_exp.types import Layout
 from tests.architectures import TEXTS, build, largest_error, learning_logprobs, sample, save
 from tests.builders import assert_near, build_tokenizer, prompts, stretch, tiny_policy
-from tests.stages.toy import context
+from tests.rl.toy import context
 
 
 def wrapped(name: str) -> TransformerWithValueHead:

@@ -23,7 +23,7 @@ from rlhf_exp.tasks.pairs import PairsFile
 from rlhf_exp.training.optim import AdamWSettings, Constant
 
 from ..builders import without_checks
-from .toy import context, rows
+from ..rl.toy import context, rows
 
 SAMPLER = CachedSampler(gen_len=15, stop_at_eos=True)
 OPTIMIZER = AdamWSettings(base_lr=3e-3, head_lr=3e-3)

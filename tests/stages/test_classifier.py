@@ -20,7 +20,7 @@ from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.training.optim import AdamWSettings, Constant
 from rlhf_exp.types import Completions
 
-from .toy import ToyTask, context
+from ..rl.toy import ToyTask, context
 
 MODEL = ScratchClassifier(d_model=16, context_len=16)
 

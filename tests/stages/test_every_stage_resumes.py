@@ -25,7 +25,7 @@ from rlhf_exp.training.optim import AdamWSettings, Constant
 from rlhf_exp.training.stopping import Interrupted, StopRequests
 
 from ..reliability import count_cases
-from .toy import ECHO, RAGGED, Echoed, EchoTask, ToyPairs, ToyTask, context, parts, saved_model
+from ..rl.toy import ECHO, RAGGED, Echoed, EchoTask, ToyPairs, ToyTask, context, parts, saved_model
 
 DROPOUT = Scratch(num_layers=1, d_model=16, num_heads=2, context_len=16, dropout=0.2)
 SUPERVISED: dict[str, Any] = {"optimizer": AdamWSettings(base_lr=1e-2), "schedule": Constant()}

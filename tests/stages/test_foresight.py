@@ -20,7 +20,7 @@ from rlhf_exp.stages.sft import SFT
 from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.optim import AdamWSettings, Constant, WarmupDecay
 
-from .toy import ToyTask, context, parts
+from ..rl.toy import ToyTask, context, parts
 
 STEPS = {
     "base": (SFT(), {"task": ToyTask(), "model": Scratch(context_len=16)}),

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from rlhf_exp.models.scratch import Scratch
+from rlhf_exp.rl.answers import exact_match, greedy
 from rlhf_exp.rollout.cached import CachedSampler
-from rlhf_exp.stages.answers import exact_match, greedy
 from rlhf_exp.stages.held_out import BestKept, HeldOut, held_out_loss, next_token_loss
 from rlhf_exp.tasks.examples import Example, encode_demonstrations, pack, pad
 from rlhf_exp.tasks.prompts import encode_prompts
@@ -19,7 +19,7 @@ from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.seeding import stream
 
 from ..builders import stretch
-from .toy import ECHO, EchoTask, ToyTask, context, echo_policy, rows
+from ..rl.toy import ECHO, EchoTask, ToyTask, context, echo_policy, rows
 
 MODEL = Scratch(num_layers=2, d_model=32, num_heads=2, context_len=16)
 TEXTS = [

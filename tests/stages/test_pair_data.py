@@ -23,7 +23,7 @@ from rlhf_exp.stages.pair_data import (
 )
 from rlhf_exp.tasks.pair_tokens import EncodedPair, encode_pairs
 
-from .toy import ToyPairs, context, rows, saved_model
+from ..rl.toy import ToyPairs, context, rows, saved_model
 
 
 def model(path: Path, kind: str = "token_sum") -> RewardModel:

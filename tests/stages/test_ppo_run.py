@@ -23,7 +23,7 @@ from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
 from rlhf_exp.types import Completions
 
 from ..builders import ARCHITECTURES
-from .toy import RAGGED, Echoed, EchoTask, context, parts, rows, saved_model, start
+from ..rl.toy import RAGGED, Echoed, EchoTask, context, parts, rows, saved_model, start
 
 
 def final_metrics(path: Path, ppo: PPO, seed: int = 1, **replaced: object) -> dict[str, float]:

@@ -22,7 +22,7 @@ from rlhf_exp.tasks.protocol import Pair
 from rlhf_exp.training.context import TrainingError
 from rlhf_exp.types import Completions, PromptBatch
 
-from .toy import WORDS, Echoed, EchoTask, ToyTask, context, echo_policy, rows
+from ..rl.toy import WORDS, Echoed, EchoTask, ToyTask, context, echo_policy, rows
 
 SAMPLER = CachedSampler(gen_len=3, stop_at_eos=True)
 STAGE = Preferences(num_pairs=50, num_held_out=20, batch_size=32)

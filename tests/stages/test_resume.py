@@ -17,7 +17,7 @@ from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
 from rlhf_exp.types import Completions
 
 from ..builders import ARCHITECTURES, assert_near
-from .toy import RAGGED, context, parts, rows, saved_model
+from ..rl.toy import RAGGED, context, parts, rows, saved_model
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 

@@ -20,7 +20,7 @@ from rlhf_exp.tasks.pairs import PairsFile, hold_out
 from rlhf_exp.tasks.protocol import Pair, Split
 from rlhf_exp.training.optim import AdamWSettings, Constant, WarmupDecay
 
-from .toy import ToyPairs, ToyTask, context, rows, saved_model
+from ..rl.toy import ToyPairs, ToyTask, context, rows, saved_model
 
 SMALL = {"width": 16, "batch_size": 40, "epochs": 4, "eval_every": 4, "log_every": 1}
 LEARNS = {**SMALL, "epochs": 12, "eval_every": 20, "patience": 9}

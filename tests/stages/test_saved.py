@@ -25,8 +25,8 @@ from rlhf_exp.training.context import TrainingError
 
 from ..architectures import build
 from ..builders import build_tokenizer, stretch, tiny_policy
+from ..rl.toy import context
 from .test_every_stage_resumes import STAGES
-from .toy import context
 
 WEIGHTS = "model.safetensors"
 WRONG = r"^.*model: the saved model is not the trained one: "

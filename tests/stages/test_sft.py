@@ -19,7 +19,7 @@ from rlhf_exp.training.optim import AdamWSettings, Constant, WarmupDecay
 from rlhf_exp.training.seeding import stream_seed
 from tests.architectures import save
 
-from .toy import ECHO, EchoTask, ToyTask, context, rows, saved_model, train_echo
+from ..rl.toy import ECHO, EchoTask, ToyTask, context, rows, saved_model, train_echo
 
 MODEL = Scratch(num_layers=2, d_model=32, num_heads=2, context_len=16)
 SMALL = Scratch(num_layers=1, d_model=16, num_heads=2, context_len=16, dropout=0.2)

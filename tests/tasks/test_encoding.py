@@ -6,7 +6,7 @@ from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.encoding import can_encode, encode, leading_ids, tokenizer_factory
 from rlhf_exp.tasks.prefix import Prefix
 from rlhf_exp.tasks.tokenizers import closed_word_tokenizer, word_tokenizer
-from tests.stages.toy import ToyTask
+from tests.rl.toy import ToyTask
 
 CLOSED = closed_word_tokenizer(["a", "b"], pad="<p>", eos="<e>")
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.reference import FullCopy, Lora, SharedTrunk
 from rlhf_exp.rewards.protocol import RewardFunction
+from rlhf_exp.rl.actors import check_frozen, frozen_hash
 from rlhf_exp.settings import ConfigError, settings
-from rlhf_exp.stages.actors import check_frozen, frozen_hash
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.training.checkpoint import read_newest_checkpoint
 from rlhf_exp.training.context import TrainingError
@@ -96,7 +96,7 @@ import resource, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from tests.stages.toy import context, parts
+from tests.rl.toy import context, parts
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.stages.ppo import PPO

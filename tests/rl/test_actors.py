@@ -10,9 +10,9 @@ import torch
 from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rewards.protocol import RewardFunction
+from rlhf_exp.rl.actors import Actors, load_actors, load_sampled_policy, without
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError, settings
-from rlhf_exp.stages.actors import Actors, load_actors, load_sampled_policy, without
 from rlhf_exp.tasks.protocol import PromptRow
 from rlhf_exp.types import Completions
 

@@ -17,14 +17,14 @@ from rlhf_exp.models.reference import FullCopy
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rewards.keyword import Keyword
 from rlhf_exp.rewards.protocol import RewardFunction
+from rlhf_exp.rl.actors import Actors, load_actors
+from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.settings import settings
-from rlhf_exp.stages.actors import Actors, load_actors
 from rlhf_exp.stages.held_out import next_token_loss
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.stages.sft import SFT
-from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.tasks.examples import encode_demonstrations, pad
 from rlhf_exp.tasks.protocol import Demonstration, LabelledText, Pair, Split
 from rlhf_exp.tasks.tokenizers import word_tokenizer

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf_exp.rl.histograms import LastPass
+from rlhf_exp.rl.objectives import textbook_pass
 from rlhf_exp.rollout.cached import CachedSampler
-from rlhf_exp.stages.histograms import LastPass
-from rlhf_exp.stages.objective import textbook_pass
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.training.metrics import histogram
 from rlhf_exp.training.optim import AdamWSettings

@@ -12,9 +12,9 @@ from rlhf_exp.functional.logprobs import completion_logits, entropy, kl_divergen
 from rlhf_exp.models.loading import Pretrained
 from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
 from rlhf_exp.models.reference import FullCopy, Lora, SharedTrunk
+from rlhf_exp.rl.objectives import Pass, fast_pass
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.stages.held_out import HeldOut, next_token_loss
-from rlhf_exp.stages.objective import Pass, fast_pass
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.tasks.examples import encode_demonstrations, pad
 from rlhf_exp.training.optim import AdamWSettings

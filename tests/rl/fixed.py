@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from rlhf_exp.functional.losses import clipped_surrogate, value_loss
 from rlhf_exp.functional.masking import masked_mean
 from rlhf_exp.models.lora import adapter_off, has_adapter
+from rlhf_exp.rl.actors import Actors
+from rlhf_exp.rl.objectives import textbook_pass
+from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.measure import measure
-from rlhf_exp.stages.actors import Actors
-from rlhf_exp.stages.objective import textbook_pass
 from rlhf_exp.stages.ppo import PPO
-from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.tasks.prompts import take
 from rlhf_exp.types import Completions, Experience, Generation, Layout
 

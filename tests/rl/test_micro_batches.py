@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from rlhf_exp.rewards.length import Length
+from rlhf_exp.rl.actors import Actors
+from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
-from rlhf_exp.stages.actors import Actors
 from rlhf_exp.stages.ppo import PPO
-from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.training.optim import AdamWSettings
 
 from ..builders import stretch

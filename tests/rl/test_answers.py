@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from rlhf_exp.rl import answers
+from rlhf_exp.rl.answers import exact_match, exact_matches, greedy, judge_answers
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.cached import CachedSampler
-from rlhf_exp.stages import answers
-from rlhf_exp.stages.answers import exact_match, exact_matches, greedy, judge_answers
 from rlhf_exp.tasks.arithmetic import TEMPLATES, Arithmetic
 from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.types import Completions, PromptBatch

@@ -22,12 +22,12 @@ from rlhf_exp.functional.logprobs import kl_estimate
 from rlhf_exp.functional.masking import masked_whiten
 from rlhf_exp.models.policy import CausalTransformer
 from rlhf_exp.models.reference import Reference
+from rlhf_exp.rl.actors import Actors
+from rlhf_exp.rl.histograms import LastPass
+from rlhf_exp.rl.objectives import TERMS, Objective
+from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.sampler import have_ended
 from rlhf_exp.settings import Count, Fraction, Index, Positive, settings
-from rlhf_exp.stages.actors import Actors
-from rlhf_exp.stages.histograms import LastPass
-from rlhf_exp.stages.objective import TERMS, Objective
-from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.metrics import mean_metrics
 from rlhf_exp.training.optim import (

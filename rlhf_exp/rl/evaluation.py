@@ -13,9 +13,9 @@ from rlhf_exp.functional.masking import masked_mean
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.reference import Reference
 from rlhf_exp.rewards.attempts import PatientReward
+from rlhf_exp.rl.answers import exact_match, greedy, judge_answers
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import Sampler
-from rlhf_exp.stages.answers import exact_match, greedy, judge_answers
 from rlhf_exp.tasks.prompts import take
 from rlhf_exp.tasks.protocol import AnswerTask
 from rlhf_exp.training.context import Context, TrainingError

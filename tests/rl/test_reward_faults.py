@@ -16,7 +16,7 @@ from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
 from rlhf_exp.types import Completions
 
-from .test_resume import files, timeless
+from ..stages.test_resume import files, timeless
 from .toy import RAGGED, context, parts, phase, rows, start
 
 SMALL: dict[str, Any] = {

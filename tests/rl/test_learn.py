@@ -13,12 +13,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rlhf_exp.rewards.protocol import RewardFunction
+from rlhf_exp.rl.actors import Actors
+from rlhf_exp.rl.histograms import LastPass
+from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import settings
-from rlhf_exp.stages.actors import Actors
-from rlhf_exp.stages.histograms import LastPass
 from rlhf_exp.stages.ppo import PPO
-from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.training.checkpoint import read_newest_checkpoint
 from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.optim import WarmupDecay

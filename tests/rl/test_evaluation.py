@@ -10,11 +10,11 @@ import torch
 
 from rlhf_exp.rewards.attempts import PatientReward
 from rlhf_exp.rewards.length import Length
+from rlhf_exp.rl import evaluation
+from rlhf_exp.rl.answers import exact_match, greedy
+from rlhf_exp.rl.evaluation import Evaluation, evaluate, read_evaluations
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.sampler import Sampler
-from rlhf_exp.stages import evaluation
-from rlhf_exp.stages.answers import exact_match, greedy
-from rlhf_exp.stages.evaluation import Evaluation, evaluate, read_evaluations
 from rlhf_exp.stages.ppo import PPO, Actors
 from rlhf_exp.training.folder import RunFolder
 

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_exp.models.scratch import Scratch
+from rlhf_exp.rl.objectives import fast_pass
 from rlhf_exp.rollout.cached import CachedSampler
-from rlhf_exp.stages.objective import fast_pass
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.types import Layout
 
 from ..builders import ARCHITECTURES
+from ..stages.test_resume import PHASES, Failing, files, run, timeless
 from .fixed import fixed_completions, fixed_experience
-from .test_objective import REFERENCES, TASKS, TEMPERATURE, started
-from .test_resume import PHASES, Failing, files, run, timeless
+from .test_objectives import REFERENCES, TASKS, TEMPERATURE, started
 from .toy import CPU, RAGGED, collect, context, parts, phase, saved_model, start
 
 SAMPLER = CachedSampler(gen_len=6, stop_at_eos=True, temperature=0.7)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from rlhf_exp.models.reference import FullCopy, Lora, ReferenceSettings, SharedTrunk
 from rlhf_exp.models.scratch import Scratch
+from rlhf_exp.rl.actors import Actors
+from rlhf_exp.rl.objectives import Pass, fast_pass, textbook_pass
+from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
-from rlhf_exp.stages.actors import Actors
-from rlhf_exp.stages.objective import Pass, fast_pass, textbook_pass
 from rlhf_exp.stages.ppo import PPO
-from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.types import Layout
 
@@ -183,7 +183,7 @@ from functools import partial
 from pathlib import Path
 from torch._dynamo.utils import counters
 from rlhf_exp.models.reference import FullCopy
-from tests.stages.test_objective import SMALL, learned
+from tests.rl.test_objectives import SMALL, learned
 path, device, mode = Path(sys.argv[1]), torch.device(sys.argv[2]), sys.argv[3]
 torch.compile = partial(torch.compile, backend=sys.argv[4])
 given = ("ragged", FullCopy(), {"num_layers": 1, "device": device})

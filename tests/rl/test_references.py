@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.models.reference import FullCopy, Lora, ReferenceSettings, SharedTrunk
+from rlhf_exp.rl.actors import Actors
+from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.measure import measure
-from rlhf_exp.stages.actors import Actors
 from rlhf_exp.stages.ppo import PPO
-from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.types import Rollout
 

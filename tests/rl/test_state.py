@@ -9,10 +9,10 @@ import torch
 
 from rlhf_exp.models.reference import FullCopy, Lora, ReferenceSettings, SharedTrunk
 from rlhf_exp.models.scratch import Scratch
+from rlhf_exp.rl.actors import Actors
+from rlhf_exp.rl.state import TrainState
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.stages.actors import Actors
 from rlhf_exp.stages.ppo import PPO
-from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
 
 from .toy import RAGGED, phase, start

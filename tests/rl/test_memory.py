@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.models.scratch import Scratch
-from rlhf_exp.stages.objective import textbook_pass
+from rlhf_exp.rl.objectives import textbook_pass
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.tasks.tokenizers import word_tokenizer
 

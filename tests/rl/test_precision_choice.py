@@ -10,7 +10,7 @@ from rlhf_exp.models.reference import FullCopy
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.stages.ppo import PPO
 from tests.builders import tiny_policy
-from tests.stages.test_objective import SMALL, started
+from tests.rl.test_objectives import SMALL, started
 from tests.stages.test_ppo_run import parts
 
 

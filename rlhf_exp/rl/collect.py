@@ -14,11 +14,11 @@ from torch import Tensor
 
 from rlhf_exp.rewards.attempts import ONCE, Patience, PatientReward
 from rlhf_exp.rewards.protocol import RewardError
+from rlhf_exp.rl.actors import Actors
+from rlhf_exp.rl.evaluation import sample
+from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import have_ended
-from rlhf_exp.stages.actors import Actors
-from rlhf_exp.stages.evaluation import sample
-from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.training.background import Background
 from rlhf_exp.training.memory import explaining_memory
 from rlhf_exp.training.timing import Stopwatch
