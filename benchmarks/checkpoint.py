@@ -27,6 +27,7 @@ from rlhf_exp.training.checkpoint import CheckpointWriter
 from rlhf_exp.training.context import pick_device
 from rlhf_exp.training.optim import AdamWSettings, Constant
 from rlhf_exp.training.processor import use_processor_well
+from rlhf_exp.training.saver import split_state
 from rlhf_exp.training.timing import Stopwatch
 from shapes import SHAPES
 
@@ -83,7 +84,7 @@ def main() -> None:
             saves, before = number % 2 == 0, writer.waited_s
             began = time.perf_counter()
             if saves:
-                writer.save(state.phase, state.tensors(), state.numbers())
+                writer.save(state.phase, *split_state(state.state_dict()))
                 calls.append(time.perf_counter() - began)
                 written.watch(began)
             for _ in range(PHASES):

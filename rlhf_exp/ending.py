@@ -4,7 +4,6 @@ It knows nothing of Hydra.
 """
 
 import errno
-import json
 import logging
 import os
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 from rlhf_exp.overrides import command
 from rlhf_exp.queueing import requeue
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.sweeps.state import is_done
 from rlhf_exp.training.checkpoint import newest_phase
 from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.folder import RunFolder, Status
@@ -39,7 +39,7 @@ def concluding(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterator
         with StopRequests(abandon=lambda why: end("interrupted", why)).listening() as stop:
             yield stop
     except Interrupted as stopped:
-        if _is_done(folder):
+        if is_done(path):
             log.warning("stopped by %s; the run is done, its figures may be missing", stopped)
             raise SystemExit(stopped.exit_code) from None
         log.error("stopped by %s; go on with: %s", stopped, command(f"resume={path}"))
@@ -57,7 +57,7 @@ def concluding(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterator
         raise SystemExit(130) from None
     except TrainingError as error:
         left = f"\nwhat was logged so far is in {path}{_how_to_go_on(path)}"
-        log.error("error: %s%s", error, "" if _is_done(folder) else left)
+        log.error("error: %s%s", error, "" if is_done(path) else left)
         file.exception("traceback")
         end("failed", str(error))
         raise SystemExit(error.exit_code) from None
@@ -84,17 +84,9 @@ def concluding(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterator
         raise
 
 
-def _is_done(folder: RunFolder) -> bool:
-    try:
-        status = json.loads((folder.path / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(status, dict) and status.get("status") == "done"
-
-
 def _end(folder: RunFolder, status: Status, why: str) -> None:
     """Writes the status of a run that is not done."""
-    if _is_done(folder):
+    if is_done(folder.path):
         return
     try:
         folder.write_status(status, why)

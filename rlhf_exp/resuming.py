@@ -16,6 +16,7 @@ from rlhf_exp.overrides import unquoted
 from rlhf_exp.redaction import REDACTED
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.sweeps.jobs import NOT_RESULTS
+from rlhf_exp.sweeps.state import is_done
 from rlhf_exp.training.claims import is_claimed
 
 AUTO = "auto"
@@ -33,15 +34,6 @@ ABSENT = object()
 def is_run(folder: Path) -> bool:
     """Whether a run has begun in the folder."""
     return os.path.isfile(folder / CONFIG)  # not Path's, which raises for a name that is too long
-
-
-def is_done(folder: Path) -> bool:
-    """Whether a run's status says that it is done; one that died may have left none."""
-    try:
-        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(status, dict) and status.get("status") == "done"
 
 
 def run_dir(resume: str | None, otherwise: str) -> str:

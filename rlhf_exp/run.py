@@ -50,7 +50,6 @@ from rlhf_exp.resuming import (
     apply,
     changes,
     check_changes,
-    is_done,
     is_run,
     key_of,
     lets_go_on,
@@ -63,7 +62,7 @@ from rlhf_exp.streams import make_streams_unbreakable
 from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs
 from rlhf_exp.sweeps.isolation import call_in_process, describe_end
 from rlhf_exp.sweeps.jobs import BadJobs
-from rlhf_exp.sweeps.state import read_state
+from rlhf_exp.sweeps.state import is_done, read_state
 from rlhf_exp.training.claims import LOCK, claimed, is_claimed
 from rlhf_exp.training.files import write_whole
 from rlhf_exp.training.progress import keep_log

@@ -11,7 +11,6 @@ from rlhf_exp.resuming import (
     changes,
     check_changes,
     find_run,
-    is_done,
     is_run,
     lets_go_on,
     recorded_words,
@@ -76,8 +75,6 @@ def test_a_run_that_is_named_must_be_one(tmp_path):
     done = run(tmp_path / "a", said("done"))
     assert find_run(str(done), tmp_path) == done
     assert is_run(done)
-    assert is_done(done)
-    assert not is_done(run(tmp_path / "b", "[]"))
 
 
 def changed(**groups) -> list:

@@ -71,53 +71,42 @@ class Collector:
         with lap("score"):
             return replace(rollout, scores=scores())
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The batch that was sampled ahead, with its scores, which are waited for; nothing
-        without one."""
+    def state_dict(self) -> dict[str, Any]:
+        """The batch that was sampled ahead, with its scores, which are waited for, and which of the
+        prompts it completes; nothing without one."""
         if self._waiting is None:
             return {}
         rollout = self._settled()
-        found = {f.name: getattr(rollout, f.name) for f in fields(rollout)}
-        del found["completions"]
         completions, prompts = rollout.completions, rollout.completions.prompts
-        return found | {
-            "completions.tokens": completions.tokens,
-            "completions.mask": completions.mask,
-            "prompts.tokens": prompts.tokens,
-            "prompts.mask": prompts.mask,
-        }
-
-    def numbers(self) -> dict[str, Any]:
-        """The texts of that batch, and which of the prompts they complete."""
-        if self._waiting is None:
-            return {}
-        completions = self._waiting[0].completions
         places = {id(row): i for i, row in enumerate(self.actors.train_prompts.rows)}
+        measured = {f.name: getattr(rollout, f.name) for f in fields(rollout)}
+        del measured["completions"]
         return {
+            "measured": measured,
+            "completions": {"tokens": completions.tokens, "mask": completions.mask},
             "texts": list(completions.texts),
-            "rows": [places[id(row)] for row in completions.prompts.rows],
+            "prompts": {"tokens": prompts.tokens, "mask": prompts.mask},
+            "rows": [places[id(row)] for row in prompts.rows],
         }
 
-    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Goes on from what both were taken of."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there."""
         self._waiting = None
-        if not numbers:
+        if not state:
             return
-        device = self.actors.policy.device
-        found = {name: tensor.to(device) for name, tensor in tensors.items()}
-        rows = self.actors.train_prompts.rows
-        prompts = PromptBatch(
-            tokens=found.pop("prompts.tokens"),
-            mask=found.pop("prompts.mask"),
-            rows=tuple(rows[i] for i in numbers["rows"]),
+        measured, completions, prompts = (
+            {name: tensor.to(self.actors.policy.device) for name, tensor in state[part].items()}
+            for part in ("measured", "completions", "prompts")
         )
-        completions = Completions(
-            prompts=prompts,
-            tokens=found.pop("completions.tokens"),
-            mask=found.pop("completions.mask"),
-            texts=tuple(numbers["texts"]),
+        rows = tuple(self.actors.train_prompts.rows[i] for i in state["rows"])
+        rollout = Rollout(
+            completions=Completions(
+                prompts=PromptBatch(**prompts, rows=rows),
+                **completions,
+                texts=tuple(state["texts"]),
+            ),
+            **measured,
         )
-        rollout = Rollout(completions=completions, **found)
         self._waiting = rollout, lambda: rollout.scores
 
     def _settled(self) -> Rollout:

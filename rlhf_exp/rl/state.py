@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.tasks.prompts import PromptStream
@@ -13,11 +12,10 @@ from rlhf_exp.training.collapse import Watch
 from rlhf_exp.training.optim import (
     AdamWSettings,
     Schedule,
-    below,
-    optimizer_tensors,
-    restore_optimizer,
-    restore_trained,
-    trained_tensors,
+    load_optimizer_state,
+    load_trained_state,
+    optimizer_state,
+    trained_state,
 )
 from rlhf_exp.training.saver import check_inputs
 from rlhf_exp.training.seeding import stream
@@ -76,20 +74,13 @@ class TrainState:
             inputs=inputs,
         )
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Trained parameters, moments, where the prompts and the generators stand, and a rollout
-        that waits to be learned from; not copied."""
-        parts: dict[str, Mapping[str, Tensor]] = {
-            "policy.": trained_tensors(self.policy),
-            "optimizer.": optimizer_tensors(self.optimizer),
-            "prompts.": self.prompts.state(),
-            "generators.": {name: g.get_state() for name, g in self._generators().items()},
-        }
-        return {f"{prefix}{n}": t for prefix, part in parts.items() for n, t in part.items()}
-
-    def numbers(self) -> dict[str, Any]:
-        """The rest of the state, as JSON holds it."""
+    def state_dict(self) -> dict[str, Any]:
+        """Trained parameters, moments, where the prompts and the generators stand, and the rest."""
         return {
+            "policy": trained_state(self.policy),
+            "optimizer": optimizer_state(self.optimizer),
+            "prompts": self.prompts.state_dict(),
+            "generators": {name: g.get_state() for name, g in self._generators().items()},
             "phase": self.phase,
             "best_score": self.best_score,
             "best_phase": self.best_phase,
@@ -103,25 +94,22 @@ class TrainState:
             "seconds": dict(self.seconds),
         }
 
-    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Makes this the state that both were taken of. Raises ConfigError if they are of another
-        model or of other inputs."""
-        check_inputs(self.inputs, numbers["inputs"])
-        restore_trained(self.policy, below(tensors, "policy."))
-        self.phase = numbers["phase"]
-        self.best_score, self.best_phase = numbers["best_score"], numbers["best_phase"]
-        restore_optimizer(
-            self.optimizer, self.scheduler, below(tensors, "optimizer."), step=self.phase
-        )
-        self.prompts.restore(below(tensors, "prompts."))
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Sets the state. Raises ConfigError if it is of another model or of other inputs."""
+        check_inputs(self.inputs, state["inputs"])
+        load_trained_state(self.policy, state["policy"])
+        self.phase = state["phase"]
+        self.best_score, self.best_phase = state["best_score"], state["best_phase"]
+        load_optimizer_state(self.optimizer, self.scheduler, state["optimizer"], step=self.phase)
+        self.prompts.load_state_dict(state["prompts"])
         for name, generator in self._generators().items():
-            generator.set_state(tensors[f"generators.{name}"])
-        self.kl_coef = numbers["kl_coef"]
-        self.skipped_steps = numbers["skipped_steps"]
-        self.skipped_rewards = numbers["skipped_rewards"]
-        self.stopped, self.spent_kl = numbers["stopped"], numbers["spent_kl"]
-        self.watch = Watch(**numbers["watch"])
-        self.seconds.update(numbers["seconds"])
+            generator.set_state(state["generators"][name])
+        self.kl_coef = state["kl_coef"]
+        self.skipped_steps = state["skipped_steps"]
+        self.skipped_rewards = state["skipped_rewards"]
+        self.stopped, self.spent_kl = state["stopped"], state["spent_kl"]
+        self.watch = Watch(**state["watch"])
+        self.seconds.update(state["seconds"])
 
     def note_evaluation(self, score: float) -> bool:
         """Takes note of what an evaluation after this phase gave; whether it is the best so far."""

@@ -1,10 +1,8 @@
-"""A language model measured on held-out examples while it trains, and its best weights kept."""
+"""A language model measured on held-out examples, while it trains and at the end."""
 
 import logging
 import math
-import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -15,16 +13,14 @@ from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.tasks.examples import Example, ExampleBatch, pad
 from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.tasks.protocol import AnswerTask
-from rlhf_exp.training.context import Context, TrainingError
+from rlhf_exp.training.early_stopping import EXACT, LOSS
 from rlhf_exp.training.metrics import describe
-from rlhf_exp.training.optim import restore_trained, trained_tensors
 from rlhf_exp.training.seeding import stream
 from rlhf_exp.types import PromptBatch
 
 log = logging.getLogger(__name__)
 
 MAX_EXPONENT = 700.0  # a float overflows soon after
-EXACT, LOSS = "heldout/exact_match", "heldout/loss"
 GREEDY_EXACT, PERPLEXITY = "heldout/greedy_exact_match", "heldout/perplexity"
 
 
@@ -63,6 +59,13 @@ class HeldOut:
         metrics = self._loss(self.examples[chosen])
         return metrics | self._exact_match(chosen, ("sampled",))
 
+    def measure(self, update: int) -> dict[str, float]:
+        """`during`, with a log line; training goes on."""
+        metrics = self.during()
+        self.policy.language_model.train()
+        log.info("update %d: %s", update, describe(metrics))
+        return metrics
+
     def final(self) -> dict[str, float]:
         """Loss over the examples that chose nothing, or over all if there are no others;
         exact-match rates, sampled and greedy, of examples that `during` does not see, or of the
@@ -94,85 +97,6 @@ class HeldOut:
             names[kind]: exact_match(self.policy, task, rows, samplers[kind], generator)
             for kind in kinds
         }
-
-
-class BestKept:
-    """Asked after each update whether to stop; measures every `eval_every` updates and keeps a copy
-    of the weights that measured best."""
-
-    def __init__(
-        self,
-        context: Context,
-        held_out: HeldOut,
-        *,
-        eval_every: int | None,
-        stop_at: float | None,
-        max_seconds: float | None,
-    ) -> None:
-        self.context, self.held_out = context, held_out
-        self.eval_every, self.stop_at = eval_every, stop_at
-        self.max_seconds = math.inf if max_seconds is None else max_seconds
-        self.began = time.monotonic()
-        self.update, self.best = 0, (-math.inf, -math.inf)
-        self._weights: dict[str, torch.Tensor] = {}
-
-    def __call__(self, update: int) -> bool:
-        """Whether that was the last update."""
-        self.update = update
-        reached = self.eval_every is not None and update % self.eval_every == 0 and self._measure()
-        late = time.monotonic() > self.began + self.max_seconds
-        if late and not reached:
-            log.info("stage.max_seconds is over at update %d", update)
-        return reached or late
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The best weights so far."""
-        return self._weights
-
-    def numbers(self) -> dict[str, Any]:
-        """How good they are, and the seconds that training took."""
-        seconds = time.monotonic() - self.began
-        return {"update": self.update, "best": list(self.best), "seconds": seconds}
-
-    def restore(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
-        """Goes on from what both were taken of."""
-        self._weights, self.update = dict(tensors), numbers["update"]
-        self.best = (numbers["best"][0], numbers["best"][1])
-        self.began = time.monotonic() - numbers["seconds"]
-
-    def put_back(self) -> None:
-        """Puts the best weights back. Raises TrainingError if none could be measured."""
-        if self.eval_every is None:
-            return
-        if self.update % self.eval_every:
-            self._measure()
-        if self.stop_at is not None and self.best[0] < self.stop_at:
-            log.warning(
-                "stage.stop_at=%g was not reached: the best exact-match rate is %.3f after %d"
-                " updates; raise stage.epochs or the caps on updates and seconds",
-                self.stop_at, self.best[0], self.update,
-            )  # fmt: skip
-        if not self._weights:
-            raise TrainingError(
-                f"update {self.update}: no held-out loss was finite; lower optimizer.base_lr"
-            )
-        restore_trained(self.held_out.policy.language_model, self._weights)
-
-    def _measure(self) -> bool:
-        """Measures, keeps the weights if they are the best; whether `stop_at` is reached."""
-        metrics = self.held_out.during()
-        network = self.held_out.policy.language_model
-        network.train()
-        self.context.folder.log(self.update, metrics)
-        log.info("update %d: %s", self.update, describe(metrics))
-        exact = metrics.get(EXACT)
-        # Of equal rates, such as 0 for a while, the one with the lower loss is the better.
-        merit = (0.0 if exact is None else exact, -metrics[LOSS])
-        if math.isfinite(metrics[LOSS]) and merit > self.best:
-            self.best = merit
-            trained = trained_tensors(network).items()
-            self._weights = {name: p.detach().clone() for name, p in trained}
-        return self.stop_at is not None and exact is not None and exact >= self.stop_at
 
 
 def next_token_loss(network: PreTrainedModel, batch: ExampleBatch) -> torch.Tensor:

@@ -1,8 +1,6 @@
 """Encoded pairs with the scores that a reward model gives them, measured and reported."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -15,8 +13,6 @@ from rlhf_exp.functional.losses import pairwise_rank_loss, reward_mse
 from rlhf_exp.models.reward_model import RewardFeatures, RewardModel
 from rlhf_exp.printable import printable
 from rlhf_exp.tasks.pair_tokens import EncodedPair, collate
-from rlhf_exp.training.context import Context, TrainingError
-from rlhf_exp.training.optim import restore_trained, trained_tensors
 from rlhf_exp.training.precision import Dtype, autocast
 
 ROWS = 256  # pairs whose features or scores are computed at once, without gradients
@@ -91,67 +87,6 @@ class PairData:
             mask=torch.cat([part.mask for part in every]),
             last=torch.cat([part.last for part in every]),
         )
-
-
-class BestScorer:
-    """Asked after each update whether to stop. It measures a loss every `eval_every` updates, keeps
-    the trained weights that measured best, and stops after `patience` measurements without a better
-    one."""
-
-    def __init__(
-        self,
-        model: RewardModel,
-        measure: Callable[[], float],
-        context: Context,
-        *,
-        eval_every: int,
-        patience: int,
-    ) -> None:
-        self.model, self.measure, self.context = model, measure, context
-        self.eval_every, self.patience = eval_every, patience
-        self.update = self.worse = 0
-        self.best = math.inf
-        self._weights: dict[str, Tensor] = {}
-
-    def __call__(self, update: int) -> bool:
-        """Whether that was the last update."""
-        self.update = update
-        if update % self.eval_every == 0:
-            self._measure()
-        return self.worse >= self.patience
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The best weights so far."""
-        return self._weights
-
-    def numbers(self) -> dict[str, Any]:
-        """How good they are, and how many measurements since then were no better."""
-        return {"update": self.update, "best": self.best, "worse": self.worse}
-
-    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Goes on from what both were taken of."""
-        self._weights = {name: t.to(self.model.backbone.device) for name, t in tensors.items()}
-        self.update, self.best, self.worse = (numbers[n] for n in ("update", "best", "worse"))
-
-    def put_back(self) -> None:
-        """Puts the best weights back. Raises TrainingError if none could be measured."""
-        if self.update % self.eval_every:
-            self._measure()
-        if not self._weights:
-            raise TrainingError(
-                f"update {self.update}: no held-out loss was finite; lower optimizer.head_lr and"
-                " optimizer.base_lr"
-            )
-        restore_trained(self.model, self._weights)
-
-    def _measure(self) -> None:
-        loss = self.measure()
-        self.context.folder.log(self.update, {"heldout/loss": loss})
-        self.worse += 1
-        if loss < self.best:
-            self.best, self.worse = loss, 0
-            trained = trained_tensors(self.model).items()
-            self._weights = {name: p.detach().clone() for name, p in trained}
 
 
 def pair_loss(scores: Scores, rewards: Scores | None, *, rank_coef: float) -> Float[Tensor, ""]:

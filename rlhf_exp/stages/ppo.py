@@ -45,7 +45,7 @@ from rlhf_exp.training.metrics import read_metrics, rollout_metrics
 from rlhf_exp.training.optim import AdamWSettings, Schedule, check_schedule, learning_rates
 from rlhf_exp.training.precision import Dtype, compute_dtype
 from rlhf_exp.training.progress import Progress
-from rlhf_exp.training.saver import Saver, Together
+from rlhf_exp.training.saver import Saver
 from rlhf_exp.training.timing import Stopwatch
 from rlhf_exp.types import Experience
 
@@ -180,8 +180,10 @@ class PPO(Learning):
             )  # fmt: skip
             clock.seconds = state.seconds  # those of a resumed run go on
             collector = self.collector(actors)
-            both = Together(loop=state, ahead=collector)
-            saver = Saver(context, both, every=self.checkpoint_every, optimizer=state.optimizer)
+            saver = Saver(
+                context, {"loop": state, "ahead": collector},
+                every=self.checkpoint_every, optimizer=state.optimizer,
+            )  # fmt: skip
             if saver.restore():
                 log.info("going on after phase %d", state.phase)
                 self.reconsider(state)

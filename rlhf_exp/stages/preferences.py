@@ -88,7 +88,7 @@ class Preferences:
             score = load_reward(context, reward, policy, task, sampler, prompts)
         source = _PairSource(policy, sampler, score, context, self, prompts)
         source.inputs = fingerprints(policy.language_model, task=task, model=model)
-        saver = Saver(context, source, every=self.checkpoint_every)
+        saver = Saver(context, {"pairs": source}, every=self.checkpoint_every)
         if saver.restore():
             log.info("going on after %d prompts", source.num_prompts)
         context.folder.start()
@@ -176,15 +176,11 @@ class _PairSource:
                 " raise sampler.temperature or choose another reward or model"
             )
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Where the prompts and the generator stand."""
-        pending = {f"pending.{i}": s.state()["pending"] for i, s in enumerate(self.streams)}
-        order = self.streams[0].state()["generator"]  # of both
-        return {**pending, "order": order, "sampling": self.generator.get_state()}
-
-    def numbers(self) -> dict[str, Any]:
-        """The pairs and counts so far, as JSON holds them."""
+    def state_dict(self) -> dict[str, Any]:
+        """Where the prompts and the generator stand, and the pairs and counts so far."""
         return {
+            "prompts": {str(i): prompts.state_dict() for i, prompts in enumerate(self.streams)},
+            "sampling": self.generator.get_state(),
             "pairs": [[list(pair) for pair in part] for part in self.pairs],
             "tried": list(self.tried),
             "counts": [self.num_batches, self.num_prompts, self.num_ties],
@@ -192,16 +188,16 @@ class _PairSource:
             "inputs": dict(self.inputs),
         }
 
-    def restore(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
-        """Goes on from what both were taken of. Raises ConfigError for other inputs."""
-        check_inputs(self.inputs, numbers["inputs"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there. Raises ConfigError for other inputs."""
+        check_inputs(self.inputs, state["inputs"])
         for i, prompts in enumerate(self.streams):
-            prompts.restore({"pending": tensors[f"pending.{i}"], "generator": tensors["order"]})
-        self.generator.set_state(tensors["sampling"])
-        train, held_out = ([Pair(*pair) for pair in part] for part in numbers["pairs"])
-        self.pairs, self.tried = (train, held_out), list(numbers["tried"])
-        self.num_batches, self.num_prompts, self.num_ties = numbers["counts"]
-        self.sums = dict(numbers["sums"])
+            prompts.load_state_dict(state["prompts"][str(i)])
+        self.generator.set_state(state["sampling"])
+        train, held_out = ([Pair(*pair) for pair in part] for part in state["pairs"])
+        self.pairs, self.tried = (train, held_out), list(state["tried"])
+        self.num_batches, self.num_prompts, self.num_ties = state["counts"]
+        self.sums = dict(state["sums"])
 
     def _pairs(self, prompts: PromptBatch) -> list[Pair]:
         twice = torch.arange(len(prompts.rows), device=self.policy.device).repeat_interleave(2)

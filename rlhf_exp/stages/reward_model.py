@@ -17,7 +17,6 @@ from rlhf_exp.models.reward_model import HeadKind, HeadShape, RewardModel, save_
 from rlhf_exp.rl.actors import fingerprints
 from rlhf_exp.settings import ConfigError, Count, Index, NonNegative, settings
 from rlhf_exp.stages.pair_data import (
-    BestScorer,
     PairData,
     Scores,
     error_metrics,
@@ -34,6 +33,7 @@ from rlhf_exp.tasks.pairs import hold_out, num_shared
 from rlhf_exp.tasks.protocol import PairTask
 from rlhf_exp.training.context import Context
 from rlhf_exp.training.curves import plot_margins, plot_predictions, present_losses
+from rlhf_exp.training.early_stopping import LOSS, EarlyStopping
 from rlhf_exp.training.metrics import describe
 from rlhf_exp.training.optim import AdamWSettings, Schedule
 from rlhf_exp.training.precision import Dtype
@@ -212,12 +212,14 @@ class TrainRewardModel(Supervised):
         adamw = optimizer.build(scorer.backbone, scorer.head)
         num_updates = self.num_updates(len(train))
 
-        def held_out_loss() -> float:
-            return self._loss(stop_by.all_scores(), stop_by.rewards).item()
+        def measure(update: int) -> dict[str, float]:
+            return {LOSS: self._loss(stop_by.all_scores(), stop_by.rewards).item()}
 
-        best = BestScorer(
-            scorer, held_out_loss, context, eval_every=self.eval_every, patience=self.patience
-        )
+        early_stopping = EarlyStopping(
+            context, scorer, measure,
+            eval_every=self.eval_every, patience=self.patience,
+            rates="optimizer.head_lr and optimizer.base_lr",
+        )  # fmt: skip
         generator = stream(context.seed, "minibatches")
         batches = BatchStream(shuffled, range(len(train)), self.batch_size, generator)
         state = SupervisedState(
@@ -225,15 +227,15 @@ class TrainRewardModel(Supervised):
             optimizer=adamw,
             scheduler=schedule.build(adamw, total_steps=num_updates),
             batches=batches,
-            ending=best,
+            early_stopping=early_stopping,
             inputs=inputs,
         )
         losses = self._losses(context, train, batches)
         self.fit(context, state, losses, num_updates=num_updates)
-        best.put_back()
+        early_stopping.put_back(state.update)
         if known is None:  # an order leaves the scale's zero open
             scorer.shift(-torch.cat(train.all_scores()).mean().item())
-        return best.update
+        return state.update
 
     def _losses(self, context: Context, train: PairData, batches: BatchStream) -> Iterator[Tensor]:
         for chosen in batches:

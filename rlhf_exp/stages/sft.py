@@ -15,15 +15,7 @@ from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.probing import packs, probed
 from rlhf_exp.rl.actors import fingerprints
 from rlhf_exp.settings import ConfigError, Count, OpenFraction, Positive, settings
-from rlhf_exp.stages.held_out import (
-    EXACT,
-    GREEDY_EXACT,
-    LOSS,
-    PERPLEXITY,
-    BestKept,
-    HeldOut,
-    next_token_loss,
-)
+from rlhf_exp.stages.held_out import GREEDY_EXACT, PERPLEXITY, HeldOut, next_token_loss
 from rlhf_exp.stages.saved import check_saved_language_model
 from rlhf_exp.tasks.batches import BatchStream, length_bucketed, shuffled
 from rlhf_exp.tasks.encoding import tokenizer_factory
@@ -37,6 +29,7 @@ from rlhf_exp.tasks.examples import (
 from rlhf_exp.tasks.protocol import AnswerTask, CorpusTask, DemonstrationTask, Split, Task
 from rlhf_exp.training.context import Context
 from rlhf_exp.training.curves import present_losses
+from rlhf_exp.training.early_stopping import EXACT, LOSS, EarlyStopping
 from rlhf_exp.training.metrics import describe
 from rlhf_exp.training.optim import AdamWSettings, Schedule
 from rlhf_exp.training.precision import Dtype, autocast, fp32_logits
@@ -134,8 +127,8 @@ class SFT(Supervised):
         num_updates = self.num_updates(len(train))
         with clock("train"):
             adamw = optimizer.build(network)
-            best = BestKept(
-                context, measured,
+            early_stopping = EarlyStopping(
+                context, network, measured.measure,
                 eval_every=self.eval_every, stop_at=self.stop_at, max_seconds=self.max_seconds,
             )  # fmt: skip
             network.train()
@@ -145,15 +138,15 @@ class SFT(Supervised):
                 optimizer=adamw,
                 scheduler=schedule.build(adamw, total_steps=num_updates),
                 batches=batches,
-                ending=best,
+                early_stopping=early_stopping,
                 inputs=fingerprints(network, task=task, model=model),
             )
             losses = self._losses(context, network, train, batches)
             self.fit(context, state, losses, num_updates=num_updates)
         with clock("evaluate"), self.explaining("evaluating"):
-            best.put_back()
+            early_stopping.put_back(state.update)
             metrics = measured.final()
-        context.folder.log(best.update, metrics)
+        context.folder.log(state.update, metrics)
         log.info("%s", describe(metrics))
         with clock("save"):
             network.save_pretrained(context.folder.path / "model")

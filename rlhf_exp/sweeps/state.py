@@ -47,6 +47,11 @@ def read_state(folder: Path) -> JobState:
     )
 
 
+def is_done(run: Path) -> bool:
+    """Returns True if the run's status says that it is done; a run that died may have left none."""
+    return bool(_read_json(run / "status.json").get("status") == "done")
+
+
 def _number(value: Any) -> float | None:
     """The value if it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):

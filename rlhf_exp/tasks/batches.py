@@ -1,6 +1,7 @@
 """Texts as padded batches for supervised training."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -56,20 +57,13 @@ class BatchStream(Iterator[list[int]]):
             self._pending = [*self._order(self._lengths, self._batch_size, self.generator)][::-1]
         return self._pending.pop()
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Where the stream stands: the batches still to come of the current epoch, joined, their
-        sizes, and the generator."""
-        batches = self._pending[::-1]
-        return {
-            "pending": torch.tensor([i for batch in batches for i in batch], dtype=torch.long),
-            "sizes": torch.tensor([len(batch) for batch in batches], dtype=torch.long),
-            "generator": self.generator.get_state(),
-        }
+    def state_dict(self) -> dict[str, Any]:
+        """The batches still to come of the current epoch, the last one first, and the generator."""
+        return {"pending": [*self._pending], "generator": self.generator.get_state()}
 
-    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from where a stream of the same texts stood."""
-        batches = state["pending"].split(state["sizes"].tolist())
-        self._pending = [batch.tolist() for batch in batches][::-1]
+        self._pending = [*state["pending"]]
         self.generator.set_state(state["generator"])
 
 

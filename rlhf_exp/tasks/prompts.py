@@ -132,12 +132,11 @@ class PromptStream(Iterator[PromptBatch]):
         )
         return take(self._prompts, chosen)
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Where the stream stands: the indices still to come of the current order, and the
-        generator that draws the next."""
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The indices still to come of the current order, and the generator that draws the next."""
         return {"pending": self._pending, "generator": self._generator.get_state()}
 
-    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Goes on from where a stream of the same prompts stood."""
         self._pending = state["pending"].clone()
         self._generator.set_state(state["generator"])

@@ -156,28 +156,21 @@ def clip_gradients(
     return norms
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The moments and step counts by "INDEX.NAME" of the parameter, not copied."""
-    return {
-        f"{index}.{name}": tensor
-        for index, moments in optimizer.state_dict()["state"].items()
-        for name, tensor in moments.items()
-    }
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """The moments and the step count of each parameter by its index, not copied."""
+    return {str(index): moments for index, moments in optimizer.state_dict()["state"].items()}
 
 
-def restore_optimizer(
+def load_optimizer_state(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LambdaLR,
-    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Mapping[str, Tensor]],
     *,
     step: int,
 ) -> None:
-    """Puts `optimizer_tensors` back, and both where they stood after so many steps of the
-    scheduler. Rates and all other settings are those that they were built with."""
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, _, moment = name.partition(".")
-        moments.setdefault(int(index), {})[moment] = tensor
+    """Puts `optimizer_state` back, and the scheduler where it stood after so many steps. Rates and
+    all other settings are those that both were built with."""
+    moments = {int(index): dict(tensors) for index, tensors in state.items()}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
     # As if its step() had been called so often.
@@ -191,28 +184,23 @@ def restore_optimizer(
         group["lr"] = base * factor
 
 
-def trained_tensors(network: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name."""
+def trained_state(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained by name, not copied."""
     return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
-def restore_trained(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies `trained_tensors` of an equal network into this one. Raises ConfigError, before
-    anything is changed, if they are of another."""
-    trained = trained_tensors(network)
-    if {n: p.shape for n, p in trained.items()} != {n: t.shape for n, t in tensors.items()}:
+def load_trained_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copies the `trained_state` of an equal network into this one. Raises ConfigError, before
+    anything is changed, if it is of another network."""
+    trained = trained_state(network)
+    if {n: p.shape for n, p in trained.items()} != {n: t.shape for n, t in state.items()}:
         raise ConfigError(
             "the checkpoint is of a model with other trained weights; the run's model has changed"
             " since"
         )
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(tensors[name])
-
-
-def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with the prefix, without it."""
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            parameter.copy_(state[name])
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:

@@ -1,6 +1,6 @@
-"""A loop's state, saved at its steps and brought back: what every stage shares of not losing work.
+"""Saves a loop's state at its steps and loads it again: every stage resumes through it.
 
-It knows when and with what beside it a state is saved, not what is in the state.
+It knows when a state is saved, and splits it into tensors and JSON; it does not know what is in it.
 """
 
 import logging
@@ -14,80 +14,52 @@ from torch import Tensor
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.training.checkpoint import CheckpointWriter, read_newest_checkpoint
 from rlhf_exp.training.context import Context
-from rlhf_exp.training.optim import below
 from rlhf_exp.training.seeding import SharedRandomness
 
 log = logging.getLogger(__name__)
 
-RANDOM = "random."
+FORMAT = 2  # of checkpoints; another one is refused
+TENSOR = "__tensor__"
 
 
 @runtime_checkable
-class Savable(Protocol):
-    """What changes from step to step of a loop, all of it. Restored into one that is built anew
-    from the same settings, it goes on as if nothing had happened."""
+class Stateful(Protocol):
+    """An object with state that changes from step to step. Built anew from the same settings, it
+    goes on from a loaded state as if nothing had happened."""
 
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The tensors by name, not copied."""
+    def state_dict(self) -> Mapping[str, Any]:
+        """The state in nested mappings; the leaves are tensors, not copied, or JSON values."""
         ...
 
-    def numbers(self) -> Mapping[str, Any]:
-        """The rest, as JSON holds it."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Sets the state. Raises ConfigError if it is of a run of another shape."""
         ...
-
-    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Makes this the state that both were taken of. Raises ConfigError if they are of a run of
-        another shape."""
-        ...
-
-
-class Together:
-    """Several states saved and restored as one, each under its name."""
-
-    def __init__(self, **parts: Savable) -> None:
-        self._parts = parts
-
-    def tensors(self) -> dict[str, Tensor]:
-        """NAME.TENSOR of each."""
-        return {
-            f"{name}.{key}": tensor
-            for name, part in self._parts.items()
-            for key, tensor in part.tensors().items()
-        }
-
-    def numbers(self) -> dict[str, Any]:
-        """Those of each by its name."""
-        return {name: dict(part.numbers()) for name, part in self._parts.items()}
-
-    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Restores each. Raises ConfigError as they do."""
-        for name, part in self._parts.items():
-            part.restore(below(tensors, f"{name}."), numbers[name])
 
 
 class Saver:
-    """Saves a state every so many steps, at the last one and when it is the best so far, and
-    whenever the run is asked to stop. With `every` None only the latter.
+    """Saves the parts of a state every so many steps, at the last one and when it is the best so
+    far, and whenever the run is asked to stop. With `every` None only the latter.
 
-    Saved along with it: how far the run's files were written and the generators that Python, NumPy
-    and torch share among all that do not bring their own, such as a user's reward.
+    Saved along with them: how far the run's files were written and the generators that Python,
+    NumPy and torch share among all that do not bring their own, such as a user's reward.
     """
 
     def __init__(
         self,
         context: Context,
-        state: Savable,
+        parts: Mapping[str, Stateful],
         *,
         every: int | None,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        self._context, self._state, self._every = context, state, every
+        self._context, self._every = context, every
+        self._parts = {**parts, "random": SharedRandomness()}
         self._writer = CheckpointWriter(context.folder.path, optimizer)
 
     def restore(self) -> bool:
-        """Goes on from the newest checkpoint that is whole, if the run is resumed and has one; the
-        rows written after it are removed. Whether there was one. Raises ConfigError as the state
-        and `read_newest_checkpoint` do."""
+        """Loads the newest checkpoint that is whole, if the run is resumed and has one, and removes
+        the rows written after it. Returns True if a checkpoint was loaded. Raises ConfigError for
+        one of another format, and as the parts and `read_newest_checkpoint` do."""
         folder = self._context.folder
         if not self._context.resume:
             return False
@@ -96,12 +68,16 @@ class Saver:
             log.info("no checkpoint was written yet: from the beginning")
             folder.clear()
             return False
-        numbers = checkpoint.numbers
-        self._state.restore(checkpoint.tensors, numbers["state"])
-        shared = {n: t for n, t in checkpoint.tensors.items() if n.startswith(RANDOM)}
-        SharedRandomness(RANDOM).restore(shared, numbers["random"])
-        folder.rewind(numbers["sizes"])
-        folder.keep_id(numbers["run_id"])
+        if checkpoint.numbers.get("format") != FORMAT:
+            raise ConfigError(
+                f"{folder.path}: its checkpoint has a format that this version does not read; start"
+                " the run again, or finish it with the version that wrote it (see environment.txt)"
+            )
+        saved = join_state(checkpoint.tensors, checkpoint.numbers)
+        for name, part in self._parts.items():
+            part.load_state_dict(saved["state"][name])
+        folder.rewind(saved["sizes"])
+        folder.keep_id(saved["run_id"])
         return True
 
     @contextmanager
@@ -132,21 +108,43 @@ class Saver:
             raise asked
 
     def _save(self, step: int, score: float | None) -> None:
-        shared = SharedRandomness(RANDOM)
         folder = self._context.folder
         folder.sync()  # what a checkpoint counts on is on the disk before it
-        self._writer.save(
-            step,
-            {**self._state.tensors(), **shared.tensors()},
-            {
-                "phase": step,
-                "state": dict(self._state.numbers()),
-                "random": shared.numbers(),
-                "sizes": folder.sizes(),
-                "run_id": folder.run_id,
-            },
-            score=score,
-        )
+        saved = {
+            "format": FORMAT,
+            "phase": step,
+            "state": {name: part.state_dict() for name, part in self._parts.items()},
+            "sizes": folder.sizes(),
+            "run_id": folder.run_id,
+        }
+        self._writer.save(step, *split_state(saved), score=score)
+
+
+def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a nested state by their path, such as loop/network/head.weight, and the state
+    as JSON holds it, in which each tensor is replaced by {TENSOR: path}."""
+    tensors: dict[str, Tensor] = {}
+
+    def split(value: Any, *path: str) -> Any:
+        if isinstance(value, Mapping):
+            return {key: split(part, *path, key) for key, part in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        name = "/".join(path)
+        assert name not in tensors, f"two tensors are called {name}"
+        tensors[name] = value
+        return {TENSOR: name}
+
+    return tensors, split(state)
+
+
+def join_state(tensors: Mapping[str, Tensor], numbers: Any) -> Any:
+    """The state that `split_state` split."""
+    if not isinstance(numbers, dict):
+        return numbers
+    if numbers.keys() == {TENSOR}:
+        return tensors[numbers[TENSOR]]
+    return {key: join_state(tensors, part) for key, part in numbers.items()}
 
 
 def check_inputs(now: Mapping[str, str], then: Mapping[str, str]) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 
 def stream_seed(seed: int, purpose: str) -> int:
@@ -31,36 +30,27 @@ def seed_shared_generators(seed: int) -> None:
 
 
 class SharedRandomness:
-    """Where the generators stand that Python, NumPy and torch share, the latter on all devices in
-    use. Tensors' names begin with `prefix`."""
+    """The generators that Python, NumPy and torch share, torch's on all devices in use."""
 
-    def __init__(self, prefix: str = "") -> None:
-        self._prefix = prefix
-
-    def tensors(self) -> dict[str, Tensor]:
-        """torch's states, uint8."""
-        states = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_initialized():
-            states |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-        return {f"{self._prefix}{name}": state for name, state in states.items()}
-
-    def numbers(self) -> dict[str, Any]:
-        """Python's and NumPy's states, as JSON holds them."""
+    def state_dict(self) -> dict[str, Any]:
+        """Where they stand."""
         version, words, gauss = random.getstate()
         kind, keys, *rest = np.random.get_state(legacy=True)
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return {
             "python": [version, list(words), gauss],
             "numpy": [kind, np.asarray(keys).tolist(), *rest],
+            "cpu": torch.get_rng_state(),
+            "cuda": {str(index): state for index, state in enumerate(cuda)},
         }
 
-    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Has the generators go on from there. Those of devices that this machine does not have
-        are left out."""
-        version, words, gauss = numbers["python"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Sets the generators to that state, except on devices that this machine does not have."""
+        version, words, gauss = state["python"]
         random.setstate((version, tuple(words), gauss))
-        kind, keys, *rest = numbers["numpy"]
+        kind, keys, *rest = state["numpy"]
         np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-        torch.set_rng_state(tensors[f"{self._prefix}cpu"])
+        torch.set_rng_state(state["cpu"])
         for index in range(torch.cuda.device_count()):
-            if (state := tensors.get(f"{self._prefix}cuda.{index}")) is not None:
-                torch.cuda.set_rng_state(state, index)
+            if str(index) in state["cuda"]:
+                torch.cuda.set_rng_state(state["cuda"][str(index)], index)

@@ -6,27 +6,27 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_exp.settings import Count, Index, Positive, settings
 from rlhf_exp.training.context import Context, TrainingError
+from rlhf_exp.training.early_stopping import EarlyStopping
 from rlhf_exp.training.memory import explaining_memory
 from rlhf_exp.training.optim import (
     Schedule,
-    below,
     check_schedule,
     clip_gradients,
     learning_rates,
-    optimizer_tensors,
-    restore_optimizer,
-    restore_trained,
-    trained_tensors,
+    load_optimizer_state,
+    load_trained_state,
+    optimizer_state,
+    trained_state,
 )
 from rlhf_exp.training.progress import Progress
-from rlhf_exp.training.saver import Savable, Saver, check_inputs
+from rlhf_exp.training.saver import Saver, Stateful, check_inputs
 from rlhf_exp.training.seeding import stream_seed
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Supervised:
         num_updates: int,
     ) -> None:
         """Takes at most `num_updates` losses, each computed when it is asked for, and makes an
-        update of each. After an update the state's `ending` is asked whether it was the last.
+        update of each, until the state's `early_stopping` says that an update was the last.
 
         Logs train/loss, the gradient norms and the learning rates with the update's number as the
         phase. Dropout draws from the context's seed. An update whose loss or gradient is not
@@ -75,7 +75,8 @@ class Supervised:
         max_skipped times, and else raises TrainingError that names it, as running out of memory
         does. A resumed run goes on where its newest checkpoint was.
         """
-        saver = Saver(context, state, every=self.checkpoint_every, optimizer=state.optimizer)
+        parts = {"loop": state}
+        saver = Saver(context, parts, every=self.checkpoint_every, optimizer=state.optimizer)
         with Progress(num_updates, unit="update") as progress, torch.random.fork_rng():
             torch.manual_seed(stream_seed(context.seed, "dropout"))
             if saver.restore():
@@ -88,7 +89,8 @@ class Supervised:
                     if is_logged:
                         context.folder.log(state.update, metrics)
                         progress.advance(state.update, metrics)
-                    state.ended = state.ending(state.update)
+                    if state.early_stopping is not None:
+                        state.ended = state.early_stopping(state.update)
                     is_last = state.ended or state.update == num_updates
                     saver.step_done(state.update, is_last=is_last)
 
@@ -134,47 +136,6 @@ class Supervised:
         log.warning("%s; it is left out", fault)
 
 
-@runtime_checkable
-class Ending(Savable, Protocol):
-    """What decides after each update whether it was the last."""
-
-    def __call__(self, update: int) -> bool:
-        """Whether that was the last update."""
-        ...
-
-
-@runtime_checkable
-class Order(Protocol):
-    """Which examples come next."""
-
-    def state(self) -> Mapping[str, Tensor]:
-        """Where it stands."""
-        ...
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on from there."""
-        ...
-
-
-class AllUpdates:
-    """Ends after the last update and not before."""
-
-    def __call__(self, update: int) -> bool:
-        """No."""
-        return False
-
-    def tensors(self) -> dict[str, Tensor]:
-        """None."""
-        return {}
-
-    def numbers(self) -> dict[str, Any]:
-        """None."""
-        return {}
-
-    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Nothing to restore."""
-
-
 @dataclass(kw_only=True)
 class SupervisedState:
     """Everything that changes from update to update. `inputs` are hashes of what a resumed run must
@@ -183,43 +144,35 @@ class SupervisedState:
     network: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
-    batches: Order
-    ending: Ending = field(default_factory=AllUpdates)
+    batches: Stateful
+    early_stopping: EarlyStopping | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)
     update: int = 0
     skipped_steps: int = 0
     ended: bool = False
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Trained parameters, moments, where the order of the batches stands, and the tensors of
-        what decides on the end; not copied."""
-        parts: dict[str, Mapping[str, Tensor]] = {
-            "network.": trained_tensors(self.network),
-            "optimizer.": optimizer_tensors(self.optimizer),
-            "batches.": self.batches.state(),
-            "ending.": self.ending.tensors(),
-        }
-        return {f"{prefix}{n}": t for prefix, part in parts.items() for n, t in part.items()}
-
-    def numbers(self) -> dict[str, Any]:
-        """The rest of the state, as JSON holds it."""
+    def state_dict(self) -> dict[str, Any]:
+        """Trained parameters, moments, where the order of the batches and the early stopping
+        stand, counts and inputs."""
+        stopping = {} if self.early_stopping is None else self.early_stopping.state_dict()
         return {
+            "network": trained_state(self.network),
+            "optimizer": optimizer_state(self.optimizer),
+            "batches": self.batches.state_dict(),
+            "early_stopping": stopping,
             "update": self.update,
             "skipped_steps": self.skipped_steps,
             "ended": self.ended,
-            "ending": dict(self.ending.numbers()),
             "inputs": dict(self.inputs),
         }
 
-    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Makes this the state that both were taken of. Raises ConfigError if they are of another
-        model or of other inputs."""
-        check_inputs(self.inputs, numbers["inputs"])
-        restore_trained(self.network, below(tensors, "network."))
-        self.update, self.ended = numbers["update"], numbers["ended"]
-        self.skipped_steps = numbers["skipped_steps"]
-        restore_optimizer(
-            self.optimizer, self.scheduler, below(tensors, "optimizer."), step=self.update
-        )
-        self.batches.restore(below(tensors, "batches."))
-        self.ending.restore(below(tensors, "ending."), numbers["ending"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Sets the state. Raises ConfigError if it is of another model or of other inputs."""
+        check_inputs(self.inputs, state["inputs"])
+        load_trained_state(self.network, state["network"])
+        self.update, self.ended = state["update"], state["ended"]
+        self.skipped_steps = state["skipped_steps"]
+        load_optimizer_state(self.optimizer, self.scheduler, state["optimizer"], step=self.update)
+        self.batches.load_state_dict(state["batches"])
+        if self.early_stopping is not None:
+            self.early_stopping.load_state_dict(state["early_stopping"])

@@ -209,7 +209,7 @@ def test_nothing_is_sampled_that_no_phase_asks_for(tmp_path: Path) -> None:
     for more in ([True, True, False], [False, True, False], [False] * 3):
         _, ahead = phases(tmp_path, AHEAD, more)
         assert torch.equal(ahead.sample_generator.get_state(), sync.sample_generator.get_state())
-        drawn, expected = ahead.prompts.state(), sync.prompts.state()
+        drawn, expected = ahead.prompts.state_dict(), sync.prompts.state_dict()
         assert all(torch.equal(drawn[name], expected[name]) for name in expected)
 
 

@@ -150,11 +150,11 @@ def test_a_run_names_its_reference_and_a_resumed_one_has_the_same(
 def test_a_run_does_not_go_on_with_another_reference(tmp_path: Path) -> None:
     actors, state = start(SMALL, tmp_path, task=RAGGED)
     state.inputs = {"reference": actors.reference_hash}
-    tensors, numbers = state.tensors(), state.numbers()
+    saved = state.state_dict()
     _, other = start(SMALL, tmp_path, task=RAGGED)
     other.inputs = {"reference": "of others"}
     with pytest.raises(ConfigError, match=r"^reference: what it names has changed"):
-        other.restore(tensors, numbers)
+        other.load_state_dict(saved)
 
 
 @settings

@@ -22,6 +22,7 @@ from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.training.checkpoint import read_newest_checkpoint
 from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.optim import WarmupDecay
+from rlhf_exp.training.saver import split_state
 from rlhf_exp.types import Completions
 
 from .toy import RAGGED, collect, context, parts, phase, rows, start
@@ -67,8 +68,9 @@ def weights(state: TrainState) -> Tensor:
 
 def learned(state: TrainState) -> dict[str, Tensor]:
     """Weights, Adam's moments and its count of steps."""
-    names = ("policy.", "optimizer.")
-    return copy.deepcopy({n: t for n, t in state.tensors().items() if n.startswith(names)})
+    saved = state.state_dict()
+    parts = {name: saved[name] for name in ("policy", "optimizer")}
+    return copy.deepcopy(split_state(parts)[0])
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -122,7 +122,7 @@ def test_a_skipped_phase_leaves_weights_and_coefficient(tmp_path: Path) -> None:
     assert seen[0][1] == seen[1][1] is not None
     assert not torch.equal(seen[1][0], seen[2][0])
     assert seen[1][1] != seen[2][1]
-    assert state.numbers()["skipped_rewards"] == 1
+    assert state.state_dict()["skipped_rewards"] == 1
 
 
 def test_evaluations_are_never_skipped(tmp_path: Path) -> None:

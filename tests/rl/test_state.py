@@ -1,7 +1,6 @@
 """The state of PPO: all of it comes back, and nothing else is taken for it."""
 
 import copy
-import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,9 @@ from rlhf_exp.rl.state import TrainState
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
+from rlhf_exp.training.saver import split_state
 
+from ..states import assert_equal_states, through_a_file
 from .toy import RAGGED, phase, start
 
 SMALL = PPO(total_phases=6, batch_size=6, num_minibatches=2)
@@ -41,36 +42,26 @@ def advance(actors: Actors, state: TrainState, phases: int) -> list[dict[str, fl
     return [{k: v for k, v in m.items() if not k.startswith("time/")} for m in metrics]
 
 
-def snapshot(state: TrainState) -> tuple[dict[str, torch.Tensor], dict]:
-    """As a checkpoint holds it."""
-    return copy.deepcopy(state.tensors()), json.loads(json.dumps(state.numbers()))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_everything_comes_back(kind: str, tmp_path: Path) -> None:
     actors, state = started(tmp_path, KINDS[kind])
     advance(actors, state, 1)
-    tensors, numbers = snapshot(state)
-    assert len(state.prompts.state()["pending"]) > 0
+    saved = through_a_file(state.state_dict(), tmp_path)
+    assert_equal_states(saved, state.state_dict())
+    assert len(saved["prompts"]["pending"]) > 0
     expected = advance(actors, state, 2)
-    end = snapshot(state)
 
     others, other = started(tmp_path, KINDS[kind])
     advance(others, other, 2)  # it stood elsewhere
-    other.restore(tensors, numbers)
+    other.load_state_dict(copy.deepcopy(saved))
     assert other.phase == 1
-    again, again_numbers = snapshot(other)
-    assert again_numbers == numbers
-    assert again.keys() == tensors.keys()
-    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+    assert_equal_states(other.state_dict(), saved)
     # Each group's rate is the schedule's of phase 1 of a rise over 4.
     rates = {group["name"]: group["lr"] for group in other.optimizer.param_groups}
     assert rates == pytest.approx({"base": 0.5 * 1e-2, "head": 0.5 * 2e-2})
     assert advance(others, other, 2) == expected
     assert other.phase == 3
-    for name, tensor in snapshot(other)[0].items():
-        assert torch.equal(tensor, end[0][name]), name
-    assert snapshot(other)[1] == end[1]
+    assert_equal_states(other.state_dict(), state.state_dict())
 
 
 def test_what_guards_a_run_comes_back_too(tmp_path: Path) -> None:
@@ -78,13 +69,12 @@ def test_what_guards_a_run_comes_back_too(tmp_path: Path) -> None:
     advance(actors, state, 1)
     state.kl_coef, state.skipped_steps, state.skipped_rewards = 0.1 + 0.2, 3, 2
     state.stopped, state.watch.up = "phase 1: enough", ["warn/high_kl"]
-    tensors, numbers = snapshot(state)
     _, other = started(tmp_path, KINDS["full_copy"])
-    other.restore(tensors, numbers)
+    other.load_state_dict(through_a_file(state.state_dict(), tmp_path))
     for name in ("kl_coef", "skipped_steps", "skipped_rewards", "stopped", "watch"):
         assert getattr(other, name) == getattr(state, name)
     assert len(other.watch.first_distinct) == 1
-    assert snapshot(other)[1] == numbers
+    assert_equal_states(other.state_dict(), state.state_dict())
 
 
 def test_the_state_holds_what_is_trained_and_no_more(tmp_path: Path) -> None:
@@ -92,11 +82,11 @@ def test_the_state_holds_what_is_trained_and_no_more(tmp_path: Path) -> None:
     for kind, reference in KINDS.items():
         actors, state = started(tmp_path, reference)
         advance(actors, state, 1)
-        names = {name.removeprefix("policy.") for name in state.tensors() if "policy." in name}
+        saved = state.state_dict()
         trained = {n for n, p in actors.policy.named_parameters() if p.requires_grad}
-        assert names == trained
+        assert saved["policy"].keys() == trained
         # Adam's two moments and its step of each.
-        assert sum(name.startswith("optimizer.") for name in state.tensors()) == 3 * len(trained)
+        assert len(split_state(saved["optimizer"])[0]) == 3 * len(trained)
         sizes[kind] = len(trained)
     assert sizes["shared_trunk"] < sizes["full_copy"]
 
@@ -105,14 +95,13 @@ def test_the_state_holds_what_is_trained_and_no_more(tmp_path: Path) -> None:
 def test_another_shape_is_refused_and_nothing_is_changed(kind: str, tmp_path: Path) -> None:
     actors, state = started(tmp_path, KINDS["full_copy"])
     advance(actors, state, 1)
-    tensors, numbers = snapshot(state)
+    saved = state.state_dict()
     width = 8 if kind == "full_copy" else 16
     _, other = started(tmp_path, KINDS[kind], d_model=width)
-    before = snapshot(other)
+    before = copy.deepcopy(other.state_dict())
     with pytest.raises(ConfigError, match="the checkpoint is of a model with other trained"):
-        other.restore(tensors, numbers)
-    assert all(torch.equal(before[0][name], tensor) for name, tensor in other.tensors().items())
-    assert json.loads(json.dumps(other.numbers())) == before[1]
+        other.load_state_dict(saved)
+    assert_equal_states(other.state_dict(), before)
 
 
 def test_each_stream_of_randomness_is_of_the_seed_and_its_own(tmp_path: Path) -> None:
@@ -123,7 +112,7 @@ def test_each_stream_of_randomness_is_of_the_seed_and_its_own(tmp_path: Path) ->
             inputs={},
         )  # fmt: skip
         order = torch.Generator()
-        order.set_state(state.prompts.state()["generator"])
+        order.set_state(state.prompts.state_dict()["generator"])
         generators = (order, state.sample_generator, state.minibatch_generator)
         return [torch.rand(3, generator=generator).tolist() for generator in generators]
 
@@ -141,7 +130,7 @@ def test_the_best_evaluation_is_known_the_first_of_equals(tmp_path: Path) -> Non
     assert seen == [True, False, True, False]
     assert (state.best_score, state.best_phase) == (0.5, 3)
     _, other = started(tmp_path, KINDS["full_copy"])
-    other.restore(*snapshot(state))
+    other.load_state_dict(through_a_file(state.state_dict(), tmp_path))
     assert (other.best_score, other.best_phase) == (0.5, 3)
 
 
@@ -154,7 +143,7 @@ def test_rates_are_those_that_it_is_built_with(tmp_path: Path) -> None:
         context_len=16), optimizer=AdamWSettings(base_lr=5e-3, head_lr=2e-2, weight_decay=0.1),
         schedule=WarmupDecay(warmup_steps=4),
     )  # fmt: skip
-    other.restore(*snapshot(state))
+    other.load_state_dict(through_a_file(state.state_dict(), tmp_path))
     rates = {group["name"]: group["lr"] for group in other.optimizer.param_groups}
     assert rates == pytest.approx({"base": 0.75 * 5e-3, "head": 0.75 * 2e-2})
     other.scheduler.step()
@@ -164,11 +153,11 @@ def test_rates_are_those_that_it_is_built_with(tmp_path: Path) -> None:
 
 def test_a_state_goes_on_only_from_the_inputs_that_it_had(tmp_path: Path) -> None:
     _, state = started(tmp_path, KINDS["full_copy"])
-    tensors, numbers = state.tensors(), json.loads(json.dumps(state.numbers()))
     state.inputs = {"task": "a", "model": "b"}
-    assert state.numbers()["inputs"] == {"task": "a", "model": "b"}
-    state.restore(tensors, {**numbers, "inputs": {"task": "a", "model": "b"}})
+    saved = through_a_file(state.state_dict(), tmp_path)
+    assert saved["inputs"] == {"task": "a", "model": "b"}
+    state.load_state_dict(saved)
     for field in ("task", "model"):
         inputs = {"task": "a", "model": "b", field: "c"}
         with pytest.raises(ConfigError, match=f"^{field}: what it names has changed"):
-            state.restore(tensors, {**numbers, "inputs": inputs})
+            state.load_state_dict({**saved, "inputs": inputs})

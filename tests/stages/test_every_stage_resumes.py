@@ -20,12 +20,15 @@ from rlhf_exp.stages.preferences import Preferences
 from rlhf_exp.stages.reward_model import TrainRewardModel
 from rlhf_exp.stages.sft import SFT
 from rlhf_exp.tasks.dataset import PromptDataset
+from rlhf_exp.training.checkpoint import read_newest_checkpoint
 from rlhf_exp.training.context import Context
 from rlhf_exp.training.optim import AdamWSettings, Constant
+from rlhf_exp.training.saver import Saver, join_state
 from rlhf_exp.training.stopping import Interrupted, StopRequests
 
 from ..reliability import count_cases
 from ..rl.toy import ECHO, RAGGED, Echoed, EchoTask, ToyPairs, ToyTask, context, parts, saved_model
+from ..states import assert_equal_states
 
 DROPOUT = Scratch(num_layers=1, d_model=16, num_heads=2, context_len=16, dropout=0.2)
 SUPERVISED: dict[str, Any] = {"optimizer": AdamWSettings(base_lr=1e-2), "schedule": Constant()}
@@ -103,6 +106,27 @@ STAGES: dict[str, tuple[Run, int]] = {
 }
 
 
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The parts of states that were loaded; each gives what was saved again right after."""
+    parts: list[str] = []
+    restore = Saver.restore
+
+    def compare(saver: Saver) -> bool:
+        was_loaded = restore(saver)
+        if was_loaded:
+            newest = read_newest_checkpoint(saver._context.folder.path)
+            assert newest is not None
+            saved = join_state(*newest)["state"]
+            loaded = {name: part.state_dict() for name, part in saver._parts.items()}
+            assert_equal_states(loaded, saved)
+            parts.extend(loaded)
+        return was_loaded
+
+    monkeypatch.setattr(Saver, "restore", compare)
+    return parts
+
+
 def left(path: Path) -> dict[str, Any]:
     """What a run wrote, by file, without times, checkpoints and its name."""
     found: dict[str, Any] = {}
@@ -121,7 +145,7 @@ def left(path: Path) -> dict[str, Any]:
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", STAGES)
 def test_stopped_after_each_step_it_ends_as_if_it_had_gone_through(
-    name: str, tmp_path: Path
+    name: str, tmp_path: Path, loads: list[str]
 ) -> None:
     stage, fewest = STAGES[name]
     whole = stage(context(tmp_path / "whole"), tmp_path / "base")
@@ -141,6 +165,7 @@ def test_stopped_after_each_step_it_ends_as_if_it_had_gone_through(
         except Interrupted:
             assert starts < 50
     assert starts >= fewest
+    assert loads.count("random") == starts - 1
     assert left(tmp_path / "cut") == left(tmp_path / "whole")
     assert {k: v for k, v in result.items() if k != "seconds"} == {
         k: v for k, v in whole.items() if k != "seconds"

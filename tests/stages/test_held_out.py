@@ -1,10 +1,7 @@
-"""The loss by hand, what measures while a model trains and what at the end, and the best kept."""
+"""The loss by hand, and what measures while a model trains and what at the end."""
 
-import json
 import math
-import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +9,13 @@ import torch
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rl.answers import exact_match, greedy
 from rlhf_exp.rollout.cached import CachedSampler
-from rlhf_exp.stages.held_out import BestKept, HeldOut, held_out_loss, next_token_loss
+from rlhf_exp.stages.held_out import HeldOut, held_out_loss, next_token_loss
 from rlhf_exp.tasks.examples import Example, encode_demonstrations, pack, pad
 from rlhf_exp.tasks.prompts import encode_prompts
-from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.seeding import stream
 
 from ..builders import stretch
-from ..rl.toy import ECHO, EchoTask, ToyTask, context, echo_policy, rows
+from ..rl.toy import EchoTask, ToyTask, echo_policy
 
 MODEL = Scratch(num_layers=2, d_model=32, num_heads=2, context_len=16)
 TEXTS = [
@@ -172,139 +168,10 @@ def test_dropout_is_off_while_measuring() -> None:
     assert held_out.final()["heldout/loss"] == expected
 
 
-class Scripted(HeldOut):
-    """Measures what it is told, one measurement after the other."""
-
-    def script(self, measured: Sequence[dict[str, float]]) -> "Scripted":
-        self._measured = iter(measured)
-        return self
-
-    def during(self) -> dict[str, float]:
-        self.policy.language_model.eval()
-        return next(self._measured)
-
-
-def kept(
-    path: Path,
-    measured: Sequence[dict[str, float]],
-    *,
-    updates: int,
-    eval_every: int | None = 2,
-    stop_at: float | None = None,
-    max_seconds: float | None = None,
-) -> tuple[BestKept, list[bool], float]:
-    """After so many updates, of which each adds 1 to a weight: the object, what it answered, and
-    the weight after the best was restored."""
-    network, tokenizer = ECHO.language_model(ToyTask().build_tokenizer, seed=0)
-    policy = type(echo_policy())(network, tokenizer)
-    weight = network.transformer.ln_f.bias
-    assert weight[0] == 0
-    held_out = Scripted(policy, TEXTS, num_samples=1, chooses=True, batch_size=1, seed=1).script(
-        measured
-    )
-    best = BestKept(
-        context(path), held_out, eval_every=eval_every, stop_at=stop_at, max_seconds=max_seconds
-    )
-    stops = []
-    for update in range(1, updates + 1):
-        with torch.no_grad():
-            weight.add_(1)
-        network.train()
-        stops.append(best(update))
-        assert network.training
-    best.put_back()
-    return best, stops, weight[0].item()
-
-
-def exact(*rates: float) -> list[dict[str, float]]:
-    """Measurements whose losses say the opposite of their rates."""
-    return [{"heldout/loss": r, "heldout/exact_match": r} for r in rates]
-
-
-def test_the_best_exact_match_is_kept_the_first_of_equals(tmp_path: Path) -> None:
-    _, stops, weight = kept(tmp_path, exact(0.2, 0.5, 0.4, 0.5), updates=8)
-    assert weight == 4
-    assert stops == [False] * 8
-    assert [row["phase"] for row in rows(tmp_path)] == [2, 4, 6, 8]
-    assert [row["heldout/exact_match"] for row in rows(tmp_path)] == [0.2, 0.5, 0.4, 0.5]
-
-
-def test_of_equal_rates_the_one_with_the_lower_loss_is_kept(tmp_path: Path) -> None:
-    none_yet = [{"heldout/loss": loss, "heldout/exact_match": 0.0} for loss in (3.0, 1.0, 2.0)]
-    assert kept(tmp_path, none_yet, updates=6)[2] == 4
-
-
-def test_weights_that_could_never_be_measured_end_the_run(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"update 4: no held-out loss was finite; lower"):
-        kept(tmp_path, [{"heldout/loss": math.nan}] * 2, updates=4)
-
-
-def test_the_lowest_loss_is_kept_where_there_are_no_answers(tmp_path: Path) -> None:
-    losses = [{"heldout/loss": loss} for loss in (3.0, 1.0, 2.0, 1.5)]
-    assert kept(tmp_path, losses, updates=8)[2] == 4
-
-
-def test_the_first_rate_that_is_enough_ends_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    _, stops, weight = kept(tmp_path, exact(0.2, 0.7, 0.9), updates=4, stop_at=0.7)
-    assert stops == [False, False, False, True]
-    assert weight == 4
-    assert "was not reached" not in caplog.text
-
-
-def test_a_loss_is_no_rate_to_stop_at(tmp_path: Path) -> None:
-    losses = [{"heldout/loss": loss} for loss in (9.0, 0.1)]
-    assert kept(tmp_path, losses, updates=4, stop_at=0.5)[1] == [False] * 4
-
-
-def test_the_last_update_is_measured_too_if_it_was_not(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    best, _, weight = kept(tmp_path, exact(0.2, 0.5, 0.6), updates=5, stop_at=0.7)
-    assert weight == 5
-    assert best.best[0] == 0.6
-    assert rows(tmp_path)[-1]["phase"] == 5
-    assert (
-        "stage.stop_at=0.7 was not reached: the best exact-match rate is 0.600 after 5 updates;"
-        " raise stage.epochs or the caps on updates and seconds"
-    ) in caplog.text
-    assert kept(tmp_path, exact(0.2, 0.5, 0.3), updates=5)[2] == 4
-
-
-def test_without_measurements_the_last_weights_stay(tmp_path: Path) -> None:
-    _, stops, weight = kept(tmp_path, [], updates=3, eval_every=None)
-    assert stops == [False] * 3
-    assert weight == 3
-    assert not [*tmp_path.iterdir()]
-
-
-def test_the_best_is_known_to_a_run_that_goes_on(tmp_path: Path) -> None:
-    best, _, weight = kept(tmp_path / "a", exact(0.2, 0.7), updates=4)
-    assert weight == 4
-    tensors, numbers = best.tensors(), json.loads(json.dumps(best.numbers()))
-    other, _, _ = kept(tmp_path / "b", exact(0.1), updates=2)
-    other.restore(tensors, numbers)
-    assert other.best[0] == 0.7
-    network = other.held_out.policy.language_model
-    other.put_back()  # it was measured at update 4, so that it is not measured again
-    assert network.transformer.ln_f.bias[0].item() == 4
-
-
-def test_time_goes_on_where_it_was(tmp_path: Path) -> None:
-    best, _, _ = kept(tmp_path / "a", [], updates=1, eval_every=None, max_seconds=1e6)
-    numbers = {**best.numbers(), "seconds": 2e6}
-    best.restore({}, numbers)
-    assert best(2), "the seconds of the run before it was cut count too"
-
-
-def test_time_ends_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_measurement_is_said_and_training_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    ticks = iter([100.0, 103.0, 105.0, 105.5])
-    monkeypatch.setattr(time, "monotonic", lambda: next(ticks))
-    _, stops, weight = kept(tmp_path, exact(0.1, 0.2), updates=3, max_seconds=5.0)
-    assert stops == [False, False, True]
-    assert weight == 3
-    assert caplog.text.count("stage.max_seconds is over at update 3") == 1
+    held_out = echo_held_out(5, answers=False)
+    metrics = held_out.measure(7)
+    assert held_out.policy.language_model.training
+    assert metrics == held_out.during()
+    assert caplog.messages == [f"update 7: heldout/loss {metrics['heldout/loss']:.3f}"]

@@ -1,8 +1,7 @@
-"""Scores of pairs kept or computed anew, their losses and metrics by hand, the best head kept."""
+"""Scores of pairs kept or computed anew, and their losses and metrics by hand."""
 
 import io
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from rlhf_exp.models.policy import CausalTransformer
 from rlhf_exp.models.reward_model import HeadShape, RewardModel
 from rlhf_exp.stages import pair_data
 from rlhf_exp.stages.pair_data import (
-    BestScorer,
     PairData,
     error_metrics,
     pair_loss,
@@ -23,7 +21,7 @@ from rlhf_exp.stages.pair_data import (
 )
 from rlhf_exp.tasks.pair_tokens import EncodedPair, encode_pairs
 
-from ..rl.toy import ToyPairs, context, rows, saved_model
+from ..rl.toy import ToyPairs, saved_model
 
 
 def model(path: Path, kind: str = "token_sum") -> RewardModel:
@@ -196,70 +194,3 @@ def test_a_table_prints_answers_as_they_are() -> None:
     row = {"prompt": "[red]?", "chosen": "[/bold] :smile:", "rejected": "[b]", "chosen_score": 1.0}
     print_pairs([{**row, "rejected_score": -1.0}], Console(file=out, width=80))
     assert all(text in out.getvalue() for text in ("[red]?", "[/bold] :smile:", "[b]"))
-
-
-def scored(
-    path: Path, losses: Sequence[float], *, updates: int, patience: int
-) -> tuple[RewardModel, list[bool]]:
-    """The model after so many updates, of which each adds 1 to the bias of its head, and what was
-    answered; measured every 2 updates."""
-    scorer = model(path / "model")
-    bias = scorer.head.score.bias
-    measured = iter(losses)
-    best = BestScorer(
-        scorer, lambda: next(measured), context(path), eval_every=2, patience=patience
-    )
-    stops = []
-    for update in range(1, updates + 1):
-        with torch.no_grad():
-            bias.add_(1)
-        stops.append(best(update))
-        if stops[-1]:
-            break
-    best.put_back()
-    return scorer, stops
-
-
-def test_the_lowest_loss_is_kept_the_first_of_equals(tmp_path: Path) -> None:
-    scorer, stops = scored(tmp_path, [3.0, 1.0, 2.0, 1.0], updates=8, patience=9)
-    assert scorer.head.score.bias.item() == 4.5
-    assert stops == [False] * 8
-    logged = [(row["phase"], row["heldout/loss"]) for row in rows(tmp_path)]
-    assert logged == [(2, 3.0), (4, 1.0), (6, 2.0), (8, 1.0)]
-
-
-def test_patience_is_the_measurements_without_a_better_one(tmp_path: Path) -> None:
-    losses = [3.0, 4.0, 2.0, 2.5, 2.0, 1.0]
-    scorer, stops = scored(tmp_path, losses, updates=20, patience=2)
-    assert stops == [False] * 9 + [True]
-    assert scorer.head.score.bias.item() == 6.5
-
-
-def test_the_best_is_known_to_a_run_that_goes_on(tmp_path: Path) -> None:
-    scorer = model(tmp_path / "model")
-    bias = scorer.head.score.bias
-
-    def measuring(*losses: float) -> BestScorer:
-        measured = iter(losses)
-        return BestScorer(
-            scorer, lambda: next(measured), context(tmp_path), eval_every=1, patience=2
-        )
-
-    first, other = measuring(2.0, 3.0), measuring(2.5)
-    for update in (1, 2):
-        with torch.no_grad():
-            bias.fill_(update)
-        assert not first(update)
-    other.restore(first.tensors(), first.numbers())
-    with torch.no_grad():
-        bias.fill_(3)
-    assert other(3), "two measurements without a better one"
-    other.put_back()
-    assert bias.item() == 1
-
-
-@pytest.mark.parametrize(("last", "kept"), [(0.5, 5.5), (1.5, 2.5)])
-def test_the_last_update_is_measured_too(tmp_path: Path, last: float, kept: float) -> None:
-    scorer, _ = scored(tmp_path, [1.0, 2.0, last], updates=5, patience=9)
-    assert scorer.head.score.bias.item() == kept
-    assert [row["phase"] for row in rows(tmp_path)] == [2, 4, 5]

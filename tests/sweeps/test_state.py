@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rlhf_exp.sweeps.state import TAIL, JobState, read_state
+from rlhf_exp.sweeps.state import TAIL, JobState, is_done, read_state
 from tests.sweeps.build_jobs import write_rows, write_status
 
 ROWS = [
@@ -139,3 +139,12 @@ def test_what_cannot_be_opened_counts_as_not_there(tmp_path):
     (tmp_path / "status.json").mkdir()
     (tmp_path / "metrics.jsonl").mkdir()
     assert read_state(tmp_path) == JobState(status="waiting")
+
+
+def test_a_run_is_done_if_its_status_says_so(tmp_path):
+    assert not is_done(tmp_path)
+    for content in ("[]", "{", '{"status": "running"}', '{"status": ["done"]}', "[" * 100_000):
+        (tmp_path / "status.json").write_text(content)
+        assert not is_done(tmp_path)
+    write_status(tmp_path, "done")
+    assert is_done(tmp_path)

@@ -293,23 +293,23 @@ def test_a_stream_that_is_taken_up_anywhere_goes_on_as_if_it_had_not_stopped(
     for stop in range(12):
         first = stream(batch_size=batch_size)
         assert texts(first, stop) == every[:stop]
-        save_file(first.state(), tmp_path / "state.safetensors")
+        save_file(first.state_dict(), tmp_path / "state.safetensors")
         assert texts(first, 12) == every[stop : stop + 12]
         second = stream(seed=99, batch_size=batch_size)
         texts(second, 1)
-        second.restore(load_file(tmp_path / "state.safetensors"))
+        second.load_state_dict(load_file(tmp_path / "state.safetensors"))
         assert texts(second, 12) == every[stop : stop + 12]
 
 
 def test_a_state_does_not_change_while_the_streams_go_on() -> None:
     first = stream()
     texts(first, 2)
-    state = first.state()
+    state = first.state_dict()
     copied = {name: tensor.clone() for name, tensor in state.items()}
     expected = texts(first, 9)
     for _ in range(2):
         second = stream(seed=5)
-        second.restore(state)
+        second.load_state_dict(state)
         assert texts(second, 9) == expected
     assert {name: tensor.tolist() for name, tensor in state.items()} == {
         name: tensor.tolist() for name, tensor in copied.items()
@@ -319,9 +319,9 @@ def test_a_state_does_not_change_while_the_streams_go_on() -> None:
 def test_a_stream_does_not_hold_on_to_the_state_that_it_was_given() -> None:
     first = stream()
     texts(first, 1)
-    state = {name: tensor.clone() for name, tensor in first.state().items()}
+    state = {name: tensor.clone() for name, tensor in first.state_dict().items()}
     second = stream(seed=5)
-    second.restore(state)
+    second.load_state_dict(state)
     for tensor in state.values():
         tensor.zero_()
     assert texts(second, 9) == texts(first, 9)

@@ -1,5 +1,6 @@
 """A state is saved when it is time, and comes back with all that stands beside it."""
 
+import math
 import os
 import signal
 from pathlib import Path
@@ -9,11 +10,13 @@ import pytest
 import torch
 
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.training.checkpoint import read_newest_checkpoint
+from rlhf_exp.training.checkpoint import read_newest_checkpoint, write_checkpoint
 from rlhf_exp.training.context import Context
 from rlhf_exp.training.folder import RunFolder
-from rlhf_exp.training.saver import Saver, Together, check_inputs
+from rlhf_exp.training.saver import Saver, check_inputs, join_state, split_state
 from rlhf_exp.training.stopping import Interrupted, StopRequests
+
+from ..states import assert_equal_states
 
 
 class Counter:
@@ -26,14 +29,11 @@ class Counter:
         self.tensor += 1
         self.number += 1
 
-    def tensors(self):
-        return {"tensor": self.tensor}
+    def state_dict(self):
+        return {"tensor": self.tensor, "number": self.number}
 
-    def numbers(self):
-        return {"number": self.number}
-
-    def restore(self, tensors, numbers):
-        self.tensor, self.number = tensors["tensor"].clone(), numbers["number"]
+    def load_state_dict(self, state):
+        self.tensor, self.number = state["tensor"].clone(), state["number"]
 
 
 def context(path: Path, *, resume: bool = False) -> Context:
@@ -50,7 +50,7 @@ def phases(path: Path) -> list[int]:
 def train(given: Context, *, steps: int, every: int | None, best: int = 0, ask_at: int = 0):
     """Counts and logs so many steps; asks itself to stop in one of them."""
     state = Counter()
-    saver = Saver(given, state, every=every)
+    saver = Saver(given, {"counter": state}, every=every)
     resumed = saver.restore()
     with given.stop.listening(), saver.steps():
         while state.number < steps:
@@ -112,7 +112,7 @@ def test_rows_after_the_checkpoint_are_removed_and_written_again(tmp_path):
 
     def die(given):
         state = Counter()
-        saver = Saver(given, state, every=2)
+        saver = Saver(given, {"counter": state}, every=2)
         saver.restore()
         with saver.steps():
             for number in (1, 2, 3):
@@ -127,7 +127,7 @@ def test_rows_after_the_checkpoint_are_removed_and_written_again(tmp_path):
     given = context(tmp_path, resume=True)
     assert [row["phase"] for row in given.folder.rows()] == [1, 2, 3]
     state = Counter()
-    assert Saver(given, state, every=2).restore()
+    assert Saver(given, {"counter": state}, every=2).restore()
     assert [row["phase"] for row in given.folder.rows()] == [1, 2]
     assert state.number == 2
 
@@ -143,7 +143,7 @@ def test_a_run_that_is_resumed_before_it_saved_begins_anew(tmp_path):
 
 def test_a_run_that_is_not_resumed_restores_nothing(tmp_path):
     train(context(tmp_path), steps=2, every=1)
-    assert not Saver(context(tmp_path), Counter(), every=1).restore()
+    assert not Saver(context(tmp_path), {"counter": Counter()}, every=1).restore()
 
 
 def test_the_name_of_the_run_is_saved_with_it(tmp_path):
@@ -153,16 +153,55 @@ def test_the_name_of_the_run_is_saved_with_it(tmp_path):
     assert newest.numbers["run_id"] == given.folder.run_id
 
 
-def test_states_are_saved_together_each_under_its_name():
-    one, other = Counter(), Counter()
-    one.step()
-    both = Together(one=one, other=other)
-    assert set(both.tensors()) == {"one.tensor", "other.tensor"}
-    assert both.numbers() == {"one": {"number": 1}, "other": {"number": 0}}
-    again = Counter(), Counter()
-    Together(one=again[0], other=again[1]).restore(both.tensors(), both.numbers())
-    assert [state.number for state in again] == [1, 0]
-    assert again[0].tensor.tolist() == [1, 1]
+def test_parts_are_saved_each_under_its_name(tmp_path):
+    parts = {"one": Counter(), "other": Counter()}
+    parts["one"].step()
+    saver = Saver(context(tmp_path), parts, every=1)
+    with saver.steps():
+        saver.step_done(1, is_last=True)
+    again = {"one": Counter(), "other": Counter()}
+    assert Saver(context(tmp_path, resume=True), again, every=1).restore()
+    assert [part.number for part in again.values()] == [1, 0]
+    assert again["one"].tensor.tolist() == [1, 1]
+
+
+def test_a_state_survives_a_checkpoint_whatever_its_names(tmp_path):
+    state = {
+        "h.0.weight": torch.ones(2),
+        "h": {"0.weight": torch.zeros(2), "0": {"weight": torch.arange(3), "bias": None}},
+        "": {"a b/c": {}, "empty": torch.empty(0)},
+        "rows": [[1, 2], []], "rate": 0.1 + 0.2, "best": -math.inf, "name": "h.0.weight",
+    }  # fmt: skip
+    tensors, numbers = split_state(state)
+    assert tensors["h.0.weight"] is state["h.0.weight"]  # a writer knows the optimizer's by that
+    write_checkpoint(tmp_path, 1, tensors, numbers)
+    assert_equal_states(join_state(*read_newest_checkpoint(tmp_path)), state)
+
+
+def test_two_tensors_of_one_name_are_a_mistake():
+    with pytest.raises(AssertionError, match="two tensors are called a/b"):
+        split_state({"a/b": torch.ones(1), "a": {"b": torch.ones(1)}})
+
+
+def test_a_checkpoint_of_the_old_layout_is_refused_and_left_as_it_was(tmp_path):
+    given = context(tmp_path, resume=True)
+    for phase in (1, 2, 3):
+        given.folder.log(phase, {"a": 1.0})
+    # As it was: names joined by dots, and no number of the format.
+    tensors = {"tensor": torch.ones(2), "random.cpu": torch.get_rng_state()}
+    random = {"python": [3, [0] * 625, None], "numpy": ["MT19937", [0] * 624, 624, 0, 0.0]}
+    numbers = {"phase": 2, "state": {"number": 2}, "random": random, "sizes": {}, "run_id": "x"}
+    write_checkpoint(tmp_path, 2, tensors, numbers)
+    state = Counter()
+    message = (
+        r"its checkpoint has a format that this version does not read; start the run again, or"
+        r" finish it with the version that wrote it \(see environment\.txt\)$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        Saver(given, {"counter": state}, every=1).restore()
+    assert state.number == 0
+    assert len(given.folder.rows()) == 3
+    assert phases(tmp_path) == [2]
 
 
 def test_other_inputs_are_refused_by_the_name_of_the_field():

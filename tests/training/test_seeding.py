@@ -1,4 +1,3 @@
-import json
 import random
 
 import numpy as np
@@ -11,6 +10,8 @@ from rlhf_exp.training.seeding import (
     stream,
     stream_seed,
 )
+
+from ..states import through_a_file
 
 
 def test_a_seed_is_the_same_on_every_machine():
@@ -46,14 +47,12 @@ def test_the_shared_generators_are_seeded_together():
     assert not set(draws()) & set(first)
 
 
-def test_the_shared_generators_go_on_from_where_they_stood():
+def test_the_shared_generators_go_on_from_where_they_stood(tmp_path):
     seed_shared_generators(1)
     draws()
-    where = SharedRandomness("random.")
-    tensors = {name: tensor.clone() for name, tensor in where.tensors().items()}
-    numbers = json.loads(json.dumps(where.numbers()))
+    state = SharedRandomness().state_dict()
     expected = draws(), draws()
+    state = through_a_file(state, tmp_path)
     seed_shared_generators(9)
-    where.restore(tensors, numbers)
+    SharedRandomness().load_state_dict(state)
     assert (draws(), draws()) == expected
-    assert all(name.startswith("random.") for name in tensors)

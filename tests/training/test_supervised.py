@@ -1,5 +1,6 @@
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,12 @@ from torch import nn
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.batches import BatchStream, shuffled
 from rlhf_exp.training.context import Context, TrainingError
+from rlhf_exp.training.early_stopping import EXACT, LOSS, EarlyStopping
 from rlhf_exp.training.folder import RunFolder
 from rlhf_exp.training.optim import AdamWSettings, Constant, WarmupDecay
-from rlhf_exp.training.supervised import AllUpdates, Supervised, SupervisedState
+from rlhf_exp.training.supervised import Supervised, SupervisedState
+
+from ..states import through_a_file
 
 
 def train(
@@ -24,7 +28,7 @@ def train(
     dropout: float = 0.0,
     broken_at: int | tuple[int, ...] | None = None,
     spoiled_at: int | None = None,
-    stop=lambda update: False,
+    stop: Callable[[int], bool] | None = None,
     resume: bool = False,
     **options: object,
 ) -> tuple[nn.Module, list[int]]:
@@ -56,7 +60,7 @@ def train(
         optimizer=adamw,
         scheduler=schedule.build(adamw, total_steps=num_updates),
         batches=batches,
-        ending=Asked(stop),
+        early_stopping=None if stop is None else asking(stop, path, model),
     )
     given = {"checkpoint_every": None, **options}
     Supervised(max_grad_norm=max_grad_norm, log_every=log_every, **given).fit(
@@ -65,14 +69,16 @@ def train(
     return model, asked
 
 
-class Asked(AllUpdates):
-    """Asks a function whether an update was the last."""
-
-    def __init__(self, stop):
-        self.stop = stop
-
-    def __call__(self, update: int) -> bool:
-        return self.stop(update)
+def asking(stop: Callable[[int], bool], path: Path, model: nn.Module) -> EarlyStopping:
+    """Ends after the update at which `stop` says so; its measurements lie beside the run's."""
+    context = Context(
+        folder=RunFolder(path.with_name(f"{path.name} measured")), seed=1,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    return EarlyStopping(
+        context, model, lambda update: {EXACT: float(stop(update)), LOSS: 1.0},
+        eval_every=1, stop_at=0.5,
+    )  # fmt: skip
 
 
 def rows(path: Path) -> list[dict]:
@@ -276,12 +282,12 @@ def test_a_checkpoint_of_another_model_or_of_other_inputs_is_refused(tmp_path):
 
     saved = state(3, {"task": "a"})
     saved.update = 5
-    tensors, numbers = saved.tensors(), saved.numbers()
+    checkpoint = through_a_file(saved.state_dict(), tmp_path)
     with pytest.raises(ConfigError, match=r"^task: what it names has changed"):
-        state(3, {"task": "b"}).restore(tensors, numbers)
+        state(3, {"task": "b"}).load_state_dict(checkpoint)
     with pytest.raises(ConfigError, match="other trained weights"):
-        state(4, {"task": "a"}).restore(tensors, numbers)
+        state(4, {"task": "a"}).load_state_dict(checkpoint)
     same = state(3, {"task": "a"})
-    same.restore(tensors, numbers)
+    same.load_state_dict(checkpoint)
     assert same.update == 5
     assert torch.equal(same.network.weight, saved.network.weight)
