@@ -21,8 +21,8 @@ from statistics import median
 import torch
 
 from ppo_phase import actors_of
-from rlhf_exp.stages.ppo import PPO
-from rlhf_exp.rl.state import TrainState
+from rlhf_exp.rl.compute import warm_up
+from rlhf_exp.stages.ppo import PPO, Phases, start
 from rlhf_exp.training.checkpoint import CheckpointWriter
 from rlhf_exp.training.context import pick_device
 from rlhf_exp.training.optim import AdamWSettings, Constant
@@ -62,20 +62,17 @@ def main() -> None:
     arguments = parser.parse_args()
     shape, device = SHAPES[arguments.shape], pick_device("auto")
     use_processor_well()
-    actors = actors_of(shape, "full_copy", device)
+    actors = actors_of(shape, "full", device)
     ppo = PPO(
         batch_size=shape.batch,
         num_minibatches=shape.minibatches,
         batches_per_learning_phase=shape.epochs,
     )
-    ppo.prepare(actors)
-    collector = ppo.collector(actors)
-    state = TrainState.start(
-        actors.policy, AdamWSettings(), Constant(), actors.train_prompts,
-        batch_size=shape.batch, total_phases=ppo.total_phases, seed=0, inputs={},
-    )  # fmt: skip
-    ppo.warm_up(actors)
-    ppo.phase(state, collector, Stopwatch())
+    ppo.compute.prepare(actors)
+    state = start(ppo, actors, AdamWSettings(), Constant(), seed=0, inputs={})
+    run = Phases(ppo, actors, state, Stopwatch())
+    warm_up(actors, rows=ppo.minibatch_size)
+    run.run(run.summarize)
     rounds: dict[bool, list[float]] = {True: [], False: []}
     calls, waits, written = [], [], Written()
     with tempfile.TemporaryDirectory(dir=OUTPUTS) as folder:
@@ -88,7 +85,7 @@ def main() -> None:
                 calls.append(time.perf_counter() - began)
                 written.watch(began)
             for _ in range(PHASES):
-                ppo.phase(state, collector, Stopwatch())
+                run.run(run.summarize)
             rounds[saves].append(time.perf_counter() - began)
             writer.wait()
             if saves:

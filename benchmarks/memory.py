@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 CHOICES = {
-    "full_copy": [],
-    "shared_trunk, 2 blocks": ["--reference", "shared_trunk"],
-    "lora, rank 16": ["--reference", "lora"],
-    "full_copy, micro_batch_size=1": ["--micro-batch-size", "1"],
-    "full_copy, gradient_checkpointing": ["--gradient-checkpointing"],
-    "lora, both": [*("--reference", "lora", "--micro-batch-size", "1", "--gradient-checkpointing")],
+    "full": [],
+    "last_layers, 2 blocks": ["--finetune", "last_layers"],
+    "lora, rank 16": ["--finetune", "lora"],
+    "full, micro_batch_size=1": ["--micro-batch-size", "1"],
+    "full, gradient_checkpointing": ["--gradient-checkpointing"],
+    "lora, both": [*("--finetune", "lora", "--micro-batch-size", "1", "--gradient-checkpointing")],
 }
 
 

@@ -22,18 +22,14 @@ from statistics import median
 import torch
 
 from rlhf_exp.models.loading import build_policy
-from rlhf_exp.models.reference import (
-    FullCopy,
-    Lora,
-    SharedTrunk,
-    reference_hash,
-    resident_memory,
-)
+from rlhf_exp.models.finetune import Full, Lora, LastLayers
+from rlhf_exp.models.reference import reference_hash, resident_memory
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rollout.cached import CachedSampler
-from rlhf_exp.rl.collect import Collector
-from rlhf_exp.stages.ppo import PPO, Actors
-from rlhf_exp.rl.state import TrainState
+from rlhf_exp.models.passes import policy_pass
+from rlhf_exp.rl.actors import Actors
+from rlhf_exp.rl.compute import Compute, warm_up
+from rlhf_exp.stages.ppo import PPO, Phases, coefficients, start
 from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.tasks.tokenizers import word_tokenizer
 from rlhf_exp.training.context import pick_device
@@ -43,16 +39,16 @@ from rlhf_exp.training.timing import Stopwatch
 from rlhf_exp.types import Layout
 from shapes import SHAPES, Shape
 
-REFERENCES = {
-    "full_copy": FullCopy(),
-    "shared_trunk": SharedTrunk(num_layers_unfrozen=2),
+FINETUNE = {
+    "full": Full(),
+    "last_layers": LastLayers(num_layers_unfrozen=2),
     "lora": Lora(rank=16),
 }
 # Minibatches whose parts are timed, and how many before them are not.
 TIMED, UNTIMED = 5, 1
 
 
-def actors_of(shape: Shape, reference: str, device: torch.device) -> Actors:
+def actors_of(shape: Shape, finetune: str, device: torch.device) -> Actors:
     """The policy of that shape, its reference, and a reward that costs nothing."""
     words = [f"w{i}" for i in range(shape.vocab - 4)]
     model = Scratch(
@@ -64,7 +60,7 @@ def actors_of(shape: Shape, reference: str, device: torch.device) -> Actors:
     policy = build_policy(model, lambda: word_tokenizer(words), device=device, seed=0)
     text = " ".join(words[: shape.prompt])
     prompts = encode_prompts(policy.tokenizer, [text], prepend_bos=False, device=device)
-    attached = REFERENCES[reference].attach(policy, seed=0)
+    attached = FINETUNE[finetune].attach(policy, seed=0)
     return Actors(
         policy=policy,
         reference=attached,
@@ -77,28 +73,27 @@ def actors_of(shape: Shape, reference: str, device: torch.device) -> Actors:
     )
 
 
-def learning_parts(ppo: PPO, state: TrainState, collector: Collector) -> dict[str, float]:
+def learning_parts(run: Phases) -> dict[str, float]:
     """Seconds of a learning phase by part, from single minibatches of one further rollout."""
     laps: list[Stopwatch] = []
+    ppo, state, actors = run.ppo, run.state, run.actors
     with state.policy.working():
-        rollout = collector.collect(state, Stopwatch(), another=False)
-        experience = ppo.build_experience(rollout)
-        layout = Layout.of(rollout.completions, whole=state.policy.is_compiled)
+        experience = run.credit(run.collect(state.phase + 1))
+        layout = Layout.of(experience.rollout.completions, whole=state.policy.is_compiled)
         for _ in range(UNTIMED + TIMED):
             laps.append(lap := Stopwatch())
             state.optimizer.zero_grad(set_to_none=False)
             index = torch.randperm(ppo.batch_size, generator=state.minibatch_generator)
             for micro in index[: ppo.minibatch_size].split(
-                ppo.micro_batch_size or ppo.minibatch_size
+                ppo.compute.micro_batch_size or ppo.minibatch_size
             ):
                 with lap("forward"):
-                    loss = ppo.loss(
-                        state.policy,
-                        collector.actors.reference,
-                        experience[micro],
-                        temperature=collector.actors.sampler.temperature,
-                        layout=layout[micro],
-                    ).loss
+                    part = experience[micro]
+                    new = policy_pass(
+                        actors.policy, actors.reference, part.rollout, layout[micro],
+                        temperature=actors.sampler.temperature,
+                    )  # fmt: skip
+                    loss = ppo.objective(new, part, coefficients(ppo, ppo.kl_coef)).loss
                 with lap("backward"):
                     loss.backward()
             with lap("optimizer"):
@@ -112,12 +107,11 @@ def learning_parts(ppo: PPO, state: TrainState, collector: Collector) -> dict[st
     }
 
 
-def phases(
-    ppo: PPO, state: TrainState, collector: Collector, number: int
-) -> Iterator[dict[str, float]]:
+def phases(run: Phases, number: int) -> Iterator[dict[str, float]]:
     """The seconds of each of so many phases, by part."""
     for _ in range(number):
-        row = ppo.phase(state, collector, Stopwatch())
+        row: dict[str, float] = {}
+        run.run(lambda *results, row=row: row.update(run.summarize(*results)))
         parts = ("rollout", "learn", "sample", "measure", "score")
         seconds = {part: row[f"time/{part}_s"] for part in parts}
         yield {"phase": seconds["rollout"] + seconds["learn"], **seconds}
@@ -130,7 +124,7 @@ def arguments_given() -> argparse.Namespace:
     )
     parser.add_argument("shape", choices=sorted(SHAPES))
     parser.add_argument("phases", type=int, help="at least 2; the first is warm-up")
-    parser.add_argument("--reference", choices=REFERENCES, default="full_copy")
+    parser.add_argument("--finetune", choices=FINETUNE, default="full")
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--micro-batch-size", type=int)
@@ -146,34 +140,33 @@ def main() -> None:
     arguments = arguments_given()
     shape, device = SHAPES[arguments.shape], pick_device("auto")
     use_processor_well()
-    actors = actors_of(shape, arguments.reference, device)
+    actors = actors_of(shape, arguments.finetune, device)
     ppo = PPO(
         total_phases=arguments.phases,
         batch_size=shape.batch,
         num_minibatches=shape.minibatches,
         batches_per_learning_phase=shape.epochs,
-        micro_batch_size=arguments.micro_batch_size,
-        dtype=arguments.dtype,
-        compile=arguments.compile,
-        gradient_checkpointing=arguments.gradient_checkpointing,
+        compute=Compute(
+            micro_batch_size=arguments.micro_batch_size,
+            dtype=arguments.dtype,
+            compile=arguments.compile,
+            gradient_checkpointing=arguments.gradient_checkpointing,
+        ),
     )
-    ppo.prepare(actors)
-    collector = ppo.collector(actors)
-    state = TrainState.start(
-        actors.policy, AdamWSettings(), Constant(), actors.train_prompts,
-        batch_size=shape.batch, total_phases=arguments.phases, seed=0, inputs={},
-    )  # fmt: skip
-    start = time.perf_counter()
-    ppo.warm_up(actors)
-    running = phases(ppo, state, collector, arguments.phases)
+    ppo.compute.prepare(actors)
+    run = Phases(ppo, actors, start(ppo, actors, AdamWSettings(), Constant(), seed=0, inputs={}),
+                 Stopwatch())  # fmt: skip
+    began = time.perf_counter()
+    warm_up(actors, rows=ppo.compute.micro_batch_size or ppo.minibatch_size)
+    running = phases(run, arguments.phases)
     next(running)
-    warm_up = time.perf_counter() - start
+    warm_up_s = time.perf_counter() - began
     counted = list(running)
     on_gpu = device.type == "cuda"
     gpu_peak = torch.cuda.max_memory_allocated() >> 20 if on_gpu else 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     seconds = {part: median(row[part] for row in counted) for part in counted[0]}
-    seconds |= {**learning_parts(ppo, state, collector), "warm_up": warm_up}
+    seconds |= {**learning_parts(run), "warm_up": warm_up_s}
     line = {
         "system": "rlhf_exp",
         "shape": arguments.shape,

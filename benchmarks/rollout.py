@@ -24,7 +24,7 @@ from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.sampler import Sampler
-from rlhf_exp.stages.ppo import PPO
+from rlhf_exp.rl.compute import Compute
 from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.training.context import pick_device
 from rlhf_exp.training.processor import use_processor_well
@@ -248,8 +248,8 @@ def main() -> None:
     if shape.prompt + max(arguments.lengths) > shape.context_len:
         parser.error(f"--lengths: at most {shape.context_len - shape.prompt} on this shape")
     use_processor_well()
-    actors = actors_of(shape, "full_copy", device)
-    PPO(dtype=arguments.dtype, compile="off").prepare(actors)
+    actors = actors_of(shape, "full", device)
+    Compute(dtype=arguments.dtype, compile="off").prepare(actors)
     policy = actors.policy
     about: Row = {
         "shape": arguments.shape,

@@ -27,7 +27,7 @@ OF_THE_START = ("resume", "resume_with", "dry_run")  # of one start of a run alo
 # How often what is already determined is saved or shown.
 FREE = ("stage.checkpoint_every", "stage.histograms_every", "stage.log_every")
 MORE = ("stage.total_phases", "stage.epochs", "stage.max_updates", "stage.max_seconds")
-BUDGET = "stage.kl_budget"
+BUDGET = "stage.guards.max_kl_sum"
 ABSENT = object()
 
 

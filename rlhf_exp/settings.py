@@ -17,7 +17,7 @@ T = TypeVar("T")
 REFERENCE = "artifact:"
 
 # The groups that a stage is handed, of which its `run` names those that it takes.
-PARTS = ("task", "model", "reference", "reward", "sampler", "optimizer", "schedule")
+PARTS = ("task", "model", "finetune", "reward", "sampler", "optimizer", "schedule")
 
 
 class ConfigError(ValueError):

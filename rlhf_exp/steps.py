@@ -250,11 +250,15 @@ def _description(
         },
         "seed": seed,
         # Where dtype is auto, the machine decides it.
-        "bf16": step.config["stage"].get("dtype") == "auto" and computes_bf16(device),
+        "bf16": "auto" in _dtypes(step.config["stage"]) and computes_bf16(device),
         "code": source_hash(
             *(Path(inspect.getfile(kind)) for kind in classes_of([stage, *parts.values()]))
         ),
     }
+
+
+def _dtypes(stage: Mapping[str, Any]) -> tuple[Any, Any]:
+    return stage.get("dtype"), stage.get("compute", {}).get("dtype")
 
 
 def classes_of(value: Any) -> set[type]:

@@ -8,7 +8,7 @@ rewards[:, t] is received for emitting y_t.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import torch
 from beartype import beartype
@@ -26,7 +26,8 @@ def record(cls: type[T]) -> type[T]:
 
 
 class Record:
-    """A record whose every tensor, tuple and nested record has the batch as its first axis."""
+    """A record whose every tensor, tuple and nested record has the batch as its first axis; a field
+    that may be absent is None."""
 
     def __getitem__(self: R, index: Tensor) -> R:
         """The rows at `index` [rows], as a record of the same kind."""
@@ -39,6 +40,8 @@ class Record:
 
 
 def _rows(value: Any, index: Tensor) -> Any:
+    if value is None:
+        return None
     if isinstance(value, tuple):
         # Through arange, so that a boolean index picks the same rows here as in the tensors.
         positions = torch.arange(len(value), device=index.device)[index]
@@ -59,6 +62,8 @@ def concatenate(records: Sequence[R]) -> R:
 
 
 def _joined(values: list[Any]) -> Any:
+    if values[0] is None:
+        return None
     if isinstance(values[0], tuple):
         return sum(values, ())
     if isinstance(values[0], Record):
@@ -70,11 +75,21 @@ def _joined(values: list[Any]) -> Any:
 class PromptBatch(Record):
     """Left-padded prompts. `rows` keep the task's own data for each: `rows[i]["prompt"]` is its
     text, `rows[i]["messages"]` the conversation that the text renders if it is one, and the others
-    are further columns of a dataset."""
+    are further columns of a dataset. `groups` numbers the prompts of which several completions are
+    sampled; None if each row is a prompt of its own."""
 
     tokens: Int[Tensor, "batch prompt"]
     mask: Bool[Tensor, "batch prompt"]
     rows: tuple[Mapping[str, Any], ...]
+    groups: Int[Tensor, " batch"] | None = None
+
+    def repeated(self, samples_per_prompt: int) -> "PromptBatch":
+        """Each prompt so many times, side by side, as one group."""
+        if samples_per_prompt == 1:
+            return self
+        index = torch.arange(len(self.rows), device=self.tokens.device)
+        index = index.repeat_interleave(samples_per_prompt)
+        return replace(self[index], groups=index)
 
     @property
     def is_one(self) -> bool:
@@ -177,11 +192,12 @@ class Layout:
 class Generation(Record):
     """Completions with what the policy computed while it sampled them. `hidden` are the final
     hidden states from which each token was sampled; `kept_mass` is the policy's own probability
-    of the tokens that the sampling filter kept (1 without a filter)."""
+    of the tokens that the sampling filter kept (1 without a filter). A policy without a value head
+    has no `values`."""
 
     completions: Completions
     logprobs: Float[Tensor, "batch completion"]
-    values: Float[Tensor, "batch completion"]
+    values: Float[Tensor, "batch completion"] | None
     hidden: Float[Tensor, "batch completion d_model"]
     kept_mass: Float[Tensor, "batch completion"]
 
@@ -195,21 +211,41 @@ class Rollout(Record):
     logprobs: Float[Tensor, "batch completion"]
     ref_logprobs: Float[Tensor, "batch completion"]
     ref_hidden: Float[Tensor, "batch completion d_model"]
-    values: Float[Tensor, "batch completion"]
+    values: Float[Tensor, "batch completion"] | None
     kl: Float[Tensor, "batch completion"]
     entropy: Float[Tensor, "batch completion"]
     kept_mass: Float[Tensor, "batch completion"]
     scores: Float[Tensor, " batch"]
 
+    @property
+    def groups(self) -> Int[Tensor, " batch"]:
+        """The number of each row's prompt: rows of one number are samples of one prompt."""
+        groups = self.completions.prompts.groups
+        if groups is None:
+            return torch.arange(len(self.scores), device=self.scores.device)
+        return groups
+
 
 @record
 class Experience(Record):
-    """What a learning phase trains on; a minibatch is `experience[index]`."""
+    """What a learning phase trains on; a minibatch is `experience[index]`. `returns` are what the
+    values learn, None without values."""
 
     rollout: Rollout
     rewards: Float[Tensor, "batch completion"]
     advantages: Float[Tensor, "batch completion"]
-    returns: Float[Tensor, "batch completion"]
+    returns: Float[Tensor, "batch completion"] | None
+
+
+class Pass(NamedTuple):
+    """What a pass of the policy over a minibatch computes, with gradients: exact KL to the
+    reference and entropy of each token's distribution, None for the values of a policy that has no
+    value head. The padding holds arbitrary numbers."""
+
+    logprobs: Float[Tensor, "batch completion"]
+    entropy: Float[Tensor, "batch completion"]
+    kl: Float[Tensor, "batch completion"]
+    values: Float[Tensor, "batch completion"] | None
 
 
 @record

@@ -226,10 +226,11 @@ class Case:
 def ppo_batches(rng: random.Random) -> tuple[str, ...]:
     """Batches that divide each other."""
     minibatch, count = rng.randint(1, 9), rng.randint(1, 5)
+    rows = rng.choice(["null", str(rng.randint(1, minibatch * count))])
     return (
         f"stage.batch_size={minibatch * count}", f"stage.num_minibatches={count}",
-        f"stage.rollout_batch_size={rng.choice(['null', str(rng.randint(1, minibatch * count))])}",
-        f"stage.micro_batch_size={rng.choice(['null', str(rng.randint(1, minibatch))])}",
+        f"stage.compute.rollout_batch_size={rows}",
+        f"stage.compute.micro_batch_size={rng.choice(['null', str(rng.randint(1, minibatch))])}",
     )  # fmt: skip
 
 
@@ -267,8 +268,8 @@ AGREEMENTS: tuple[tuple[Applies, Draw], ...] = (
     (is_ppo, ppo_batches),
     (has_schedule, phases),
     (has_cache, lambda rng: (f"stage.dtype={rng.choice(['fp32', 'auto', 'bf16'])}",)),
-    (is_ppo, lambda rng: (f"stage.compile={rng.choice(['on', 'off', 'auto'])}",
-                          "stage.gradient_checkpointing=false")),
+    (is_ppo, lambda rng: (f"stage.compute.compile={rng.choice(['on', 'off', 'auto'])}",
+                          "stage.compute.gradient_checkpointing=false")),
     (is_ppo, lambda rng: (f"stage.missing_eos_penalty={rng.uniform(0, 9)}",
                           "sampler.stop_at_eos=true")),
     (has_step("Scratch", "model"), lambda rng: (f"model.num_heads={(h := rng.randint(1, 6))}",
@@ -284,18 +285,18 @@ Wrong = Callable[[random.Random], tuple[tuple[str, ...], tuple[str, ...]]]
 CONTRADICTIONS: tuple[tuple[Applies, Wrong], ...] = (
     (is_ppo, lambda rng: ((f"stage.batch_size={(m := rng.randint(2, 9)) * rng.randint(1, 9) + 1}",
                            f"stage.num_minibatches={m}"), ("stage: batch_size",))),
-    (is_ppo, lambda rng: ((f"stage.rollout_batch_size={rng.randint(2000, 9999)}",),
+    (is_ppo, lambda rng: ((f"stage.compute.rollout_batch_size={rng.randint(2000, 9999)}",),
                           ("stage: rollout_batch_size",))),
-    (is_ppo, lambda rng: ((f"stage.micro_batch_size={rng.randint(2000, 9999)}",),
+    (is_ppo, lambda rng: ((f"stage.compute.micro_batch_size={rng.randint(2000, 9999)}",),
                           ("stage: micro_batch_size",))),
     (has_schedule, lambda rng: ((f"stage.total_phases={(n := rng.randint(1, 50))}",
                                  f"schedule.warmup_steps={n + rng.randint(0, 9)}"),
                                 ("schedule.warmup_steps",))),
-    (is_ppo, lambda rng: (("stage.compile=on", "stage.gradient_checkpointing=true"),
-                          ("stage.compile",))),
-    (is_ppo, lambda rng: (("model.engine=hooked", "stage.gradient_checkpointing=false",
+    (is_ppo, lambda rng: (("stage.compute.compile=on", "stage.compute.gradient_checkpointing=true"),
+                          ("stage.compute.compile",))),
+    (is_ppo, lambda rng: (("model.engine=hooked", "stage.compute.gradient_checkpointing=false",
                            f"stage.{rng.choice(['compile=on', 'dtype=bf16'])}"),
-                          ("stage.compile", "stage.dtype"))),
+                          ("stage.compute.compile", "stage.dtype"))),
     (is_ppo, lambda rng: ((f"stage.missing_eos_penalty={rng.uniform(0, 9)}",
                            "sampler.stop_at_eos=false"),
                           ("stage.missing_eos_penalty", "sampler.stop_at_eos"))),

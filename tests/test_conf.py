@@ -239,7 +239,7 @@ def test_every_key_has_a_comment(option):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_fits_the_slow_engine_and_sampler_too(name, data):
     chosen = [f"experiment={name}", "model.engine=hooked", "sampler=bridge"]
-    chosen += ["stage.gradient_checkpointing=false", *data.get(name, [])]
+    chosen += ["stage.compute.gradient_checkpointing=false", *data.get(name, [])]
     _, parts = build_all(chosen)["run"]
     assert parts["model"].engine == "hooked"
     assert isinstance(parts["sampler"], BridgeSampler)

@@ -25,7 +25,7 @@ SMALL_REVIEWS = ["task.num_reviews=60", "task.num_labelled=40", "task.num_held_o
 STAGES = {
     "ppo": ["~experiment", *SMALL_REVIEWS],
     "ppo with another of every part": [
-        "~experiment", *SMALL_REVIEWS, "reference=lora", "reward=sum", "schedule=cosine",
+        "~experiment", *SMALL_REVIEWS, "finetune=lora", "reward=sum", "schedule=cosine",
         "logger=local", "sampler=bridge",
     ],
     "sft": ["~experiment", "stage=sft", *SMALL_REVIEWS],

@@ -289,8 +289,8 @@ def test_the_first_command_is_the_notebooks_run() -> None:
         "sampler.temperature": 1.0, "sampler.top_k": 10, "task.prefix": "This is",
         "task.prepend_bos": True, "stage.kl_coef": 2.5, "stage.normalize_reward": True,
         # Its functions, and what torch.optim.AdamW has where they say nothing.
-        "sampler.stop_at_eos": False, "stage.gae_lambda": 0, "stage.gamma": 1.0,
-        "stage.whiten_advantages": "minibatch", "stage.kl_penalty": "loss",
+        "sampler.stop_at_eos": False, "stage.estimator.gae_lambda": 0, "stage.estimator.gamma": 1.0,
+        "stage.estimator.whiten_advantages": "minibatch", "stage.kl_penalty": "loss",
         "stage.value_clip_coef": None, "stage.missing_eos_penalty": None,
         "optimizer.eps": 1e-8, "optimizer.weight_decay": 0.01, "optimizer.beta1": 0.9,
         "optimizer.beta2": 0.999, "reward.name": "lvwerra/distilbert-imdb",

@@ -358,7 +358,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple[str, ...], P
     (home / "judge.py").write_text(REWARD)
     words = (
         *(word for word in SHORT if not word.startswith("reward.")), "reward=function",
-        f"reward.function={home / 'judge.py'}:score", "stage.reward_retry_wait_s=0.01",
+        f"reward.function={home / 'judge.py'}:score", "stage.guards.reward_retry_wait_s=0.01",
     )  # fmt: skip
     (home / "mode").write_text("none -")
     assert begin_or_go_on(home / "whole", words) == 0, said(home / "whole")
@@ -378,8 +378,8 @@ def test_a_reward_fails(kind: str, how: str, judged: Any, tmp_path: Path) -> Non
     words, mode, whole = judged
     folder = tmp_path / "run"
     mode.write_text(f"{kind} {how}")
-    more = (*words, "stage.on_reward_error=retry", "stage.reward_retries=2")
-    more += ("stage.reward_timeout_s=0.5",) if kind == "hangs" else ()
+    more = (*words, "stage.guards.on_reward_error=retry", "stage.guards.reward_retries=2")
+    more += ("stage.guards.reward_timeout_s=0.5",) if kind == "hangs" else ()
     code = begin_or_go_on(folder, more)
     if how == "always":
         assert code == 2, said(folder)

@@ -67,11 +67,11 @@ def run_twice(tmp_path: Path, command: list[str], *more: str) -> tuple[Outcome, 
 @pytest.mark.parametrize(
     "reference",
     [
-        ["reference=full_copy"],
-        ["reference=shared_trunk", "reference.num_layers_unfrozen=1"],
-        ["reference=lora", "reference.rank=2", "optimizer.base_lr=1e-2"],
+        ["finetune=full"],
+        ["finetune=last_layers", "finetune.num_layers_unfrozen=1"],
+        ["finetune=lora", "finetune.rank=2", "optimizer.base_lr=1e-2"],
     ],
-    ids=["full_copy", "shared_trunk", "lora"],
+    ids=["full", "last_layers", "lora"],
 )
 def test_a_run_whose_reward_failed_goes_on_bit_by_bit(tmp_path, command, reference):
     outcome, broken, whole = run_twice(tmp_path, command, *reference)
@@ -93,7 +93,7 @@ def test_a_run_whose_reward_failed_goes_on_bit_by_bit(tmp_path, command, referen
         assert (broken / "model" / file).read_bytes() == (whole / "model" / file).read_bytes()
     first, second = (json.loads((f / "result.json").read_text()) for f in (broken, whole))
     assert [first[k] for k in ("before", "after")] == [second[k] for k in ("before", "after")]
-    assert (broken / "model" / "adapter").is_dir() == (reference[0] == "reference=lora")
+    assert (broken / "model" / "adapter").is_dir() == (reference[0] == "finetune=lora")
     assert (broken / ".hydra" / "resumed" / "overrides.yaml").is_file()
     assert "reward=function" in (broken / ".hydra" / "overrides.yaml").read_text()
 
@@ -181,17 +181,26 @@ def test_a_run_whose_kl_budget_is_spent_goes_on_with_a_larger_one(tmp_path, comm
     (tmp_path / "mended").touch()
     run = tmp_path / "run"
     spent = train(
-        tmp_path, *command, f"hydra.run.dir={run}", "stage.kl_budget=1e-9", "optimizer.base_lr=1e-2"
+        tmp_path,
+        *command,
+        f"hydra.run.dir={run}",
+        "stage.guards.max_kl_sum=1e-9",
+        "optimizer.base_lr=1e-2",
     )
     assert spent.code == 0, spent.out
     ended = untimed(run / "metrics.jsonl")[-1]["phase"]
     assert ended < 5
-    assert "stage.kl_budget" in json.loads((run / "result.json").read_text())["stopped"]
+    assert "stage.guards.max_kl_sum" in json.loads((run / "result.json").read_text())["stopped"]
     still = train(tmp_path, f"resume={run}", "stage.total_phases=6")
     assert still.code == 0
-    assert "no phase follows; raise stage.kl_budget to go on" in still.out
+    assert "no phase follows; raise stage.guards.max_kl_sum to go on" in still.out
     assert untimed(run / "metrics.jsonl")[-1]["phase"] == ended
-    more = train(tmp_path, f"resume={run}", "stage.kl_budget=100", "resume_with=[stage.kl_budget]")
+    more = train(
+        tmp_path,
+        f"resume={run}",
+        "stage.guards.max_kl_sum=100",
+        "resume_with=[stage.guards.max_kl_sum]",
+    )
     assert more.code == 0, more.out
     assert untimed(run / "metrics.jsonl")[-1]["phase"] == 6
     assert json.loads((run / "result.json").read_text())["stopped"] is None

@@ -279,7 +279,7 @@ REFUSED = {
         [r"stage\.clip_coef=2: .* less than 1"],
     ),
     "nan": ("stage.kl_coef=nan optimizer.eps=inf", [r"stage\.kl_coef=nan", r"optimizer\.eps=inf"]),
-    "a bool": ("stage.gamma=true optimizer.beta1=false", [r"gamma=True", r"beta1=False"]),
+    "a bool": ("stage.estimator.gamma=true optimizer.beta1=false", [r"gamma=True", r"beta1=False"]),
     "no multiple": ("stage.batch_size=30", [r"stage: batch_size=30 .* num_minibatches=4"]),
     "no multiple of heads": ("prepare.base.model.d_model=30", [r"base\.model: d_model=30"]),
     "warm-up": (
@@ -696,7 +696,7 @@ def test_what_is_allowed_is_instantiated_with_plain_values():
     assert os.environ.get("HYDRA_FULL_ERROR") != "1", "a run in this process left it behind"
 
 
-@pytest.mark.parametrize("word", ["reward=http", "reference=lora", "sampler.gen_len=3"])
+@pytest.mark.parametrize("word", ["reward=http", "finetune=lora", "sampler.gen_len=3"])
 def test_a_part_that_the_stage_does_not_take_is_refused(tmp_path, word):
     outcome = train(tmp_path, "~experiment", "stage=sft", "task=reviews", word,
                     *(["reward.url=http://localhost:1/"] if "http" in word else []))  # fmt: skip

@@ -6,7 +6,7 @@ is the value of the state before it. After the last real token the value is 0.
 
 import einops
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf_exp.functional.masking import masked_fill_zero
@@ -57,6 +57,26 @@ def gae(
         advantage = deltas[:, t] + gamma * gae_lambda * advantage
         advantages[:, t] = advantage
     return advantages
+
+
+def leave_one_out(
+    scores: Float[Tensor, " batch"], groups: Int[Tensor, " batch"]
+) -> Float[Tensor, " batch"]:
+    """Each score minus the mean score of the others of its group, for groups of any sizes.
+
+    Exactly 0 in a group of equal scores. Raises ValueError if a group has one sample, which has no
+    others. Source: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free", the
+    estimator of RLOO (Ahmadian et al. 2024, arXiv 2402.14740, equation 4).
+    """
+    _, index, counts = groups.unique(return_inverse=True, return_counts=True)
+    if bool((counts == 1).any()):
+        raise ValueError("leave_one_out needs at least two samples of each prompt")
+    highest = scores.new_zeros(len(counts)).scatter_reduce(
+        0, index, scores, "amax", include_self=False
+    )
+    scores = scores - highest[index]  # 0 for equal scores, so that no sum of them is rounded
+    sums = scores.new_zeros(len(counts)).index_add(0, index, scores)
+    return scores - (sums[index] - scores) / (counts[index] - 1)
 
 
 def zero_without_signal(

@@ -109,20 +109,22 @@ class HookedView:
 
     def run_with_value_head(
         self,
-        value_head: nn.Module,
+        value_head: nn.Module | None,
         tokens: Int[Tensor, "batch seq"],
         mask: Bool[Tensor, "batch seq"],
     ) -> tuple[
         Float[Tensor, "batch seq vocab"],
-        Float[Tensor, "batch seq"],
+        Float[Tensor, "batch seq"] | None,
         Float[Tensor, "batch seq d_model"],
     ]:
-        """Logits, the values that the head computes as a hook function, and its input."""
+        """Logits, the values that the head, if there is one, computes as a hook function, and its
+        input."""
         seen: dict[str, Tensor] = {}
 
         def value_hook(activation: Tensor, hook: Any) -> None:
             seen["hidden"] = activation
-            seen["values"] = value_head(activation.float()).squeeze(-1)
+            if value_head is not None:
+                seen["values"] = value_head(activation.float()).squeeze(-1)
 
         logits = self.call(
             lambda bridge: bridge.run_with_hooks(
@@ -132,7 +134,7 @@ class HookedView:
                 attention_mask=mask.long(),
             )
         )
-        return logits, seen["values"], seen["hidden"]
+        return logits, seen.get("values"), seen["hidden"]
 
 
 def _find_sources(

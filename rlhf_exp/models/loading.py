@@ -12,6 +12,7 @@ import torch
 from pydantic import model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.models.cache import config_context_len
@@ -120,7 +121,7 @@ def must_be_fp32(model: ModelSettings) -> list[str]:
     if isinstance(model, Pretrained) and model.dtype != "fp32":
         return [
             f"model.dtype={model.dtype}: weights that are trained must be fp32, or small updates"
-            " are rounded away; set it fp32 (in PPO bf16 goes with reference=lora)"
+            " are rounded away; set it fp32 (in PPO bf16 goes with finetune=lora)"
         ]
     return []
 
@@ -141,17 +142,22 @@ def build_policy(
     *,
     device: torch.device,
     seed: int,
+    value_head: bool = True,
 ) -> TransformerWithValueHead:
     """The policy that the settings describe, on the device. A saved value head is loaded; else it
-    is drawn with the seed."""
+    is drawn with the seed. With value_head=False there is none."""
     language_model, tokenizer = model.language_model(make_tokenizer, seed=seed)
-    policy = TransformerWithValueHead(language_model.to(device), tokenizer, engine=model.engine)
+    policy = TransformerWithValueHead(
+        language_model.to(device), tokenizer, engine=model.engine, value_head=value_head
+    )
     probed(policy)
     if policy.engine == "hooked":
         check_hooked(policy)
+    if policy.value_head is None:
+        return policy
     saved = model.value_head_path()
     if saved is not None:
-        _load_value_head(policy, saved)
+        _load_value_head(policy.value_head, saved)
     else:
         initialise_value_head(
             policy.value_head,
@@ -310,9 +316,9 @@ def load_classifier(
     return model.eval(), tokenizer
 
 
-def _load_value_head(policy: TransformerWithValueHead, path: Path) -> None:
+def _load_value_head(value_head: nn.Module, path: Path) -> None:
     try:
-        policy.value_head.load_state_dict(load_file(path))
+        value_head.load_state_dict(load_file(path))
     except (RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"{path} is not a value head of this model; delete it to have one drawn.\n  {error}"

@@ -129,8 +129,8 @@ class CausalTransformer(nn.Module):
         self._recomputed = [block for block in blocks if block not in inner]
         if not self._recomputed:
             raise ConfigError(
-                f"stage.gradient_checkpointing=true: {type(self.language_model).__name__} has no"
-                " blocks that transformers can recompute; set it false"
+                f"stage.compute.gradient_checkpointing=true: {type(self.language_model).__name__}"
+                " has no blocks that transformers can recompute; set it false"
             )
         for block in self._recomputed:
             block._gradient_checkpointing_func = partial(_run_checkpointed, block)
@@ -289,7 +289,8 @@ class CausalTransformer(nn.Module):
 
 class TransformerWithValueHead(CausalTransformer):
     """The policy. Its value head is Linear(d, 4 d), ReLU, Linear(4 d, 1) on the output of the final
-    layer norm, in fp32 whatever the language model is in.
+    layer norm, in fp32 whatever the language model is in. With value_head=False there is none, and
+    values are None.
 
     engine="fast" runs the plain Hugging Face module; engine="hooked" runs the same parameters
     through TransformerBridge, the value head as a hook function.
@@ -301,13 +302,16 @@ class TransformerWithValueHead(CausalTransformer):
         tokenizer: PreTrainedTokenizerBase,
         *,
         engine: Engine = "fast",
+        value_head: bool = True,
     ) -> None:
         super().__init__(language_model, tokenizer)
         d_model = language_model.get_output_embeddings().weight.shape[1]
         self.engine = engine
-        self.value_head = nn.Sequential(
-            nn.Linear(d_model, 4 * d_model), nn.ReLU(), nn.Linear(4 * d_model, 1)
-        ).to(language_model.device)
+        self.value_head = None
+        if value_head:
+            self.value_head = nn.Sequential(
+                nn.Linear(d_model, 4 * d_model), nn.ReLU(), nn.Linear(4 * d_model, 1)
+            ).to(language_model.device)
         self._view: HookedView | None = None
         self.decoders: dict[Any, Any] = {}  # rollout.static's, by shape
 
@@ -320,7 +324,7 @@ class TransformerWithValueHead(CausalTransformer):
 
     def forward(
         self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"] | None = None
-    ) -> tuple[Float[Tensor, "batch seq vocab"], Float[Tensor, "batch seq"]]:
+    ) -> tuple[Float[Tensor, "batch seq vocab"], Float[Tensor, "batch seq"] | None]:
         """Logits and values at every position; no mask means that nothing is padding."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         if self.engine == "hooked":
@@ -329,8 +333,10 @@ class TransformerWithValueHead(CausalTransformer):
         hidden = self.hidden_states(tokens, mask)
         return self.unembed(hidden), self.values(hidden)
 
-    def values(self, hidden: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes"]:
+    def values(self, hidden: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes"] | None:
         """The value head on final hidden states."""
+        if self.value_head is None:
+            return None
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value_head(hidden.float()).squeeze(-1)
 

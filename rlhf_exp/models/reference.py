@@ -1,9 +1,5 @@
-"""What of the policy is trained, and what it is held close to: the frozen reference.
+"""The frozen reference: the policy as it was before training, which the KL is measured to."""
 
-The choices differ in memory alone: each reference is the policy as it was before training.
-"""
-
-import copy
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,12 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_exp.functional.vocab_head import Head
-from rlhf_exp.models.freezing import train_last_layers
-from rlhf_exp.models.loading import ModelSettings, must_be_fp32
-from rlhf_exp.models.lora import adapter_off, add_adapter, plain_name
+from rlhf_exp.models.lora import adapter_off, plain_name
 from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
 from rlhf_exp.models.working_weights import round_frozen
-from rlhf_exp.settings import ConfigError, Count, Text, settings
 from rlhf_exp.types import Completions, Layout
 
 
@@ -41,92 +34,6 @@ class Reference(Protocol):
     def head(self) -> Head:
         """The output embedding's weights."""
         ...
-
-
-@runtime_checkable
-class ReferenceSettings(Protocol):
-    """The settings of a reference group."""
-
-    def check(self, model: ModelSettings) -> list[str]:
-        """What is wrong between this choice and the model's settings."""
-        ...
-
-    def attach(self, policy: TransformerWithValueHead, *, seed: int) -> Reference:
-        """Makes trainable what this choice trains, and returns the policy as it is now, frozen.
-        Raises ConfigError for a model that it does not fit."""
-        ...
-
-
-@settings
-class FullCopy:
-    """All weights are trained; the reference is a copy of them."""
-
-    def check(self, model: ModelSettings) -> list[str]:
-        """The weights must be fp32."""
-        return must_be_fp32(model)
-
-    def attach(self, policy: TransformerWithValueHead, *, seed: int) -> Reference:
-        """The copy."""
-        return policy.frozen_reference()
-
-
-@settings
-class SharedTrunk:
-    """The last `num_layers_unfrozen` blocks and the final layer norm are trained; the reference is
-    a copy of these on top of the frozen others, which both share."""
-
-    num_layers_unfrozen: Count = 2
-
-    def check(self, model: ModelSettings) -> list[str]:
-        """The weights must be fp32."""
-        return must_be_fp32(model)
-
-    def attach(self, policy: TransformerWithValueHead, *, seed: int) -> Reference:
-        """The reference, which owns only what is trained in the policy."""
-        model = policy.language_model
-        try:
-            train_last_layers(
-                model, self.num_layers_unfrozen, field="reference.num_layers_unfrozen"
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        frozen = [p for p in model.parameters() if not p.requires_grad]
-        shared = {id(tensor): tensor for tensor in (*frozen, *model.buffers())}
-        return policy.frozen(copy.deepcopy(model, shared))
-
-
-@settings
-class Lora:
-    """Low-rank adapters are trained; the reference is the policy with them switched off."""
-
-    rank: Count = 16
-    alpha: Count = 32
-    target_modules: Text | list[Text] = "all-linear"
-
-    def check(self, model: ModelSettings) -> list[str]:
-        """TransformerLens does not know adapters."""
-        if model.engine == "hooked":
-            return [
-                "reference=lora needs model.engine=fast; policy.hooked() shows the merged model"
-            ]
-        return []
-
-    def attach(self, policy: TransformerWithValueHead, *, seed: int) -> Reference:
-        """The policy with its adapters off."""
-        try:
-            add_adapter(
-                policy.language_model,
-                rank=self.rank,
-                alpha=self.alpha,
-                target_modules=self.target_modules,
-                seed=seed,
-            )
-        except ValueError as error:
-            reason = str(error).splitlines()[0][:300]
-            raise ConfigError(
-                f"reference.target_modules={self.target_modules}: {reason}"
-            ) from error
-        return WithoutAdapter(policy)
 
 
 class WithoutAdapter:
@@ -155,8 +62,8 @@ class WithoutAdapter:
 def compute_reference_in(
     reference: Reference, policy: CausalTransformer, dtype: torch.dtype
 ) -> None:
-    """Has the reference compute as the policy does, so that their KL is 0 where their weights are
-    equal. It keeps its own matrices as they are computed with; the policy's stay."""
+    """Casts the reference to the policy's compute dtype, so that equal weights give a KL of exactly
+    0. The policy's own matrices keep their dtype."""
     if not isinstance(reference, CausalTransformer):
         return  # it is the policy
     if dtype != torch.float32:

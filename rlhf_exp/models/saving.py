@@ -10,8 +10,8 @@ from rlhf_exp.models.policy import TransformerWithValueHead
 
 
 def save_policy(policy: TransformerWithValueHead, path: str | Path) -> Path:
-    """Writes model (safetensors), tokenizer, config, generation config and value head to the
-    directory, and returns it. A reload gives bit-equal logits and values.
+    """Writes model (safetensors), tokenizer, config, generation config and value head, if
+    there is one, to the directory, and returns it. A reload gives bit-equal logits and values.
 
     Of a model with adapters the merged weights are written, whose logits are equal up to rounding,
     and the adapters alone below `adapter/`.
@@ -24,6 +24,7 @@ def save_policy(policy: TransformerWithValueHead, path: str | Path) -> Path:
     else:
         model.save_pretrained(path)
     policy.tokenizer.save_pretrained(path)
-    head = {name: tensor.contiguous() for name, tensor in policy.value_head.state_dict().items()}
-    save_file(head, path / VALUE_HEAD_FILE, metadata={"format": "pt"})
+    if policy.value_head is not None:
+        head = {name: t.contiguous() for name, t in policy.value_head.state_dict().items()}
+        save_file(head, path / VALUE_HEAD_FILE, metadata={"format": "pt"})
     return path

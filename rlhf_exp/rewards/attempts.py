@@ -93,7 +93,7 @@ class PatientReward:
             self._thread = None  # lost to the call that hangs
             raise RewardError(
                 f"the reward gave no scores within {timeout_s:g} s; if it needs longer, raise"
-                " stage.reward_timeout_s or set it null"
+                " stage.guards.reward_timeout_s or set it null"
             )
         return asked.result()
 
@@ -103,8 +103,8 @@ class PatientReward:
             return ""
         return (
             "\nthe reward is called on a thread of its own, so that a call that hangs can be given"
-            " up; to have it called on the main thread, set stage.reward_timeout_s=null and"
-            " stage.async_reward=false"
+            " up; to have it called on the main thread, set stage.guards.reward_timeout_s=null and"
+            " stage.compute.async_reward=false"
         )
 
 

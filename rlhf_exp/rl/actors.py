@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from rlhf_exp.hf import PreTrainedModel
+from rlhf_exp.models.finetune import Finetune
 from rlhf_exp.models.loading import ModelSettings, build_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.probing import check_hooked
-from rlhf_exp.models.reference import Reference, ReferenceSettings, reference_hash
+from rlhf_exp.models.reference import Reference, reference_hash
 from rlhf_exp.rewards.protocol import ReadsPrompts, ReadsTokens, Reward, RewardFunction
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.sampler import Sampler, eos_token
@@ -48,11 +49,13 @@ def load_actors(
     model: ModelSettings,
     reward: Reward,
     sampler: Sampler,
-    reference: ReferenceSettings,
+    finetune: Finetune,
+    *,
+    value_head: bool = True,
 ) -> Actors:
     """The policy, what of it is trained, its reference, the reward and the prompts, on the
     context's device. Raises ConfigError for what cannot be loaded or does not fit."""
-    policy = load_sampled_policy(context, task, model, sampler)
+    policy = load_sampled_policy(context, task, model, sampler, value_head=value_head)
     train, held_out = (
         fitting_prompts(policy, task, texts, sampler)
         for texts in (task.train_prompts(), task.eval_prompts())
@@ -60,11 +63,11 @@ def load_actors(
     if isinstance(task, ShapesPrompts):
         held_out = without(held_out, train)
     score = load_reward(context, reward, policy, task, sampler, (train, held_out))
-    frozen = reference.attach(policy, seed=stream_seed(context.seed, "reference"))
+    reference = finetune.attach(policy, seed=stream_seed(context.seed, "reference"))
     return Actors(
         policy=policy,
-        reference=frozen,
-        reference_hash=reference_hash(frozen, policy),
+        reference=reference,
+        reference_hash=reference_hash(reference, policy),
         score=score,
         sampler=sampler,
         train_prompts=train,
@@ -115,12 +118,19 @@ def _ids(prompts: PromptBatch) -> list[tuple[int, ...]]:
 
 
 def load_sampled_policy(
-    context: Context, task: Task, model: ModelSettings, sampler: Sampler
+    context: Context,
+    task: Task,
+    model: ModelSettings,
+    sampler: Sampler,
+    *,
+    value_head: bool = False,
 ) -> TransformerWithValueHead:
     """A policy that the sampler can sample from. Raises ConfigError if it cannot be loaded or has
     no EOS to stop at."""
     seed = stream_seed(context.seed, "model")
-    policy = build_policy(model, tokenizer_factory(task), device=context.device, seed=seed)
+    policy = build_policy(
+        model, tokenizer_factory(task), device=context.device, seed=seed, value_head=value_head
+    )
     eos_token(policy, stop_at_eos=sampler.stop_at_eos)  # raises here rather than while sampling
     if isinstance(sampler, BridgeSampler) and policy.engine != "hooked":  # which was checked
         check_hooked(policy)

@@ -11,13 +11,12 @@ from rich.console import Console
 
 from rlhf_exp.functional.masking import masked_mean
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.models.reference import Reference
 from rlhf_exp.rewards.attempts import PatientReward
+from rlhf_exp.rl.actors import Actors
 from rlhf_exp.rl.answers import exact_match, greedy, judge_answers
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.tasks.prompts import take
-from rlhf_exp.tasks.protocol import AnswerTask
 from rlhf_exp.training.context import Context, TrainingError
 from rlhf_exp.training.curves import plot_ppo, print_before_after
 from rlhf_exp.training.folder import RunFolder
@@ -58,35 +57,27 @@ def read_evaluations(folder: RunFolder) -> tuple[Evaluation, Evaluation]:
 
 
 def evaluate(
-    policy: TransformerWithValueHead,
-    reference: Reference,
-    reward: PatientReward,
-    sampler: Sampler,
-    prompts: PromptBatch,
-    *,
-    num_samples: int,
-    seed: int,
-    phase: int,
-    answers: AnswerTask | None = None,
+    actors: Actors, reward: PatientReward, *, num_samples: int, seed: int, phase: int
 ) -> Evaluation:
-    """Scores, exact KL and diversity of `num_samples` completions; with the task that knows exact
-    `answers` also exact-match rates, sampled and greedy, and the true reward.
+    """Scores, exact KL and diversity of `num_samples` completions of the held-out prompts; with a
+    task that knows exact answers also exact-match rates, sampled and greedy, and the true reward.
 
     The prompts are the same at every call with one seed, in the same order, repeated if there are
     fewer of them than samples; so is the stream of random numbers, which pairs evaluations and
     makes their differences less noisy. None of it is a rollout's. Raises TrainingError naming the
     phase for logits that are not finite, and RewardError as the reward does.
     """
+    policy, prompts, answers = actors.policy, actors.eval_prompts, actors.answers
     device = policy.device
     order = torch.randperm(len(prompts.rows), generator=stream(seed, "evaluation prompts"))
     index = order.repeat(-(-num_samples // len(order)))[:num_samples]
     generator = stream(seed, "evaluation", device)
-    full = sampler.full_distribution()
+    full = actors.sampler.full_distribution()
     chunks = []
     for rows in index.split(ROWS):
         generation = sample(full, policy, take(prompts, rows.to(device)), generator, phase=phase)
         scores = reward(generation.completions, phase=phase)
-        chunks.append(measure(policy, reference, generation, scores, temperature=1.0))
+        chunks.append(measure(policy, actors.reference, generation, scores, temperature=1.0))
     metrics, samples = _metrics(chunks), sample_rows(chunks)
     if answers is not None:
         judged = [judge_answers(answers, policy.tokenizer, chunk.completions) for chunk in chunks]

@@ -1,39 +1,57 @@
 """The distributions behind a phase's means, from what the last pass of learning computes anyway."""
 
+from collections.abc import Callable
+
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_exp.training.metrics import Histogram, histogram
-from rlhf_exp.types import Experience
+from rlhf_exp.types import Experience, LossOutput, Pass
 
 
-class LastPass:
-    """What the last pass over a rollout saw, or the one that stage.target_kl ended. Learning adds
-    each minibatch as it is, without a computation and without making a GPU's host wait;
-    `histograms` does the work afterwards."""
+class HistogramCollector:
+    """Notes the last pass over a rollout, or the one that a guard stopped. It computes nothing and
+    never makes the host wait for a GPU; `histograms` does the work afterwards."""
 
-    def __init__(self) -> None:
-        self._steps: list[tuple[Tensor, ...]] = []
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._parts: list[tuple[Tensor, ...]] = []
+        self._num_rows = 0
+        self.active = False
 
-    def restart(self) -> None:
-        """Forgets what was seen, since another pass begins."""
-        self._steps.clear()
+    def start(self, *, active: bool) -> None:
+        """Begins a phase. It notes nothing unless it is active."""
+        self._parts, self._num_rows, self.active = [], 0, active
 
-    def add(self, logprobs: Float[Tensor, "batch completion"], minibatch: Experience) -> None:
-        """Notes a minibatch with the log-probs of the policy just before its update."""
-        rollout = minibatch.rollout  # not kept, for its hidden states
-        kept = (rollout.completions.mask, minibatch.advantages, rollout.kl, rollout.logprobs)
-        self._steps.append((logprobs, *kept))
+    def watch(
+        self, objective: Callable[[Pass, Experience], LossOutput]
+    ) -> Callable[[Pass, Experience], LossOutput]:
+        """The objective, its calls noted."""
+
+        def watched(new: Pass, batch: Experience) -> LossOutput:
+            output = objective(new, batch)
+            if self.active:
+                self._note(output.logprobs, batch)
+            return output
+
+        return watched
+
+    def _note(self, logprobs: Tensor, batch: Experience) -> None:
+        if self._num_rows == self._batch_size:  # another pass begins
+            self.start(active=True)
+        rollout = batch.rollout  # not kept, for its hidden states
+        kept = (rollout.completions.mask, batch.advantages, rollout.kl, rollout.logprobs)
+        self._parts.append((logprobs, *kept))
+        self._num_rows += len(logprobs)
 
     def histograms(self) -> dict[str, Histogram]:
         """Over the real tokens: the advantages as learning used them, the ratios to the policy that
-        sampled, and the exact KL of that policy to the reference. None if no pass was made."""
-        if not self._steps:
+        sampled, and the exact KL of that policy to the reference. Empty if no pass was made."""
+        if not self._parts:
             return {}
-        seen: dict[str, list[Tensor]] = {"advantages": [], "ratio": [], "token_kl": []}
-        for logprobs, real, advantages, kl, old_logprobs in self._steps:
-            seen["advantages"].append(advantages[real])
-            seen["ratio"].append((logprobs - old_logprobs)[real].exp())
-            seen["token_kl"].append(kl[real])
-        return {name: histogram(torch.cat(parts)) for name, parts in seen.items()}
+        values: dict[str, list[Tensor]] = {"advantages": [], "ratio": [], "token_kl": []}
+        for logprobs, real, advantages, kl, old_logprobs in self._parts:
+            values["advantages"].append(advantages[real])
+            values["ratio"].append((logprobs - old_logprobs)[real].exp())
+            values["token_kl"].append(kl[real])
+        return {name: histogram(torch.cat(parts)) for name, parts in values.items()}

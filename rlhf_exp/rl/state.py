@@ -56,19 +56,19 @@ class TrainState:
         schedule: Schedule,
         prompts: PromptBatch,
         *,
-        batch_size: int,
+        num_prompts: int,
         total_phases: int,
         seed: int,
         inputs: Mapping[str, str],
     ) -> "TrainState":
-        """The state before the first phase. `inputs` are hashes of what a resumed run must find as
-        it was, by the field that names it."""
+        """The state before the first phase. Each phase takes `num_prompts` prompts. `inputs` are
+        hashes of what a resumed run must find as it was, by the field that names it."""
         adamw = optimizer.build(policy.language_model, policy.value_head)
         return cls(
             policy=policy,
             optimizer=adamw,
             scheduler=schedule.build(adamw, total_steps=total_phases),
-            prompts=PromptStream(prompts, batch_size, stream(seed, "prompts")),
+            prompts=PromptStream(prompts, num_prompts, stream(seed, "prompts")),
             sample_generator=stream(seed, "samples", policy.device),
             minibatch_generator=stream(seed, "minibatches"),
             inputs=inputs,

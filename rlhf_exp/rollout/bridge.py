@@ -74,7 +74,7 @@ class BridgeSampler(Sampler):
         return Generation(
             completions=completions,
             logprobs=token_logprobs(logits / self.temperature, completions.tokens) * mask,
-            values=completion_part(values, prompt_len).float() * mask,
+            values=None if values is None else completion_part(values, prompt_len).float() * mask,
             hidden=completion_part(hidden, prompt_len) * mask[..., None],
             kept_mass=mass,
         )

@@ -107,10 +107,11 @@ class _Steps:
         tokens, logprobs, kept_mass = (torch.cat(x) for x in zip(*self.drawn, strict=True))
         check_finite(logprobs)
         mask = spread(torch.ones_like(rows, dtype=torch.bool))
+        values = policy.values(hidden)
         return Generation(
             completions=as_completions(policy, prompts, spread(tokens), mask),
             logprobs=spread(logprobs),
-            values=spread(policy.values(hidden)),
+            values=None if values is None else spread(values),
             hidden=spread(hidden),
             kept_mass=spread(kept_mass),
         )
@@ -147,11 +148,11 @@ def decode_static(
     """The generation by steps of fixed shapes."""
     columns = decoder.run(prompts.mask, cache, hidden, uniforms, eos=eos)
     check_finite(columns.logprobs.where(columns.mask, 0))
-    mask = columns.mask
+    mask, values = columns.mask, policy.values(columns.hidden)
     return Generation(
         completions=as_completions(policy, prompts, columns.tokens * mask, mask),
         logprobs=columns.logprobs.where(mask, 0),
-        values=policy.values(columns.hidden).where(mask, 0),
+        values=None if values is None else values.where(mask, 0),
         hidden=columns.hidden.where(mask[..., None], 0),
         kept_mass=columns.kept_mass.where(mask, 0),
     )

@@ -1,58 +1,54 @@
-"""PPO with a KL penalty to a frozen reference, on completions of a policy with a value head.
-
-A phase is one rollout and several passes of learning over it. Everything that a restart would need
-is in TrainState; everything that a user sets is a field of PPO.
-"""
+"""PPO with a KL penalty to a frozen reference: the settings, and the algorithm of rl/loop.py put
+together from them."""
 
 import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from pydantic import model_validator
+from torch import Tensor
 
+from rlhf_exp.models.finetune import Finetune
 from rlhf_exp.models.hub import locate_model
 from rlhf_exp.models.loading import ModelSettings, Pretrained
-from rlhf_exp.models.reference import (
-    ReferenceSettings,
-    compute_reference_in,
-    resident_memory,
-)
+from rlhf_exp.models.passes import policy_pass
+from rlhf_exp.models.reference import resident_memory
 from rlhf_exp.models.saving import save_policy
-from rlhf_exp.rewards.attempts import Patience
 from rlhf_exp.rewards.protocol import Reward
+from rlhf_exp.rl import loop
 from rlhf_exp.rl.actors import Actors, check_frozen, fingerprints, frozen_hash, load_actors
-from rlhf_exp.rl.collect import SCORING, Collector
-from rlhf_exp.rl.evaluation import (
-    ANSWER_METRICS,
-    METRICS,
-    brief,
-    evaluate,
-    present,
-    read_evaluations,
-)
-from rlhf_exp.rl.histograms import LastPass
-from rlhf_exp.rl.learn import Learning
+from rlhf_exp.rl.collect import Rollouts, Scorer, missing_eos_penalty
+from rlhf_exp.rl.compute import Compute, warm_up
+from rlhf_exp.rl.estimators import GAE, Estimator, token_rewards
+from rlhf_exp.rl.evaluation import ANSWER_METRICS, METRICS, present, read_evaluations, sample
+from rlhf_exp.rl.guards import Guards, reconsider
+from rlhf_exp.rl.histograms import HistogramCollector
+from rlhf_exp.rl.keep import Keeper, phase_metrics
+from rlhf_exp.rl.kl import KLCoefficient
+from rlhf_exp.rl.learn import Minibatch, micro_batches, minibatches, optimizer_step
+from rlhf_exp.rl.objectives import Coefficients, Objective, PPOClip
 from rlhf_exp.rl.state import TrainState
-from rlhf_exp.rollout.bridge import BridgeSampler
+from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import Sampler
-from rlhf_exp.settings import Count, Fingerprinted, Index, NonNegative, Positive, settings
+from rlhf_exp.settings import Count, Fingerprinted, NonNegative, OpenFraction, Positive, settings
 from rlhf_exp.stages.saved import check_saved_policy
 from rlhf_exp.tasks.protocol import AnswerTask, Task
 from rlhf_exp.training.context import Context
 from rlhf_exp.training.memory import explaining_memory
-from rlhf_exp.training.metrics import read_metrics, rollout_metrics
-from rlhf_exp.training.optim import AdamWSettings, Schedule, check_schedule, learning_rates
-from rlhf_exp.training.precision import Dtype, compute_dtype
+from rlhf_exp.training.metrics import read_metrics
+from rlhf_exp.training.optim import AdamWSettings, Schedule, check_schedule
 from rlhf_exp.training.progress import Progress
 from rlhf_exp.training.saver import Saver
 from rlhf_exp.training.timing import Stopwatch
-from rlhf_exp.types import Experience
+from rlhf_exp.types import Completions, Experience, Generation, Layout, Pass, PromptBatch, Rollout
 
 log = logging.getLogger(__name__)
 
-LOADING = ("choose a smaller model", "keep no second one, with reference=shared_trunk or lora")
-EVALUATING = ("lower sampler.gen_len", "lower stage.eval_samples", *SCORING)
+LOADING = ("choose a smaller model", "keep no second one, with finetune=last_layers or lora")
 TRUNCATION_NOTE = (
     "top_k/top_p: samples come from a truncated distribution, while log-probs, KL and entropy are"
     " the policy's own; sample/kept_mass is its mass on what is kept"
@@ -60,54 +56,78 @@ TRUNCATION_NOTE = (
 
 
 @settings
-class PPO(Learning):
-    """Hyperparameters of the loop, beside those of learning."""
+class PPO:
+    """The algorithm's settings. Objective = policy term - vf_coef value loss + ent_coef entropy
+    - kl_coef exact KL, the last only with kl_penalty="loss"."""
 
     total_phases: Count = 100
+    """Phases; each is one rollout and learning from it."""
+    batch_size: Count = 32
+    """Completions a phase; a multiple of num_minibatches and samples_per_prompt."""
+    samples_per_prompt: Count = 1
+    """Completions sampled of each prompt, 1-64; they form a group."""
+    num_minibatches: Count = 4
+    """Optimizer steps a pass, 1-16."""
+    batches_per_learning_phase: Count = 2
+    """Passes over the rollout, 1-4."""
+    clip_coef: OpenFraction = 0.2
+    """The ratio is clipped to 1 +- this, 0.1-0.3."""
+    vf_coef: NonNegative = 0.15
+    """Weight of the value loss, 0.1-1; without values there is none."""
+    value_clip_coef: Positive | None = None
+    """Values stay this close to the rollout's in the value loss; null: no clipping."""
+    ent_coef: NonNegative = 0.001
+    """Weight of the entropy bonus (nats), 0-0.01."""
+    kl_coef: NonNegative = 0.2
+    """Weight of the KL to the reference (nats a token), 0.03-3."""
+    kl_penalty: Literal["loss", "reward"] = "loss"
+    """loss: exact KL in the loss; reward: -kl_coef (log p - log q) on each token's reward."""
+    adaptive_kl_target: Positive | None = None
+    """KL of a phase's samples (nats a completion, 1-20; 6 in Ziegler et al. 2019) that kl_coef,
+    where it starts, is adapted to; null: kl_coef stays."""
+    kl_horizon: Positive = 10000.0
+    """Completions in which that coefficient changes by at most a fifth, 1000-100000."""
+    normalize_reward: bool = True
+    """Scores to mean 0 and standard deviation 1 over the batch."""
     missing_eos_penalty: NonNegative | None = None
-    on_reward_error: Literal["stop", "retry", "skip"] = "stop"
-    reward_retries: Index = 3
-    reward_retry_wait_s: NonNegative = 1.0
-    reward_timeout_s: Positive | None = 1800.0
-    rollout_batch_size: Count | None = None
-    dtype: Dtype = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"
-    async_reward: bool = False
+    """Taken off the score of a completion that does not end with EOS, 0.5-2; null: none."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are clipped to this norm over all parameters."""
     eval_every: Count = 25
+    """Phases between evaluations."""
     eval_samples: Count = 512
+    """Completions an evaluation."""
     histograms_every: Count | None = 25
+    """Phases between histograms of advantages, ratios and token KL; null: none."""
     checkpoint_every: Count | None = 50
+    """Phases between checkpoints; one at the best evaluation and at the end too; null: only when
+    asked to stop."""
+    estimator: Estimator = GAE()
+    """How rewards become advantages: stage/estimator=gae, one_step or leave_one_out."""
+    objective: Objective = PPOClip()
+    """What learning maximises: stage/objective=ppo_clip."""
+    guards: Guards = Guards()
+    """Limits on KL, steps that are not finite, and failing rewards."""
+    compute: Compute = Compute()
+    """Precision, compilation and memory."""
 
     @model_validator(mode="after")
-    def _divides(self) -> "PPO":
-        if self.batch_size % self.num_minibatches:
-            raise ValueError(
-                f"batch_size={self.batch_size} must be a multiple of"
-                f" num_minibatches={self.num_minibatches}"
-            )
-        minibatch = f"the minibatch of {self.minibatch_size} (batch_size / num_minibatches)"
-        for name, limit, what in (
-            ("rollout_batch_size", self.batch_size, f"batch_size={self.batch_size}"),
-            ("micro_batch_size", self.minibatch_size, minibatch),
-        ):
-            if (asked := getattr(self, name) or 1) > limit:
-                raise ValueError(f"{name}={asked} is above {what}: lower it, or set it null")
+    def _agrees(self) -> "PPO":
+        for problem in _contradictions(self):
+            raise ValueError(problem)
         return self
 
     @property
-    def patience(self) -> Patience:
-        """What is borne of a reward."""
-        retries = 0 if self.on_reward_error == "stop" else self.reward_retries
-        return Patience(
-            retries=retries, wait_s=self.reward_retry_wait_s, timeout_s=self.reward_timeout_s
-        )
+    def minibatch_size(self) -> int:
+        """Completions an optimizer step."""
+        return self.batch_size // self.num_minibatches
 
     def check(
         self,
         *,
         task: Task,
         model: ModelSettings,
-        reference: ReferenceSettings,
+        finetune: Finetune,
         reward: Reward,
         sampler: Sampler,
         schedule: Schedule,
@@ -123,21 +143,7 @@ class PPO(Learning):
         problems = check_schedule(
             schedule, total_steps=self.total_phases, field="stage.total_phases"
         )
-        problems += reference.check(model)
-        if self.gradient_checkpointing and model.engine == "hooked":
-            problems.append("stage.gradient_checkpointing needs model.engine=fast")
-        if model.engine == "hooked":
-            problems += [
-                f"stage.{name}={value} needs model.engine=fast"
-                for name, value in (("dtype", self.dtype), ("compile", self.compile))
-                if value in ("bf16", "on")
-            ]
-        if self.dtype == "bf16" and isinstance(sampler, BridgeSampler):
-            problems.append("stage.dtype=bf16 needs sampler=cached; sampler=bridge is in fp32")
-        if self.dtype == "bf16" and isinstance(model, Pretrained) and model.dtype == "fp16":
-            problems.append("stage.dtype=bf16 and model.dtype=fp16 exclude each other")
-        if self.compile == "on" and self.gradient_checkpointing:
-            problems.append("stage.compile=on and stage.gradient_checkpointing exclude each other")
+        problems += finetune.check(model) + self.compute.problems(model, sampler)
         if self.missing_eos_penalty is not None and not sampler.stop_at_eos:
             problems.append("stage.missing_eos_penalty needs sampler.stop_at_eos=true")
         if isinstance(task, AnswerTask) and not sampler.stop_at_eos:
@@ -154,7 +160,7 @@ class PPO(Learning):
         *,
         task: Task,
         model: ModelSettings,
-        reference: ReferenceSettings,
+        finetune: Finetune,
         reward: Reward,
         sampler: Sampler,
         optimizer: AdamWSettings,
@@ -168,33 +174,32 @@ class PPO(Learning):
         """
         clock = Stopwatch()
         with clock("load"), explaining_memory("loading", LOADING):
-            actors = load_actors(context, task, model, reward, sampler, reference)
-            self.prepare(actors)
+            actors = load_actors(
+                context, task, model, reward, sampler, finetune,
+                value_head=self.estimator.needs_values,
+            )  # fmt: skip
+            self.compute.prepare(actors)
             frozen = frozen_hash(actors)
             inputs = fingerprints(actors.policy.language_model, task=task, model=model)
-            inputs["reference"] = actors.reference_hash
-            state = TrainState.start(
-                actors.policy, optimizer, schedule, actors.train_prompts,
-                batch_size=self.batch_size, total_phases=self.total_phases, seed=context.seed,
-                inputs=inputs,
-            )  # fmt: skip
+            inputs["finetune"] = actors.reference_hash
+            state = start(self, actors, optimizer, schedule, seed=context.seed, inputs=inputs)
             clock.seconds = state.seconds  # those of a resumed run go on
-            collector = self.collector(actors)
+            phases = Phases(self, actors, state, clock)
             saver = Saver(
-                context, {"loop": state, "ahead": collector},
+                context, {"loop": state, "ahead": phases.rollouts},
                 every=self.checkpoint_every, optimizer=state.optimizer,
             )  # fmt: skip
             if saver.restore():
                 log.info("going on after phase %d", state.phase)
-                self.reconsider(state)
+                reconsider(self.guards, state)
         context.folder.start()
         memory = resident_memory(actors.policy, actors.reference)
         log.info("%s", memory)
         with clock("compile"):
-            self.warm_up(actors)
+            warm_up(actors, rows=self.compute.micro_batch_size or self.minibatch_size)
         if sampler.truncates:
             log.info(TRUNCATION_NOTE)
-        self._train(context, state, collector, saver, clock)
+        train(self, context, phases, saver)
         with clock("save"):
             check_frozen(actors, frozen)
             path = save_policy(actors.policy, context.folder.path / "model")
@@ -210,159 +215,198 @@ class PPO(Learning):
             "seconds": clock.seconds,
         }
 
-    def prepare(self, actors: Actors) -> None:
-        """Has policy and reference compute as this stage says: in which precision, with which
-        activations kept, compiled or not."""
-        policy = actors.policy
-        dtype, base = torch.float32, policy.language_model.dtype
-        fast = policy.engine == "fast"
-        # TransformerLens samples in fp32, and fp16 weights do not mix with bf16.
-        if fast and base != torch.float16 and not isinstance(actors.sampler, BridgeSampler):
-            width = policy.head.weight.shape[1]
-            dtype = compute_dtype(self.dtype, policy.device, width=width)
-        policy.compute_in(dtype)
-        compute_reference_in(actors.reference, policy, dtype)
-        if self.gradient_checkpointing:
-            policy.checkpoint_gradients()
-        if self.compile == "on" or (
-            self.compile == "auto"
-            and fast
-            and policy.device.type == "cuda"
-            and not self.gradient_checkpointing
-            and bool(actors.train_prompts.mask.all())  # else widths vary, and each is compiled
-        ):
-            policy.compile_passes()
 
-    def warm_up(self, actors: Actors) -> None:
-        """Has a compiled policy compile what learning runs, so that no phase's time holds it."""
-        policy, width = actors.policy, actors.train_prompts.tokens.shape[1]
-        if policy.is_compiled:
-            rows = self.micro_batch_size or self.minibatch_size
-            shape = (rows, width + actors.sampler.gen_len - 1)
-            tokens = torch.zeros(shape, dtype=torch.long, device=policy.device)
-            mask = torch.ones_like(tokens, dtype=torch.bool)
-            padded = not bool(actors.train_prompts.mask.all())
-            with policy.working():
-                policy.hidden_states(tokens, mask if padded else None).sum().backward()
-            policy.zero_grad(set_to_none=True)
-
-    def _train(
-        self,
-        context: Context,
-        state: TrainState,
-        collector: Collector,
-        saver: Saver,
-        clock: Stopwatch,
-    ) -> None:
-        with saver.steps(), Progress(self.total_phases, unit="phase") as progress:
-            if state.phase == 0:
-                self._evaluate(context, collector, state, clock)
-            while state.phase < self.total_phases and state.stopped is None:
-                another = state.phase + 1 < self.total_phases
-                seen = LastPass() if self._is_due(self.histograms_every, state.phase + 1) else None
-                metrics = self.phase(state, collector, clock, another=another, seen=seen)
-                context.folder.log(state.phase, metrics)
-                if seen is not None and (found := seen.histograms()):
-                    context.folder.log_histograms(state.phase, found)
-                progress.advance(state.phase, metrics)
-                is_last = not another or state.stopped is not None
-                score, is_best = None, False
-                if is_last or self._is_due(self.eval_every, state.phase):
-                    score = self._evaluate(context, collector, state, clock)
-                    is_best = state.note_evaluation(score)
-                with clock("save"):
-                    saver.step_done(state.phase, is_last=is_last, score=score, is_best=is_best)
-
-    def _is_due(self, every: int | None, phase: int) -> bool:
-        return every is not None and (phase % every == 0 or phase == self.total_phases)
-
-    def _evaluate(
-        self, context: Context, collector: Collector, state: TrainState, clock: Stopwatch
-    ) -> float:
-        """Evaluates, logs, and returns the mean score."""
-        collector.wait_for_reward()
-        actors, phase = collector.actors, state.phase
-        explaining = explaining_memory(f"phase {phase}: evaluating", EVALUATING)
-        with clock("evaluate"), actors.policy.working(), explaining:
-            result = evaluate(
-                actors.policy,
-                actors.reference,
-                collector.reward,
-                actors.sampler,
-                actors.eval_prompts,
-                num_samples=self.eval_samples,
-                seed=context.seed,
-                phase=phase,
-                answers=actors.answers,
-            )
-        context.folder.log(phase, result.metrics)
-        context.folder.log_samples(phase, result.samples)
-        log.info("evaluation at phase %d: %s", phase, brief(result.metrics))
-        return result.metrics["eval/score"]
-
-    def collector(self, actors: Actors) -> Collector:
-        """What makes the rollouts of a run."""
-        return Collector(
-            actors,
-            rows=self.rollout_batch_size or self.batch_size,
-            missing_eos_penalty=self.missing_eos_penalty,
-            # Without a timeout the reward is called on the main thread, beside nothing else.
-            overlap=actors.policy.device.type == "cuda" and self.reward_timeout_s is not None,
-            ahead=self.async_reward,
-            patience=self.patience,
-            skip_unscored=self.on_reward_error == "skip",
+def _contradictions(ppo: PPO) -> Iterator[str]:
+    """What is wrong between the settings of the stage."""
+    for name in ("num_minibatches", "samples_per_prompt"):
+        if ppo.batch_size % (count := getattr(ppo, name)):
+            yield f"batch_size={ppo.batch_size} must be a multiple of {name}={count}"
+    if ppo.samples_per_prompt < (least := ppo.estimator.min_samples_per_prompt):
+        yield (
+            f"samples_per_prompt={ppo.samples_per_prompt}: {type(ppo.estimator).__name__} needs at"
+            f" least {least} completions of each prompt"
         )
+    yield from ppo.compute.too_large(batch=ppo.batch_size, minibatch=ppo.minibatch_size)
+    yield from _kl_coefficient(ppo).problems()
 
-    def phase(
-        self, state: TrainState, collector: Collector, clock: Stopwatch, *,
-        another: bool = False, seen: LastPass | None = None,
-    ) -> dict[str, float]:  # fmt: skip
-        """One phase: rollout, experience, learning. Returns its metrics. `another` says that one
-        follows; `seen` is given what histograms are made of."""
-        state.phase += 1
-        actors, lap = collector.actors, Stopwatch()
-        kl_coef, rates = self.kl_coef_of(state), learning_rates(state.optimizer)
-        with state.policy.working():
-            with clock("rollout"), lap("rollout"):
-                rollout = collector.collect(state, lap, another=another)
-                experience = self.build_experience(rollout, kl_coef=kl_coef)
-            with clock("learn"), lap("learn"), explaining_memory(
-                f"phase {state.phase}: learning", self.memory_knobs(actors)
-            ):  # fmt: skip
-                learned = self._learned(state, experience, actors, seen=seen)
-                state.scheduler.step()
-        metrics = rollout_metrics(experience, truncates=actors.sampler.truncates)
-        metrics |= self.look(state, rollout, actors, metrics)
-        self.settle(state, metrics)
-        seconds = lap.seconds["rollout"] + lap.seconds["learn"]
-        return {
-            **metrics,
-            "objective/kl_coef": kl_coef,
-            **learned,
-            "train/skipped_steps": float(state.skipped_steps),
-            "train/skipped_rewards": float(state.skipped_rewards),
-            **{f"lr/{name}": rate for name, rate in rates.items()},
-            **{f"time/{name}_s": value for name, value in lap.seconds.items()},
-            "time/tokens_per_s": rollout.completions.mask.sum().item() / seconds,
-        }
 
-    def _learned(
-        self, state: TrainState, experience: Experience, actors: Actors, *, seen: LastPass | None
-    ) -> dict[str, float]:
-        """What learning came to; nothing is learned from a batch without scores."""
-        if self.on_reward_error == "skip" and bool(experience.rollout.scores.isnan().any()):
-            state.skipped_rewards += 1
-            self.check_skipped(state)
-            return self.nothing_learned(state)
-        return self.sum_up(
-            state,
-            read_metrics(
-                self.learn(
-                    state,
-                    experience,
-                    actors.reference,
-                    temperature=actors.sampler.temperature,
-                    seen=seen,
-                )
+def _kl_coefficient(ppo: PPO) -> KLCoefficient:
+    return KLCoefficient(
+        start=ppo.kl_coef,
+        target=ppo.adaptive_kl_target,
+        horizon=ppo.kl_horizon,
+        batch_size=ppo.batch_size,
+    )
+
+
+def start(
+    ppo: PPO, actors: Actors, optimizer: AdamWSettings, schedule: Schedule, *, seed: int,
+    inputs: Mapping[str, str],
+) -> TrainState:  # fmt: skip
+    """The state before the first phase."""
+    return TrainState.start(
+        actors.policy, optimizer, schedule, actors.train_prompts,
+        num_prompts=ppo.batch_size // ppo.samples_per_prompt, total_phases=ppo.total_phases,
+        seed=seed, inputs=inputs,
+    )  # fmt: skip
+
+
+def train(ppo: PPO, context: Context, phases: "Phases", saver: Saver) -> None:
+    """Runs phases until they are all done or a guard ends the run."""
+    state = phases.state
+    with saver.steps(), Progress(ppo.total_phases, unit="phase") as progress:
+        keeper = Keeper(
+            context=context, actors=phases.actors, state=state, summarize=phases.summarize,
+            scorer=phases.scorer, saver=saver, progress=progress, histograms=phases.histograms,
+            clock=phases.clock, total_phases=ppo.total_phases, eval_every=ppo.eval_every,
+            eval_samples=ppo.eval_samples, histograms_every=ppo.histograms_every,
+        )  # fmt: skip
+        keeper.start()
+        while state.phase < ppo.total_phases and state.stopped is None:
+            phases.run(keeper)
+
+
+class Phases:
+    """The steps of rl/loop.py with a stage's settings in them, and with what surrounds them: the
+    clock of the run and the lap of the phase, explanations of memory, rewards on a thread, skipped
+    phases, histograms and guards."""
+
+    def __init__(self, ppo: PPO, actors: Actors, state: TrainState, clock: Stopwatch) -> None:
+        self.ppo, self.actors, self.state, self.clock = ppo, actors, state, clock
+        self.lap = Stopwatch()
+        self.histograms = HistogramCollector(ppo.batch_size)
+        self.kl_coefficient = _kl_coefficient(ppo)
+        # Worth a thread where reward and reference compute on different devices. Without a timeout
+        # the reward is called on the main thread, beside nothing else.
+        overlaps = actors.policy.device.type == "cuda" and ppo.guards.reward_timeout_s is not None
+        self.scorer = Scorer(
+            actors.score, ppo.guards, on_thread=overlaps or ppo.compute.async_reward,
+            penalty=missing_eos_penalty(actors.policy.tokenizer, ppo.missing_eos_penalty),
+        )  # fmt: skip
+        self.rollouts = Rollouts(
+            partial(
+                loop.collect, state, sample=self.sample, score=self.score, measure=self.measure
             ),
+            actors.train_prompts,
+            ahead=ppo.compute.async_reward,
+            total_phases=ppo.total_phases,
         )
+        self._rows = ppo.compute.rollout_batch_size or ppo.batch_size
+        self._less = (f"lower stage.compute.rollout_batch_size (now {self._rows})",
+                      "lower sampler.gen_len")  # fmt: skip
+
+    def run(self, keep: Callable[[Experience, Sequence[Mapping[str, float]]], object]) -> None:
+        """The next phase."""
+        loop.run_phase(
+            self.state, collect=self.collect, credit=self.credit, learn=self.learn, keep=keep
+        )
+
+    def sample(self, prompts: PromptBatch, phase: int) -> Generation:
+        """Step 1."""
+        with self.lap("sample"), explaining_memory(f"phase {phase}: sampling", self._less):
+            return sample(
+                self.actors.sampler, self.actors.policy,
+                prompts.repeated(self.ppo.samples_per_prompt), self.state.sample_generator,
+                phase=phase, rows=self._rows,
+            )  # fmt: skip
+
+    def score(self, completions: Completions, phase: int) -> loop.Scores:
+        """Step 2."""
+        with self.lap("score"):
+            scores = self.scorer(completions, phase)
+
+        def wait() -> Tensor:
+            with self.lap("score"):
+                return scores()
+
+        return wait
+
+    def measure(self, generation: Generation, phase: int) -> Rollout:
+        """Step 3; the scores are NaN until they are there."""
+        doing = f"phase {phase}: measuring the samples"
+        unscored = torch.full(
+            (len(generation.logprobs),), math.nan, device=self.state.policy.device
+        )
+        with self.lap("measure"), explaining_memory(doing, self._less):
+            return measure(
+                self.actors.policy, self.actors.reference, generation, unscored,
+                temperature=self.actors.sampler.temperature, rows=self._rows,
+            )  # fmt: skip
+
+    def collect(self, phase: int) -> Rollout:
+        """Steps 1 to 3, a phase ahead with async_reward."""
+        with self.clock("rollout"), self.lap("rollout"):
+            return self.rollouts(phase)
+
+    def credit(self, rollout: Rollout) -> Experience:
+        """Step 4."""
+        ppo, kl_coef = self.ppo, self.kl_coefficient.now(self.state)
+        with self.clock("rollout"), self.lap("rollout"):
+            rewards = token_rewards(
+                rollout,
+                kl_coef=kl_coef if ppo.kl_penalty == "reward" else 0.0,
+                normalize=ppo.normalize_reward,
+            )
+            return ppo.estimator(rollout, rewards)
+
+    def learn(self, experience: Experience) -> list[dict[str, float]]:
+        """Step 5; nothing is learned from a batch without scores."""
+        guards, phase = self.ppo.guards, self.state.phase
+        less = self.ppo.compute.less_memory(self.actors, minibatch=self.ppo.minibatch_size)
+        explaining = explaining_memory(f"phase {phase}: learning", less)
+        with self.clock("learn"), self.lap("learn"), explaining:
+            if guards.on_reward_error == "skip" and bool(experience.rollout.scores.isnan().any()):
+                self.state.skipped_rewards += 1
+                return []
+            return read_metrics(self.updates(experience))
+
+    def updates(self, experience: Experience) -> Iterator[loop.Metrics]:
+        """The metrics of each minibatch, one optimizer step after the other."""
+        ppo, state = self.ppo, self.state
+        kl_coef = self.kl_coefficient.now(state)
+        layout = Layout.of(experience.rollout.completions, whole=state.policy.is_compiled)
+
+        def policy_pass_of(part: Minibatch) -> Pass:
+            return policy_pass(
+                self.actors.policy, self.actors.reference, part.experience.rollout, part.layout,
+                temperature=self.actors.sampler.temperature,
+            )  # fmt: skip
+
+        return loop.learn(
+            state,
+            experience,
+            minibatches=partial(
+                minibatches, layout=layout, generator=state.minibatch_generator,
+                num_minibatches=ppo.num_minibatches, num_passes=ppo.batches_per_learning_phase,
+                prepare=ppo.estimator.for_minibatch,
+            ),
+            micro_batches=partial(micro_batches, size=ppo.compute.micro_batch_size),
+            policy_pass=policy_pass_of,
+            objective=self.histograms.watch(
+                partial(ppo.objective, coefs=coefficients(ppo, kl_coef))
+            ),
+            optimizer_step=partial(
+                optimizer_step, state, guards=ppo.guards, max_grad_norm=ppo.max_grad_norm
+            ),
+        )  # fmt: skip
+
+    def summarize(
+        self, experience: Experience, updates: Sequence[Mapping[str, float]]
+    ) -> dict[str, float]:
+        """The metrics of the phase; see `phase_metrics`."""
+        with_values = experience.returns is not None
+        return phase_metrics(
+            self.state, self.actors, self.ppo.guards, self.kl_coefficient, self.lap, experience,
+            updates, loss_metrics=self.ppo.objective.metric_names(with_values=with_values),
+        )  # fmt: skip
+
+
+def coefficients(ppo: PPO, kl_coef: float) -> Coefficients:
+    """The weights of the loss's terms while the KL's is `kl_coef`."""
+    return Coefficients(
+        clip_coef=ppo.clip_coef,
+        vf_coef=ppo.vf_coef,
+        value_clip_coef=ppo.value_clip_coef,
+        ent_coef=ppo.ent_coef,
+        kl_coef=kl_coef if ppo.kl_penalty == "loss" else 0.0,
+    )

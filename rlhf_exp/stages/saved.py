@@ -32,7 +32,8 @@ ROWS, LENGTH = 4, 16  # of the tokens
 
 def check_saved_policy(policy: TransformerWithValueHead, path: Path) -> None:
     """Raises TrainingError unless the folder holds the policy and its value head."""
-    _check_head(policy.value_head, path / VALUE_HEAD_FILE)
+    if policy.value_head is not None:
+        _check_head(policy.value_head, path / VALUE_HEAD_FILE)
     check_saved_language_model(policy.language_model, path)
 
 

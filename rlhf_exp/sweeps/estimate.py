@@ -10,7 +10,7 @@ NEWEST = 50
 # What a phase's time depends on, apart from coefficients and rates.
 SHAPE = {
     "stage": {"_target_", "batch_size", "num_minibatches", "batches_per_learning_phase",
-              "eval_every", "eval_samples", "dtype", "gradient_checkpointing"},
+              "eval_every", "eval_samples", "dtype", "compute"},
     "model": {"_target_", "engine", "num_layers", "d_model"},
     "task": {"_target_", "path"},
     "sampler": {"_target_", "gen_len"},

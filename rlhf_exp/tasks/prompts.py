@@ -2,6 +2,7 @@
 
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -110,9 +111,7 @@ def take(prompts: PromptBatch, index: torch.Tensor) -> PromptBatch:
     """The rows at `index`, without columns that are padding in all of them."""
     batch = prompts[index]
     width = int(batch.mask.sum(dim=1).max())
-    return PromptBatch(
-        tokens=batch.tokens[:, -width:], mask=batch.mask[:, -width:], rows=batch.rows
-    )
+    return replace(batch, tokens=batch.tokens[:, -width:], mask=batch.mask[:, -width:])
 
 
 class PromptStream(Iterator[PromptBatch]):

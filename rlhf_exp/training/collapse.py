@@ -50,6 +50,7 @@ class Watch:
         signs = {
             **self._of_samples(metrics),
             **_of_rollout(rollout, gen_len=gen_len, ended=ended),
+            **_of_kl(metrics),
             **_of_values(phase, metrics),
         }
         for name, (is_up, text) in signs.items():
@@ -100,14 +101,22 @@ def _of_rollout(
     }
 
 
-def _of_values(phase: int, metrics: Mapping[str, float]) -> dict[str, Sign]:
-    kl, explained = metrics["objective/kl"], metrics["val/explained_variance"]
+def _of_kl(metrics: Mapping[str, float]) -> dict[str, Sign]:
+    kl = metrics["objective/kl"]
     return {
         "warn/high_kl": (
             kl > HIGH_KL,
             f"the KL to the reference is {kl:.3g} nats a token; raise stage.kl_coef or lower"
             " optimizer.base_lr",
         ),
+    }
+
+
+def _of_values(phase: int, metrics: Mapping[str, float]) -> dict[str, Sign]:
+    explained = metrics.get("val/explained_variance")
+    if explained is None:
+        return {}
+    return {
         "warn/bad_values": (
             phase > SETTLED and explained < BAD_VALUES,
             f"val/explained_variance is {explained:.3g}: the value head predicts far worse than a"

@@ -133,10 +133,12 @@ def rollout_metrics(experience: Experience, *, truncates: bool) -> dict[str, flo
         "objective/kl": masked_mean(rollout.kl, mask).item(),
         "objective/kl_sum": rollout.kl.sum(dim=1).mean().item(),
         "objective/entropy": masked_mean(rollout.entropy, mask).item(),
-        "val/explained_variance": explained_variance(rollout.values, experience.returns, mask),
         "sample/len_mean": mask.sum(dim=1).float().mean().item(),
         "sample/distinct_3": distinct_n(rollout.completions.tokens, mask, n=3),
     }
+    if rollout.values is not None and experience.returns is not None:
+        explained = explained_variance(rollout.values, experience.returns, mask)
+        metrics["val/explained_variance"] = explained
     if truncates:
         metrics["sample/kept_mass"] = masked_mean(rollout.kept_mass, mask).item()
     return metrics

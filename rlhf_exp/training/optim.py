@@ -231,5 +231,5 @@ def check_finite(steps: Sequence[Mapping[str, float]], phase: int) -> None:
             raise TrainingError(
                 f"phase {phase}, step {number}: {fault}; lower optimizer.base_lr and"
                 " optimizer.head_lr, raise stage.kl_coef, or leave such steps out with"
-                " stage.on_nonfinite=skip"
+                " stage.guards.on_nonfinite=skip"
             )

@@ -26,6 +26,11 @@ class Stopwatch:
         elapsed = time.perf_counter() - start
         self.seconds[part] = self.seconds.get(part, 0.0) + elapsed
 
+    def take(self) -> dict[str, float]:
+        """The seconds so far; begins anew."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
 
 def _process_age() -> float:
     try:  # in ticks since the boot; psutil adds the time of the boot, known to a second alone

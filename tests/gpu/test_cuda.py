@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from rlhf_exp.functional.logprobs import completion_logits, token_logprobs
+from rlhf_exp.models.finetune import Finetune, Full, LastLayers, Lora
 from rlhf_exp.models.loading import Pretrained, build_policy, load_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.probing import probed
-from rlhf_exp.models.reference import FullCopy, Lora, ReferenceSettings, SharedTrunk
 from rlhf_exp.models.reward_model import load_reward_model
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.models.scratch import Scratch
@@ -36,7 +36,7 @@ from tests.rl.fixed import perturb
 from tests.rl.test_low_precision import assert_alike, moved, small
 from tests.rl.test_objectives import REFERENCES as KINDS
 from tests.rl.test_objectives import SMALL, compiled_beside_plain, learned
-from tests.rl.toy import RAGGED, ToyTask, parts, start
+from tests.rl.toy import RAGGED, ToyTask, parts, ppo_with, start
 
 pytestmark = pytest.mark.gpu
 
@@ -78,7 +78,7 @@ def test_first_ratio_is_one(sampler: Sampler) -> None:
 
 
 def test_bandit_is_solved_and_its_policy_reloads(tmp_path: Path) -> None:
-    ppo = PPO(total_phases=25, kl_coef=0.0, eval_every=25, compile="off")
+    ppo = ppo_with(total_phases=25, kl_coef=0.0, eval_every=25, compile="off")
     context = Context(folder=RunFolder(tmp_path), seed=1, device=DEVICE)
     after = ppo.run(context, **parts(sampler=CachedSampler(gen_len=1)))["after"]
     assert after["eval/score"] > 0.9
@@ -111,25 +111,25 @@ def test_the_four_steps_run_and_the_reward_model_scores_as_on_the_cpu(tmp_path: 
         for device in ("cpu", DEVICE)
     ]
     torch.testing.assert_close(scores[0], scores[1].cpu(), rtol=0, atol=1e-3)
-    result = PPO(total_phases=2, eval_every=1, eval_samples=32, compile="off").run(
+    result = ppo_with(total_phases=2, eval_every=1, eval_samples=32, compile="off").run(
         on_gpu("ppo"),
         task=task,
         model=sft,
         reward=LearnedReward(path=str(tmp_path / "reward")),
         sampler=sampler,
-        reference=FullCopy(),
+        finetune=Full(),
         **learning,
     )
     assert "eval/exact_match" in result["after"]
 
 
-REFERENCES = [FullCopy(), SharedTrunk(num_layers_unfrozen=1), Lora(rank=4)]
+REFERENCES = [Full(), LastLayers(num_layers_unfrozen=1), Lora(rank=4)]
 
 
 @pytest.mark.parametrize("reference", REFERENCES, ids=lambda r: type(r).__name__)
-def test_each_reference_resumes_where_it_was(reference: ReferenceSettings, tmp_path: Path) -> None:
+def test_each_reference_resumes_where_it_was(reference: Finetune, tmp_path: Path) -> None:
     model = Scratch(num_layers=2, d_model=32, num_heads=4, context_len=16)
-    ppo = PPO(
+    ppo = ppo_with(
         total_phases=4, eval_every=4, eval_samples=32, checkpoint_every=2, micro_batch_size=3,
         rollout_batch_size=12, gradient_checkpointing=True, compile="off", dtype="fp32",
     )  # fmt: skip
@@ -137,7 +137,7 @@ def test_each_reference_resumes_where_it_was(reference: ReferenceSettings, tmp_p
     def run(path: Path, total_phases: int, *, resume: bool) -> dict[str, float]:
         context = Context(folder=RunFolder(path), seed=1, device=DEVICE, resume=resume)
         stage = replace(ppo, total_phases=total_phases)
-        given = parts(model=model, reference=reference, task=RAGGED)
+        given = parts(model=model, finetune=reference, task=RAGGED)
         return stage.run(context, **given)["after"]
 
     whole = run(tmp_path / "whole", 4, resume=False)
@@ -156,11 +156,11 @@ def test_frozen_bf16_weights_train_adapters(tmp_path: Path) -> None:
     )
     model = Pretrained(base_model=str(tmp_path / "base"), dtype="bf16")
     context = Context(folder=RunFolder(tmp_path / "run"), seed=1, device=DEVICE)
-    result = PPO(total_phases=25, kl_coef=0.0, eval_every=25, compile="off").run(
+    result = ppo_with(total_phases=25, kl_coef=0.0, eval_every=25, compile="off").run(
         context,
         **parts(
             model=model,
-            reference=Lora(rank=8),
+            finetune=Lora(rank=8),
             sampler=CachedSampler(gen_len=1),
             optimizer=AdamWSettings(base_lr=2e-2, head_lr=3e-3),
         ),
@@ -169,7 +169,7 @@ def test_frozen_bf16_weights_train_adapters(tmp_path: Path) -> None:
     assert result["after"]["eval/score"] > 3 * result["before"]["eval/score"]
 
 
-@pytest.mark.parametrize("kind", ["full_copy", "shared_trunk", "lora"])
+@pytest.mark.parametrize("kind", ["full", "last_layers", "lora"])
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 @pytest.mark.parametrize("task", ["shared", "ragged"])
 def test_a_phase_on_fixed_samples_moves_the_weights_as_on_the_cpu(
@@ -188,7 +188,7 @@ def test_a_phase_on_fixed_samples_moves_the_weights_as_on_the_cpu(
 @pytest.mark.parametrize("task", ["shared", "ragged"])
 def test_a_phase_learns_what_the_textbook_does(task: str, kind: str, tmp_path: Path) -> None:
     given = (task, KINDS[kind], {"device": DEVICE})
-    ppo = replace(SMALL, compile="off")
+    ppo = ppo_with(SMALL, compile="off")
     expected, _ = learned(tmp_path, ppo, *given, by_the_book=True)
     seen, _ = learned(tmp_path, ppo, *given, by_the_book=False)
     for a, b in zip(expected, seen, strict=True):

@@ -10,8 +10,8 @@ from torch import Tensor
 from rlhf_exp.functional.logprobs import completion_part
 from rlhf_exp.functional.vocab_head import token_statistics
 from rlhf_exp.models.cache import prompt_cache
+from rlhf_exp.models.finetune import LastLayers, Lora
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.models.reference import Lora, SharedTrunk
 from rlhf_exp.types import Completions, Layout
 from tests.builders import (
     assert_near,
@@ -113,8 +113,8 @@ def test_with_activations_computed_again(architecture: str, kind: str) -> None:
     assert_plain(policy, of, Layout.of(of))
 
 
-@pytest.mark.parametrize("trained", [SharedTrunk(num_layers_unfrozen=1), Lora(rank=4)])
-def test_with_part_of_the_weights_trained(architecture: str, trained: SharedTrunk | Lora) -> None:
+@pytest.mark.parametrize("trained", [LastLayers(num_layers_unfrozen=1), Lora(rank=4)])
+def test_with_part_of_the_weights_trained(architecture: str, trained: LastLayers | Lora) -> None:
     policy = tiny_policy(architecture)
     trained.attach(policy, seed=0)
     with torch.no_grad():

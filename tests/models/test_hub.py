@@ -14,6 +14,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 
+from rlhf_exp.models.finetune import Lora
 from rlhf_exp.models.hub import (
     directory_hash,
     find_file,
@@ -22,7 +23,6 @@ from rlhf_exp.models.hub import (
     locate_revision,
 )
 from rlhf_exp.models.loading import load_classifier, load_language_model, load_policy
-from rlhf_exp.models.reference import Lora
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.network import reachable, responds
 from rlhf_exp.settings import ConfigError

@@ -10,10 +10,11 @@ import transformers as hf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from rlhf_exp.models.finetune import Lora
 from rlhf_exp.models.loading import load_policy
 from rlhf_exp.models.lora import adapter_off, add_adapter, has_adapter, merged_copy, merged_state
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.models.reference import Lora, WithoutAdapter, reference_hash
+from rlhf_exp.models.reference import WithoutAdapter, reference_hash
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.settings import ConfigError
 from tests.architectures import build

@@ -9,8 +9,8 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+from rlhf_exp.models.finetune import Full, LastLayers, Lora
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.models.reference import FullCopy, Lora, SharedTrunk
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError
 from tests.architectures import ARCHITECTURES, build
@@ -19,8 +19,8 @@ from tests.rollout.oracles import RAGGED
 
 TOKENS, MASK = ragged_tokens()
 KINDS = {
-    "full_copy": FullCopy(),
-    "shared_trunk": SharedTrunk(num_layers_unfrozen=1),
+    "full": Full(),
+    "last_layers": LastLayers(num_layers_unfrozen=1),
     "lora": Lora(),
 }
 
@@ -61,7 +61,7 @@ def test_gradients_are_the_same_bit_by_bit(architecture: str, kind: str) -> None
     with counted(policy) as calls:
         seen = gradients(policy)
     # What is below all that is trained has no activations to keep.
-    assert calls == ({0: 1, 1: 2} if kind == "shared_trunk" else {0: 2, 1: 2})
+    assert calls == ({0: 1, 1: 2} if kind == "last_layers" else {0: 2, 1: 2})
     assert seen.keys() == expected.keys()
     for name, gradient in expected.items():
         assert torch.equal(seen[name], gradient), name

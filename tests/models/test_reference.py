@@ -7,15 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_exp.functional.logprobs import completion_part
+from rlhf_exp.models.finetune import Finetune, Full, LastLayers, Lora
 from rlhf_exp.models.loading import Pretrained
 from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
 from rlhf_exp.models.reference import (
-    FullCopy,
-    Lora,
     Memory,
     Reference,
-    ReferenceSettings,
-    SharedTrunk,
     compute_reference_in,
     reference_hash,
     resident_memory,
@@ -30,8 +27,8 @@ PROMPT = 6
 COMPLETIONS = cut(TOKENS, MASK, PROMPT)
 LAYOUT = Layout.of(COMPLETIONS)
 KINDS = {
-    "full_copy": FullCopy(),
-    "shared_trunk": SharedTrunk(num_layers_unfrozen=1),
+    "full": Full(),
+    "last_layers": LastLayers(num_layers_unfrozen=1),
     "lora": Lora(rank=4, alpha=8),
 }
 LAST = {"gpt2": ("h.1.", "ln_f."), "gpt_neox": ("layers.1.", "final_layer_norm.")}
@@ -39,7 +36,7 @@ LAST = {"gpt2": ("h.1.", "ln_f."), "gpt_neox": ("layers.1.", "final_layer_norm."
 
 def is_trained(kind: str, architecture: str, name: str) -> bool:
     """Whether a parameter of the policy, by its name, is one that is trained."""
-    if kind == "full_copy" or name.startswith("value_head."):
+    if kind == "full" or name.startswith("value_head."):
         return True
     if kind == "lora":
         return "lora_" in name
@@ -95,7 +92,7 @@ def test_a_reference_is_the_policy_as_it_was(architecture: str, kind: str) -> No
         assert torch.equal(parameter, start[name]) != parameter.requires_grad, name
 
 
-@pytest.mark.parametrize("kind", ["full_copy", "shared_trunk"])
+@pytest.mark.parametrize("kind", ["full", "last_layers"])
 def test_nothing_trains_a_reference(architecture: str, kind: str) -> None:
     policy = tiny_policy(architecture)
     reference = KINDS[kind].attach(policy, seed=0)
@@ -110,14 +107,14 @@ def storages(module: nn.Module) -> set[int]:
 
 def test_a_shared_trunk_is_there_once(architecture: str) -> None:
     policy = tiny_policy(architecture)
-    reference = KINDS["shared_trunk"].attach(policy, seed=0)
+    reference = KINDS["last_layers"].attach(policy, seed=0)
     own = dict(policy.named_parameters())
     for name, parameter in reference.named_parameters():
-        trained = is_trained("shared_trunk", architecture, name)
+        trained = is_trained("last_layers", architecture, name)
         assert (parameter.data_ptr() != own[name].data_ptr()) == trained, name
         assert torch.equal(parameter, own[name])
     assert len(storages(reference) - storages(policy)) == sum(
-        is_trained("shared_trunk", architecture, name) for name in own if "value_head" not in name
+        is_trained("last_layers", architecture, name) for name in own if "value_head" not in name
     )
     # Buffers (causal masks, rotary frequencies) too.
     for ours, theirs in zip(policy.buffers(), reference.buffers(), strict=True):
@@ -141,7 +138,7 @@ def test_adapters_need_no_second_model() -> None:
 
 def test_all_blocks_can_be_unfrozen_and_no_more(architecture: str) -> None:
     policy = tiny_policy(architecture)
-    SharedTrunk(num_layers_unfrozen=2).attach(policy, seed=0)
+    LastLayers(num_layers_unfrozen=2).attach(policy, seed=0)
     frozen = {n for n, p in policy.language_model.named_parameters() if not p.requires_grad}
     assert {name.split(".")[-2] for name in frozen} <= {
         "wte", "wpe", "embed_tokens", "lm_head", "embed_in", "embed_out",
@@ -150,7 +147,7 @@ def test_all_blocks_can_be_unfrozen_and_no_more(architecture: str) -> None:
         ConfigError,
         match=r"^the model has 2 blocks, fewer than reference\.num_layers_unfrozen=3$",
     ):
-        SharedTrunk(num_layers_unfrozen=3).attach(tiny_policy(architecture), seed=0)
+        LastLayers(num_layers_unfrozen=3).attach(tiny_policy(architecture), seed=0)
 
 
 # GPT-2 of width 16 in fp32: embeddings of 16 tokens and 32 positions, a block of two layer norms,
@@ -166,8 +163,8 @@ ADAPTERS = 2 * 4 * ((16 + 48) + (16 + 16) + (16 + 64) + (64 + 16))
 @pytest.mark.parametrize(
     ("kind", "policy_size", "reference_size", "trained"),
     [
-        ("full_copy", MODEL + HEAD, MODEL, MODEL + HEAD),
-        ("shared_trunk", MODEL + HEAD, BLOCK + NORM, BLOCK + NORM + HEAD),
+        ("full", MODEL + HEAD, MODEL, MODEL + HEAD),
+        ("last_layers", MODEL + HEAD, BLOCK + NORM, BLOCK + NORM + HEAD),
         ("lora", MODEL + HEAD + ADAPTERS, 0, ADAPTERS + HEAD),
     ],
 )
@@ -202,7 +199,7 @@ def test_memory_as_a_line() -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_weights_that_are_trained_must_be_fp32(dtype: str) -> None:
     low = Pretrained(base_model="gpt2", dtype=dtype)
-    for kind in ("full_copy", "shared_trunk"):
+    for kind in ("full", "last_layers"):
         [problem] = KINDS[kind].check(low)
         assert problem.startswith(f"model.dtype={dtype}: weights that are trained must be fp32")
         assert KINDS[kind].check(Pretrained(base_model="gpt2")) == []
@@ -213,23 +210,23 @@ def test_weights_that_are_trained_must_be_fp32(dtype: str) -> None:
 def test_transformer_lens_knows_no_adapters() -> None:
     for model in (Pretrained(base_model="gpt2", engine="hooked"), Scratch(engine="hooked")):
         assert KINDS["lora"].check(model) == [
-            "reference=lora needs model.engine=fast; policy.hooked() shows the merged model"
+            "finetune=lora needs model.engine=fast; policy.hooked() shows the merged model"
         ]
-        assert KINDS["full_copy"].check(model) == KINDS["shared_trunk"].check(model) == []
+        assert KINDS["full"].check(model) == KINDS["last_layers"].check(model) == []
     assert KINDS["lora"].check(Scratch()) == []
 
 
 def test_kinds_are_settings_of_the_reference_group() -> None:
-    assert all(isinstance(kind, ReferenceSettings) for kind in KINDS.values())
+    assert all(isinstance(kind, Finetune) for kind in KINDS.values())
     for kind in KINDS.values():
         assert isinstance(kind.attach(tiny_policy(), seed=0), Reference)
 
 
 def test_copies_that_passes_compute_with_are_counted() -> None:
     policy = tiny_policy()
-    before = resident_memory(policy, KINDS["full_copy"].attach(policy, seed=0))
+    before = resident_memory(policy, KINDS["full"].attach(policy, seed=0))
     policy.compute_in(torch.bfloat16)
-    after = resident_memory(policy, KINDS["full_copy"].attach(policy, seed=0))
+    after = resident_memory(policy, KINDS["full"].attach(policy, seed=0))
     linear = sum(
         p.numel()
         for name, p in policy.language_model.named_parameters()
@@ -247,7 +244,7 @@ def hash_of(kind: str, **policy: object) -> tuple[TransformerWithValueHead, Refe
 def test_the_hash_is_of_the_model_whatever_is_trained_of_it():
     hashes = {hash_of(kind)[2] for kind in KINDS}
     assert len(hashes) == 1
-    assert hash_of("full_copy", seed=1)[2] not in hashes
+    assert hash_of("full", seed=1)[2] not in hashes
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -277,7 +274,7 @@ def test_training_leaves_the_hash_alone(kind):
 
 
 def test_the_hash_of_rounded_weights_is_another_and_stays():
-    policy, reference, before = hash_of("full_copy")
+    policy, reference, before = hash_of("full")
     policy.compute_in(torch.bfloat16)
     compute_reference_in(reference, policy, torch.bfloat16)
     rounded = reference_hash(reference, policy)

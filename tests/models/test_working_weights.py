@@ -9,13 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_exp.functional.vocab_head import rollout_statistics
+from rlhf_exp.models.finetune import Full, LastLayers, Lora
 from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
-from rlhf_exp.models.reference import (
-    FullCopy,
-    Lora,
-    SharedTrunk,
-    compute_reference_in,
-)
+from rlhf_exp.models.reference import compute_reference_in
 from rlhf_exp.models.working_weights import WorkingWeights, multiplied
 from rlhf_exp.types import Layout
 from tests.builders import assert_near, cut, ragged_tokens, tiny_policy
@@ -23,8 +19,8 @@ from tests.builders import assert_near, cut, ragged_tokens, tiny_policy
 TOKENS, MASK = ragged_tokens()
 BF16 = torch.bfloat16
 KINDS = {
-    "full_copy": FullCopy(),
-    "shared_trunk": SharedTrunk(num_layers_unfrozen=1),
+    "full": Full(),
+    "last_layers": LastLayers(num_layers_unfrozen=1),
     "lora": Lora(rank=4, alpha=8),
 }
 # Within a block: the matrices, each with a bias where there is one.
@@ -36,7 +32,7 @@ MATRICES = {
 }
 
 
-def policy_in_bf16(architecture: str = "gpt2", kind: str = "full_copy") -> TransformerWithValueHead:
+def policy_in_bf16(architecture: str = "gpt2", kind: str = "full") -> TransformerWithValueHead:
     policy = tiny_policy(architecture)
     KINDS[kind].attach(policy, seed=0)
     shake(policy)
@@ -198,7 +194,7 @@ def test_adapters_are_copied_too(architecture: str) -> None:
 
 
 def test_frozen_weights_get_no_gradient(architecture: str) -> None:
-    policy = policy_in_bf16(architecture, "shared_trunk")
+    policy = policy_in_bf16(architecture, "last_layers")
     with policy.working():
         backward(policy)
         copies = {n: p for n, p in policy.named_parameters() if p.dtype == BF16}
@@ -303,7 +299,7 @@ def test_a_reference_is_at_no_distance_from_an_equal_policy(
 
 def test_a_reference_keeps_its_own_matrices_in_bf16(architecture: str) -> None:
     policy = tiny_policy(architecture)
-    reference = FullCopy().attach(policy, seed=0)
+    reference = Full().attach(policy, seed=0)
     before = copy.deepcopy(reference.state_dict())
     compute_reference_in(reference, policy, BF16)
     policy.compute_in(BF16)
@@ -317,7 +313,7 @@ def test_a_reference_keeps_its_own_matrices_in_bf16(architecture: str) -> None:
 
 def test_a_shared_trunk_stays_shared_and_fp32(architecture: str) -> None:
     policy = tiny_policy(architecture)
-    reference = SharedTrunk(num_layers_unfrozen=1).attach(policy, seed=0)
+    reference = LastLayers(num_layers_unfrozen=1).attach(policy, seed=0)
     shared = {n for n, p in policy.named_parameters() if not p.requires_grad}
     compute_reference_in(reference, policy, BF16)
     own = dict(policy.named_parameters())
@@ -332,7 +328,7 @@ def test_a_shared_trunk_stays_shared_and_fp32(architecture: str) -> None:
 
 def test_a_reference_in_fp32_stays(architecture: str) -> None:
     policy = tiny_policy(architecture)
-    reference = FullCopy().attach(policy, seed=0)
+    reference = Full().attach(policy, seed=0)
     compute_reference_in(reference, policy, torch.float32)
     assert in_bf16(reference) == []
     assert reference.low is None

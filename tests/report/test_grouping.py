@@ -28,13 +28,19 @@ def runs_of(tmp_path):
 
 
 def test_parameters_are_what_differs_but_for_seeds_and_places(runs_of):
-    first = {"seed": 1, "prepare_seed": 0, "name": "a", "stage.kl_coef": 0.1, "stage.gamma": 1.0}
+    first = {
+        "seed": 1,
+        "prepare_seed": 0,
+        "name": "a",
+        "stage.kl_coef": 0.1,
+        "stage.estimator.gamma": 1.0,
+    }
     first |= {"artifacts_dir": "x", "device": "cpu", "logger.project": "p", "model.dtype": "fp32"}
     first |= {"skip_completed": False, "dry_run": False, "hub": None}
     second = dict.fromkeys(first, 2)
     assert varied_parameters(runs_of(first, second)) == [
         "stage.kl_coef",
-        "stage.gamma",
+        "stage.estimator.gamma",
         "model.dtype",
     ]
 

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from rlhf_exp.functional.losses import clipped_surrogate, value_loss
 from rlhf_exp.functional.masking import masked_mean
 from rlhf_exp.models.lora import adapter_off, has_adapter
+from rlhf_exp.models.passes import textbook_pass
 from rlhf_exp.rl.actors import Actors
-from rlhf_exp.rl.objectives import textbook_pass
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.tasks.prompts import take
 from rlhf_exp.types import Completions, Experience, Generation, Layout
+
+from .toy import experience_of
 
 LENGTHS = (5, 1, 3, 4, 2, 5, 1, 3)  # in 7 columns, of which the last two are padding everywhere
 
@@ -66,7 +68,7 @@ def fixed_experience(ppo: PPO, actors: Actors, completions: Completions) -> Expe
         )
     scores = torch.arange(len(mask), device=mask.device) % 3.0
     rollout = measure(old, actors.reference, generation, scores, temperature=temperature)
-    return ppo.build_experience(rollout)
+    return experience_of(ppo, rollout)
 
 
 def off_the_reference(actors: Actors, *, scale: float) -> None:
@@ -113,7 +115,10 @@ def textbook_phase(
             batch = experience[index]
             mask, old = batch.rollout.completions.mask, batch.rollout.logprobs
             new = textbook_pass(
-                actors.policy, actors.reference, batch, temperature=actors.sampler.temperature
+                actors.policy,
+                actors.reference,
+                batch.rollout,
+                temperature=actors.sampler.temperature,
             )
             surrogate = clipped_surrogate(
                 new.logprobs, old, batch.advantages, mask, clip_coef=ppo.clip_coef

@@ -23,7 +23,7 @@ from .toy import RAGGED, EchoTask, ToyTask, context, parts
 def loaded(path: Path, **replaced: object) -> Actors:
     p = parts(**replaced)
     return load_actors(
-        context(path), p["task"], p["model"], p["reward"], p["sampler"], p["reference"]
+        context(path), p["task"], p["model"], p["reward"], p["sampler"], p["finetune"]
     )
 
 

@@ -14,24 +14,24 @@ from torch import Tensor
 from rlhf_exp.functional.logprobs import completion_logits, token_logprobs
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
 from rlhf_exp.rl.actors import Actors
-from rlhf_exp.rl.collect import Collector
+from rlhf_exp.rl.collect import Scorer
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import settings
-from rlhf_exp.stages.ppo import PPO
+from rlhf_exp.stages.ppo import PPO, Phases
 from rlhf_exp.training.checkpoint import read_newest_checkpoint
 from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.training.timing import Stopwatch
 from rlhf_exp.types import Completions, Rollout
 
 from ..stages.test_resume import Failing, files, timeless
-from .toy import RAGGED, context, parts, rows, start
+from .toy import RAGGED, context, experience_of, learn, parts, phase, ppo_with, rows, start
 
-SYNC = PPO(
+SYNC = ppo_with(
     batch_size=9, num_minibatches=3, total_phases=5, eval_samples=6, eval_every=9,
     reward_timeout_s=None,
 )  # fmt: skip
-AHEAD = PPO(
+AHEAD = ppo_with(
     batch_size=9, num_minibatches=3, total_phases=5, eval_samples=6, eval_every=9,
     async_reward=True,
 )  # fmt: skip
@@ -89,8 +89,11 @@ def phases(
 ) -> tuple[list[dict[str, float]], TrainState]:
     """The metrics of phases, times left out."""
     actors, state = started(path, ppo, **replaced)
-    collector = ppo.collector(actors)
-    metrics = [ppo.phase(state, collector, Stopwatch(), another=more) for more in another]
+    run = Phases(ppo, actors, state, Stopwatch())
+    metrics = []
+    for more in another:
+        run.rollouts.total_phases = state.phase + 1 + more
+        metrics.append(phase(ppo, actors, state, run))
     return [{k: v for k, v in m.items() if not k.startswith("time/")} for m in metrics], state
 
 
@@ -127,7 +130,7 @@ def test_scores_come_from_the_thread(tmp_path: Path) -> None:
 def test_phases_and_evaluations_ask_on_one_thread(
     options: dict[str, Any], on_main: bool, tmp_path: Path
 ) -> None:
-    ppo = PPO(total_phases=2, batch_size=4, num_minibatches=1, eval_samples=4, **options)
+    ppo = ppo_with(total_phases=2, batch_size=4, num_minibatches=1, eval_samples=4, **options)
     ppo.run(context(tmp_path), **parts(reward=Noting(name="one")))
     assert len(SEEN["one"].idents) == 4
     assert set(SEEN["one"].idents) == {SEEN["one"].idents[0]}
@@ -168,13 +171,13 @@ def test_the_next_batch_is_sampled_while_the_reward_works(tmp_path: Path) -> Non
     actors.policy.language_model.base_model.register_forward_pre_hook(
         lambda module, args: setattr(CLOCK, "passes", CLOCK.passes + 1)
     )
-    metrics = AHEAD.phase(state, AHEAD.collector(actors), Stopwatch(), another=True)
-    assert metrics["objective/scores"] == 1
+    assert phase(AHEAD, actors, state)["objective/scores"] == 1
 
 
-def collected(collector: Collector, state: TrainState, *, another: bool) -> Rollout:
-    state.phase += 1
-    return collector.collect(state, Stopwatch(), another=another)
+def collected(run: Phases, *, another: bool) -> Rollout:
+    run.state.phase += 1
+    run.rollouts.total_phases = run.state.phase + another
+    return run.collect(run.state.phase)
 
 
 @torch.no_grad()
@@ -186,18 +189,18 @@ def logprobs_of(policy: Any, rollout: Rollout) -> Tensor:
 
 def test_a_batch_ahead_is_the_earlier_policys_and_keeps_its_scores(tmp_path: Path) -> None:
     actors, state = started(tmp_path, AHEAD)
-    collector = AHEAD.collector(actors)
+    run = Phases(AHEAD, actors, state, Stopwatch())
     first = copy.deepcopy(actors.policy)
     rollouts, since = [], []
     for more in (True, False, False):
-        rollout = collected(collector, state, another=more)
+        rollout = collected(run, another=more)
         expected = actors.score(rollout.completions)
         assert torch.equal(rollout.scores, expected)
         assert len(set(expected.tolist())) > 1
         rollouts.append(rollout)
         since.append(copy.deepcopy(actors.policy))
-        experience = AHEAD.build_experience(rollout)
-        list(AHEAD.learn(state, experience, actors.reference, temperature=1.0))
+        experience = experience_of(AHEAD, rollout)
+        list(learn(AHEAD, actors, state, experience))
     # The second batch comes from before the first update, the third is fresh again.
     for rollout, policy in zip(rollouts, (first, first, since[2]), strict=True):
         torch.testing.assert_close(logprobs_of(policy, rollout), rollout.logprobs)
@@ -217,7 +220,7 @@ def test_the_penalty_of_a_missing_end_is_charged_on_the_thread(tmp_path: Path) -
     sampler = CachedSampler(gen_len=6, stop_at_eos=True, temperature=3.0)
     seen = []
     for options in ({}, {"async_reward": True}):
-        ppo = PPO(batch_size=9, num_minibatches=3, missing_eos_penalty=3.0, **options)
+        ppo = ppo_with(batch_size=9, num_minibatches=3, missing_eos_penalty=3.0, **options)
         metrics, _ = phases(tmp_path, ppo, [True], sampler=sampler)
         seen.append(metrics[0]["objective/scores"])
     without, _ = phases(tmp_path, SYNC, [True], sampler=sampler)
@@ -228,8 +231,10 @@ def test_scores_beside_the_reference_change_nothing(tmp_path: Path) -> None:
     seen = []
     for name, overlap in (("plain", False), ("overlap", True)):
         actors, state = started(tmp_path, SYNC, reward=Noting(name=name))
-        collector = Collector(actors, rows=9, missing_eos_penalty=None, overlap=overlap)
-        seen.append([collected(collector, state, another=True) for _ in range(2)])
+        run = Phases(SYNC, actors, state, Stopwatch())
+        if overlap:
+            run.scorer = Scorer(actors.score, SYNC.guards, on_thread=True, penalty=None)
+        seen.append([collected(run, another=True) for _ in range(2)])
     assert "MainThread" not in SEEN["overlap"].threads
     assert SEEN["overlap"].texts == SEEN["plain"].texts
     for one, other in zip(*seen, strict=True):
@@ -243,7 +248,7 @@ def run(path: Path, ppo: PPO, *, resume: bool = False, **replaced: object) -> di
 
 
 def every(count: int | None, *, ahead: bool = True) -> PPO:
-    return PPO(
+    return ppo_with(
         batch_size=9, num_minibatches=3, total_phases=5, eval_samples=6, eval_every=2,
         checkpoint_every=count, async_reward=ahead,
     )  # fmt: skip

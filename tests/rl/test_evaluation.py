@@ -23,17 +23,8 @@ from .toy import RAGGED, Echoed, EchoTask, echo_policy, pass_shape, start
 
 
 def run(actors: Actors, *, num_samples: int = 6, seed: int = 1) -> Evaluation:
-    return evaluate(
-        actors.policy,
-        actors.reference,
-        PatientReward(actors.score),
-        actors.sampler,
-        actors.eval_prompts,
-        num_samples=num_samples,
-        seed=seed,
-        phase=0,
-        answers=actors.answers,
-    )
+    reward = PatientReward(actors.score)
+    return evaluate(actors, reward, num_samples=num_samples, seed=seed, phase=0)
 
 
 def test_metrics_by_hand(tmp_path: Path) -> None:

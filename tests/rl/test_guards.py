@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rlhf_exp.models.finetune import Full, LastLayers, Lora
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.models.reference import FullCopy, Lora, SharedTrunk
 from rlhf_exp.rewards.protocol import RewardFunction
 from rlhf_exp.rl.actors import check_frozen, frozen_hash
 from rlhf_exp.settings import ConfigError, settings
@@ -19,12 +19,14 @@ from rlhf_exp.training.checkpoint import read_newest_checkpoint
 from rlhf_exp.training.context import TrainingError
 from rlhf_exp.types import Completions
 
-from .toy import RAGGED, context, parts, phase, rows, start
+from .toy import RAGGED, context, parts, phase, ppo_with, rows, start
 
-SMALL = PPO(total_phases=2, batch_size=8, num_minibatches=2, eval_samples=6, checkpoint_every=1)
+SMALL = ppo_with(
+    total_phases=2, batch_size=8, num_minibatches=2, eval_samples=6, checkpoint_every=1
+)
 KINDS = {
-    "full_copy": FullCopy(),
-    "shared_trunk": SharedTrunk(num_layers_unfrozen=1),
+    "full": Full(),
+    "last_layers": LastLayers(num_layers_unfrozen=1),
     "lora": Lora(rank=4, alpha=8),
 }
 
@@ -42,8 +44,12 @@ def allocate_when(learning: bool, policy: TransformerWithValueHead) -> None:
 @pytest.mark.parametrize(
     ("learning", "first", "knobs"),
     [
-        (False, "phase 1: sampling: out of memory", "lower stage.rollout_batch_size (now 8)"),
-        (True, "phase 1: learning: out of memory", "set stage.micro_batch_size below 4"),
+        (
+            False,
+            "phase 1: sampling: out of memory",
+            "lower stage.compute.rollout_batch_size (now 8)",
+        ),
+        (True, "phase 1: learning: out of memory", "set stage.compute.micro_batch_size below 4"),
     ],
 )
 def test_memory_that_runs_out_is_told_with_the_knob(
@@ -62,12 +68,13 @@ def test_memory_that_runs_out_is_told_with_the_knob(
 
 def test_knobs_that_are_turned_already_are_not_named(tmp_path: Path) -> None:
     def knobs(ppo: PPO, kind: str) -> str:
-        return " ".join(ppo.memory_knobs(start(ppo, tmp_path, reference=KINDS[kind])[0]))
+        actors, _ = start(ppo, tmp_path, finetune=KINDS[kind])
+        return " ".join(ppo.compute.less_memory(actors, minibatch=ppo.minibatch_size))
 
-    plain = knobs(SMALL, "full_copy")
-    for word in ("micro_batch_size", "gradient_checkpointing", "reference=lora", "gen_len"):
+    plain = knobs(SMALL, "full")
+    for word in ("micro_batch_size", "gradient_checkpointing", "finetune=lora", "gen_len"):
         assert word in plain
-    turned = PPO(batch_size=8, micro_batch_size=1, gradient_checkpointing=True)
+    turned = ppo_with(batch_size=8, micro_batch_size=1, gradient_checkpointing=True)
     assert knobs(turned, "lora") == "lower sampler.gen_len"
 
 
@@ -85,7 +92,7 @@ class Greedy:
 
 
 def test_memory_of_a_reward_is_no_fault_to_skip(tmp_path: Path) -> None:
-    ppo = PPO(total_phases=2, batch_size=8, eval_samples=6, on_reward_error="skip")
+    ppo = ppo_with(total_phases=2, batch_size=8, eval_samples=6, on_reward_error="skip")
     message = r"^phase 1: scoring: out of memory\n.*\nto need less: lower reward\.batch_size"
     with pytest.raises(TrainingError, match=message):
         ppo.run(context(tmp_path), **parts(reward=Greedy()))
@@ -99,7 +106,7 @@ torch.set_num_threads(1)
 from tests.rl.toy import context, parts
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rollout.cached import CachedSampler
-from rlhf_exp.stages.ppo import PPO
+from tests.rl.toy import ppo_with
 from rlhf_exp.training.context import TrainingError
 
 given = parts(
@@ -109,7 +116,7 @@ given = parts(
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (96 << 20),) * 2)
 try:
-    PPO(batch_size=1024, num_minibatches=1, eval_samples=4, reward_timeout_s=None).run(
+    ppo_with(batch_size=1024, num_minibatches=1, eval_samples=4, reward_timeout_s=None).run(
         context(Path(sys.argv[1])), **given
     )
 except TrainingError as error:
@@ -134,13 +141,13 @@ def test_a_process_without_memory_says_so(tmp_path: Path) -> None:
 def test_a_run_names_its_reference_and_a_resumed_one_has_the_same(
     tmp_path: Path, kind: str
 ) -> None:
-    given = parts(task=RAGGED, reference=KINDS[kind])
+    given = parts(task=RAGGED, finetune=KINDS[kind])
     result = SMALL.run(context(tmp_path), **given)
     assert len(result["reference_sha256"]) == 64
     newest = read_newest_checkpoint(tmp_path)
     assert newest is not None
     saved = newest.numbers["state"]["loop"]
-    assert saved["inputs"]["reference"] == result["reference_sha256"]
+    assert saved["inputs"]["finetune"] == result["reference_sha256"]
     assert (
         SMALL.run(context(tmp_path, resume=True), **given)["reference_sha256"]
         == (result["reference_sha256"])
@@ -149,11 +156,11 @@ def test_a_run_names_its_reference_and_a_resumed_one_has_the_same(
 
 def test_a_run_does_not_go_on_with_another_reference(tmp_path: Path) -> None:
     actors, state = start(SMALL, tmp_path, task=RAGGED)
-    state.inputs = {"reference": actors.reference_hash}
+    state.inputs = {"finetune": actors.reference_hash}
     saved = state.state_dict()
     _, other = start(SMALL, tmp_path, task=RAGGED)
-    other.inputs = {"reference": "of others"}
-    with pytest.raises(ConfigError, match=r"^reference: what it names has changed"):
+    other.inputs = {"finetune": "of others"}
+    with pytest.raises(ConfigError, match=r"^finetune: what it names has changed"):
         other.load_state_dict(saved)
 
 
@@ -173,16 +180,16 @@ class Meddling:
 
 def test_a_reference_that_has_changed_ends_the_run_before_it_is_saved(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"^the reference's weights have changed during the"):
-        SMALL.run(context(tmp_path), **parts(reference=Meddling()))
+        SMALL.run(context(tmp_path), **parts(finetune=Meddling()))
     assert not (tmp_path / "model").exists()
     assert len(rows(tmp_path)) == 4
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_learning_leaves_every_reference_alone(tmp_path: Path, kind: str) -> None:
-    ppo = PPO(batch_size=8, dtype="bf16")
-    actors, state = start(ppo, tmp_path, reference=KINDS[kind])
-    ppo.prepare(actors)
+    ppo = ppo_with(batch_size=8, dtype="bf16")
+    actors, state = start(ppo, tmp_path, finetune=KINDS[kind])
+    ppo.compute.prepare(actors)
     before = frozen_hash(actors)
     phase(ppo, actors, state)
     check_frozen(actors, before)

@@ -6,37 +6,45 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_exp.rl.histograms import LastPass
-from rlhf_exp.rl.objectives import textbook_pass
+from rlhf_exp.models.passes import textbook_pass
+from rlhf_exp.rl.histograms import HistogramCollector
 from rlhf_exp.rollout.cached import CachedSampler
-from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.training.metrics import histogram
 from rlhf_exp.training.optim import AdamWSettings
 
 from .fixed import LENGTHS, fixed_completions, fixed_experience
-from .toy import RAGGED, collect, context, parts, rows, start
+from .toy import RAGGED, collect, context, learn, parts, ppo_with, rows, start
 
-SMALL = PPO(batch_size=8, num_minibatches=2, batches_per_learning_phase=2, dtype="fp32")
+SMALL = ppo_with(batch_size=8, num_minibatches=2, batches_per_learning_phase=2, dtype="fp32")
+
+
+def watching() -> HistogramCollector:
+    """A collector that notes the phase to come."""
+    histograms = HistogramCollector(batch_size=8)
+    histograms.start(active=True)
+    return histograms
+
+
 STILL = AdamWSettings(base_lr=1e-30, head_lr=1e-30)
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
 def test_the_last_pass_is_seen_whole_and_once(tmp_path: Path, micro_batch_size: int | None) -> None:
-    ppo = PPO(
+    ppo = ppo_with(
         batch_size=8, num_minibatches=2, batches_per_learning_phase=3, dtype="fp32",
         micro_batch_size=micro_batch_size,
     )  # fmt: skip
     actors, state = start(ppo, tmp_path, task=RAGGED, optimizer=STILL)
     experience = fixed_experience(ppo, actors, fixed_completions(actors))
-    seen, real = LastPass(), experience.rollout.completions.mask
-    list(ppo.learn(state, experience, actors.reference, temperature=1.0, seen=seen))
+    seen, real = watching(), experience.rollout.completions.mask
+    list(learn(ppo, actors, state, experience, seen))
     found = seen.histograms()
     assert found.keys() == {"advantages", "ratio", "token_kl"}
     assert found["advantages"] == histogram(experience.advantages[real])
     assert found["token_kl"] == histogram(experience.rollout.kl[real])
 
     # The policy stands still, so that its ratios are the same at every update.
-    new = textbook_pass(actors.policy, actors.reference, experience, temperature=1.0)
+    new = textbook_pass(actors.policy, actors.reference, experience.rollout, temperature=1.0)
     ratios = (new.logprobs - experience.rollout.logprobs)[real].exp().tolist()
     ratio = found["ratio"]
     assert sum(ratio.counts) == sum(LENGTHS)
@@ -50,11 +58,11 @@ def test_the_last_pass_is_seen_whole_and_once(tmp_path: Path, micro_batch_size: 
 def test_ratios_are_those_of_the_last_pass(tmp_path: Path) -> None:
     found = {}
     for passes in (1, 2):
-        ppo = PPO(batch_size=8, num_minibatches=1, batches_per_learning_phase=passes, dtype="fp32")
+        ppo = ppo_with(SMALL, num_minibatches=1, batches_per_learning_phase=passes)
         actors, state = start(ppo, tmp_path)
-        seen = LastPass()
+        seen = watching()
         experience = collect(ppo, actors, state)
-        list(ppo.learn(state, experience, actors.reference, temperature=1.0, seen=seen))
+        list(learn(ppo, actors, state, experience, seen))
         found[passes] = seen.histograms()["ratio"]
     assert (found[1].edges[0], found[1].edges[-1]) == pytest.approx((1, 1), abs=1e-4)
     assert found[2].edges[-1] - found[2].edges[0] > 1e-3
@@ -62,10 +70,10 @@ def test_ratios_are_those_of_the_last_pass(tmp_path: Path) -> None:
 
 def test_learning_is_the_same_bit_by_bit_whether_it_is_seen_or_not(tmp_path: Path) -> None:
     weights = []
-    for seen in (None, LastPass()):
+    for seen in (None, watching()):
         actors, state = start(SMALL, tmp_path, task=RAGGED)
         experience = collect(SMALL, actors, state)
-        list(SMALL.learn(state, experience, actors.reference, temperature=1.0, seen=seen))
+        list(learn(SMALL, actors, state, experience, seen))
         weights.append([p.detach() for p in actors.policy.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
@@ -74,7 +82,9 @@ def test_learning_is_the_same_bit_by_bit_whether_it_is_seen_or_not(tmp_path: Pat
 def test_a_run_has_them_every_so_many_phases_and_at_its_end(
     tmp_path: Path, every: int | None, phases: list[int]
 ) -> None:
-    ppo = PPO(total_phases=5, batch_size=8, eval_every=5, eval_samples=8, histograms_every=every)
+    ppo = ppo_with(
+        total_phases=5, batch_size=8, eval_every=5, eval_samples=8, histograms_every=every
+    )
     ppo.run(context(tmp_path), **parts(sampler=CachedSampler(gen_len=3)))
     if not phases:
         assert not (tmp_path / "histograms.jsonl").exists()

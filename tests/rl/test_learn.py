@@ -14,7 +14,8 @@ from torch import Tensor
 
 from rlhf_exp.rewards.protocol import RewardFunction
 from rlhf_exp.rl.actors import Actors
-from rlhf_exp.rl.histograms import LastPass
+from rlhf_exp.rl.guards import sum_up
+from rlhf_exp.rl.histograms import HistogramCollector
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import settings
@@ -25,12 +26,24 @@ from rlhf_exp.training.optim import WarmupDecay
 from rlhf_exp.training.saver import split_state
 from rlhf_exp.types import Completions
 
-from .toy import RAGGED, collect, context, parts, phase, rows, start
+from .toy import (
+    RAGGED,
+    collect,
+    context,
+    experience_of,
+    learn,
+    loss,
+    parts,
+    phase,
+    ppo_with,
+    rows,
+    start,
+)
 
 
 def ppo_of(**options: object) -> PPO:
     small = {"batch_size": 8, "num_minibatches": 2, "batches_per_learning_phase": 1}
-    return PPO(**{**small, "dtype": "fp32", **options})
+    return ppo_with(**{**small, "dtype": "fp32", **options})
 
 
 @settings
@@ -83,7 +96,7 @@ def test_a_gradient_that_is_not_finite_stops_before_its_step(tmp_path: Path, val
     actors, state = start(ppo, tmp_path, task=RAGGED)
     spoil(actors, value, 2)
     experience = collect(ppo, actors, state)
-    steps = ppo.learn(state, experience, actors.reference, temperature=1.0)
+    steps = learn(ppo, actors, state, experience)
     first = next(steps)
     after_one = learned(state)
     second = next(steps)
@@ -136,11 +149,12 @@ def test_means_leave_skipped_steps_out(tmp_path: Path) -> None:
     order.set_state(state.minibatch_generator.get_state())
     index = torch.randperm(8, generator=order)
     spoil(actors, math.inf, 1)
-    minibatches = [*ppo.learn(state, experience, actors.reference, temperature=1.0)]
-    summed = ppo.sum_up(state, [{k: v.item() for k, v in m.items()} for m in minibatches])
+    minibatches = [*learn(ppo, actors, state, experience)]
+    numbers = [{k: v.item() for k, v in m.items()} for m in minibatches]
+    summed = sum_up(ppo.guards, state, numbers, ())
     # The second minibatch met the policy as it was at first.
-    loss = ppo.loss(twin, actors.reference, experience[index[4:]], temperature=1.0).loss.item()
-    assert summed["loss/total"] == pytest.approx(loss, abs=1e-6)
+    expected = loss(ppo, actors, experience[index[4:]], policy=twin).loss.item()
+    assert summed["loss/total"] == pytest.approx(expected, abs=1e-6)
     assert (summed["policy/steps"], state.skipped_steps) == (1, 1)
 
 
@@ -151,14 +165,16 @@ def test_so_many_are_skipped_and_no_more(tmp_path: Path) -> None:
     state.skipped_rewards = 1
     assert phase(ppo, actors, state)["train/skipped_steps"] == 1
     assert phase(ppo, actors, state)["train/skipped_steps"] == 2
-    message = r"^phase 3: 3 steps .* and 1 phases without scores .* than stage\.max_skipped=3"
+    message = (
+        r"^phase 3: 3 steps .* and 1 phases without scores .* than stage\.guards\.max_skipped=3"
+    )
     with pytest.raises(TrainingError, match=message):
         phase(ppo, actors, state)
 
 
 def test_nothing_changes_where_all_is_finite(tmp_path: Path) -> None:
     seen = []
-    for options in ({}, {"on_nonfinite": "skip"}, {"target_kl": 1e9}):
+    for options in ({}, {"on_nonfinite": "skip"}, {"max_approx_kl": 1e9}):
         ppo = ppo_of(**options)
         actors, state = start(ppo, tmp_path, task=RAGGED)
         metrics = [phase(ppo, actors, state) for _ in range(2)]
@@ -171,7 +187,7 @@ def test_nothing_changes_where_all_is_finite(tmp_path: Path) -> None:
 def test_learning_ends_before_the_step_that_is_too_far(tmp_path: Path) -> None:
     seen = []
     for passes, target in ((1, None), (3, 1e-8), (3, None)):
-        ppo = ppo_of(num_minibatches=1, batches_per_learning_phase=passes, target_kl=target)
+        ppo = ppo_of(num_minibatches=1, batches_per_learning_phase=passes, max_approx_kl=target)
         actors, state = start(ppo, tmp_path, task=RAGGED)
         row = phase(ppo, actors, state)
         seen.append((learned(state), row["policy/steps"], row["policy/approxkl"]))
@@ -182,20 +198,21 @@ def test_learning_ends_before_the_step_that_is_too_far(tmp_path: Path) -> None:
 
 
 def test_histograms_are_of_the_pass_that_was_ended(tmp_path: Path) -> None:
-    ppo = ppo_of(batches_per_learning_phase=3, target_kl=1e-8)
+    ppo = ppo_of(batches_per_learning_phase=3, max_approx_kl=1e-8)
     actors, state = start(ppo, tmp_path)
-    seen = LastPass()
+    seen = HistogramCollector(batch_size=8)
+    seen.start(active=True)
     experience = collect(ppo, actors, state)
-    steps = [*ppo.learn(state, experience, actors.reference, temperature=1.0, seen=seen)]
+    steps = [*learn(ppo, actors, state, experience, seen)]
     assert [step["policy/steps"] for step in steps] == [1, 0]
     assert sum(seen.histograms()["ratio"].counts) == 8 * 4
-    assert LastPass().histograms() == {}
+    assert HistogramCollector(batch_size=8).histograms() == {}
 
 
 def test_the_coefficient_follows_the_kl_of_each_phase(tmp_path: Path) -> None:
-    ppo = PPO(
+    ppo = ppo_with(
         total_phases=5, batch_size=8, num_minibatches=1, eval_every=9, eval_samples=4,
-        kl_coef=0.2, kl_target=0.02, kl_horizon=20, checkpoint_every=1,
+        kl_coef=0.2, adaptive_kl_target=0.02, kl_horizon=20, checkpoint_every=1,
     )  # fmt: skip
     ppo.run(context(tmp_path), **parts(task=RAGGED))
     logged = [row for row in rows(tmp_path) if "objective/kl_coef" in row]
@@ -233,12 +250,14 @@ def test_the_coefficient_of_the_state_is_what_is_learned_with(
 
 
 def test_a_coefficient_that_could_not_adapt_is_refused() -> None:
-    with pytest.raises(ValidationError, match=r"kl_target=6 multiplies kl_coef, and kl_coef=0"):
-        PPO(kl_target=6.0, kl_coef=0.0)
+    with pytest.raises(
+        ValidationError, match=r"adaptive_kl_target=6 multiplies kl_coef, and kl_coef=0"
+    ):
+        ppo_with(adaptive_kl_target=6.0, kl_coef=0.0)
     with pytest.raises(ValidationError, match=r"kl_horizon=50 must be above 0\.2 x batch_size=256"):
-        PPO(kl_target=6.0, kl_horizon=50.0, batch_size=256)
-    PPO(kl_target=None, kl_coef=0.0)
-    PPO(kl_target=6.0, kl_horizon=52.0, batch_size=256)
+        ppo_with(adaptive_kl_target=6.0, kl_horizon=50.0, batch_size=256)
+    ppo_with(adaptive_kl_target=None, kl_coef=0.0)
+    ppo_with(adaptive_kl_target=6.0, kl_horizon=52.0, batch_size=256)
 
 
 @pytest.mark.parametrize("budget", [0.03, None])
@@ -246,9 +265,9 @@ def test_a_run_ends_where_its_kl_is_spent(
     tmp_path: Path, budget: float | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    ppo = PPO(
+    ppo = ppo_with(
         total_phases=6, batch_size=8, num_minibatches=1, eval_every=5, eval_samples=4,
-        kl_budget=budget, kl_coef=0.0, checkpoint_every=5,
+        max_kl_sum=budget, kl_coef=0.0, checkpoint_every=5,
     )  # fmt: skip
     given = parts(task=RAGGED, schedule=WarmupDecay(warmup_steps=1))
     result = ppo.run(context(tmp_path), **given)
@@ -307,8 +326,8 @@ def test_kl_in_the_reward_is_a_signal_where_scores_are_equal(tmp_path: Path, whi
     actors, state = start(charged, tmp_path, task=RAGGED, reward=Constant())
     phase(ppo_of(), actors, state)  # away from the reference, by the entropy and the values
     rollout = collect(charged, actors, state).rollout
-    assert charged.build_experience(rollout).advantages.any()
-    assert not free.build_experience(rollout).advantages.any()
+    assert experience_of(charged, rollout).advantages.any()
+    assert not experience_of(free, rollout).advantages.any()
 
 
 @pytest.mark.parametrize("penalty", [None, 1.0])
@@ -328,6 +347,6 @@ def test_a_whitened_minibatch_with_equal_scores_moves_no_policy(tmp_path: Path) 
     order.set_state(state.minibatch_generator.get_state())
     pairs = torch.randperm(8, generator=order).split(2)
     differ = [bool((a % 4 == 0) != (b % 4 == 0)) for a, b in pairs]
-    steps = ppo.learn(state, experience, actors.reference, temperature=1.0)
+    steps = learn(ppo, actors, state, experience)
     assert [bool(step["grad_norm/base"] > 0) for step in steps] == differ
     assert 0 < sum(differ) < 4

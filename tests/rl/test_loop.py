@@ -15,12 +15,11 @@ from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.settings import settings
-from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.training.context import TrainingError
 from rlhf_exp.types import Completions, Experience
 
 from ..builders import ARCHITECTURES
-from .toy import RAGGED, collect, phase, start
+from .toy import RAGGED, collect, experience_of, learn, loss, phase, ppo_with, start
 
 SAMPLERS = [
     CachedSampler(gen_len=6),
@@ -40,7 +39,7 @@ def test_first_ratio_of_a_phase_is_one(
         architecture=architecture, num_layers=2, d_model=16, num_heads=2, context_len=16,
         dropout=0.3, engine=engine,
     )  # fmt: skip
-    ppo = PPO(batch_size=16)
+    ppo = ppo_with(batch_size=16)
     actors, state = start(ppo, tmp_path, model=model, sampler=sampler, task=RAGGED)
     for _ in range(2):  # a phase that has learned must satisfy it as well
         experience = collect(ppo, actors, state)
@@ -53,14 +52,14 @@ def test_first_ratio_of_a_phase_is_one(
         mask = completions.mask
         assert (ratio[mask] - 1).abs().max() < 1e-5
         assert (seen_values - rollout.values)[mask].abs().max() < 1e-5
-        list(ppo.learn(state, experience, actors.reference, temperature=sampler.temperature))
+        list(learn(ppo, actors, state, experience))
 
 
 def test_approxkl_and_clipfrac_of_the_first_update_are_zero(tmp_path: Path) -> None:
-    ppo = PPO(batch_size=16, num_minibatches=2)
+    ppo = ppo_with(batch_size=16, num_minibatches=2)
     actors, state = start(ppo, tmp_path, task=RAGGED)
     experience = collect(ppo, actors, state)
-    updates = list(ppo.learn(state, experience, actors.reference, temperature=1.0))
+    updates = list(learn(ppo, actors, state, experience))
     assert updates[0]["policy/approxkl"] < 1e-10
     assert updates[0]["policy/clipfrac"] == 0
     assert updates[-1]["policy/approxkl"] > 1e-6
@@ -71,17 +70,17 @@ def test_approxkl_and_clipfrac_of_the_first_update_are_zero(tmp_path: Path) -> N
 def test_loss_equals_a_loop_over_tokens(
     kl_penalty: str, value_clip_coef: float | None, tmp_path: Path
 ) -> None:
-    ppo = PPO(
+    ppo = ppo_with(
         batch_size=8, kl_coef=0.7, ent_coef=0.05, vf_coef=0.3, clip_coef=0.1,
         kl_penalty=kl_penalty, value_clip_coef=value_clip_coef,
     )  # fmt: skip
     temperature = 0.8
     sampler = CachedSampler(gen_len=5, temperature=temperature, stop_at_eos=True)
     actors, state = start(ppo, tmp_path, task=RAGGED, sampler=sampler)
-    list(ppo.learn(state, collect(ppo, actors, state), actors.reference, temperature=temperature))
+    list(learn(ppo, actors, state, collect(ppo, actors, state)))
     experience = collect(ppo, actors, state)
-    list(ppo.learn(state, experience, actors.reference, temperature=temperature))
-    output = ppo.loss(actors.policy, actors.reference, experience, temperature=temperature)
+    list(learn(ppo, actors, state, experience))
+    output = loss(ppo, actors, experience)
 
     rollout, completions = experience.rollout, experience.rollout.completions
     tokens, mask = completions.sequences
@@ -112,9 +111,9 @@ def test_loss_equals_a_loop_over_tokens(
 
 
 def test_reward_penalty_charges_each_token_its_log_ratio(tmp_path: Path) -> None:
-    ppo = PPO(batch_size=8, kl_coef=0.5, kl_penalty="reward", normalize_reward=False)
+    ppo = ppo_with(batch_size=8, kl_coef=0.5, kl_penalty="reward", normalize_reward=False)
     actors, state = start(ppo, tmp_path, task=RAGGED, sampler=CachedSampler(gen_len=5))
-    list(ppo.learn(state, collect(ppo, actors, state), actors.reference, temperature=1.0))
+    list(learn(ppo, actors, state, collect(ppo, actors, state)))
     experience = collect(ppo, actors, state)
     rollout = experience.rollout
     for row in range(8):
@@ -126,7 +125,7 @@ def test_reward_penalty_charges_each_token_its_log_ratio(tmp_path: Path) -> None
 
 
 def test_lambda_zero_without_whitening_is_one_step(tmp_path: Path) -> None:
-    ppo = PPO(batch_size=8, gae_lambda=0.0, whiten_advantages="none", normalize_reward=False)
+    ppo = ppo_with(batch_size=8, gae_lambda=0.0, whiten_advantages="none", normalize_reward=False)
     actors, state = start(ppo, tmp_path)
     experience = collect(ppo, actors, state)
     values, scores = experience.rollout.values, experience.rollout.scores
@@ -136,7 +135,7 @@ def test_lambda_zero_without_whitening_is_one_step(tmp_path: Path) -> None:
 
 
 def test_scores_are_normalised_over_the_batch_when_asked(tmp_path: Path) -> None:
-    ppo, raw = PPO(batch_size=16), PPO(batch_size=16, normalize_reward=False)
+    ppo, raw = ppo_with(batch_size=16), ppo_with(batch_size=16, normalize_reward=False)
     actors, state = start(ppo, tmp_path, reward=Length(target_tokens=3), sampler=SAMPLERS[1])
     experience = collect(ppo, actors, state)
     scores, mask = experience.rollout.scores, experience.rollout.completions.mask
@@ -144,16 +143,16 @@ def test_scores_are_normalised_over_the_batch_when_asked(tmp_path: Path) -> None
     rows = torch.arange(16)
     normalised = (scores - scores.mean()) / (scores.std() + 1e-5)
     torch.testing.assert_close(experience.rewards[rows, last], normalised)
-    assert torch.equal(raw.build_experience(experience.rollout).rewards[rows, last], scores)
+    assert torch.equal(experience_of(raw, experience.rollout).rewards[rows, last], scores)
     assert experience.rewards.count_nonzero() == 16
     assert scores.std() > 0.1
 
 
 def test_advantages_are_whitened_once_over_the_batch_and_returns_are_not(tmp_path: Path) -> None:
-    plain, white = PPO(batch_size=16, whiten_advantages="none"), PPO(batch_size=16)
+    plain, white = ppo_with(batch_size=16, whiten_advantages="none"), ppo_with(batch_size=16)
     actors, state = start(plain, tmp_path, task=RAGGED)
     experience = collect(plain, actors, state)
-    whitened = white.build_experience(experience.rollout)
+    whitened = experience_of(white, experience.rollout)
     flat = experience.advantages[experience.rollout.completions.mask]
     expected = (flat - flat.mean()) / flat.std()
     torch.testing.assert_close(
@@ -163,8 +162,8 @@ def test_advantages_are_whitened_once_over_the_batch_and_returns_are_not(tmp_pat
 
 
 def test_minibatch_whitening_whitens_each_minibatch(tmp_path: Path) -> None:
-    each = PPO(batch_size=16, batches_per_learning_phase=1, whiten_advantages="minibatch")
-    none = PPO(batch_size=16, batches_per_learning_phase=1, whiten_advantages="none")
+    each = ppo_with(batch_size=16, batches_per_learning_phase=1, whiten_advantages="minibatch")
+    none = ppo_with(batch_size=16, batches_per_learning_phase=1, whiten_advantages="none")
     sampler = CachedSampler(gen_len=6, stop_at_eos=True)
     weights, seen = [], []
     for ppo, by_hand in ((each, False), (none, True), (none, False)):
@@ -179,7 +178,7 @@ def test_minibatch_whitening_whitens_each_minibatch(tmp_path: Path) -> None:
                 real = advantages[index][mask]
                 advantages[index] = (advantages[index] - real.mean()) / real.std()
             experience = replace(experience, advantages=advantages)
-        learned = ppo.learn(state, experience, actors.reference, temperature=1.0)
+        learned = learn(ppo, actors, state, experience)
         seen.append([update["loss/policy"].item() for update in learned])
         weights.append(torch.cat([p.detach().flatten() for p in actors.policy.parameters()]))
     assert seen[0] == pytest.approx(seen[1], abs=1e-5)
@@ -196,7 +195,7 @@ def copy_of(generator: torch.Generator) -> torch.Generator:
 
 
 def test_garbage_in_the_padding_changes_no_gradient(tmp_path: Path) -> None:
-    ppo = PPO(batch_size=8)
+    ppo = ppo_with(batch_size=8)
     sampler = CachedSampler(gen_len=6, stop_at_eos=True)
     actors, state = start(ppo, tmp_path, task=RAGGED, sampler=sampler)
     clean = collect(ppo, actors, state)
@@ -205,7 +204,7 @@ def test_garbage_in_the_padding_changes_no_gradient(tmp_path: Path) -> None:
 
     def gradients(experience: Experience) -> list[torch.Tensor]:
         actors.policy.zero_grad()
-        ppo.loss(actors.policy, actors.reference, experience, temperature=1.0).loss.backward()
+        loss(ppo, actors, experience).loss.backward()
         return [p.grad.clone() for p in actors.policy.parameters() if p.grad is not None]
 
     def dirty(x: torch.Tensor) -> torch.Tensor:
@@ -238,7 +237,7 @@ def test_garbage_in_the_padding_changes_no_gradient(tmp_path: Path) -> None:
 
 
 def test_a_phase_measures_at_the_samplers_temperature(tmp_path: Path) -> None:
-    ppo = PPO(batch_size=16)
+    ppo = ppo_with(batch_size=16)
     sampler = CachedSampler(gen_len=6, temperature=0.3, stop_at_eos=True)
     twins = [start(ppo, tmp_path, sampler=sampler, task=RAGGED) for _ in range(2)]
     rollout = collect(ppo, *twins[0]).rollout
@@ -252,11 +251,11 @@ def test_a_phase_measures_at_the_samplers_temperature(tmp_path: Path) -> None:
 def test_gradients_are_clipped_and_logged_as_they_were(tmp_path: Path) -> None:
     moves, norms = [], []
     for max_grad_norm in (1e9, 1e-9):
-        ppo = PPO(batch_size=16, num_minibatches=1, max_grad_norm=max_grad_norm)
+        ppo = ppo_with(batch_size=16, num_minibatches=1, max_grad_norm=max_grad_norm)
         actors, state = start(ppo, tmp_path)
         experience = collect(ppo, actors, state)
         before = [p.clone() for p in actors.policy.parameters()]
-        norms.append(next(ppo.learn(state, experience, actors.reference, temperature=1.0)))
+        norms.append(next(learn(ppo, actors, state, experience)))
         pairs = zip(before, actors.policy.parameters(), strict=True)
         moves.append(max((a - b).abs().max().item() for a, b in pairs))
     assert norms[0]["grad_norm/base"] == norms[1]["grad_norm/base"] > 1e-3
@@ -265,7 +264,7 @@ def test_gradients_are_clipped_and_logged_as_they_were(tmp_path: Path) -> None:
 
 
 def test_the_reference_is_the_same_after_a_run(tmp_path: Path) -> None:
-    ppo = PPO(total_phases=2)
+    ppo = ppo_with(total_phases=2)
     actors, state = start(ppo, tmp_path)
     before = [p.clone() for p in actors.reference.parameters()]
     phase(ppo, actors, state)
@@ -278,7 +277,7 @@ def test_the_reference_is_the_same_after_a_run(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    ppo = PPO(total_phases=2)
+    ppo = ppo_with(total_phases=2)
     actors, state = start(ppo, tmp_path)
     state.phase = 6
     with torch.no_grad():
@@ -304,7 +303,7 @@ class Fixed:
 
 @pytest.mark.parametrize("penalty", [None, 0.0, 2.5])
 def test_an_answer_that_does_not_end_is_charged(tmp_path: Path, penalty: float | None) -> None:
-    ppo = PPO(batch_size=8, missing_eos_penalty=penalty)
+    ppo = ppo_with(batch_size=8, missing_eos_penalty=penalty)
     given = {
         "task": RAGGED,
         "sampler": CachedSampler(gen_len=6, stop_at_eos=True, temperature=3.0),
@@ -323,7 +322,7 @@ def test_an_answer_that_does_not_end_is_charged(tmp_path: Path, penalty: float |
 def test_the_penalty_is_as_if_the_reward_had_charged_it(tmp_path: Path) -> None:
     weights = []
     for penalty, charge in ((2.5, 0.0), (None, 2.5), (None, 0.0)):
-        ppo = PPO(batch_size=8, missing_eos_penalty=penalty)
+        ppo = ppo_with(batch_size=8, missing_eos_penalty=penalty)
         sampler = CachedSampler(gen_len=6, stop_at_eos=True, temperature=3.0)
         reward = Fixed(charge=charge)
         actors, state = start(ppo, tmp_path, task=RAGGED, sampler=sampler, reward=reward)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_exp.models.passes import fast_pass
 from rlhf_exp.models.scratch import Scratch
-from rlhf_exp.rl.objectives import fast_pass
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.training.optim import AdamWSettings
@@ -22,8 +22,8 @@ from rlhf_exp.types import Layout
 from ..builders import ARCHITECTURES
 from ..stages.test_resume import PHASES, Failing, files, run, timeless
 from .fixed import fixed_completions, fixed_experience
-from .test_objectives import REFERENCES, TASKS, TEMPERATURE, started
-from .toy import CPU, RAGGED, collect, context, parts, phase, saved_model, start
+from .test_objectives import REFERENCES, TASKS, started
+from .toy import CPU, RAGGED, collect, context, learn, parts, phase, ppo_with, saved_model, start
 
 SAMPLER = CachedSampler(gen_len=6, stop_at_eos=True, temperature=0.7)
 DTYPES = ("fp32", "bf16")
@@ -34,7 +34,7 @@ SMALL_STEPS = AdamWSettings(base_lr=2e-4, head_lr=2e-4, eps=1e-3)
 def small(dtype: str, **options: object) -> PPO:
     # Whether a ratio is clipped may depend on how it is rounded.
     given = {"batch_size": 8, "num_minibatches": 2, "dtype": dtype, "clip_coef": 0.99, **options}
-    return PPO(**given)
+    return ppo_with(**given)
 
 
 def moved(
@@ -49,7 +49,7 @@ def moved(
     trained = {n: p for n, p in actors.policy.named_parameters() if p.requires_grad}
     before = {n: p.detach().clone() for n, p in trained.items()}
     with actors.policy.working():
-        list(ppo.learn(state, experience, actors.reference, temperature=TEMPERATURE))
+        list(learn(ppo, actors, state, experience))
     assert all(p.dtype == torch.float32 for p in trained.values())
     assert all(p is trained[n] for n, p in actors.policy.named_parameters() if n in trained)
     return {n: (p - before[n]).detach().cpu() for n, p in trained.items()}
@@ -76,8 +76,8 @@ def assert_alike(exact: dict[str, Tensor], low: dict[str, Tensor]) -> None:
 
 
 def test_gradients_of_micro_batches_add_up(tmp_path: Path) -> None:
-    exact = moved(tmp_path, small("fp32"), "ragged", "full_copy", "gpt2")
-    low = moved(tmp_path, small("bf16", micro_batch_size=1), "ragged", "full_copy", "gpt2")
+    exact = moved(tmp_path, small("fp32"), "ragged", "full", "gpt2")
+    low = moved(tmp_path, small("bf16", micro_batch_size=1), "ragged", "full", "gpt2")
     assert_alike(exact, low)
 
 
@@ -89,20 +89,20 @@ def test_a_phase_begins_at_ratio_1_and_at_its_reference(
     """Sampling by a cache, measuring and learning round in different places."""
     ppo = small("bf16", batch_size=16)
     actors, state = start(
-        ppo, tmp_path, task=RAGGED, reference=REFERENCES[kind], sampler=SAMPLER,
+        ppo, tmp_path, task=RAGGED, finetune=REFERENCES[kind], sampler=SAMPLER,
         model=Scratch(architecture=architecture, num_layers=2, d_model=32, num_heads=2),
         optimizer=AdamWSettings(base_lr=3e-3, head_lr=3e-3),
     )  # fmt: skip
-    ppo.prepare(actors)
+    ppo.compute.prepare(actors)
     for number in range(2):
         with actors.policy.working():
             experience = collect(ppo, actors, state)
             rollout, mask = experience.rollout, experience.rollout.completions.mask
             layout = Layout.of(rollout.completions)
-            given = (actors.policy, actors.reference, experience)
+            given = (actors.policy, actors.reference, experience.rollout)
             with torch.no_grad():
                 seen = fast_pass(*given, layout, temperature=SAMPLER.temperature)
-            steps = [*ppo.learn(state, experience, actors.reference, temperature=0.7)]
+            steps = [*learn(ppo, actors, state, experience)]
         assert not mask.all()
         assert (seen.logprobs - rollout.logprobs)[mask].abs().max() < 0.02
         assert (seen.values - rollout.values)[mask].abs().max() < 0.02
@@ -115,7 +115,7 @@ def test_a_phase_begins_at_ratio_1_and_at_its_reference(
 def test_the_blocks_compute_in_bf16_and_the_rest_does_not(tmp_path: Path) -> None:
     ppo = small("bf16")
     actors, state = start(ppo, tmp_path, task=RAGGED, sampler=SAMPLER)
-    ppo.prepare(actors)
+    ppo.compute.prepare(actors)
     seen: dict[str, set[torch.dtype]] = {}
 
     def note(kind: str, module: nn.Module, args: object, out: Tensor) -> None:
@@ -164,7 +164,7 @@ def test_a_run_evaluates_and_saves_in_bf16_as_in_fp32(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("architecture", "kind"),
-    [("gpt2", "full_copy"), ("llama", "lora")],
+    [("gpt2", "full"), ("llama", "lora")],
 )
 def test_a_run_goes_on_bit_by_bit(architecture: str, kind: str, tmp_path: Path) -> None:
     model = saved_model(tmp_path / "base", architecture=architecture, num_layers=1)

@@ -8,13 +8,12 @@ import pytest
 from torch.profiler import ProfilerActivity, profile
 
 from rlhf_exp.hf import PreTrainedTokenizerBase
+from rlhf_exp.models.passes import textbook_pass
 from rlhf_exp.models.scratch import Scratch
-from rlhf_exp.rl.objectives import textbook_pass
-from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.tasks.tokenizers import word_tokenizer
 
 from .fixed import fixed_completions, fixed_experience
-from .toy import ToyTask, start
+from .toy import ToyTask, learn, ppo_with, start
 
 GEN_LEN = 24
 
@@ -44,21 +43,21 @@ def peak(step: Callable[[], object]) -> int:
 def of_a_step(path: Path, *, vocab: int, rows: int, dtype: str, tied: bool) -> tuple[int, int]:
     """The peak of a step of learning, gradients and moments being there, and that of the
     textbook's pass."""
-    ppo = PPO(batch_size=rows, num_minibatches=1, batches_per_learning_phase=1, dtype=dtype)
+    ppo = ppo_with(batch_size=rows, num_minibatches=1, batches_per_learning_phase=1, dtype=dtype)
     model = Scratch(
         num_layers=1, d_model=16, num_heads=2, context_len=32, tie_embeddings=tied,
     )  # fmt: skip
     actors, state = start(ppo, path, task=ManyWords(count=vocab), model=model)
-    ppo.prepare(actors)
+    ppo.compute.prepare(actors)
     completions = fixed_completions(actors, lengths=[GEN_LEN] * rows, width=GEN_LEN)
     experience = fixed_experience(ppo, actors, completions)
     policy, reference = actors.policy, actors.reference
 
     def step() -> None:
-        list(ppo.learn(state, experience, reference, temperature=1.0))
+        list(learn(ppo, actors, state, experience))
 
     def by_the_book() -> None:
-        textbook_pass(policy, reference, experience, temperature=1.0).kl.sum().backward()
+        textbook_pass(policy, reference, experience.rollout, temperature=1.0).kl.sum().backward()
 
     with policy.working():
         step()

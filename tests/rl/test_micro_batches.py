@@ -12,13 +12,15 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from rlhf_exp.rewards.length import Length
 from rlhf_exp.rl.actors import Actors
+from rlhf_exp.rl.learn import Minibatch, add_share, micro_batches
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.training.optim import AdamWSettings
+from rlhf_exp.types import Layout
 
 from ..builders import stretch
-from .toy import RAGGED, collect, parts, pass_shape, phase, rows, start
+from .toy import RAGGED, collect, learn, loss, parts, pass_shape, phase, ppo_with, rows, start
 from .toy import context as toy_context
 
 SAMPLER = CachedSampler(gen_len=6, stop_at_eos=True, temperature=2.0)
@@ -30,7 +32,7 @@ SMOOTH = AdamWSettings(base_lr=1e-2, head_lr=1e-2, eps=1e-2)
 
 def started(path: Path, **options: object) -> tuple[PPO, Actors, TrainState]:
     """A policy off its reference, whose completions have lengths of their own."""
-    ppo = PPO(**{"batch_size": 12, "num_minibatches": 2, **options})
+    ppo = ppo_with(**{"batch_size": 12, "num_minibatches": 2, **options})
     actors, state = start(
         ppo, path, task=RAGGED, sampler=SAMPLER, reward=Length(target_tokens=3), optimizer=SMOOTH
     )
@@ -42,13 +44,18 @@ def backward(path: Path, **options: object) -> tuple[list[Tensor], dict[str, flo
     """Gradients and metrics of one minibatch, after a phase, so that no ratio is 1."""
     ppo, actors, state = started(path)
     experience = collect(ppo, actors, state)
-    list(ppo.learn(state, experience, actors.reference, temperature=2.0))
+    list(learn(ppo, actors, state, experience))
     lengths = experience.rollout.completions.mask[:6].sum(dim=1).tolist()
     assert len(set(lengths)) > 2
     state.optimizer.zero_grad()
-    micro = PPO(batch_size=12, num_minibatches=2, **options)
+    micro = ppo_with(batch_size=12, num_minibatches=2, **options)
     minibatch = experience[torch.arange(6)]
-    metrics = micro.backward(state, minibatch, actors.reference, temperature=2.0)
+    metrics: dict[str, Tensor] = {}
+    whole = Minibatch(minibatch, Layout.of(minibatch.rollout.completions))
+    for part in micro_batches(whole, micro.compute.micro_batch_size):
+        output = loss(micro, actors, part.experience, layout=part.layout)
+        (part.share * output.loss).backward()
+        metrics = add_share(metrics, output.metrics, part.share)
     gradients = [p.grad.clone() for p in actors.policy.parameters() if p.grad is not None]
     return gradients, {name: value.item() for name, value in metrics.items()}
 
@@ -130,17 +137,17 @@ def test_a_micro_batch_is_part_of_a_minibatch() -> None:
         r"micro_batch_size=7 is above the minibatch of 6 \(batch_size / num_minibatches\): lower it"
     )
     with pytest.raises(ValidationError, match=message):
-        PPO(batch_size=12, num_minibatches=2, micro_batch_size=7)
+        ppo_with(batch_size=12, num_minibatches=2, micro_batch_size=7)
     with pytest.raises(ValidationError, match="rollout_batch_size=13 is above batch_size=12"):
-        PPO(batch_size=12, num_minibatches=2, rollout_batch_size=13)
-    fitting = PPO(batch_size=12, num_minibatches=2, micro_batch_size=6, rollout_batch_size=12)
+        ppo_with(batch_size=12, num_minibatches=2, rollout_batch_size=13)
+    fitting = ppo_with(batch_size=12, num_minibatches=2, micro_batch_size=6, rollout_batch_size=12)
     assert fitting.minibatch_size == 6
 
 
 def test_a_part_of_a_rollout_is_part_of_a_batch() -> None:
     with pytest.raises(ValidationError, match=r"rollout_batch_size=13 is above .*12"):
-        PPO(batch_size=12, num_minibatches=2, rollout_batch_size=13)
-    PPO(batch_size=12, num_minibatches=2, rollout_batch_size=12)
+        ppo_with(batch_size=12, num_minibatches=2, rollout_batch_size=13)
+    ppo_with(batch_size=12, num_minibatches=2, rollout_batch_size=12)
 
 
 def test_recomputed_activations_change_no_run(tmp_path: Path) -> None:
@@ -149,7 +156,7 @@ def test_recomputed_activations_change_no_run(tmp_path: Path) -> None:
         lambda module, args: calls.update([name] if type(module).__name__ == "GPT2MLP" else [])
     )
     for name, recomputed in (("a", False), ("b", True)):
-        ppo = PPO(
+        ppo = ppo_with(
             total_phases=2, batch_size=8, num_minibatches=2, eval_samples=8, micro_batch_size=2,
             gradient_checkpointing=recomputed,
         )  # fmt: skip

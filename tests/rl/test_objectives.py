@@ -4,22 +4,21 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from rlhf_exp.models.reference import FullCopy, Lora, ReferenceSettings, SharedTrunk
+from rlhf_exp.models.finetune import Finetune, Full, LastLayers, Lora
+from rlhf_exp.models.passes import fast_pass, textbook_pass
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rl.actors import Actors
-from rlhf_exp.rl.objectives import Pass, fast_pass, textbook_pass
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.training.optim import AdamWSettings
-from rlhf_exp.types import Layout
+from rlhf_exp.types import Layout, Pass
 
 from ..builders import ARCHITECTURES, assert_near
 from .fixed import (
@@ -30,7 +29,7 @@ from .fixed import (
     reference_states,
     textbook_phase,
 )
-from .toy import CPU, RAGGED, ToyTask, pass_shape, start
+from .toy import CPU, RAGGED, ToyTask, learn, loss, pass_shape, ppo_with, start
 
 TEMPERATURE = 0.7
 TASKS = {
@@ -39,30 +38,30 @@ TASKS = {
     "ragged": RAGGED,
 }
 REFERENCES = {
-    "full_copy": FullCopy(),
-    "shared_trunk": SharedTrunk(num_layers_unfrozen=1),
+    "full": Full(),
+    "last_layers": LastLayers(num_layers_unfrozen=1),
     "lora": Lora(rank=4, alpha=8),
 }
 # Adam divides by the gradient's own size, so that rounding would decide about a step where the
 # gradient is 0, as it is for the biases of attention's keys; with this eps it does not.
 SMOOTH = AdamWSettings(base_lr=1e-2, head_lr=1e-2, eps=1e-3)
-SMALL = PPO(batch_size=8, num_minibatches=2, batches_per_learning_phase=2, dtype="fp32")
+SMALL = ppo_with(batch_size=8, num_minibatches=2, batches_per_learning_phase=2, dtype="fp32")
 
 
 def started(
-    path: Path, task: str, reference: ReferenceSettings, ppo: PPO = SMALL,
+    path: Path, task: str, reference: Finetune, ppo: PPO = SMALL,
     optimizer: AdamWSettings = SMOOTH, scale: float = 0.3, device: torch.device = CPU,
     **shape: object,
 ) -> tuple[Actors, TrainState]:  # fmt: skip
     """A policy off its reference, both with weights far from their small initial ones."""
     given = {"num_layers": 2, "d_model": 16, "num_heads": 2, "context_len": 24, **shape}
     actors, state = start(
-        ppo, path, task=TASKS[task], model=Scratch(**given), reference=reference,
+        ppo, path, task=TASKS[task], model=Scratch(**given), finetune=reference,
         sampler=CachedSampler(gen_len=7, temperature=TEMPERATURE), optimizer=optimizer,
         device=device,
     )  # fmt: skip
     off_the_reference(actors, scale=scale)
-    ppo.prepare(actors)
+    ppo.compute.prepare(actors)
     return actors, state
 
 
@@ -101,13 +100,17 @@ def test_the_fast_pass_is_the_textbooks(
         lambda module, args, kwargs: rows.append(pass_shape(kwargs)), with_kwargs=True
     )
     fast = fast_pass(
-        policy, actors.reference, experience, layout_of(completions), temperature=TEMPERATURE
+        policy,
+        actors.reference,
+        experience.rollout,
+        layout_of(completions),
+        temperature=TEMPERATURE,
     )
     hook.remove()
     width = completions.prompt_len
     assert rows == ([(1, width), (8, 4)] if task == "shared" else [(8, width + 4)])
     fast_columns, seen = columns_of(fast, mask), gradients(actors, fast, mask)
-    book = textbook_pass(policy, actors.reference, experience, temperature=TEMPERATURE)
+    book = textbook_pass(policy, actors.reference, experience.rollout, temperature=TEMPERATURE)
     assert book.kl[mask].mean() > 1e-3
     for name, column in columns_of(book, mask).items():
         assert_near(fast_columns[name], column)
@@ -124,13 +127,12 @@ def test_the_fast_pass_is_the_textbooks(
 
 def test_gradients_add_up_over_passes(tmp_path: Path) -> None:
     # The head adds its own to the weights' as it goes, and so does an embedding tied to it.
-    actors, _ = started(tmp_path, "ragged", FullCopy(), tie_embeddings=True)
+    actors, _ = started(tmp_path, "ragged", Full(), tie_embeddings=True)
     experience = fixed_experience(SMALL, actors, fixed_completions(actors))
     for passes in (1, 2):
         for _ in range(passes):
             layout = Layout.of(experience.rollout.completions)
-            given = (actors.policy, actors.reference, experience)
-            SMALL.loss(*given, temperature=TEMPERATURE, layout=layout).loss.backward()
+            loss(SMALL, actors, experience, layout=layout).loss.backward()
         grads = [p.grad.clone() for p in actors.policy.parameters()]
         actors.policy.zero_grad(set_to_none=False)
         if passes == 1:
@@ -147,7 +149,7 @@ def learned(path: Path, ppo: PPO, *given: object, by_the_book: bool) -> tuple[li
     if by_the_book:
         steps = textbook_phase(ppo, actors, state, experience)
     else:
-        steps = [*ppo.learn(state, experience, actors.reference, temperature=TEMPERATURE)]
+        steps = [*learn(ppo, actors, state, experience)]
     after = [p.detach() for p in actors.policy.parameters()]
     moves = [(a - b).abs().max().item() for a, b in zip(before, after, strict=True)]
     assert max(moves) > 1e-2
@@ -162,7 +164,7 @@ def test_a_phase_learns_what_the_textbook_does(
     architecture: str, kind: str, task: str, micro_batch_size: int | None, tmp_path: Path
 ) -> None:
     # GPT-2's embeddings are tied, Llama's are not.
-    ppo = replace(SMALL, micro_batch_size=micro_batch_size)
+    ppo = ppo_with(SMALL, micro_batch_size=micro_batch_size)
     given = (task, REFERENCES[kind], {"architecture": architecture})
     expected, losses = learned(tmp_path, SMALL, *given, by_the_book=True)
     seen, fast_losses = learned(tmp_path, ppo, *given, by_the_book=False)
@@ -182,13 +184,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from torch._dynamo.utils import counters
-from rlhf_exp.models.reference import FullCopy
+from rlhf_exp.models.finetune import Full
 from tests.rl.test_objectives import SMALL, learned
 path, device, mode = Path(sys.argv[1]), torch.device(sys.argv[2]), sys.argv[3]
 torch.compile = partial(torch.compile, backend=sys.argv[4])
-given = ("ragged", FullCopy(), {"num_layers": 1, "device": device})
+given = ("ragged", Full(), {"num_layers": 1, "device": device})
 weights, losses = zip(*[
-    learned(path, replace(SMALL, compile=compile), *given, by_the_book=False)
+    learned(path, ppo_with(SMALL, compile=compile), *given, by_the_book=False)
     for compile in ("off", mode)
 ])
 apart = max(((a - b).norm() / a.norm()).item() for a, b in zip(*weights))

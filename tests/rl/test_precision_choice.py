@@ -5,17 +5,19 @@ from pathlib import Path
 
 import torch
 
+from rlhf_exp.models.finetune import Full
 from rlhf_exp.models.loading import Pretrained
-from rlhf_exp.models.reference import FullCopy
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.stages.ppo import PPO
 from tests.builders import tiny_policy
 from tests.rl.test_objectives import SMALL, started
 from tests.stages.test_ppo_run import parts
 
+from .toy import ppo_with
+
 
 def chosen(path: Path, ppo: PPO, *, bridge: bool = False, fp16: bool = False) -> torch.dtype | None:
-    actors, _ = started(path, "ragged", FullCopy(), SMALL)
+    actors, _ = started(path, "ragged", Full(), SMALL)
     if bridge:
         actors = replace(actors, sampler=BridgeSampler(gen_len=3))
     if fp16:
@@ -25,7 +27,7 @@ def chosen(path: Path, ppo: PPO, *, bridge: bool = False, fp16: bool = False) ->
 
 
 def test_bf16_is_for_the_cached_sampler_and_for_weights_it_mixes_with(tmp_path: Path) -> None:
-    bf16 = replace(SMALL, dtype="bf16")
+    bf16 = ppo_with(SMALL, dtype="bf16")
     assert chosen(tmp_path, bf16) == torch.bfloat16
     assert chosen(tmp_path, bf16, bridge=True) is None
     assert chosen(tmp_path, bf16, fp16=True) is None
@@ -33,7 +35,7 @@ def test_bf16_is_for_the_cached_sampler_and_for_weights_it_mixes_with(tmp_path: 
 
 
 def problems(**replaced: object) -> list[str]:
-    return PPO(dtype="bf16").check(**{**parts(), **replaced})
+    return ppo_with(dtype="bf16").check(**{**parts(), **replaced})
 
 
 def test_what_excludes_bf16_is_told(tmp_path: Path) -> None:

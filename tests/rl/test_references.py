@@ -8,21 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_exp.models.reference import FullCopy, Lora, ReferenceSettings, SharedTrunk
+from rlhf_exp.models.finetune import Finetune, Full, LastLayers, Lora
 from rlhf_exp.rl.actors import Actors
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.measure import measure
-from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.types import Rollout
 
 from ..builders import ARCHITECTURES, assert_near
-from .toy import RAGGED, collect, parts, phase, saved_model, start
+from .toy import RAGGED, collect, loss, parts, phase, ppo_with, saved_model, start
 
 KINDS = {
-    "full_copy": FullCopy(),
-    "shared_trunk": SharedTrunk(num_layers_unfrozen=1),
+    "full": Full(),
+    "last_layers": LastLayers(num_layers_unfrozen=1),
     "lora": Lora(rank=4, alpha=8),
 }
 # What of these models is trained with the last block unfrozen.
@@ -32,20 +31,20 @@ LAST = {
     "qwen2": ("model.layers.1.", "model.norm."),
     "gpt_neox": ("gpt_neox.layers.1.", "gpt_neox.final_layer_norm."),
 }
-SMALL = PPO(batch_size=8, num_minibatches=2)
+SMALL = ppo_with(batch_size=8, num_minibatches=2)
 QUICK = AdamWSettings(base_lr=2e-2, head_lr=2e-2)
 SAMPLER = CachedSampler(gen_len=4, stop_at_eos=True, temperature=1.2)
 
 
 def actors_of(
-    path: Path, architecture: str, reference: ReferenceSettings, **model: str
+    path: Path, architecture: str, reference: Finetune, **model: str
 ) -> tuple[Actors, TrainState]:
     return start(
         SMALL,
         path,
         task=RAGGED,
         model=saved_model(path / "model", architecture=architecture, **model),
-        reference=reference,
+        finetune=reference,
         sampler=SAMPLER,
         optimizer=QUICK,
     )
@@ -66,7 +65,7 @@ def test_kl_is_that_to_a_full_copy_taken_before(
 ) -> None:
     reference = KINDS[kind]
     actors, state = actors_of(tmp_path, architecture, reference)
-    other, _ = actors_of(tmp_path, architecture, FullCopy())
+    other, _ = actors_of(tmp_path, architecture, Full())
     full_copy = other.policy  # the same model, loaded again
     assert against(actors, actors.reference).kl.abs().max() < 1e-6
     before = copy.deepcopy(actors.policy.state_dict())
@@ -80,10 +79,10 @@ def test_kl_is_that_to_a_full_copy_taken_before(
     for name, parameter in actors.policy.named_parameters():
         rest = name.removeprefix("language_model.")
         trained = (
-            kind == "full_copy"
+            kind == "full"
             or name.startswith("value_head.")
             or (kind == "lora" and "lora_" in name)
-            or (kind == "shared_trunk" and rest.startswith(LAST[architecture]))
+            or (kind == "last_layers" and rest.startswith(LAST[architecture]))
         )
         assert torch.equal(parameter, before[name]) != trained, name
 
@@ -93,7 +92,7 @@ def gradients(actors: Actors, state: TrainState) -> dict[str, Tensor]:
     phase(SMALL, actors, state)
     experience = collect(SMALL, actors, state)
     state.optimizer.zero_grad()
-    SMALL.backward(state, experience, actors.reference, temperature=1.2)
+    loss(SMALL, actors, experience).loss.backward()
     return {n: p.grad.clone() for n, p in actors.policy.named_parameters() if p.grad is not None}
 
 
@@ -101,7 +100,7 @@ def gradients(actors: Actors, state: TrainState) -> dict[str, Tensor]:
 def test_the_hooked_engine_trains_the_weights_above_a_shared_trunk(
     architecture: str, tmp_path: Path
 ) -> None:
-    kind = KINDS["shared_trunk"]
+    kind = KINDS["last_layers"]
     fast, state = actors_of(tmp_path, architecture, kind)
     hooked, hooked_state = actors_of(tmp_path, architecture, kind)
     hooked.policy.engine = "hooked"
@@ -125,9 +124,9 @@ def test_the_hooked_engine_trains_the_weights_above_a_shared_trunk(
 def test_adapters_train_on_a_base_in_bf16(architecture: str, tmp_path: Path) -> None:
     model = saved_model(tmp_path / "model", architecture=architecture)
     low = type(model)(base_model=model.base_model, dtype="bf16")
-    assert SMALL.check(**parts(model=low, reference=KINDS["lora"])) == []
+    assert SMALL.check(**parts(model=low, finetune=KINDS["lora"])) == []
     actors, state = start(
-        SMALL, tmp_path, task=RAGGED, model=low, reference=KINDS["lora"], optimizer=QUICK
+        SMALL, tmp_path, task=RAGGED, model=low, finetune=KINDS["lora"], optimizer=QUICK
     )
     before = copy.deepcopy(actors.policy.state_dict())
     for _ in range(2):
@@ -140,13 +139,13 @@ def test_adapters_train_on_a_base_in_bf16(architecture: str, tmp_path: Path) -> 
     assert metrics["objective/kl"] > 0
 
 
-@pytest.mark.parametrize("kind", ["full_copy", "shared_trunk"])
+@pytest.mark.parametrize("kind", ["full", "last_layers"])
 def test_weights_in_bf16_are_trained_by_adapters_alone(kind: str, tmp_path: Path) -> None:
     model = saved_model(tmp_path)
     low = type(model)(base_model=model.base_model, dtype="bf16")
-    [problem] = SMALL.check(**parts(model=low, reference=KINDS[kind]))
+    [problem] = SMALL.check(**parts(model=low, finetune=KINDS[kind]))
     assert "model.dtype=bf16" in problem
-    assert "reference=lora" in problem
+    assert "finetune=lora" in problem
 
 
 def test_the_adapters_are_drawn_from_the_runs_seed(tmp_path: Path) -> None:

@@ -11,13 +11,12 @@ from torch import Tensor
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import settings
-from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
 from rlhf_exp.types import Completions
 
 from ..stages.test_resume import files, timeless
-from .toy import RAGGED, context, parts, phase, rows, start
+from .toy import RAGGED, context, parts, phase, ppo_with, rows, start
 
 SMALL: dict[str, Any] = {
     "total_phases": 4, "batch_size": 9, "num_minibatches": 3, "eval_samples": 6, "eval_every": 2,
@@ -58,7 +57,7 @@ def run(path: Path, *at: int, raises: bool = True, **options: Any) -> dict[str, 
         "schedule": WarmupDecay(warmup_steps=2),
         "optimizer": AdamWSettings(base_lr=1e-2, head_lr=1e-2),
     }
-    return PPO(**{**SMALL, **options}).run(context(path), **parts(**given))
+    return ppo_with(**{**SMALL, **options}).run(context(path), **parts(**given))
 
 
 @pytest.mark.parametrize("options", [{}, {"reward_timeout_s": None}, ASYNC], ids=str)
@@ -110,7 +109,7 @@ def test_a_phase_without_scores_is_logged_and_nothing_is_learned(
 
 
 def test_a_skipped_phase_leaves_weights_and_coefficient(tmp_path: Path) -> None:
-    ppo = PPO(**SMALL, on_reward_error="skip", reward_retries=0, kl_target=1.0)
+    ppo = ppo_with(**SMALL, on_reward_error="skip", reward_retries=0, adaptive_kl_target=1.0)
     actors, state = start(ppo, tmp_path, task=RAGGED, reward=Faulty(at=(2,)))
     seen = []
     for _ in range(3):

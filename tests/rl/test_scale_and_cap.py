@@ -9,19 +9,19 @@ import transformers as hf
 from torch import Tensor
 
 from rlhf_exp.functional.logprobs import completion_logits, entropy, kl_divergence, token_logprobs
+from rlhf_exp.models.finetune import Full, LastLayers, Lora
 from rlhf_exp.models.loading import Pretrained
+from rlhf_exp.models.passes import fast_pass
 from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
-from rlhf_exp.models.reference import FullCopy, Lora, SharedTrunk
-from rlhf_exp.rl.objectives import Pass, fast_pass
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.stages.held_out import HeldOut, next_token_loss
-from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.tasks.examples import encode_demonstrations, pad
 from rlhf_exp.training.optim import AdamWSettings
+from rlhf_exp.types import Pass
 
 from ..builders import assert_near, stretch
 from .fixed import fixed_completions, fixed_experience, layout_of, off_the_reference
-from .toy import RAGGED, EchoTask, ToyTask, collect, phase, start
+from .toy import RAGGED, EchoTask, ToyTask, collect, phase, ppo_with, start
 
 TEMPERATURE = 0.7
 SHAPE = {
@@ -41,7 +41,7 @@ CONFIGS = {
     "cohere": hf.CohereConfig(**SHAPE, logit_scale=0.25),
     "gemma2": hf.Gemma2Config(**SHAPE, head_dim=16, final_logit_softcapping=3.0),
 }
-SMALL = PPO(batch_size=8, num_minibatches=2, batches_per_learning_phase=2, dtype="fp32")
+SMALL = ppo_with(batch_size=8, num_minibatches=2, batches_per_learning_phase=2, dtype="fp32")
 SAMPLER = CachedSampler(gen_len=7, temperature=TEMPERATURE)
 
 
@@ -85,7 +85,11 @@ def test_ppo_learns_from_the_models_own_logits(name: str, tmp_path: Path) -> Non
     policy, completions = actors.policy, fixed_completions(actors)
     experience, mask = fixed_experience(SMALL, actors, completions), completions.mask
     fast = fast_pass(
-        policy, actors.reference, experience, layout_of(completions), temperature=TEMPERATURE
+        policy,
+        actors.reference,
+        experience.rollout,
+        layout_of(completions),
+        temperature=TEMPERATURE,
     )
     seen = weighted_gradients(policy, fast, mask)
     logits, ref_logits = (
@@ -108,14 +112,14 @@ def test_ppo_learns_from_the_models_own_logits(name: str, tmp_path: Path) -> Non
         assert_near(gradient, other, tolerance=3e-5)
 
 
-@pytest.mark.parametrize("reference", [FullCopy(), SharedTrunk(num_layers_unfrozen=1), Lora()])
+@pytest.mark.parametrize("reference", [Full(), LastLayers(num_layers_unfrozen=1), Lora()])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_rollout_has_the_models_own_log_probs(
     name: str, reference: object, tmp_path: Path
 ) -> None:
     actors, state = start(
         SMALL, tmp_path / "run", task=RAGGED, model=saved(name, tmp_path / "model"),
-        sampler=SAMPLER, reference=reference,
+        sampler=SAMPLER, finetune=reference,
     )  # fmt: skip
     rollout = collect(SMALL, actors, state).rollout
     completions, mask = rollout.completions, rollout.completions.mask

@@ -6,33 +6,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_exp.models.reference import FullCopy, Lora, ReferenceSettings, SharedTrunk
+from rlhf_exp.models.finetune import Finetune, Full, LastLayers, Lora
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rl.actors import Actors
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
 from rlhf_exp.training.saver import split_state
 
 from ..states import assert_equal_states, through_a_file
-from .toy import RAGGED, phase, start
+from .toy import RAGGED, phase, ppo_with, start
 
-SMALL = PPO(total_phases=6, batch_size=6, num_minibatches=2)
+SMALL = ppo_with(total_phases=6, batch_size=6, num_minibatches=2)
 KINDS = {
-    "full_copy": FullCopy(),
-    "shared_trunk": SharedTrunk(num_layers_unfrozen=1),
+    "full": Full(),
+    "last_layers": LastLayers(num_layers_unfrozen=1),
     "lora": Lora(),
 }
 
 
-def started(
-    path: Path, reference: ReferenceSettings, *, d_model: int = 16
-) -> tuple[Actors, TrainState]:
+def started(path: Path, reference: Finetune, *, d_model: int = 16) -> tuple[Actors, TrainState]:
     model = Scratch(num_layers=2, d_model=d_model, num_heads=2, context_len=16)
     optimizer = AdamWSettings(base_lr=1e-2, head_lr=2e-2, weight_decay=0.1)
     return start(
-        SMALL, path, task=RAGGED, model=model, reference=reference, optimizer=optimizer,
+        SMALL, path, task=RAGGED, model=model, finetune=reference, optimizer=optimizer,
         schedule=WarmupDecay(warmup_steps=4),
     )  # fmt: skip
 
@@ -65,11 +62,11 @@ def test_everything_comes_back(kind: str, tmp_path: Path) -> None:
 
 
 def test_what_guards_a_run_comes_back_too(tmp_path: Path) -> None:
-    actors, state = started(tmp_path, KINDS["full_copy"])
+    actors, state = started(tmp_path, KINDS["full"])
     advance(actors, state, 1)
     state.kl_coef, state.skipped_steps, state.skipped_rewards = 0.1 + 0.2, 3, 2
     state.stopped, state.watch.up = "phase 1: enough", ["warn/high_kl"]
-    _, other = started(tmp_path, KINDS["full_copy"])
+    _, other = started(tmp_path, KINDS["full"])
     other.load_state_dict(through_a_file(state.state_dict(), tmp_path))
     for name in ("kl_coef", "skipped_steps", "skipped_rewards", "stopped", "watch"):
         assert getattr(other, name) == getattr(state, name)
@@ -88,15 +85,15 @@ def test_the_state_holds_what_is_trained_and_no_more(tmp_path: Path) -> None:
         # Adam's two moments and its step of each.
         assert len(split_state(saved["optimizer"])[0]) == 3 * len(trained)
         sizes[kind] = len(trained)
-    assert sizes["shared_trunk"] < sizes["full_copy"]
+    assert sizes["last_layers"] < sizes["full"]
 
 
-@pytest.mark.parametrize("kind", ["full_copy", "shared_trunk", "lora"])
+@pytest.mark.parametrize("kind", ["full", "last_layers", "lora"])
 def test_another_shape_is_refused_and_nothing_is_changed(kind: str, tmp_path: Path) -> None:
-    actors, state = started(tmp_path, KINDS["full_copy"])
+    actors, state = started(tmp_path, KINDS["full"])
     advance(actors, state, 1)
     saved = state.state_dict()
-    width = 8 if kind == "full_copy" else 16
+    width = 8 if kind == "full" else 16
     _, other = started(tmp_path, KINDS[kind], d_model=width)
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(ConfigError, match="the checkpoint is of a model with other trained"):
@@ -108,7 +105,7 @@ def test_each_stream_of_randomness_is_of_the_seed_and_its_own(tmp_path: Path) ->
     def draws(seed: int) -> list[list[float]]:
         state = TrainState.start(
             actors.policy, AdamWSettings(), WarmupDecay(), actors.train_prompts,
-            batch_size=6, total_phases=9, seed=seed,
+            num_prompts=6, total_phases=9, seed=seed,
             inputs={},
         )  # fmt: skip
         order = torch.Generator()
@@ -116,27 +113,27 @@ def test_each_stream_of_randomness_is_of_the_seed_and_its_own(tmp_path: Path) ->
         generators = (order, state.sample_generator, state.minibatch_generator)
         return [torch.rand(3, generator=generator).tolist() for generator in generators]
 
-    actors, _ = started(tmp_path, KINDS["full_copy"])
+    actors, _ = started(tmp_path, KINDS["full"])
     assert draws(1) == draws(1)
     seen = [*draws(1), *draws(2)]
     assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
 
 
 def test_the_best_evaluation_is_known_the_first_of_equals(tmp_path: Path) -> None:
-    _, state = started(tmp_path, KINDS["full_copy"])
+    _, state = started(tmp_path, KINDS["full"])
     seen = []
     for state.phase, score in enumerate((-1.0, -2.0, 0.5, 0.5), start=1):
         seen.append(state.note_evaluation(score))
     assert seen == [True, False, True, False]
     assert (state.best_score, state.best_phase) == (0.5, 3)
-    _, other = started(tmp_path, KINDS["full_copy"])
+    _, other = started(tmp_path, KINDS["full"])
     other.load_state_dict(through_a_file(state.state_dict(), tmp_path))
     assert (other.best_score, other.best_phase) == (0.5, 3)
 
 
 def test_rates_are_those_that_it_is_built_with(tmp_path: Path) -> None:
     """Also where they have been changed since: a checkpoint knows moments and the phase alone."""
-    actors, state = started(tmp_path, KINDS["full_copy"])
+    actors, state = started(tmp_path, KINDS["full"])
     advance(actors, state, 2)
     _, other = start(
         SMALL, tmp_path, task=RAGGED, model=Scratch(num_layers=2, d_model=16, num_heads=2,
@@ -152,7 +149,7 @@ def test_rates_are_those_that_it_is_built_with(tmp_path: Path) -> None:
 
 
 def test_a_state_goes_on_only_from_the_inputs_that_it_had(tmp_path: Path) -> None:
-    _, state = started(tmp_path, KINDS["full_copy"])
+    _, state = started(tmp_path, KINDS["full"])
     state.inputs = {"task": "a", "model": "b"}
     saved = through_a_file(state.state_dict(), tmp_path)
     assert saved["inputs"] == {"task": "a", "model": "b"}

@@ -4,26 +4,34 @@ import functools
 import itertools
 import json
 import random
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_exp.hf import PreTrainedTokenizerBase
+from rlhf_exp.models.finetune import Full
 from rlhf_exp.models.loading import Pretrained, build_policy
+from rlhf_exp.models.passes import policy_pass
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.models.reference import FullCopy
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rewards.keyword import Keyword
 from rlhf_exp.rewards.protocol import RewardFunction
 from rlhf_exp.rl.actors import Actors, load_actors
+from rlhf_exp.rl.compute import Compute
+from rlhf_exp.rl.estimators import GAE, token_rewards
+from rlhf_exp.rl.guards import Guards
+from rlhf_exp.rl.histograms import HistogramCollector
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.settings import settings
 from rlhf_exp.stages.held_out import next_token_loss
-from rlhf_exp.stages.ppo import PPO
+from rlhf_exp.stages.ppo import PPO, Phases, coefficients
+from rlhf_exp.stages.ppo import start as start_state
 from rlhf_exp.stages.sft import SFT
 from rlhf_exp.tasks.examples import encode_demonstrations, pad
 from rlhf_exp.tasks.protocol import Demonstration, LabelledText, Pair, Split
@@ -32,7 +40,7 @@ from rlhf_exp.training.context import Context
 from rlhf_exp.training.folder import RunFolder
 from rlhf_exp.training.optim import AdamWSettings, Constant
 from rlhf_exp.training.timing import Stopwatch
-from rlhf_exp.types import Completions, Experience
+from rlhf_exp.types import Completions, Experience, Layout, LossOutput, Rollout
 
 from ..builders import stretch
 
@@ -164,13 +172,28 @@ def parts(**replaced: Any) -> dict[str, Any]:
     defaults = {
         "task": ToyTask(),
         "model": Scratch(num_layers=1, d_model=16, num_heads=2, context_len=16),
-        "reference": FullCopy(),
+        "finetune": Full(),
         "reward": Keyword(keywords=["w7"]),
         "sampler": CachedSampler(gen_len=4),
         "optimizer": AdamWSettings(base_lr=3e-3, head_lr=3e-3),
         "schedule": Constant(),
     }
+    assert replaced.keys() <= defaults.keys()
     return {**defaults, **replaced}
+
+
+GROUPS = {"estimator": GAE, "guards": Guards, "compute": Compute}
+
+
+def ppo_with(base: PPO | None = None, **options: Any) -> PPO:
+    """PPO's settings with some changed; those of a group go by their own names: gamma=0.9."""
+    base = base or PPO()
+    for group, kind in GROUPS.items():
+        names = {field.name for field in fields(kind)} & options.keys()
+        own = {name: options.pop(name) for name in names}
+        if own:
+            options[group] = replace(getattr(base, group), **own)
+    return replace(base, **options)
 
 
 def start(
@@ -178,24 +201,18 @@ def start(
 ) -> tuple[Actors, TrainState]:
     """Actors and state before the first phase."""
     p = parts(**replaced)
-    names = ("task", "model", "reward", "sampler", "reference")
-    actors = load_actors(context(path, device=device), *(p[name] for name in names))
-    state = TrainState.start(
-        actors.policy,
-        p["optimizer"],
-        p["schedule"],
-        actors.train_prompts,
-        batch_size=ppo.batch_size,
-        total_phases=ppo.total_phases,
-        seed=1,
-        inputs={},
+    names = ("task", "model", "reward", "sampler", "finetune")
+    actors = load_actors(
+        context(path, device=device),
+        *(p[name] for name in names),
+        value_head=ppo.estimator.needs_values,
     )
-    return actors, state
+    return actors, start_state(ppo, actors, p["optimizer"], p["schedule"], seed=1, inputs={})
 
 
 def collect(ppo: PPO, actors: Actors, state: TrainState) -> Experience:
     """The experience of a rollout of the current weights."""
-    prompts = next(state.prompts)
+    prompts = next(state.prompts).repeated(ppo.samples_per_prompt)
     generation = actors.sampler(actors.policy, prompts, state.sample_generator)
     rollout = measure(
         actors.policy,
@@ -204,7 +221,43 @@ def collect(ppo: PPO, actors: Actors, state: TrainState) -> Experience:
         actors.score(generation.completions),
         temperature=actors.sampler.temperature,
     )
-    return ppo.build_experience(rollout)
+    return experience_of(ppo, rollout)
+
+
+def experience_of(ppo: PPO, rollout: Rollout) -> Experience:
+    """What the stage makes of a rollout."""
+    kl_coef = ppo.kl_coef if ppo.kl_penalty == "reward" else 0.0
+    rewards = token_rewards(rollout, kl_coef=kl_coef, normalize=ppo.normalize_reward)
+    return ppo.estimator(rollout, rewards)
+
+
+def learn(
+    ppo: PPO,
+    actors: Actors,
+    state: TrainState,
+    experience: Experience,
+    histograms: HistogramCollector | None = None,
+) -> Iterator[Mapping[str, Tensor]]:
+    """The optimizer steps of a phase; yields the metrics of each minibatch."""
+    phases = Phases(ppo, actors, state, Stopwatch())
+    phases.histograms = histograms or phases.histograms
+    yield from phases.updates(experience)
+
+
+def loss(
+    ppo: PPO,
+    actors: Actors,
+    experience: Experience,
+    *,
+    policy: TransformerWithValueHead | None = None,
+    layout: Layout | None = None,
+) -> LossOutput:
+    """The stage's loss of a minibatch, by the policy of the actors or another one."""
+    new = policy_pass(
+        policy or actors.policy, actors.reference, experience.rollout, layout,
+        temperature=actors.sampler.temperature,
+    )  # fmt: skip
+    return ppo.objective(new, experience, coefficients(ppo, ppo.kl_coef))
 
 
 def pass_shape(kwargs: dict[str, Any]) -> tuple[int, int]:
@@ -213,9 +266,14 @@ def pass_shape(kwargs: dict[str, Any]) -> tuple[int, int]:
     return given.shape[0], given.shape[1]
 
 
-def phase(ppo: PPO, actors: Actors, state: TrainState) -> dict[str, float]:
+def phase(
+    ppo: PPO, actors: Actors, state: TrainState, phases: Phases | None = None
+) -> dict[str, float]:
     """The metrics of a phase by itself."""
-    return ppo.phase(state, ppo.collector(actors), Stopwatch())
+    phases = phases or Phases(ppo, actors, state, Stopwatch())
+    metrics: dict[str, float] = {}
+    phases.run(lambda *results: metrics.update(phases.summarize(*results)))
+    return metrics
 
 
 HALF = 30  # updates of echo_policy

@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_exp.models.finetune import Full
 from rlhf_exp.models.loading import Pretrained, load_policy
-from rlhf_exp.models.reference import FullCopy
 from rlhf_exp.models.reward_model import load_reward_model
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rewards.arithmetic import ArithmeticReward
 from rlhf_exp.rewards.reward_model import LearnedReward
 from rlhf_exp.rollout.cached import CachedSampler
-from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.stages.preferences import Preferences
 from rlhf_exp.stages.reward_model import TrainRewardModel
 from rlhf_exp.stages.sft import SFT
@@ -23,7 +22,7 @@ from rlhf_exp.tasks.pairs import PairsFile
 from rlhf_exp.training.optim import AdamWSettings, Constant
 
 from ..builders import without_checks
-from ..rl.toy import context, rows
+from ..rl.toy import context, ppo_with, rows
 
 SAMPLER = CachedSampler(gen_len=15, stop_at_eos=True)
 OPTIMIZER = AdamWSettings(base_lr=3e-3, head_lr=3e-3)
@@ -71,11 +70,11 @@ def chain(path: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
             **learned,
         ),
         "ppo": run(
-            PPO(total_phases=2, eval_every=1, eval_samples=32),
+            ppo_with(total_phases=2, eval_every=1, eval_samples=32),
             path / "ppo",
             task=task,
             model=sft,
-            reference=FullCopy(),
+            finetune=Full(),
             reward=LearnedReward(path=str(path / "reward")),
             sampler=SAMPLER,
             **learned,

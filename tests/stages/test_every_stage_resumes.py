@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_exp.models.finetune import LastLayers, Lora
 from rlhf_exp.models.loading import Pretrained
-from rlhf_exp.models.reference import Lora, SharedTrunk
 from rlhf_exp.models.scratch import Scratch, ScratchClassifier
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.stages.classifier import TrainClassifier
-from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.stages.preferences import Preferences
 from rlhf_exp.stages.reward_model import TrainRewardModel
 from rlhf_exp.stages.sft import SFT
@@ -27,7 +26,18 @@ from rlhf_exp.training.saver import Saver, join_state
 from rlhf_exp.training.stopping import Interrupted, StopRequests
 
 from ..reliability import count_cases
-from ..rl.toy import ECHO, RAGGED, Echoed, EchoTask, ToyPairs, ToyTask, context, parts, saved_model
+from ..rl.toy import (
+    ECHO,
+    RAGGED,
+    Echoed,
+    EchoTask,
+    ToyPairs,
+    ToyTask,
+    context,
+    parts,
+    ppo_with,
+    saved_model,
+)
 from ..states import assert_equal_states
 
 DROPOUT = Scratch(num_layers=1, d_model=16, num_heads=2, context_len=16, dropout=0.2)
@@ -71,11 +81,11 @@ def reward_model(given: Context, base: Path) -> dict[str, Any]:
 
 
 def ppo(given: Context, base: Path) -> dict[str, Any]:
-    stage = PPO(
+    stage = ppo_with(
         total_phases=4, batch_size=6, num_minibatches=2, eval_every=2, eval_samples=4,
-        histograms_every=1, kl_target=1.0, kl_horizon=20, async_reward=True,
+        histograms_every=1, adaptive_kl_target=1.0, kl_horizon=20, async_reward=True,
     )  # fmt: skip
-    taken = parts(task=RAGGED, sampler=SAMPLER, reference=Lora(rank=2), model=ECHO)
+    taken = parts(task=RAGGED, sampler=SAMPLER, finetune=Lora(rank=2), model=ECHO)
     return stage.run(given, **taken)
 
 
@@ -84,13 +94,13 @@ def ppo_on_a_dataset(given: Context, base: Path) -> dict[str, Any]:
     file = base.with_name("prompts.jsonl")
     rows = [{"prompt": f"w{i} w{i + 1}"[: 2 + 3 * (i % 2)], "n": i} for i in range(9)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stage = PPO(
+    stage = ppo_with(
         total_phases=3, batch_size=4, num_minibatches=2, micro_batch_size=1, eval_every=2,
         eval_samples=4, whiten_advantages="minibatch", kl_penalty="reward",
     )  # fmt: skip
     taken = parts(
         task=PromptDataset(path=str(file), prepend_bos=True), sampler=SAMPLER,
-        reference=SharedTrunk(num_layers_unfrozen=1), model=model_in(base),
+        finetune=LastLayers(num_layers_unfrozen=1), model=model_in(base),
     )  # fmt: skip
     return stage.run(given, **taken)
 

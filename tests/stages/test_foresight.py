@@ -20,7 +20,7 @@ from rlhf_exp.stages.sft import SFT
 from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.optim import AdamWSettings, Constant, WarmupDecay
 
-from ..rl.toy import ToyTask, context, parts
+from ..rl.toy import ToyTask, context, parts, ppo_with
 
 STEPS = {
     "base": (SFT(), {"task": ToyTask(), "model": Scratch(context_len=16)}),
@@ -65,7 +65,7 @@ def test_a_schedule_longer_than_the_texts_allow(stage: SFT | TrainClassifier, up
 def test_a_policy_that_diverged_stops_the_run_naming_the_phase(
     sampler: Sampler, tmp_path: Path
 ) -> None:
-    ppo = PPO(total_phases=3, num_minibatches=1, batches_per_learning_phase=1, eval_samples=8)
+    ppo = ppo_with(total_phases=3, num_minibatches=1, batches_per_learning_phase=1, eval_samples=8)
     wild = AdamWSettings(base_lr=1e30)
     with pytest.raises(TrainingError, match=r"phase [123]: the policy's logits are not finite"):
         ppo.run(context(tmp_path), **parts(sampler=sampler, optimizer=wild))

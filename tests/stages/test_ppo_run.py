@@ -8,8 +8,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from rlhf_exp.models.finetune import Finetune, LastLayers, Lora
 from rlhf_exp.models.loading import load_policy
-from rlhf_exp.models.reference import Lora, ReferenceSettings, SharedTrunk
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rewards.attempts import PatientReward
 from rlhf_exp.rewards.keyword import Keyword
@@ -23,7 +23,7 @@ from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
 from rlhf_exp.types import Completions
 
 from ..builders import ARCHITECTURES
-from ..rl.toy import RAGGED, Echoed, EchoTask, context, parts, rows, saved_model, start
+from ..rl.toy import RAGGED, Echoed, EchoTask, context, parts, ppo_with, rows, saved_model, start
 
 
 def final_metrics(path: Path, ppo: PPO, seed: int = 1, **replaced: object) -> dict[str, float]:
@@ -36,14 +36,14 @@ def final_metrics(path: Path, ppo: PPO, seed: int = 1, **replaced: object) -> di
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_bandit_is_solved(tmp_path: Path, seed: int) -> None:
-    ppo = PPO(total_phases=25, kl_coef=0.0, eval_every=25, eval_samples=256)
+    ppo = ppo_with(total_phases=25, kl_coef=0.0, eval_every=25, eval_samples=256)
     after = final_metrics(tmp_path, ppo, seed, sampler=CachedSampler(gen_len=1))
     assert after["eval/score"] > 0.9
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_longer_answer_is_learned_through_the_value_head(tmp_path: Path) -> None:
-    ppo = PPO(total_phases=40, kl_coef=0.0, eval_every=40)
+    ppo = ppo_with(total_phases=40, kl_coef=0.0, eval_every=40)
     sampler = CachedSampler(gen_len=8, stop_at_eos=True)
     result = ppo.run(
         context(tmp_path), **parts(sampler=sampler, reward=Length(target_tokens=2), task=RAGGED)
@@ -54,7 +54,7 @@ def test_a_longer_answer_is_learned_through_the_value_head(tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_reward_that_is_always_the_same_moves_nothing_far(tmp_path: Path) -> None:
-    ppo = PPO(total_phases=20, eval_every=20)
+    ppo = ppo_with(total_phases=20, eval_every=20)
     nothing = Keyword(keywords=["absent"])
     moved = final_metrics(tmp_path / "a", ppo, optimizer=AdamWSettings())
     still = final_metrics(tmp_path / "b", ppo, reward=nothing, optimizer=AdamWSettings())
@@ -64,8 +64,8 @@ def test_a_reward_that_is_always_the_same_moves_nothing_far(tmp_path: Path) -> N
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_huge_penalty_holds_the_policy(tmp_path: Path) -> None:
-    held = PPO(total_phases=20, eval_every=20, kl_coef=1000.0)
-    free = PPO(total_phases=20, eval_every=20, kl_coef=0.0)
+    held = ppo_with(total_phases=20, eval_every=20, kl_coef=1000.0)
+    free = ppo_with(total_phases=20, eval_every=20, kl_coef=0.0)
     held_kl = final_metrics(tmp_path / "a", held)["eval/kl"]
     assert held_kl < 5e-3
     assert final_metrics(tmp_path / "b", free)["eval/kl"] > 20 * held_kl
@@ -73,7 +73,7 @@ def test_a_huge_penalty_holds_the_policy(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_two_runs_are_equal_and_another_seed_is_not(tmp_path: Path) -> None:
-    ppo = PPO(total_phases=3, eval_every=2)
+    ppo = ppo_with(total_phases=3, eval_every=2)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         ppo.run(context(tmp_path / name, seed), **parts(task=RAGGED))
     a, b, c = (
@@ -90,7 +90,7 @@ def test_two_runs_are_equal_and_another_seed_is_not(tmp_path: Path) -> None:
 
 
 def test_a_run_leaves_metrics_samples_and_a_policy(tmp_path: Path) -> None:
-    ppo = PPO(total_phases=4, eval_every=3, eval_samples=16)
+    ppo = ppo_with(total_phases=4, eval_every=3, eval_samples=16)
     p = parts(sampler=CachedSampler(gen_len=4, top_k=5), schedule=WarmupDecay(warmup_steps=2))
     actors_before, _ = start(ppo, tmp_path / "other", **p)
     ppo.run(context(tmp_path), **p)
@@ -148,7 +148,7 @@ class Noting:
 
 
 def test_no_prompt_of_the_evaluation_is_trained_on(tmp_path: Path) -> None:
-    ppo = PPO(total_phases=3, batch_size=32, eval_every=2, eval_samples=24)
+    ppo = ppo_with(total_phases=3, batch_size=32, eval_every=2, eval_samples=24)
     reward = Noting(file=str(tmp_path / "prompts"))
     sampler = CachedSampler(gen_len=2, stop_at_eos=True)
     ppo.run(context(tmp_path / "run"), **parts(task=EchoTask(), reward=reward, sampler=sampler))
@@ -184,7 +184,7 @@ class Broken:
 def test_a_reward_that_is_not_finite_stops_the_run(
     tmp_path: Path, value: float, good: int, where: str
 ) -> None:
-    ppo = PPO(total_phases=3, eval_samples=4, eval_every=3)
+    ppo = ppo_with(total_phases=3, eval_samples=4, eval_every=3)
     with pytest.raises(RewardError, match=rf"{where}samples, the first: 'w0 w1") as error:
         ppo.run(context(tmp_path), **parts(reward=Broken(value=value, good=good)))
     assert f"the reward gave {value} for 1 of" in str(error.value)
@@ -201,7 +201,7 @@ def test_batch_size_must_be_a_multiple_of_num_minibatches() -> None:
     with pytest.raises(
         ValidationError, match="batch_size=30 must be a multiple of num_minibatches=4"
     ):
-        PPO(batch_size=30)
+        ppo_with(batch_size=30)
 
 
 def test_prompt_and_completion_must_fit_the_context(tmp_path: Path) -> None:
@@ -216,15 +216,15 @@ def check(ppo: PPO, **replaced: object) -> list[str]:
 
 
 def test_schedule_must_fit_the_phases() -> None:
-    assert check(PPO(total_phases=5)) == [
+    assert check(ppo_with(total_phases=5)) == [
         "schedule.warmup_steps=5 must be below stage.total_phases=5: lower the first or raise the"
         " second"
     ]
-    assert not check(PPO(total_phases=6))
+    assert not check(ppo_with(total_phases=6))
 
 
 def test_a_task_that_knows_answers_is_measured_by_them(tmp_path: Path) -> None:
-    ppo = PPO(total_phases=2, eval_every=1, eval_samples=30)
+    ppo = ppo_with(total_phases=2, eval_every=1, eval_samples=30)
     sampler = CachedSampler(gen_len=3, stop_at_eos=True)
     given = context(tmp_path)
     result = ppo.run(given, **parts(task=EchoTask(), reward=Echoed(), sampler=sampler))
@@ -247,48 +247,50 @@ def test_a_task_whose_file_is_missing_is_refused() -> None:
 
 def test_parts_that_do_not_fit_each_other_are_refused() -> None:
     endless, ending = CachedSampler(), CachedSampler(stop_at_eos=True)
-    penalty = PPO(missing_eos_penalty=1.0)
+    penalty = ppo_with(missing_eos_penalty=1.0)
     assert check(penalty, sampler=endless) == [
         "stage.missing_eos_penalty needs sampler.stop_at_eos=true"
     ]
-    assert check(PPO(missing_eos_penalty=0.0), sampler=endless) != []
+    assert check(ppo_with(missing_eos_penalty=0.0), sampler=endless) != []
     assert check(penalty, sampler=ending) == check(PPO(), sampler=endless) == []
     hooked = Scratch(engine="hooked")
-    assert check(PPO(gradient_checkpointing=True), model=hooked) == [
-        "stage.gradient_checkpointing needs model.engine=fast"
+    assert check(ppo_with(gradient_checkpointing=True), model=hooked) == [
+        "stage.compute.gradient_checkpointing needs model.engine=fast"
     ]
     for name, value in (("dtype", "bf16"), ("compile", "on")):
-        assert check(PPO(**{name: value}), model=hooked) == [
+        assert check(ppo_with(**{name: value}), model=hooked) == [
             f"stage.{name}={value} needs model.engine=fast"
         ]
-    assert check(PPO(dtype="bf16", compile="on")) == []
-    assert check(PPO(dtype="fp32", compile="off", async_reward=True), model=hooked) == []
-    both = PPO(compile="on", gradient_checkpointing=True)
-    assert check(both) == ["stage.compile=on and stage.gradient_checkpointing exclude each other"]
+    assert check(ppo_with(dtype="bf16", compile="on")) == []
+    assert check(ppo_with(dtype="fp32", compile="off", async_reward=True), model=hooked) == []
+    both = ppo_with(compile="on", gradient_checkpointing=True)
+    assert check(both) == [
+        "stage.compute.compile=on and stage.compute.gradient_checkpointing exclude each other"
+    ]
     assert len(check(both, model=hooked)) == 3
-    assert check(PPO(), model=hooked) == check(PPO(gradient_checkpointing=True)) == []
+    assert check(PPO(), model=hooked) == check(ppo_with(gradient_checkpointing=True)) == []
     assert check(PPO(), task=EchoTask(), sampler=endless) == [
         "the task has exact answers, which end: set sampler.stop_at_eos=true"
     ]
     assert check(PPO(), task=EchoTask(), sampler=ending) == []
-    [problem] = check(PPO(), model=hooked, reference=Lora())
-    assert "reference=lora needs model.engine=fast" in problem
+    [problem] = check(PPO(), model=hooked, finetune=Lora())
+    assert "finetune=lora needs model.engine=fast" in problem
 
 
 def test_everything_that_is_wrong_is_said_at_once() -> None:
-    wrong = PPO(total_phases=5, missing_eos_penalty=1.0, gradient_checkpointing=True)
-    problems = check(wrong, model=Scratch(engine="hooked"), reference=Lora(), task=EchoTask())
+    wrong = ppo_with(total_phases=5, missing_eos_penalty=1.0, gradient_checkpointing=True)
+    problems = check(wrong, model=Scratch(engine="hooked"), finetune=Lora(), task=EchoTask())
     assert len(problems) == 5
 
 
 @pytest.mark.parametrize(
-    "kind", [SharedTrunk(num_layers_unfrozen=9), Lora(target_modules=["nothing"])]
+    "kind", [LastLayers(num_layers_unfrozen=9), Lora(target_modules=["nothing"])]
 )
 def test_what_a_reference_cannot_do_is_said_before_anything_is_written(
-    kind: ReferenceSettings, tmp_path: Path
+    kind: Finetune, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=r"reference\.(num_layers_unfrozen|target_modules)="):
-        PPO().run(context(tmp_path), **parts(reference=kind))
+        PPO().run(context(tmp_path), **parts(finetune=kind))
     assert not list(tmp_path.iterdir())
 
 
@@ -299,7 +301,7 @@ def test_a_tokenizer_whose_padding_is_eos_or_that_has_none(
     architecture: str, pad: str, tmp_path: Path
 ) -> None:
     model = saved_model(tmp_path / "model", architecture=architecture)
-    ppo = PPO(total_phases=1, batch_size=32, eval_every=1, eval_samples=64)
+    ppo = ppo_with(total_phases=1, batch_size=32, eval_every=1, eval_samples=64)
     sampler = CachedSampler(gen_len=4, stop_at_eos=True, temperature=5.0)
     given = parts(task=RAGGED, model=model, sampler=sampler, reward=Length(target_tokens=2))
     expected = ppo.run(context(tmp_path / "run"), **given)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlhf_exp.models.finetune import Full, LastLayers, Lora
 from rlhf_exp.models.loading import Pretrained, load_policy
-from rlhf_exp.models.reference import FullCopy, Lora, SharedTrunk
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError, settings
@@ -17,17 +17,17 @@ from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
 from rlhf_exp.types import Completions
 
 from ..builders import ARCHITECTURES, assert_near
-from ..rl.toy import RAGGED, context, parts, rows, saved_model
+from ..rl.toy import RAGGED, context, parts, ppo_with, rows, saved_model
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 KINDS = {
-    "full_copy": FullCopy(),
-    "shared_trunk": SharedTrunk(num_layers_unfrozen=1),
+    "full": Full(),
+    "last_layers": LastLayers(num_layers_unfrozen=1),
     "lora": Lora(rank=4, alpha=8),
 }
 # Four prompts in batches of nine: batches end within an order of the prompts.
-PHASES = PPO(
+PHASES = ppo_with(
     total_phases=3,
     batch_size=9,
     num_minibatches=3,
@@ -89,21 +89,21 @@ def files(path: Path) -> list[bytes]:
 @pytest.mark.parametrize(
     ("architecture", "kind"),
     [
-        ("gpt2", "full_copy"),
-        ("llama", "shared_trunk"),
-        ("gpt_neox", "shared_trunk"),
+        ("gpt2", "full"),
+        ("llama", "last_layers"),
+        ("gpt_neox", "last_layers"),
         *((architecture, "lora") for architecture in ARCHITECTURES),
     ],
 )
 def test_a_run_goes_on_bit_by_bit(architecture: str, kind: str, tmp_path: Path) -> None:
     model = saved_model(tmp_path / "base", architecture=architecture)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    uncut = run(whole, PHASES, model, reference=KINDS[kind])
+    uncut = run(whole, PHASES, model, finetune=KINDS[kind])
     with pytest.raises(KeyboardInterrupt):  # two evaluations and two phases before
-        run(cut, PHASES, model, reference=KINDS[kind], reward=Failing(at=5))
+        run(cut, PHASES, model, finetune=KINDS[kind], reward=Failing(at=5))
     assert [row["phase"] for row in rows(cut)] == [0, 1, 2, 2]
     assert not (cut / "model").exists()
-    resumed = run(cut, PHASES, model, reference=KINDS[kind], resume=True)
+    resumed = run(cut, PHASES, model, finetune=KINDS[kind], resume=True)
 
     assert [row["phase"] for row in rows(cut)] == [0, 1, 2, 2, 3, 3]
     assert timeless(cut) == timeless(whole)
@@ -131,7 +131,7 @@ def test_what_was_logged_after_the_checkpoint_is_written_again(
     at: int, phases: list[int], tmp_path: Path
 ) -> None:
     model = saved_model(tmp_path / "base", num_layers=1)
-    ppo = PPO(
+    ppo = ppo_with(
         total_phases=5, batch_size=9, num_minibatches=1, eval_every=3, eval_samples=6,
         checkpoint_every=2,
     )  # fmt: skip
@@ -165,7 +165,7 @@ def test_a_run_without_checkpoints_begins_anew(
 ) -> None:
     caplog.set_level("INFO")
     model = saved_model(tmp_path / "base", num_layers=1)
-    none = PPO(total_phases=2, batch_size=6, num_minibatches=1, checkpoint_every=None)
+    none = ppo_with(total_phases=2, batch_size=6, num_minibatches=1, checkpoint_every=None)
     given = {"schedule": WarmupDecay(warmup_steps=1)}
     run(tmp_path / "run", none, model, **given)
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -184,9 +184,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     weights = "the checkpoint is of a model with other trained weights"
     changed = "model: what it names has changed since the checkpoint"
     for model, kind, message in (
-        (other, "full_copy", changed), (one, "shared_trunk", weights), (one, "lora", weights),
+        (other, "full", changed), (one, "last_layers", weights), (one, "lora", weights),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
-            run(tmp_path / "run", PHASES, model, resume=True, reference=KINDS[kind])
+            run(tmp_path / "run", PHASES, model, resume=True, finetune=KINDS[kind])
     # And nothing of the run is lost by that.
     assert timeless(tmp_path / "run") == before

@@ -1,0 +1,96 @@
+"""What of the policy is trained. The choices differ in memory alone: each gives the same reference,
+the policy as it was before training."""
+
+import copy
+from typing import Protocol, runtime_checkable
+
+from rlhf_exp.models.freezing import train_last_layers
+from rlhf_exp.models.loading import ModelSettings, must_be_fp32
+from rlhf_exp.models.lora import add_adapter
+from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.models.reference import Reference, WithoutAdapter
+from rlhf_exp.settings import ConfigError, Count, Text, settings
+
+
+@runtime_checkable
+class Finetune(Protocol):
+    """The settings of a finetune group: what is trained, from which the reference follows."""
+
+    def check(self, model: ModelSettings) -> list[str]:
+        """What is wrong between this choice and the model's settings."""
+        ...
+
+    def attach(self, policy: TransformerWithValueHead, *, seed: int) -> Reference:
+        """Makes trainable what this choice trains, and returns the policy as it is now, frozen.
+        Raises ConfigError for a model that it does not fit."""
+        ...
+
+
+@settings
+class Full:
+    """Trains all weights; the reference is a copy of them."""
+
+    def check(self, model: ModelSettings) -> list[str]:
+        """The weights must be fp32."""
+        return must_be_fp32(model)
+
+    def attach(self, policy: TransformerWithValueHead, *, seed: int) -> Reference:
+        """The copy."""
+        return policy.frozen_reference()
+
+
+@settings
+class LastLayers:
+    """Trains the last blocks and the final layer norm; the reference is a copy of these on top of
+    the frozen others, which both share."""
+
+    num_layers_unfrozen: Count = 2
+    """Blocks that are trained, from the last; 1 to all of them."""
+
+    def check(self, model: ModelSettings) -> list[str]:
+        """The weights must be fp32."""
+        return must_be_fp32(model)
+
+    def attach(self, policy: TransformerWithValueHead, *, seed: int) -> Reference:
+        """The reference, which owns only what is trained in the policy."""
+        model = policy.language_model
+        try:
+            train_last_layers(model, self.num_layers_unfrozen, field="finetune.num_layers_unfrozen")
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        shared = {id(tensor): tensor for tensor in (*frozen, *model.buffers())}
+        return policy.frozen(copy.deepcopy(model, shared))
+
+
+@settings
+class Lora:
+    """Trains low-rank adapters (PEFT); the reference is the policy with them switched off."""
+
+    rank: Count = 16
+    """Of each adapter, 4-64."""
+    alpha: Count = 32
+    """The adapter's output is scaled by alpha/rank; mostly 1 to 2 times rank."""
+    target_modules: Text | list[Text] = "all-linear"
+    """The linear layers: all-linear (but the output embedding), or a list of names as [c_attn]."""
+
+    def check(self, model: ModelSettings) -> list[str]:
+        """TransformerLens does not know adapters."""
+        if model.engine == "hooked":
+            return ["finetune=lora needs model.engine=fast; policy.hooked() shows the merged model"]
+        return []
+
+    def attach(self, policy: TransformerWithValueHead, *, seed: int) -> Reference:
+        """The policy with its adapters off."""
+        try:
+            add_adapter(
+                policy.language_model,
+                rank=self.rank,
+                alpha=self.alpha,
+                target_modules=self.target_modules,
+                seed=seed,
+            )
+        except ValueError as error:
+            reason = str(error).splitlines()[0][:300]
+            raise ConfigError(f"finetune.target_modules={self.target_modules}: {reason}") from error
+        return WithoutAdapter(policy)

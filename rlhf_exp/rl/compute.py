@@ -1,0 +1,121 @@
+"""How policy and reference compute: in which precision, compiled or not, how much at a time."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+
+from rlhf_exp.models.loading import ModelSettings, Pretrained
+from rlhf_exp.models.policy import CausalTransformer
+from rlhf_exp.models.reference import compute_reference_in
+from rlhf_exp.rl.actors import Actors
+from rlhf_exp.rollout.bridge import BridgeSampler
+from rlhf_exp.rollout.sampler import Sampler
+from rlhf_exp.settings import Count, settings
+from rlhf_exp.training.precision import Dtype, compute_dtype
+
+
+@settings
+class Compute:
+    """Speed and memory. Up to rounding and random draws the results stay the same."""
+
+    dtype: Dtype = "auto"
+    """Of passes: bf16, fp32; auto: bf16 on devices with instructions for it (CPU: from a width of
+    192); weights, logits, losses stay fp32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compiles the passes of learning; auto: on CUDA, if all prompts have one length and
+    activations are kept."""
+    rollout_batch_size: Count | None = None
+    """Completions sampled and measured at a time; less memory, other random draws; null:
+    batch_size."""
+    micro_batch_size: Count | None = None
+    """Completions a forward and backward pass; less memory, the same result; null: a minibatch."""
+    gradient_checkpointing: bool = False
+    """Computes activations again in the backward pass; less memory, slower."""
+    async_reward: bool = False
+    """Scores a batch while the next one is sampled, which is then one update old."""
+
+    def problems(self, model: ModelSettings, sampler: Sampler) -> list[str]:
+        """What is wrong between these settings, the model's and the sampler's."""
+        problems = []
+        wants_plain = {
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "dtype=bf16": self.dtype == "bf16",
+            "compile=on": self.compile == "on",
+        }
+        if model.engine == "hooked":
+            problems += [
+                f"stage.compute.{setting} needs model.engine=fast"
+                for setting, is_set in wants_plain.items()
+                if is_set
+            ]
+        if self.dtype == "bf16" and isinstance(sampler, BridgeSampler):
+            problems.append(
+                "stage.compute.dtype=bf16 needs sampler=cached; sampler=bridge is in fp32"
+            )
+        if self.dtype == "bf16" and isinstance(model, Pretrained) and model.dtype == "fp16":
+            problems.append("stage.compute.dtype=bf16 and model.dtype=fp16 exclude each other")
+        if self.compile == "on" and self.gradient_checkpointing:
+            problems.append(
+                "stage.compute.compile=on and stage.compute.gradient_checkpointing exclude each"
+                " other"
+            )
+        return problems
+
+    def too_large(self, *, batch: int, minibatch: int) -> Iterator[str]:
+        """Which sizes are above those of a batch or a minibatch (batch_size / num_minibatches)."""
+        for name, size, limit, whole in (
+            ("rollout_batch_size", self.rollout_batch_size, batch, f"batch_size={batch}"),
+            ("micro_batch_size", self.micro_batch_size, minibatch,
+             f"the minibatch of {minibatch} (batch_size / num_minibatches)"),
+        ):  # fmt: skip
+            if size is not None and size > limit:
+                yield f"compute.{name}={size} is above {whole}: lower it, or set it null"
+
+    def less_memory(self, actors: Actors, *, minibatch: int) -> list[str]:
+        """What makes learning need less memory."""
+        size, knobs = self.micro_batch_size or minibatch, []
+        if size > 1:
+            knobs.append(f"set stage.compute.micro_batch_size below {size}")
+        if actors.policy.engine == "fast" and not self.gradient_checkpointing:
+            knobs.append("set stage.compute.gradient_checkpointing=true")
+        if isinstance(actors.reference, CausalTransformer):
+            knobs.append("train less, with finetune=last_layers or finetune=lora")
+        return [*knobs, "lower sampler.gen_len"]
+
+    def prepare(self, actors: Actors) -> None:
+        """Sets the policy and the reference up."""
+        policy = actors.policy
+        dtype, base = torch.float32, policy.language_model.dtype
+        fast = policy.engine == "fast"
+        # TransformerLens samples in fp32, and fp16 weights do not mix with bf16.
+        if fast and base != torch.float16 and not isinstance(actors.sampler, BridgeSampler):
+            width = policy.head.weight.shape[1]
+            dtype = compute_dtype(self.dtype, policy.device, width=width)
+        policy.compute_in(dtype)
+        compute_reference_in(actors.reference, policy, dtype)
+        if self.gradient_checkpointing:
+            policy.checkpoint_gradients()
+        if self.compile == "on" or (
+            self.compile == "auto"
+            and fast
+            and policy.device.type == "cuda"
+            and not self.gradient_checkpointing
+            and bool(actors.train_prompts.mask.all())  # else widths vary, and each is compiled
+        ):
+            policy.compile_passes()
+
+
+def warm_up(actors: Actors, *, rows: int) -> None:
+    """Compiles what learning runs, `rows` completions a pass, so that no phase's time includes it.
+    Does nothing for a policy that is not compiled."""
+    policy, width = actors.policy, actors.train_prompts.tokens.shape[1]
+    if not policy.is_compiled:
+        return
+    shape = (rows, width + actors.sampler.gen_len - 1)
+    tokens = torch.zeros(shape, dtype=torch.long, device=policy.device)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    padded = not bool(actors.train_prompts.mask.all())
+    with policy.working():
+        policy.hidden_states(tokens, mask if padded else None).sum().backward()
+    policy.zero_grad(set_to_none=True)

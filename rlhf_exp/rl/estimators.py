@@ -1,0 +1,109 @@
+"""Step 4, credit: from a scored rollout to the advantage of each token.
+
+An estimator knows one formula. It does not know where the scores come from or what is learned from
+its advantages.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf_exp.functional.advantages import (
+    gae,
+    leave_one_out,
+    normalize_reward,
+    terminal_rewards,
+    zero_without_signal,
+)
+from rlhf_exp.functional.logprobs import kl_estimate
+from rlhf_exp.functional.masking import masked_fill_zero, masked_whiten
+from rlhf_exp.settings import Fraction, settings
+from rlhf_exp.types import Experience, Rollout
+
+
+def token_rewards(
+    rollout: Rollout, *, kl_coef: float, normalize: bool
+) -> Float[Tensor, "batch completion"]:
+    """The score at the last token of each completion, normalised over the batch if `normalize`,
+    minus kl_coef (log p - log q) at every token.
+
+    That charge is the k1 estimate of the KL: the exact KL of a position does not depend on the
+    token emitted there, so it would give that token no credit. `kl_coef` is 0 where the KL is in
+    the loss.
+    """
+    mask = rollout.completions.mask
+    scores = normalize_reward(rollout.scores) if normalize else rollout.scores
+    rewards = terminal_rewards(scores, mask)
+    if kl_coef:
+        rewards = rewards - kl_coef * kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1")
+    return rewards
+
+
+@settings
+class Estimator(ABC):
+    """A formula for advantages."""
+
+    needs_values: ClassVar[bool] = False
+    """Whether the policy has a value head, which learns the returns."""
+    min_samples_per_prompt: ClassVar[int] = 1
+    """The smallest stage.samples_per_prompt that the formula is defined for."""
+
+    @abstractmethod
+    def __call__(self, rollout: Rollout, rewards: Float[Tensor, "batch completion"]) -> Experience:
+        """The experience of a rollout with these token rewards; advantages are 0 in the padding."""
+
+    def for_minibatch(self, minibatch: Experience) -> Experience:
+        """The minibatch as it is learned: by default with the advantages of the whole batch."""
+        return minibatch
+
+
+@settings
+class GAE(Estimator):
+    """Generalised advantage estimation from a learned value of each token."""
+
+    needs_values: ClassVar[bool] = True
+
+    gamma: Fraction = 1.0
+    """Discount per token, 0-1."""
+    gae_lambda: Fraction = 0.95
+    """0: one-step advantages; 1: return minus value."""
+    whiten_advantages: Literal["batch", "minibatch", "none"] = "batch"
+    """To mean 0 and standard deviation 1: over the whole rollout, within each minibatch, or not."""
+
+    def __call__(self, rollout: Rollout, rewards: Float[Tensor, "batch completion"]) -> Experience:
+        """Advantages by functional.advantages.gae; returns are advantages plus values, before any
+        whitening. Where no reward tells completions apart, advantages are 0 and only the values
+        learn."""
+        assert rollout.values is not None
+        values, mask = rollout.values, rollout.completions.mask
+        advantages = gae(values, rewards, mask, gamma=self.gamma, gae_lambda=self.gae_lambda)
+        returns = advantages + values
+        if self.whiten_advantages == "batch":
+            advantages = masked_whiten(advantages, mask)
+        advantages = zero_without_signal(advantages, rewards)
+        return Experience(rollout=rollout, rewards=rewards, advantages=advantages, returns=returns)
+
+    def for_minibatch(self, minibatch: Experience) -> Experience:
+        """Whitened, with whiten_advantages="minibatch"."""
+        if self.whiten_advantages != "minibatch":
+            return minibatch
+        whitened = masked_whiten(minibatch.advantages, minibatch.rollout.completions.mask)
+        return replace(minibatch, advantages=zero_without_signal(whitened, minibatch.rewards))
+
+
+@settings
+class LeaveOneOut(Estimator):
+    """Each completion's total reward minus the mean of the other completions of its prompt; all of
+    its tokens have the same advantage."""
+
+    min_samples_per_prompt: ClassVar[int] = 2
+
+    def __call__(self, rollout: Rollout, rewards: Float[Tensor, "batch completion"]) -> Experience:
+        """Advantages by functional.advantages.leave_one_out, and no returns."""
+        mask = rollout.completions.mask
+        advantages = leave_one_out(rewards.sum(dim=1), rollout.groups)
+        advantages = masked_fill_zero(advantages[:, None].expand(mask.shape), mask)
+        return Experience(rollout=rollout, rewards=rewards, advantages=advantages, returns=None)

@@ -1,0 +1,138 @@
+"""Limits on a run: steps that are not taken, phases that are skipped, and when to stop.
+
+They look at metrics. What the metrics are of, they do not know.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_exp.rewards.attempts import Patience
+from rlhf_exp.rl.state import TrainState
+from rlhf_exp.settings import Index, NonNegative, Positive, settings
+from rlhf_exp.training.context import TrainingError
+from rlhf_exp.training.metrics import mean_metrics
+from rlhf_exp.training.optim import check_finite, nonfinite, tells_finite
+
+log = logging.getLogger(__name__)
+
+
+@settings
+class Guards:
+    """Limits on KL, on steps that are not finite and on rewards that fail."""
+
+    max_approx_kl: Positive | None = None
+    """Nats a token, 0.01-0.1: a phase's learning stops before the step whose minibatch has a
+    policy/approxkl above it; null: never."""
+    max_kl_sum: Positive | None = None
+    """Nats a completion (objective/kl_sum), 5-100: the first phase above it is the last; null:
+    none."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """stop: a loss or gradient that is not finite ends the run; skip: that step is not taken."""
+    on_reward_error: Literal["stop", "retry", "skip"] = "stop"
+    """When a reward raises, hangs or gives a score that is not finite; stop: the run ends; retry:
+    the reward is called again; skip: retry, then learn nothing from that phase. Evaluations are
+    never skipped: their numbers would be of other prompts."""
+    reward_retries: Index = 3
+    """Attempts after the first with retry and skip, 0-10."""
+    reward_retry_wait_s: NonNegative = 1.0
+    """Seconds before the second attempt, doubled before each further one, 0-60."""
+    reward_timeout_s: Positive | None = 1800.0
+    """Seconds after which a call of the reward counts as hanging, 1-7200; null: no limit, and
+    without async_reward the reward is called on the main thread."""
+    max_skipped: Index = 10
+    """Skipped steps and phases without scores over a run, at most, 0-100."""
+
+    @property
+    def patience(self) -> Patience:
+        """How long to wait for a reward, and how often to retry it."""
+        retries = 0 if self.on_reward_error == "stop" else self.reward_retries
+        return Patience(
+            retries=retries, wait_s=self.reward_retry_wait_s, timeout_s=self.reward_timeout_s
+        )
+
+
+class Verdict(NamedTuple):
+    """Whether to take the optimizer step of a minibatch, and whether to stop learning from the
+    rollout."""
+
+    take: bool
+    stop: bool
+
+
+def judge(guards: Guards, metrics: Mapping[str, Tensor]) -> Verdict:
+    """The verdict on a minibatch from its metrics and gradient norms.
+
+    With on_nonfinite="stop" only the CPU looks at each step: on a GPU that would make the host
+    wait, and `sum_up` finds the step at the end of the phase.
+    """
+    limit = guards.max_approx_kl
+    if limit is not None and bool(metrics["policy/approxkl"] > limit):
+        return Verdict(take=False, stop=True)
+    if guards.on_nonfinite == "stop" and metrics["loss/total"].device.type != "cpu":
+        return Verdict(take=True, stop=False)
+    telling = [value for name, value in metrics.items() if tells_finite(name)]
+    finite = bool(torch.stack(telling).isfinite().all())
+    return Verdict(take=finite, stop=not finite and guards.on_nonfinite == "stop")
+
+
+def sum_up(
+    guards: Guards,
+    state: TrainState,
+    minibatches: Sequence[Mapping[str, float]],
+    names: Sequence[str],
+) -> dict[str, float]:
+    """The metrics of a phase from those of its minibatches: means over the steps that were taken,
+    and their number as policy/steps. The metrics of these `names` are NaN if no step was taken.
+
+    Counts skipped steps in the state. Raises TrainingError that names phase and step for a loss or
+    gradient that is not finite with on_nonfinite="stop", and as `check_skipped` does.
+    """
+    if guards.on_nonfinite == "stop":
+        check_finite(minibatches, state.phase)
+    for number, metrics in enumerate(minibatches, 1):
+        if (fault := nonfinite(metrics)) is not None:
+            state.skipped_steps += 1
+            log.warning("phase %d, step %d is skipped: %s", state.phase, number, fault)
+    check_skipped(guards, state)
+    taken = [metrics for metrics in minibatches if metrics["policy/steps"]]
+    if not taken:
+        return dict.fromkeys(names, math.nan) | {"policy/steps": 0.0}
+    return mean_metrics(taken) | {"policy/steps": float(len(taken))}
+
+
+def check_skipped(guards: Guards, state: TrainState) -> None:
+    """Raises TrainingError if the run has skipped more than max_skipped."""
+    steps, rewards = state.skipped_steps, state.skipped_rewards
+    if steps + rewards > guards.max_skipped:
+        raise TrainingError(
+            f"phase {state.phase}: {steps} steps that were not finite and {rewards} phases"
+            " without scores were skipped, more than"
+            f" stage.guards.max_skipped={guards.max_skipped}: mend what train.log names, or lower"
+            " optimizer.base_lr and optimizer.head_lr"
+        )
+
+
+def check_kl_sum(guards: Guards, state: TrainState, kl_sum: float) -> None:
+    """Makes the phase the last one if its KL (nats a completion) is above max_kl_sum."""
+    if guards.max_kl_sum is not None and kl_sum > guards.max_kl_sum:
+        state.stopped = (
+            f"phase {state.phase}: objective/kl_sum is {kl_sum:.4g} nats a completion, above"
+            f" stage.guards.max_kl_sum={guards.max_kl_sum:g}"
+        )
+        state.spent_kl = kl_sum
+        log.info("%s: the run ends", state.stopped)
+
+
+def reconsider(guards: Guards, state: TrainState) -> None:
+    """Lets a resumed run that stopped at max_kl_sum go on if the limit is higher now."""
+    if state.spent_kl is None:
+        return
+    if guards.max_kl_sum is None or state.spent_kl <= guards.max_kl_sum:
+        state.stopped = state.spent_kl = None
+    else:
+        log.warning("%s: no phase follows; raise stage.guards.max_kl_sum to go on", state.stopped)

@@ -1,0 +1,132 @@
+"""Step 6, keep: what a phase came to, and what is written, evaluated and saved of it."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rlhf_exp.rl.actors import Actors
+from rlhf_exp.rl.collect import SCORING, Scorer
+from rlhf_exp.rl.evaluation import brief, evaluate
+from rlhf_exp.rl.guards import Guards, check_kl_sum, sum_up
+from rlhf_exp.rl.histograms import HistogramCollector
+from rlhf_exp.rl.kl import KLCoefficient
+from rlhf_exp.rl.state import TrainState
+from rlhf_exp.rollout.sampler import have_ended
+from rlhf_exp.training.context import Context
+from rlhf_exp.training.memory import explaining_memory
+from rlhf_exp.training.metrics import rollout_metrics
+from rlhf_exp.training.optim import learning_rates
+from rlhf_exp.training.progress import Progress
+from rlhf_exp.training.saver import Saver
+from rlhf_exp.training.timing import Stopwatch
+from rlhf_exp.types import Experience
+
+log = logging.getLogger(__name__)
+EVALUATING = ("lower sampler.gen_len", "lower stage.eval_samples", *SCORING)
+
+
+def phase_metrics(
+    state: TrainState,
+    actors: Actors,
+    guards: Guards,
+    kl_coefficient: KLCoefficient,
+    lap: Stopwatch,
+    experience: Experience,
+    updates: Sequence[Mapping[str, float]],
+    *,
+    loss_metrics: Sequence[str],
+) -> dict[str, float]:
+    """The metrics of a phase. Sets the state up for the next one: its learning rates, its KL
+    coefficient, and whether there is one. Raises TrainingError as the guards do."""
+    rates, kl_coef = learning_rates(state.optimizer), kl_coefficient.now(state)
+    names = (*loss_metrics, *(f"grad_norm/{name}" for name in rates))
+    learned = sum_up(guards, state, updates, names)
+    state.scheduler.step()
+    rollout, sampler = experience.rollout, actors.sampler
+    metrics = rollout_metrics(experience, truncates=sampler.truncates)
+    ended = None
+    if sampler.stop_at_eos:
+        ended = have_ended(rollout.completions, actors.policy.tokenizer)
+    metrics |= state.watch.look(state.phase, metrics, rollout, gen_len=sampler.gen_len, ended=ended)
+    kl_sum = metrics["objective/kl_sum"]
+    kl_coefficient.adapt(state, kl_sum=kl_sum, score=metrics["objective/scores"])
+    check_kl_sum(guards, state, kl_sum)
+    seconds = lap.take()
+    return {
+        **metrics,
+        "objective/kl_coef": kl_coef,
+        **learned,
+        "train/skipped_steps": float(state.skipped_steps),
+        "train/skipped_rewards": float(state.skipped_rewards),
+        **{f"lr/{name}": rate for name, rate in rates.items()},
+        **{f"time/{name}_s": value for name, value in seconds.items()},
+        "time/tokens_per_s": rollout.completions.mask.sum().item()
+        / (seconds["rollout"] + seconds["learn"]),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeper:
+    """Logs each phase; evaluates and saves when it is due. Counts `*_every` are in phases."""
+
+    context: Context
+    actors: Actors
+    state: TrainState
+    summarize: Callable[[Experience, Sequence[Mapping[str, float]]], dict[str, float]]
+    scorer: Scorer
+    saver: Saver
+    progress: Progress
+    histograms: HistogramCollector
+    clock: Stopwatch
+    total_phases: int
+    eval_every: int
+    eval_samples: int
+    histograms_every: int | None
+
+    def start(self) -> None:
+        """Evaluates the policy before the first phase."""
+        if self.state.phase == 0:
+            self._evaluate()
+        self._start_histograms()
+
+    def __call__(self, experience: Experience, updates: Sequence[Mapping[str, float]]) -> None:
+        """Step 6. Raises TrainingError as the guards do, and Interrupted, after saving, if the run
+        is asked to stop."""
+        folder, phase = self.context.folder, self.state.phase
+        metrics = self.summarize(experience, updates)
+        folder.log(phase, metrics)
+        if histograms := self.histograms.histograms():
+            folder.log_histograms(phase, histograms)
+        self._start_histograms()
+        self.progress.advance(phase, metrics)
+        is_last = phase == self.total_phases or self.state.stopped is not None
+        score, is_best = None, False
+        if is_last or self._is_due(self.eval_every, phase):
+            score = self._evaluate()
+            is_best = self.state.note_evaluation(score)
+        with self.clock("save"):
+            self.saver.step_done(phase, is_last=is_last, score=score, is_best=is_best)
+
+    def _is_due(self, every: int | None, phase: int) -> bool:
+        return every is not None and (phase % every == 0 or phase == self.total_phases)
+
+    def _start_histograms(self) -> None:
+        self.histograms.start(active=self._is_due(self.histograms_every, self.state.phase + 1))
+
+    def _evaluate(self) -> float:
+        """Evaluates, logs, and returns the mean score."""
+        self.scorer.wait()
+        actors, phase, folder = self.actors, self.state.phase, self.context.folder
+        explaining = explaining_memory(f"phase {phase}: evaluating", EVALUATING)
+        with self.clock("evaluate"), actors.policy.working(), explaining:
+            result = evaluate(
+                actors,
+                self.scorer.reward,
+                num_samples=self.eval_samples,
+                seed=self.context.seed,
+                phase=phase,
+            )
+        folder.log(phase, result.metrics)
+        folder.log_samples(phase, result.samples)
+        log.info("evaluation at phase %d: %s", phase, brief(result.metrics))
+        return result.metrics["eval/score"]
