@@ -22,7 +22,7 @@ def chosen(path: Path, ppo: PPO, *, bridge: bool = False, fp16: bool = False) ->
         actors = replace(actors, sampler=BridgeSampler(gen_len=3))
     if fp16:
         actors.policy.language_model.to(torch.float16)
-    replace(ppo, batch_size=SMALL.batch_size).prepare(actors)
+    ppo.compute.prepare(actors)
     return actors.policy.low
 
 
