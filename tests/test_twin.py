@@ -70,7 +70,7 @@ class Run:
 def run_package(
     start: Path, prompts: tuple[str, ...], reward: RecordingReward, s: twin.Settings, folder: Path
 ) -> Run:
-    """PPO of the package on a saved policy."""
+    """The package's PPO on a saved policy: the only code here that calls its interface."""
     ppo = PPO(
         total_phases=s.total_phases, batch_size=s.batch_size, num_minibatches=s.num_minibatches,
         batches_per_learning_phase=s.batches_per_learning_phase, gamma=s.gamma,
@@ -130,7 +130,7 @@ def assert_twins(
     settings: twin.Settings,
     score: Callable[[Tensor, Tensor], Tensor] = share_of_even,
 ) -> Run:
-    """The twin's run, once the package's is found to be the same."""
+    """Runs both and checks that they are equal; returns the twin's run."""
     start = save_policy(tiny_policy(architecture), tmp_path / "start")
     prompts = RAGGED if padded else EQUAL
     settings = settings._replace(eos=EOS if padded else NEVER)

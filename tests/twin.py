@@ -2,8 +2,8 @@
 
 Plain PyTorch on a Hugging Face causal language model: no cache, no kernels, all logits of all
 positions. tests/test_twin.py holds the package to it, token by token and weight by weight. `tokens`
-and `mask` are [batch, prompt + completion], padded on both sides. All else is [batch, completion]:
-position t concerns completion token y_t, and `real` is False in the padding.
+and `mask` are [batch, prompt + completion], padded on both sides; `scores` are [batch]. All else is
+[batch, completion]: position t concerns completion token y_t, and `real` is False in the padding.
 """
 
 import copy
@@ -71,7 +71,7 @@ def sample(policy, tokens, mask, settings, rng):
     for uniforms in torch.rand(len(tokens), settings.gen_len, generator=rng).T:
         log_p, _ = policy(tokens, mask)
         cumulative = log_p[:, -1].double().softmax(-1).cumsum(-1)
-        drawn = (cumulative <= uniforms[:, None]).sum(-1)  # the first token above it
+        drawn = (cumulative <= uniforms[:, None]).sum(-1)  # inverts the CDF
         tokens = torch.cat([tokens, (drawn * active)[:, None]], dim=1)
         mask = torch.cat([mask, active[:, None]], dim=1)
         active = active & (drawn != settings.eos)
@@ -109,12 +109,12 @@ def credit(rollout, scores, real, settings):
         next_value = values[:, t]
     variance, mean = torch.var_mean(advantages[real])
     whitened = (advantages - mean) / (variance + 1e-8).sqrt()
-    has_signal = (rewards.sum(1) != rewards.sum(1)[0]).any()  # else only the values' error is left
+    has_signal = (rewards.sum(1) != rewards.sum(1)[0]).any()  # else A is the error of V alone
     return whitened * has_signal, advantages + values
 
 
 def learn(policy, reference, optimizer, experience, settings, rng):
-    """Passes over the experience, a step a minibatch; returns the mean of each loss."""
+    """Several passes over the experience, one step per minibatch; returns the mean losses."""
     steps = []
     for _ in range(settings.batches_per_learning_phase):
         order = torch.randperm(settings.batch_size, generator=rng)
