@@ -10,18 +10,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf_exp.models.finetune import Full
 from rlhf_exp.models.loading import Pretrained
-from rlhf_exp.models.reference import FullCopy
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.rollout.cached import CachedSampler
-from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
 from rlhf_exp.training.seeding import stream
 from rlhf_exp.types import Completions
 
 from . import twin
 from .builders import tiny_policy
-from .stages.toy import ToyTask, context, rows
+from .rl.toy import ToyTask, context, ppo_with, rows
 
 SEED, EOS, NEVER = 1, 2, -1
 EQUAL = ("zero one", "two three", "four five", "six seven", "eight nine", "one zero")
@@ -71,7 +70,7 @@ def run_package(
     start: Path, prompts: tuple[str, ...], reward: RecordingReward, s: twin.Settings, folder: Path
 ) -> Run:
     """The package's PPO on a saved policy: the only code here that calls its interface."""
-    ppo = PPO(
+    ppo = ppo_with(
         total_phases=s.total_phases, batch_size=s.batch_size, num_minibatches=s.num_minibatches,
         batches_per_learning_phase=s.batches_per_learning_phase, gamma=s.gamma,
         gae_lambda=s.gae_lambda, clip_coef=s.clip_coef, vf_coef=s.vf_coef, ent_coef=s.ent_coef,
@@ -82,7 +81,7 @@ def run_package(
         context(folder, SEED),
         task=ToyTask(prompts=prompts),
         model=Pretrained(base_model=str(start)),
-        reference=FullCopy(),
+        finetune=Full(),
         reward=reward,
         sampler=CachedSampler(gen_len=s.gen_len, stop_at_eos=s.eos == EOS),
         optimizer=AdamWSettings(base_lr=s.base_lr, head_lr=s.head_lr),
