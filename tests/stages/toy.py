@@ -22,7 +22,8 @@ from rlhf_exp.rollout.measure import measure
 from rlhf_exp.settings import settings
 from rlhf_exp.stages.actors import Actors, load_actors
 from rlhf_exp.stages.held_out import next_token_loss
-from rlhf_exp.stages.ppo import PPO
+from rlhf_exp.stages.ppo import PPO, PPOParts
+from rlhf_exp.stages.protocol import Stage, StageResult
 from rlhf_exp.stages.sft import SFT
 from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.tasks.examples import encode_demonstrations, pad
@@ -159,9 +160,9 @@ def context(
     return Context(folder=RunFolder(path), seed=seed, device=device, resume=resume)
 
 
-def parts(**replaced: Any) -> dict[str, Any]:
-    """What PPO.run takes, small."""
-    defaults = {
+def parts_of(stage: Stage[Any], **replaced: Any) -> Any:
+    """What a stage takes, small."""
+    taken = {
         "task": ToyTask(),
         "model": Scratch(num_layers=1, d_model=16, num_heads=2, context_len=16),
         "reference": FullCopy(),
@@ -169,8 +170,14 @@ def parts(**replaced: Any) -> dict[str, Any]:
         "sampler": CachedSampler(gen_len=4),
         "optimizer": AdamWSettings(base_lr=3e-3, head_lr=3e-3),
         "schedule": Constant(),
+        **replaced,
     }
-    return {**defaults, **replaced}
+    return stage.Parts(**{name: taken[name] for name in stage.parts})
+
+
+def parts(**replaced: Any) -> PPOParts:
+    """What PPO takes, small."""
+    return parts_of(PPO(), **replaced)
 
 
 def start(
@@ -178,12 +185,13 @@ def start(
 ) -> tuple[Actors, TrainState]:
     """Actors and state before the first phase."""
     p = parts(**replaced)
-    names = ("task", "model", "reward", "sampler", "reference")
-    actors = load_actors(context(path, device=device), *(p[name] for name in names))
+    actors = load_actors(
+        context(path, device=device), p.task, p.model, p.reward, p.sampler, p.reference
+    )
     state = TrainState.start(
         actors.policy,
-        p["optimizer"],
-        p["schedule"],
+        p.optimizer,
+        p.schedule,
         actors.train_prompts,
         batch_size=ppo.batch_size,
         total_phases=ppo.total_phases,
@@ -222,15 +230,12 @@ HALF = 30  # updates of echo_policy
 ECHO = Scratch(num_layers=2, d_model=32, num_heads=2, context_len=16)
 
 
-def train_echo(path: Path, *, seed: int = 1, **options: Any) -> dict[str, Any]:
+def train_echo(path: Path, *, seed: int = 1, **options: Any) -> StageResult:
     """The result of SFT on the demonstrations of EchoTask."""
     defaults: dict[str, Any] = {"data": "demonstrations", "epochs": 30, "batch_size": 16}
-    return SFT(**{**defaults, **options}).run(
-        context(path, seed),
-        task=EchoTask(),
-        model=ECHO,
-        optimizer=AdamWSettings(base_lr=1e-2),
-        schedule=Constant(),
+    stage, optimizer = SFT(**{**defaults, **options}), AdamWSettings(base_lr=1e-2)
+    return stage.run(
+        context(path, seed), parts_of(stage, task=EchoTask(), model=ECHO, optimizer=optimizer)
     )
 
 
