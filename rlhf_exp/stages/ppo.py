@@ -5,8 +5,8 @@ is in TrainState; everything that a user sets is a field of PPO.
 """
 
 import logging
-from dataclasses import asdict
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 from pydantic import model_validator
@@ -36,6 +36,7 @@ from rlhf_exp.stages.evaluation import (
 )
 from rlhf_exp.stages.histograms import LastPass
 from rlhf_exp.stages.learning import Learning
+from rlhf_exp.stages.protocol import Stage, StageResult
 from rlhf_exp.stages.saved import check_saved_policy
 from rlhf_exp.stages.train_state import TrainState
 from rlhf_exp.tasks.protocol import AnswerTask, Task
@@ -59,9 +60,24 @@ TRUNCATION_NOTE = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PPOParts:
+    """What PPO takes."""
+
+    task: Task
+    model: ModelSettings
+    reference: ReferenceSettings
+    reward: Reward
+    sampler: Sampler
+    optimizer: AdamWSettings
+    schedule: Schedule
+
+
 @settings
-class PPO(Learning):
+class PPO(Learning, Stage[PPOParts]):
     """Hyperparameters of the loop, beside those of learning."""
+
+    Parts = PPOParts
 
     total_phases: Count = 100
     missing_eos_penalty: NonNegative | None = None
@@ -102,28 +118,19 @@ class PPO(Learning):
             retries=retries, wait_s=self.reward_retry_wait_s, timeout_s=self.reward_timeout_s
         )
 
-    def check(
-        self,
-        *,
-        task: Task,
-        model: ModelSettings,
-        reference: ReferenceSettings,
-        reward: Reward,
-        sampler: Sampler,
-        schedule: Schedule,
-        **_: Any,
-    ) -> list[str]:
+    def check(self, parts: PPOParts) -> list[str]:
         """What is wrong between this stage and its parts. Raises ConfigError for a part whose files
         are missing or malformed."""
-        for part in (task, reward):
+        model, sampler = parts.model, parts.sampler
+        for part in (parts.task, parts.reward):
             if isinstance(part, Fingerprinted):
                 part.fingerprint()
         if isinstance(model, Pretrained):
             locate_model(model.base_model)  # not its hash, for which all weights are read
         problems = check_schedule(
-            schedule, total_steps=self.total_phases, field="stage.total_phases"
+            parts.schedule, total_steps=self.total_phases, field="stage.total_phases"
         )
-        problems += reference.check(model)
+        problems += parts.reference.check(model)
         if self.gradient_checkpointing and model.engine == "hooked":
             problems.append("stage.gradient_checkpointing needs model.engine=fast")
         if model.engine == "hooked":
@@ -140,26 +147,14 @@ class PPO(Learning):
             problems.append("stage.compile=on and stage.gradient_checkpointing exclude each other")
         if self.missing_eos_penalty is not None and not sampler.stop_at_eos:
             problems.append("stage.missing_eos_penalty needs sampler.stop_at_eos=true")
-        if isinstance(task, AnswerTask) and not sampler.stop_at_eos:
+        if isinstance(parts.task, AnswerTask) and not sampler.stop_at_eos:
             problems.append("the task has exact answers, which end: set sampler.stop_at_eos=true")
         return problems
 
-    def metric_names(self, *, task: Task, **_: Any) -> tuple[str, ...]:
-        """The names of the metrics in the result."""
-        return METRICS + ANSWER_METRICS if isinstance(task, AnswerTask) else METRICS
+    def metric_names(self, parts: PPOParts) -> tuple[str, ...]:
+        return METRICS + ANSWER_METRICS if isinstance(parts.task, AnswerTask) else METRICS
 
-    def run(
-        self,
-        context: Context,
-        *,
-        task: Task,
-        model: ModelSettings,
-        reference: ReferenceSettings,
-        reward: Reward,
-        sampler: Sampler,
-        optimizer: AdamWSettings,
-        schedule: Schedule,
-    ) -> dict[str, Any]:
+    def run(self, context: Context, parts: PPOParts) -> StageResult:
         """Trains, evaluates before, between and after, saves the policy; returns the result.
 
         Raises ConfigError for parts that do not fit each other, before anything is written,
@@ -168,13 +163,15 @@ class PPO(Learning):
         """
         clock = Stopwatch()
         with clock("load"), explaining_memory("loading", LOADING):
-            actors = load_actors(context, task, model, reward, sampler, reference)
+            actors = load_actors(
+                context, parts.task, parts.model, parts.reward, parts.sampler, parts.reference
+            )
             self.prepare(actors)
             frozen = frozen_hash(actors)
-            inputs = fingerprints(actors.policy.language_model, task=task, model=model)
+            inputs = fingerprints(actors.policy.language_model, task=parts.task, model=parts.model)
             inputs["reference"] = actors.reference_hash
             state = TrainState.start(
-                actors.policy, optimizer, schedule, actors.train_prompts,
+                actors.policy, parts.optimizer, parts.schedule, actors.train_prompts,
                 batch_size=self.batch_size, total_phases=self.total_phases, seed=context.seed,
                 inputs=inputs,
             )  # fmt: skip
@@ -190,7 +187,7 @@ class PPO(Learning):
         log.info("%s", memory)
         with clock("compile"):
             self.warm_up(actors)
-        if sampler.truncates:
+        if parts.sampler.truncates:
             log.info(TRUNCATION_NOTE)
         self._train(context, state, collector, saver, clock)
         with clock("save"):
@@ -199,14 +196,16 @@ class PPO(Learning):
             check_saved_policy(actors.policy, path)
         before, after = read_evaluations(context.folder)
         present(context, before, after)
-        return {
-            "before": before.metrics,
-            "after": after.metrics,
-            "stopped": state.stopped,
-            "reference_sha256": actors.reference_hash,
-            "memory": asdict(memory),
-            "seconds": clock.seconds,
-        }
+        return StageResult(
+            before=before.metrics,
+            after=after.metrics,
+            seconds=clock.seconds,
+            extra={
+                "stopped": state.stopped,
+                "reference_sha256": actors.reference_hash,
+                "memory": asdict(memory),
+            },
+        )
 
     def prepare(self, actors: Actors) -> None:
         """Has policy and reference compute as this stage says: in which precision, with which
