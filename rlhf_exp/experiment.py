@@ -18,8 +18,8 @@ import torch
 from rlhf_exp.hf import quieten_transformers
 from rlhf_exp.network import hub_url
 from rlhf_exp.redaction import redact
-from rlhf_exp.settings import PARTS, REFERENCE, ConfigError
-from rlhf_exp.stages.foresight import foresee
+from rlhf_exp.settings import PARTS, ConfigError
+from rlhf_exp.stages.protocol import Built, look_up
 from rlhf_exp.steps import Instantiate, Prepared, Step, prepare, read_steps
 from rlhf_exp.training.context import Context
 from rlhf_exp.training.folder import RunFolder, Sink
@@ -87,19 +87,19 @@ def check_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantia
     steps = read_steps(config)
     last = _last_to_prepare(steps, job.until)
     problems: list[str] = []
-    built: dict[str, tuple[Any, dict[str, Any]]] = {}
+    built: dict[str, Built] = {}
     for step in steps:
         try:
-            built[step.name] = stage, run_parts = step.build(instantiate)
+            built[step.name] = stage, parts = step.build(instantiate)
         except ConfigError as error:
             problems.append(str(error))
     if not problems and job.until is None:
-        problems += foresee(run_parts, built, prefix=REFERENCE)
-        problems += _missing_metrics(job.metrics, stage.metric_names(**run_parts))
+        problems += stage.check_upstream(parts, look_up(built))
+        problems += _missing_metrics(job.metrics, stage.metric_names(parts))
         problems += [
             f"{part}: {type(stage).__name__} takes none, so that it would be ignored: leave"
             f" {part}=... out"
-            for part in sorted(job.chosen & set(PARTS) - run_parts.keys())
+            for part in sorted(job.chosen & set(PARTS) - stage.parts)
         ]
     logger = instantiate(config.get("logger") or {}, "logger", problems)
     hub = instantiate(config.get("hub") or {}, "hub", problems)
@@ -214,19 +214,18 @@ def _run_stage(
             folder=folder, seed=job.seed, device=job.device, resume=job.resume, stop=job.stop
         )
         with contextlib.chdir("."):  # back to the folder that a reward leaves
-            result = stage.run(context, **parts)
-        result["prepare"] = prepared.results
-        result["seconds"] = {**prepared.seconds, **result["seconds"]}
-        result["seconds"]["total"] = sum(result["seconds"].values())
-        if not (job.sweep or job.resume):  # then imports and checks belong to this run alone
-            result["seconds"]["total"] = since_process_start()
-        folder.write_json("result.json", result)
+            result = stage.run(context, parts)
+        seconds = {**prepared.seconds, **result.seconds}
+        is_alone = not (job.sweep or job.resume)  # then imports and checks belong to this run
+        seconds["total"] = since_process_start() if is_alone else sum(seconds.values())
+        content = {**replace(result, seconds=seconds).content(), "prepare": prepared.results}
+        folder.write_json("result.json", content)
         folder.write_status("done")
         show = context.presentation
         show.add("copying the figures of prepared steps", lambda: prepared.copy_figures(job.path))
         if (job.path / "model").is_dir():
-            show.add("the model card", lambda: write_model_card(job.path, shown, result))
-        show.add("telling W&B the result", lambda: folder.log_result(result))
+            show.add("the model card", lambda: write_model_card(job.path, shown, content))
+        show.add("telling W&B the result", lambda: folder.log_result(content))
         show.show()
-    log.info("seconds: %s", "  ".join(f"{k} {v:.1f}" for k, v in result["seconds"].items()))
+    log.info("seconds: %s", "  ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
     log.info("run folder: %s", job.path)

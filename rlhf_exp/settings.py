@@ -3,6 +3,7 @@
 It knows pydantic and nothing of Hydra: the classes are as usable from Python as from a YAML file.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
 from pydantic import BeforeValidator, ConfigDict, Field
@@ -16,7 +17,7 @@ T = TypeVar("T")
 # A value artifact:NAME stands for what the step NAME of `prepare` will make.
 REFERENCE = "artifact:"
 
-# The groups that a stage is handed, of which its `run` names those that it takes.
+# The groups that a stage is handed, of which its `Parts` names those that it takes.
 PARTS = ("task", "model", "finetune", "reward", "sampler", "optimizer", "schedule")
 
 
@@ -71,6 +72,29 @@ def settings(cls: type[T]) -> type[T]:
     """
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
     return dataclass(frozen=True, kw_only=True, config=config)(cls)  # type: ignore[return-value]
+
+
+@settings
+class Artifact:
+    """What is known of a step's artifact before it is made: the labels of a classifier, or the
+    context of a language model in tokens and the key that sets it."""
+
+    labels: tuple[str, ...] | None = None
+    context_len: int | None = None
+    context_len_key: str = ""
+
+
+# Returns what is known of the artifact that a value artifact:NAME stands for, else None.
+Upstream = Callable[[str], Artifact | None]
+
+
+@runtime_checkable
+class ChecksUpstream(Protocol):
+    """A part that can tell whether an artifact will do before it is made."""
+
+    def check_upstream(self, upstream: Upstream) -> list[str]:
+        """What is wrong between the part and the artifacts that it refers to."""
+        ...
 
 
 def field_problem(path: str, detail: Any) -> str:

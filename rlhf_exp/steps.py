@@ -13,13 +13,13 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
 from rlhf_exp.redaction import redact
 from rlhf_exp.settings import FOLDER_NAME, PARTS, REFERENCE, ConfigError, Fingerprinted
-from rlhf_exp.stages.foresight import foresee
+from rlhf_exp.stages.protocol import Built, Stage, look_up
 from rlhf_exp.training.artifacts import ArtifactStore, content_hash, source_hash
 from rlhf_exp.training.checkpoint import has_checkpoint, remove_checkpoints
 from rlhf_exp.training.context import Context
@@ -38,15 +38,6 @@ OWN = "run"  # the name of the step that is no step of `prepare`
 Instantiate = Callable[[Mapping[str, Any], str, list[str]], Any]
 
 
-@runtime_checkable
-class ReadsTexts(Protocol):
-    """A stage that has more to check once a task's texts are read, which takes a second."""
-
-    def check_texts(self, **parts: Any) -> list[str]:
-        """What is wrong between the stage and the number of texts."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """A stage and its parts. `path` is where they stand in the configuration, for messages."""
@@ -55,18 +46,22 @@ class Step:
     path: str
     config: Mapping[str, Any]
 
-    def build(self, instantiate: Instantiate) -> tuple[Any, dict[str, Any]]:
-        """The stage and those parts that its `run` asks for. Raises ConfigError with everything
-        that is wrong with any of them."""
+    def build(self, instantiate: Instantiate) -> Built:
+        """The stage and those parts that it takes. Raises ConfigError with everything that is wrong
+        with any of them."""
         problems: list[str] = []
         stage = self._part("stage", instantiate, problems)
-        names = PARTS if stage is None else part_names(stage)
+        if not isinstance(stage, Stage | None):
+            what = type(stage).__name__
+            problems.append(f"{self.path}stage: {what} is no stage; choose one: stage=...")
+        names = [p for p in PARTS if not isinstance(stage, Stage) or p in stage.parts]
         parts = {name: self._part(name, instantiate, problems) for name in names}
         if not problems:
-            problems = [f"{self.path}{p}" for p in _misfits(stage, parts) or stage.check(**parts)]
+            misfits = stage.check_kinds(parts) or stage.check(stage.Parts(**parts))
+            problems = [f"{self.path}{misfit}" for misfit in misfits]
         if problems:
             raise ConfigError("\n".join(problems))
-        return stage, parts
+        return stage, stage.Parts(**parts)
 
     def _part(self, part: str, instantiate: Instantiate, problems: list[str]) -> Any:
         config = self.config.get(part)
@@ -83,23 +78,6 @@ class Step:
     def reads_made_task(self) -> bool:
         """Whether the task is data that an earlier step makes, so that it may not be there yet."""
         return any(where.startswith("task.") for where, _ in _references(self.config))
-
-
-def part_names(stage: Any) -> tuple[str, ...]:
-    """The parts that a stage's `run` takes, besides the context."""
-    return tuple(name for name in inspect.signature(stage.run).parameters if name != "context")
-
-
-def _misfits(stage: Any, parts: Mapping[str, Any]) -> list[str]:
-    """The parts of another kind than the stage's `run` takes, but for the task, of which the
-    stage's own check says more."""
-    kinds = inspect.signature(stage.run).parameters
-    return [
-        f"{name}: {type(part).__name__} is not for this stage, {type(stage).__name__}, which takes"
-        f" a {kinds[name].annotation.__name__}; choose another {name}=..."
-        for name, part in parts.items()
-        if name != "task" and not isinstance(part, kinds[name].annotation)
-    ]
 
 
 def read_steps(config: Mapping[str, Any]) -> list[Step]:
@@ -225,8 +203,8 @@ def _run(step: Step, instantiate: Instantiate, context: Context) -> None:
     stage, parts = step.build(instantiate)
     folder = context.folder
     with contextlib.chdir("."):  # back to the folder that a reward leaves
-        result = stage.run(context, **parts)
-    folder.write_json("result.json", result)
+        result = stage.run(context, parts)
+    folder.write_json("result.json", result.content())
     folder.write_status("done")
     context.presentation.show()
     # A step that is built never has to go on.
@@ -235,25 +213,23 @@ def _run(step: Step, instantiate: Instantiate, context: Context) -> None:
 
 def _description(
     step: Step,
-    stage: Any,
-    parts: Mapping[str, Any],
+    stage: Stage[Any],
+    parts: Any,
     keys: Mapping[str, str],
     seed: int,
     device: torch.device,
 ) -> dict[str, Any]:
     return {
-        "parts": substitute({name: step.config[name] for name in ("stage", *parts)}, keys),
+        "parts": substitute({name: step.config[name] for name in ("stage", *vars(parts))}, keys),
         "data": {
             name: part.fingerprint()
-            for name, part in parts.items()
+            for name, part in vars(parts).items()
             if isinstance(part, Fingerprinted)
         },
         "seed": seed,
         # Where dtype is auto, the machine decides it.
         "bf16": "auto" in _dtypes(step.config["stage"]) and computes_bf16(device),
-        "code": source_hash(
-            *(Path(inspect.getfile(kind)) for kind in classes_of([stage, *parts.values()]))
-        ),
+        "code": source_hash(*(Path(inspect.getfile(kind)) for kind in classes_of([stage, parts]))),
     }
 
 
@@ -272,15 +248,12 @@ def classes_of(value: Any) -> set[type]:
     return {type(value)} | classes_of([getattr(value, f.name) for f in fields(value)])
 
 
-def _check_before_building(
-    missing: Sequence[Step],
-    built: Mapping[str, tuple[Any, Mapping[str, Any]]],
-) -> None:
+def _check_before_building(missing: Sequence[Step], built: Mapping[str, Built]) -> None:
     problems = []
     for step in missing:
         stage, parts = built[step.name]
-        if isinstance(stage, ReadsTexts) and not step.reads_made_task:
-            problems += [f"{step.path}{problem}" for problem in stage.check_texts(**parts)]
-        problems += [f"{step.path}{p}" for p in foresee(parts, built, prefix=REFERENCE)]
+        of_texts = [] if step.reads_made_task else stage.check_texts(parts)
+        of_upstream = stage.check_upstream(parts, look_up(built))
+        problems += [f"{step.path}{problem}" for problem in of_texts + of_upstream]
     if problems:
         raise ConfigError("\n".join(problems))

@@ -19,7 +19,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from rlhf_exp.own_keys import RunSettings
 from rlhf_exp.settings import PARTS
-from rlhf_exp.steps import part_names
 
 # Keys that another key or a file bounds as well, by class. They are drawn one by one only to be
 # wrong; AGREEMENTS has what they may be together, CONTRADICTIONS what they may not.
@@ -182,11 +181,13 @@ class Base:
         return Node(path, get_class(content["_target_"]), content)
 
     def _step(self, path: str, content: Mapping[str, Any]) -> Iterator[Node]:
-        # Not built, as a key of another step may be in it: what its `run` takes is enough.
+        # Not built, as a key of another step may be in it: what its class takes is enough.
         stage = self._node(f"{path}.stage".lstrip("."), content["stage"])
         yield stage
-        for part in part_names(stage.kind):
-            if isinstance(content.get(part), Mapping):  # else it is that of the run
+        for part in PARTS:
+            if part in stage.kind.parts and isinstance(
+                content.get(part), Mapping
+            ):  # else it is that of the run
                 yield self._node(f"{path}.{part}".lstrip("."), content[part])
 
     def at(self, path: str) -> Node | None:

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_exp import run
 from rlhf_exp.own_keys import GROUPS, read_own_keys
 from rlhf_exp.rollout.bridge import BridgeSampler
+from rlhf_exp.stages.protocol import Built
 from rlhf_exp.steps import read_steps
 from rlhf_exp.tasks.reviews import Reviews
 
@@ -165,7 +166,7 @@ def compose_hydra(*overrides: str) -> DictConfig:
     return hydra.compose("config", overrides=list(overrides), return_hydra_config=True).hydra
 
 
-def build_all(overrides: Sequence[str]) -> dict[str, tuple[Any, dict[str, Any]]]:
+def build_all(overrides: Sequence[str]) -> dict[str, Built]:
     """Each step's stage and parts, by the step's name."""
     config = run.to_container(compose(*overrides))
     read_own_keys(config)
@@ -241,8 +242,8 @@ def test_an_experiment_fits_the_slow_engine_and_sampler_too(name, data):
     chosen = [f"experiment={name}", "model.engine=hooked", "sampler=bridge"]
     chosen += ["stage.compute.gradient_checkpointing=false", *data.get(name, [])]
     _, parts = build_all(chosen)["run"]
-    assert parts["model"].engine == "hooked"
-    assert isinstance(parts["sampler"], BridgeSampler)
+    assert parts.model.engine == "hooked"
+    assert isinstance(parts.sampler, BridgeSampler)
 
 
 def commands(path: Path) -> list[list[str]]:
@@ -331,14 +332,14 @@ def test_imdb_sentiment_has_the_hyperparameters_of_the_notebook():
     assert (stage.batches_per_learning_phase, stage.max_grad_norm) == (2, 1.0)
     assert (stage.clip_coef, stage.vf_coef, stage.ent_coef) == (0.2, 0.15, 0.001)
     assert (stage.kl_coef, stage.kl_penalty, stage.normalize_reward) == (2.5, "loss", True)
-    optimizer, schedule, sampler = (parts[p] for p in ("optimizer", "schedule", "sampler"))
+    optimizer, schedule, sampler = parts.optimizer, parts.schedule, parts.sampler
     assert (optimizer.base_lr, optimizer.head_lr) == (2e-5, 5e-4)
     assert (optimizer.eps, optimizer.weight_decay) == (1e-8, 0.01)
     assert (schedule.warmup_steps, schedule.final_scale) == (20, 0.1)
     assert (sampler.gen_len, sampler.temperature, sampler.top_k) == (50, 1.0, 10)
-    assert (parts["task"].prefix, parts["task"].prepend_bos) == ("This movie was really", True)
-    assert parts["model"].base_model == "gpt2-medium"
-    assert (parts["reward"].name, parts["reward"].direction) == ("lvwerra/distilbert-imdb", "pos")
+    assert (parts.task.prefix, parts.task.prepend_bos) == ("This movie was really", True)
+    assert parts.model.base_model == "gpt2-medium"
+    assert (parts.reward.name, parts.reward.direction) == ("lvwerra/distilbert-imdb", "pos")
 
 
 @functools.cache
@@ -359,4 +360,4 @@ def test_a_reward_or_sampler_can_be_swapped_under_any_experiment(experiment, opt
     group = option.partition("/")[0]
     given, chosen = by_itself(option)
     steps = build_all([f"experiment={experiment}", *given, *data.get(experiment, [])])
-    assert type(steps["run"][1][group]).__name__ == chosen
+    assert type(getattr(steps["run"][1], group)).__name__ == chosen

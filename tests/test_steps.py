@@ -12,7 +12,8 @@ import torch
 from rlhf_exp.rewards.keyword import Keyword
 from rlhf_exp.rewards.weighted_sum import Term, WeightedSum
 from rlhf_exp.settings import ConfigError, is_reference
-from rlhf_exp.steps import Prepared, Step, classes_of, part_names, prepare, read_steps, substitute
+from rlhf_exp.stages.protocol import Stage, StageResult
+from rlhf_exp.steps import Prepared, Step, classes_of, prepare, read_steps, substitute
 from rlhf_exp.training.context import Context
 
 
@@ -45,72 +46,93 @@ class Saved:
     base_model: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class LinesParts:
+    """A task alone."""
+
+    task: Lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedParts:
+    """A model alone."""
+
+    model: Saved
+
+
 @dataclass(frozen=True)
-class Write:
+class Write(Stage[LinesParts]):
     """A stage that writes a text, the task's file and the seed as its model."""
+
+    Parts = LinesParts
 
     text: str = "text"
     hf_token: str = ""
 
-    def check(self, *, task: Lines) -> list[str]:
+    def check(self, parts: LinesParts) -> list[str]:
         return ["stage.text is empty"] if not self.text else []
 
-    def run(self, context: Context, *, task: Lines) -> dict[str, Any]:
+    def metric_names(self, parts: LinesParts) -> tuple[str, ...]:
+        return ("heldout/loss",)
+
+    def run(self, context: Context, parts: LinesParts) -> StageResult:
         model = context.folder.path / "model"
         model.mkdir()
-        lines = Path(task.path).read_text()
+        lines = Path(parts.task.path).read_text()
         (model / "out").write_text(f"{self.text} {lines} {context.seed} {context.device}")
         context.folder.log(1, {"heldout/loss": 0.5})
-        return {"after": {"heldout/loss": 0.5}, "seconds": {}}
+        return StageResult(after={"heldout/loss": 0.5}, seconds={})
 
 
 @dataclass(frozen=True)
-class Count:
+class Count(Stage[LinesParts]):
     """A stage that has something to say of its task's lines once they are read, and draws them."""
+
+    Parts = LinesParts
 
     at_least: int = 1
 
-    def check(self, *, task: Lines) -> list[str]:
-        return []
-
-    def check_texts(self, *, task: Lines) -> list[str]:
-        count = len(Path(task.path).read_text().splitlines())
+    def check_texts(self, parts: LinesParts) -> list[str]:
+        count = len(Path(parts.task.path).read_text().splitlines())
         return [f"stage.at_least={self.at_least}: {count} lines"] if count < self.at_least else []
 
-    def run(self, context: Context, *, task: Lines) -> dict[str, Any]:
+    def metric_names(self, parts: LinesParts) -> tuple[str, ...]:
+        return ()
+
+    def run(self, context: Context, parts: LinesParts) -> StageResult:
         (context.folder.path / "lines").write_text("a line\n")
-        (context.folder.path / "lines.png").write_bytes(b"picture of " + task.path.encode())
-        return {"after": {}, "seconds": {}}
+        (context.folder.path / "lines.png").write_bytes(b"picture of " + parts.task.path.encode())
+        return StageResult(after={}, seconds={})
 
 
 @dataclass(frozen=True)
-class Extend:
+class Extend(Stage[SavedParts]):
     """A stage that reads another's model and adds to it."""
+
+    Parts = SavedParts
 
     suffix: str = "!"
 
-    def check(self, *, model: Saved) -> list[str]:
-        return []
+    def metric_names(self, parts: SavedParts) -> tuple[str, ...]:
+        return ()
 
-    def run(self, context: Context, *, model: Saved) -> dict[str, Any]:
+    def run(self, context: Context, parts: SavedParts) -> StageResult:
         (context.folder.path / "model").mkdir()
-        text = (Path(model.base_model) / "model" / "out").read_text()
+        text = (Path(parts.model.base_model) / "model" / "out").read_text()
         (context.folder.path / "model" / "out").write_text(text + self.suffix)
-        return {"after": {}, "seconds": {}}
+        return StageResult(after={}, seconds={})
 
 
 @dataclass(frozen=True)
-class Wander:
+class Wander(Write):
     """A stage whose reward changes the folder of the process before the stage writes its model."""
 
-    to: str
+    to: str = ""
 
-    def check(self, *, task: Lines) -> list[str]:
-        return []
-
-    def run(self, context: Context, *, task: Lines) -> dict[str, Any]:
+    def run(self, context: Context, parts: LinesParts) -> StageResult:
         os.chdir(self.to)
-        return Write().run(context, task=Lines(path=str(Path(self.to).parent / "lines")))
+        lines = Lines(path=str(Path(self.to).parent / "lines"))
+        return super().run(context, LinesParts(task=lines))
 
 
 KINDS = {
@@ -225,11 +247,10 @@ def test_references_are_replaced_wherever_they_stand():
     assert step.resolved({"x": "/1"}).config == {"model": {"base_model": "/1"}}
 
 
-def test_a_stage_gets_the_parts_that_its_run_asks_for(steps):
-    assert part_names(Write()) == ("task",)
+def test_a_stage_gets_the_parts_that_it_takes(steps):
     stage, parts = read_steps(steps)[2].build(build)
     assert stage == Extend()
-    assert parts == {"model": Saved("artifact:more")}
+    assert parts == SavedParts(model=Saved("artifact:more"))
 
 
 @pytest.mark.parametrize(
@@ -250,6 +271,12 @@ def test_what_is_wrong_with_a_step_is_said_with_its_path(steps, change, message)
     with pytest.raises(ConfigError) as caught:
         read_steps(steps)[0].build(build)
     assert str(caught.value) == message
+
+
+def test_what_is_no_stage_is_refused(steps):
+    steps["prepare"]["base"]["stage"] = {"kind": "saved", "base_model": "x"}
+    with pytest.raises(ConfigError, match=r"^prepare\.base\.stage: Saved is no stage; choose one"):
+        read_steps(steps)[0].build(build)
 
 
 def test_all_bad_parts_of_a_step_are_named_at_once(steps):

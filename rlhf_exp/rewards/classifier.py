@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.rewards.protocol import RewardFunction
 from rlhf_exp.rewards.sequence_classifier import SequenceClassifierSettings, Side
-from rlhf_exp.settings import ConfigError, settings
+from rlhf_exp.settings import ConfigError, Upstream, settings
 from rlhf_exp.types import Completions
 
 Output = Literal["prob", "logprob", "logit"]
@@ -70,6 +70,16 @@ class Classifier(SequenceClassifierSettings):
             return label_outputs(logits, self.output, exclusive=exclusive)[:, label].to(device)
 
         return score
+
+    def check_upstream(self, upstream: Upstream) -> list[str]:
+        """The label must be one of those of a classifier that an earlier step will make."""
+        try:
+            made = upstream(self.name)
+            if made is not None and made.labels is not None:
+                self.find_label(made.labels)
+        except ConfigError as error:
+            return [str(error)]
+        return []
 
     def find_label(self, labels: Sequence[str], *, of: str = "") -> int:
         """The index of the label that `label` or `direction` names among these. Raises ConfigError

@@ -5,8 +5,7 @@ Texts are cut to random prefixes while it trains: a reward reads completions tha
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.models.scratch import ScratchClassifier
 from rlhf_exp.rl.actors import fingerprints
-from rlhf_exp.settings import Count, Fraction, settings
+from rlhf_exp.settings import Artifact, Count, Fraction, Upstream, settings
+from rlhf_exp.stages.protocol import Stage, StageResult
 from rlhf_exp.stages.saved import check_saved_classifier
 from rlhf_exp.tasks.batches import BatchStream, length_bucketed, pad_right
 from rlhf_exp.tasks.protocol import LabelledTask, LabelledText
@@ -28,11 +28,25 @@ from rlhf_exp.training.timing import Stopwatch
 
 log = logging.getLogger(__name__)
 
+NEEDS = "stage=classifier needs labelled texts: task=reviews or task=labelled_text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierParts:
+    """What training a classifier takes."""
+
+    task: LabelledTask = field(metadata={"needs": NEEDS})
+    model: ScratchClassifier
+    optimizer: AdamWSettings
+    schedule: Schedule
+
 
 @settings
-class TrainClassifier(Supervised):
+class TrainClassifier(Supervised, Stage[ClassifierParts]):
     """Cross-entropy on labels. `crop_fraction` of the texts are cut to a random prefix of at least
     `crop_min_tokens`; `token_noise` of the tokens are replaced by random ones."""
+
+    Parts = ClassifierParts
 
     epochs: Count = 3
     log_every: Count = 20
@@ -40,38 +54,27 @@ class TrainClassifier(Supervised):
     crop_min_tokens: Count = 10
     token_noise: Fraction = 0.0
 
-    def check(self, *, task: Any, **_: Any) -> list[str]:
-        """What is wrong between this stage and its parts."""
-        if not isinstance(task, LabelledTask):
-            return ["stage=classifier needs labelled texts: task=reviews or task=labelled_text"]
-        return []
-
-    def check_texts(self, *, task: LabelledTask, schedule: Schedule, **_: Any) -> list[str]:
+    def check_texts(self, parts: ClassifierParts) -> list[str]:
         """What is wrong between the schedule and the number of updates that the texts give."""
-        return self.check_updates(schedule, len(task.labelled_split().train))
+        return self.check_updates(parts.schedule, len(parts.task.labelled_split().train))
 
-    def metric_names(self, **_: Any) -> tuple[str, ...]:
-        """The names of the metrics in the result."""
+    def artifact(self, parts: ClassifierParts, upstream: Upstream, *, path: str) -> Artifact:
+        """A classifier with the labels of the texts."""
+        return Artifact(labels=labels_of(parts.task.labelled_split().train))
+
+    def metric_names(self, parts: ClassifierParts) -> tuple[str, ...]:
         return ("heldout/accuracy", "heldout/loss")
 
-    def run(
-        self,
-        context: Context,
-        *,
-        task: LabelledTask,
-        model: ScratchClassifier,
-        optimizer: AdamWSettings,
-        schedule: Schedule,
-    ) -> dict[str, Any]:
+    def run(self, context: Context, parts: ClassifierParts) -> StageResult:
         """Trains, measures held-out accuracy, saves model and tokenizer; returns the result.
 
         Nothing is chosen by the held-out texts. Raises TrainingError naming the update if the loss
         is not finite.
         """
-        clock = Stopwatch()
+        clock, task, model = Stopwatch(), parts.task, parts.model
         with clock("load"), self.explaining("loading"):
             split = task.labelled_split()
-            labels = tuple(sorted({text.label for text in split.train}))
+            labels = labels_of(split.train)
             tokenizer = with_leading_bos(task.build_tokenizer())
             network = model.classifier(
                 tokenizer, labels, seed=stream_seed(context.seed, "model")
@@ -85,7 +88,7 @@ class TrainClassifier(Supervised):
         )  # fmt: skip
         with clock("train"):
             num_updates = self.num_updates(len(train.rows))
-            adamw = optimizer.build(network.base_model, _head(network))
+            adamw = parts.optimizer.build(network.base_model, _head(network))
             network.train()
             generator = stream(context.seed, "minibatches")
             lengths = [*map(len, train.rows)]
@@ -93,7 +96,7 @@ class TrainClassifier(Supervised):
             state = SupervisedState(
                 network=network,
                 optimizer=adamw,
-                scheduler=schedule.build(adamw, total_steps=num_updates),
+                scheduler=parts.schedule.build(adamw, total_steps=num_updates),
                 batches=batches,
                 inputs=fingerprints(network, task=task, model=model),
             )
@@ -107,7 +110,7 @@ class TrainClassifier(Supervised):
             network.save_pretrained(context.folder.path / "model")
             tokenizer.save_pretrained(context.folder.path / "model")
             check_saved_classifier(network, context.folder.path / "model")
-        return {"after": metrics, "seconds": clock.seconds}
+        return StageResult(after=metrics, seconds=clock.seconds)
 
     def _losses(
         self, network: PreTrainedModel, data: "EncodedTexts", batches: BatchStream
@@ -138,6 +141,11 @@ class EncodedTexts:
 
     rows: list[list[int]]
     targets: list[int]
+
+
+def labels_of(texts: Sequence[LabelledText]) -> tuple[str, ...]:
+    """The labels of the texts, sorted."""
+    return tuple(sorted({text.label for text in texts}))
 
 
 def encode_labelled(

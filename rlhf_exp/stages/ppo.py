@@ -4,11 +4,10 @@ together from them."""
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from pydantic import model_validator
 from torch import Tensor
 
@@ -35,6 +34,7 @@ from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.settings import Count, Fingerprinted, NonNegative, OpenFraction, Positive, settings
+from rlhf_exp.stages.protocol import Stage, StageResult
 from rlhf_exp.stages.saved import check_saved_policy
 from rlhf_exp.tasks.protocol import AnswerTask, Task
 from rlhf_exp.training.context import Context
@@ -55,10 +55,25 @@ TRUNCATION_NOTE = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PPOParts:
+    """What PPO takes."""
+
+    task: Task
+    model: ModelSettings
+    finetune: Finetune
+    reward: Reward
+    sampler: Sampler
+    optimizer: AdamWSettings
+    schedule: Schedule
+
+
 @settings
-class PPO:
+class PPO(Stage[PPOParts]):
     """The algorithm's settings. Objective = policy term - vf_coef value loss + ent_coef entropy
     - kl_coef exact KL, the last only with kl_penalty="loss"."""
+
+    Parts = PPOParts
 
     total_phases: Count = 100
     """Phases; each is one rollout and learning from it."""
@@ -122,50 +137,30 @@ class PPO:
         """Completions an optimizer step."""
         return self.batch_size // self.num_minibatches
 
-    def check(
-        self,
-        *,
-        task: Task,
-        model: ModelSettings,
-        finetune: Finetune,
-        reward: Reward,
-        sampler: Sampler,
-        schedule: Schedule,
-        **_: Any,
-    ) -> list[str]:
+    def check(self, parts: PPOParts) -> list[str]:
         """What is wrong between this stage and its parts. Raises ConfigError for a part whose files
         are missing or malformed."""
-        for part in (task, reward):
+        model, sampler = parts.model, parts.sampler
+        for part in (parts.task, parts.reward):
             if isinstance(part, Fingerprinted):
                 part.fingerprint()
         if isinstance(model, Pretrained):
             locate_model(model.base_model)  # not its hash, for which all weights are read
         problems = check_schedule(
-            schedule, total_steps=self.total_phases, field="stage.total_phases"
+            parts.schedule, total_steps=self.total_phases, field="stage.total_phases"
         )
-        problems += finetune.check(model) + self.compute.problems(model, sampler)
+        problems += parts.finetune.check(model) + self.compute.problems(model, sampler)
         if self.missing_eos_penalty is not None and not sampler.stop_at_eos:
             problems.append("stage.missing_eos_penalty needs sampler.stop_at_eos=true")
-        if isinstance(task, AnswerTask) and not sampler.stop_at_eos:
+        if isinstance(parts.task, AnswerTask) and not sampler.stop_at_eos:
             problems.append("the task has exact answers, which end: set sampler.stop_at_eos=true")
         return problems
 
-    def metric_names(self, *, task: Task, **_: Any) -> tuple[str, ...]:
+    def metric_names(self, parts: PPOParts) -> tuple[str, ...]:
         """The names of the metrics in the result."""
-        return METRICS + ANSWER_METRICS if isinstance(task, AnswerTask) else METRICS
+        return METRICS + ANSWER_METRICS if isinstance(parts.task, AnswerTask) else METRICS
 
-    def run(
-        self,
-        context: Context,
-        *,
-        task: Task,
-        model: ModelSettings,
-        finetune: Finetune,
-        reward: Reward,
-        sampler: Sampler,
-        optimizer: AdamWSettings,
-        schedule: Schedule,
-    ) -> dict[str, Any]:
+    def run(self, context: Context, parts: PPOParts) -> StageResult:
         """Trains, evaluates before, between and after, saves the policy; returns the result.
 
         Raises ConfigError for parts that do not fit each other, before anything is written,
@@ -175,14 +170,16 @@ class PPO:
         clock = Stopwatch()
         with clock("load"), explaining_memory("loading", LOADING):
             actors = load_actors(
-                context, task, model, reward, sampler, finetune,
+                context, parts.task, parts.model, parts.reward, parts.sampler, parts.finetune,
                 value_head=self.estimator.needs_values,
             )  # fmt: skip
             self.compute.prepare(actors)
             frozen = frozen_hash(actors)
-            inputs = fingerprints(actors.policy.language_model, task=task, model=model)
+            inputs = fingerprints(actors.policy.language_model, task=parts.task, model=parts.model)
             inputs["finetune"] = actors.reference_hash
-            state = start(self, actors, optimizer, schedule, seed=context.seed, inputs=inputs)
+            state = start(
+                self, actors, parts.optimizer, parts.schedule, seed=context.seed, inputs=inputs
+            )
             clock.seconds = state.seconds  # those of a resumed run go on
             phases = Phases(self, actors, state, clock)
             saver = Saver(
@@ -197,7 +194,7 @@ class PPO:
         log.info("%s", memory)
         with clock("compile"):
             warm_up(actors, rows=self.compute.micro_batch_size or self.minibatch_size)
-        if sampler.truncates:
+        if parts.sampler.truncates:
             log.info(TRUNCATION_NOTE)
         train(self, context, phases, saver)
         with clock("save"):
@@ -206,14 +203,13 @@ class PPO:
             check_saved_policy(actors.policy, path)
         before, after = read_evaluations(context.folder)
         present(context, before, after)
-        return {
-            "before": before.metrics,
-            "after": after.metrics,
-            "stopped": state.stopped,
-            "reference_sha256": actors.reference_hash,
-            "memory": asdict(memory),
-            "seconds": clock.seconds,
-        }
+        return StageResult(
+            before=before.metrics,
+            after=after.metrics,
+            seconds=clock.seconds,
+            extra={"stopped": state.stopped, "reference_sha256": actors.reference_hash,
+                   "memory": asdict(memory)},
+        )  # fmt: skip
 
 
 def _contradictions(ppo: PPO) -> Iterator[str]:
@@ -232,11 +228,9 @@ def _contradictions(ppo: PPO) -> Iterator[str]:
 
 def _kl_coefficient(ppo: PPO) -> KLCoefficient:
     return KLCoefficient(
-        start=ppo.kl_coef,
-        target=ppo.adaptive_kl_target,
-        horizon=ppo.kl_horizon,
+        start=ppo.kl_coef, target=ppo.adaptive_kl_target, horizon=ppo.kl_horizon,
         batch_size=ppo.batch_size,
-    )
+    )  # fmt: skip
 
 
 def start(
@@ -283,14 +277,13 @@ class Phases:
             actors.score, ppo.guards, on_thread=overlaps or ppo.compute.async_reward,
             penalty=missing_eos_penalty(actors.policy.tokenizer, ppo.missing_eos_penalty),
         )  # fmt: skip
-        self.rollouts = Rollouts(
-            partial(
-                loop.collect, state, sample=self.sample, score=self.score, measure=self.measure
-            ),
-            actors.train_prompts,
-            ahead=ppo.compute.async_reward,
-            total_phases=ppo.total_phases,
+        collect = partial(
+            loop.collect, state, sample=self.sample, score=self.score, measure=self.measure
         )
+        self.rollouts = Rollouts(
+            collect, actors.train_prompts,
+            ahead=ppo.compute.async_reward, total_phases=ppo.total_phases,
+        )  # fmt: skip
         self._rows = ppo.compute.rollout_batch_size or ppo.batch_size
         self._less = (f"lower stage.compute.rollout_batch_size (now {self._rows})",
                       "lower sampler.gen_len")  # fmt: skip
@@ -324,9 +317,8 @@ class Phases:
     def measure(self, generation: Generation, phase: int) -> Rollout:
         """Step 3; the scores are NaN until they are there."""
         doing = f"phase {phase}: measuring the samples"
-        unscored = torch.full(
-            (len(generation.logprobs),), math.nan, device=self.state.policy.device
-        )
+        logprobs = generation.logprobs
+        unscored = logprobs.new_full(logprobs.shape[:1], math.nan)
         with self.lap("measure"), explaining_memory(doing, self._less):
             return measure(
                 self.actors.policy, self.actors.reference, generation, unscored,
@@ -404,9 +396,6 @@ class Phases:
 def coefficients(ppo: PPO, kl_coef: float) -> Coefficients:
     """The weights of the loss's terms while the KL's is `kl_coef`."""
     return Coefficients(
-        clip_coef=ppo.clip_coef,
-        vf_coef=ppo.vf_coef,
-        value_clip_coef=ppo.value_clip_coef,
-        ent_coef=ppo.ent_coef,
-        kl_coef=kl_coef if ppo.kl_penalty == "loss" else 0.0,
-    )
+        clip_coef=ppo.clip_coef, vf_coef=ppo.vf_coef, value_clip_coef=ppo.value_clip_coef,
+        ent_coef=ppo.ent_coef, kl_coef=kl_coef if ppo.kl_penalty == "loss" else 0.0,
+    )  # fmt: skip

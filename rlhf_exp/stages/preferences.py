@@ -3,6 +3,7 @@ which is better."""
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from rlhf_exp.rl.collect import SCORING
 from rlhf_exp.rl.evaluation import sample
 from rlhf_exp.rollout.sampler import Sampler, have_ended
 from rlhf_exp.settings import ConfigError, Count, settings
+from rlhf_exp.stages.protocol import Stage, StageResult
 from rlhf_exp.tasks.hashing import hash_fraction
 from rlhf_exp.tasks.pairs import FOLDER, Format, write_pairs
 from rlhf_exp.tasks.prompts import PromptStream
@@ -36,13 +38,25 @@ LOGGED = 64
 BOTH = ("chosen", "rejected")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreferencesParts:
+    """What sampling preference pairs takes."""
+
+    task: Task
+    model: ModelSettings
+    reward: Reward
+    sampler: Sampler
+
+
 @settings
-class Preferences:
+class Preferences(Stage[PreferencesParts]):
     """Sampling of `num_pairs` pairs to train on and `num_held_out` held-out ones.
 
     The better answer is chosen; ties are dropped and counted. Held-out pairs have prompts that no
     other pair has, and that the policy was not trained on if the task holds demonstrations out.
     """
+
+    Parts = PreferencesParts
 
     num_pairs: Count = 10000
     num_held_out: Count = 1000
@@ -51,33 +65,24 @@ class Preferences:
     dtype: Dtype = "fp32"
     checkpoint_every: Count | None = 20
 
-    def check(self, *, task: Task, sampler: Sampler, **_: Any) -> list[str]:
+    def check(self, parts: PreferencesParts) -> list[str]:
         """What is wrong between this stage and its parts. Raises ConfigError for a task whose file
         is missing or malformed."""
-        task.fingerprint()
-        if sampler.stop_at_eos:
+        parts.task.fingerprint()
+        if parts.sampler.stop_at_eos:
             return []
         return ["stage=preferences writes answers that end: set sampler.stop_at_eos=true"]
 
-    def metric_names(self, **_: Any) -> tuple[str, ...]:
-        """The names of the metrics in the result."""
+    def metric_names(self, parts: PreferencesParts) -> tuple[str, ...]:
         return ("pairs/prompts", "pairs/ties", "pairs/tie_fraction", "pairs/chosen_reward",
                 "pairs/rejected_reward")  # fmt: skip
 
-    def run(
-        self,
-        context: Context,
-        *,
-        task: Task,
-        model: ModelSettings,
-        reward: Reward,
-        sampler: Sampler,
-    ) -> dict[str, Any]:
+    def run(self, context: Context, parts: PreferencesParts) -> StageResult:
         """Samples, writes pairs/train and pairs/test below the run's folder; returns the result.
 
         Raises TrainingError if hardly a prompt's two answers differ in reward.
         """
-        clock = Stopwatch()
+        clock, task, model, sampler = Stopwatch(), parts.task, parts.model, parts.sampler
         share = self.num_held_out / (self.num_pairs + self.num_held_out)
         with clock("load"):
             policy = load_sampled_policy(context, task, model, sampler)
@@ -85,7 +90,7 @@ class Preferences:
                 fitting_prompts(policy, task, texts, sampler)
                 for texts in split_prompts(task, share)
             ]
-            score = load_reward(context, reward, policy, task, sampler, prompts)
+            score = load_reward(context, parts.reward, policy, task, sampler, prompts)
         source = _PairSource(policy, sampler, score, context, self, prompts)
         source.inputs = fingerprints(policy.language_model, task=task, model=model)
         saver = Saver(context, {"pairs": source}, every=self.checkpoint_every)
@@ -111,7 +116,7 @@ class Preferences:
             len(train), len(held_out), source.num_prompts, source.num_ties,
             *(source.metrics()[f"pairs/{name}_reward"] for name in BOTH),
         )  # fmt: skip
-        return {"after": source.metrics(), "seconds": clock.seconds}
+        return StageResult(after=source.metrics(), seconds=clock.seconds)
 
 
 class _PairSource:

@@ -3,7 +3,8 @@ once, and a head on them."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from pydantic import model_validator
@@ -25,6 +26,7 @@ from rlhf_exp.stages.pair_data import (
     print_pairs,
     score_rows,
 )
+from rlhf_exp.stages.protocol import Stage, StageResult
 from rlhf_exp.stages.saved import check_saved_reward_model
 from rlhf_exp.tasks.batches import BatchStream, shuffled
 from rlhf_exp.tasks.encoding import leading_ids
@@ -44,15 +46,29 @@ from rlhf_exp.training.timing import Stopwatch
 
 log = logging.getLogger(__name__)
 
+NEEDS = "stage=reward_model needs preference pairs: task=pairs task.path=FILE"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelParts:
+    """What training a reward model takes."""
+
+    task: PairTask = field(metadata={"needs": NEEDS})
+    model: ModelSettings
+    optimizer: AdamWSettings
+    schedule: Schedule
+
 
 @settings
-class TrainRewardModel(Supervised):
+class TrainRewardModel(Supervised, Stage[RewardModelParts]):
     """Squared error of the rewards plus rank_coef times the rank loss of each pair, or with
     loss="rank" the rank loss alone, for pairs whose order is all that is known.
 
     The head that measured best on one half of the held-out prompts is kept; what is reported is
     measured on the other half. With unfreeze_layers the last blocks are trained with the head.
     """
+
+    Parts = RewardModelParts
 
     epochs: Count = 25
     batch_size: Count = 100
@@ -77,21 +93,16 @@ class TrainRewardModel(Supervised):
             )
         return self
 
-    def check(self, *, task: Any, model: ModelSettings, **_: Any) -> list[str]:
+    def check(self, parts: RewardModelParts) -> list[str]:
         """What is wrong between this stage and its parts. Raises ConfigError for pairs that are
         missing or malformed."""
-        problems = []
-        if not isinstance(task, PairTask):
-            problems.append("stage=reward_model needs preference pairs: task=pairs task.path=FILE")
-        else:
-            task.fingerprint()
-        problems += must_be_plain(model, stage="reward_model")
-        return problems
+        parts.task.fingerprint()
+        return must_be_plain(parts.model, stage="reward_model")
 
-    def check_texts(self, *, task: PairTask, schedule: Schedule, **_: Any) -> list[str]:
+    def check_texts(self, parts: RewardModelParts) -> list[str]:
         """What is wrong between this stage and the pairs."""
-        train = task.pair_split().train
-        problems = self.check_updates(schedule, len(train))
+        train = parts.task.pair_split().train
+        problems = self.check_updates(parts.schedule, len(train))
         if self.loss == "mse_rank" and train[0].chosen_reward is None:
             problems.append(
                 "stage.loss=mse_rank needs the columns chosen_reward and rejected_reward, which the"
@@ -99,45 +110,37 @@ class TrainRewardModel(Supervised):
             )
         return problems
 
-    def metric_names(self, **_: Any) -> tuple[str, ...]:
+    def metric_names(self, parts: RewardModelParts) -> tuple[str, ...]:
         """The names of the metrics in the result; Spearman's only if the pairs have rewards."""
         of_rewards = ("heldout/mse", "heldout/reward_variance") if self.loss == "mse_rank" else ()
         return ("heldout/pair_accuracy", "heldout/rank_loss", "heldout/spearman", *of_rewards)
 
-    def run(
-        self,
-        context: Context,
-        *,
-        task: PairTask,
-        model: ModelSettings,
-        optimizer: AdamWSettings,
-        schedule: Schedule,
-    ) -> dict[str, Any]:
+    def run(self, context: Context, parts: RewardModelParts) -> StageResult:
         """Trains, measures on held-out pairs, saves the reward model; returns the result.
 
         Raises ConfigError for pairs that the model or the loss cannot read, and TrainingError
         naming the update if the loss is not finite.
         """
-        clock = Stopwatch()
+        clock, task, model = Stopwatch(), parts.task, parts.model
         with clock("load"), self.explaining("loading"):
-            if problems := self.check_texts(task=task, schedule=schedule):
+            if problems := self.check_texts(parts):
                 raise ConfigError("\n".join(problems))
-            scorer, parts = self._load(context, task, model)
+            scorer, encoded = self._load(context, task, model)
         context.folder.start()
         log.info(
             "training a %s head of %.2f M parameters on %d pairs; %d held out to stop by, %d to"
             " report", self.head, sum(p.numel() for p in scorer.parameters() if p.requires_grad)
-            / 1e6, *map(len, parts),
+            / 1e6, *map(len, encoded),
         )  # fmt: skip
         less = "set stage.keep_features=false"
         with clock("features"), self.explaining("computing features", less):
             train, stop_by, report = (
-                PairData(scorer, part, keep_features=self.keep_features, dtype=self.dtype)
-                for part in parts
+                PairData(scorer, pairs, keep_features=self.keep_features, dtype=self.dtype)
+                for pairs in encoded
             )
         with clock("train"), threads_for(train.multiplications(self.batch_size)):
             inputs = fingerprints(scorer.backbone.language_model, task=task, model=model)
-            last = self._train(context, scorer, train, stop_by, optimizer, schedule, inputs=inputs)
+            last = self._train(context, scorer, train, stop_by, parts, inputs=inputs)
         with clock("evaluate"), self.explaining("evaluating"):
             scores = report.all_scores()
             metrics = pair_metrics(scores, report.rewards)
@@ -151,7 +154,7 @@ class TrainRewardModel(Supervised):
         context.folder.log_samples(0, rows)
         self._present(context, report, scores, rows)
         log.info("%s", describe(metrics))
-        return {"after": metrics, "seconds": clock.seconds}
+        return StageResult(after=metrics, seconds=clock.seconds)
 
     def _load(
         self, context: Context, task: PairTask, model: ModelSettings
@@ -200,8 +203,7 @@ class TrainRewardModel(Supervised):
         scorer: RewardModel,
         train: PairData,
         stop_by: PairData,
-        optimizer: AdamWSettings,
-        schedule: Schedule,
+        parts: RewardModelParts,
         *,
         inputs: Mapping[str, str],
     ) -> int:
@@ -209,7 +211,7 @@ class TrainRewardModel(Supervised):
         known = train.rewards if self.loss == "mse_rank" else None
         mean = 0.0 if known is None else torch.cat(known).mean().item()
         scorer.initialise_head(stream(context.seed, "head"), bias=mean)
-        adamw = optimizer.build(scorer.backbone, scorer.head)
+        adamw = parts.optimizer.build(scorer.backbone, scorer.head)
         num_updates = self.num_updates(len(train))
 
         def measure(update: int) -> dict[str, float]:
@@ -225,7 +227,7 @@ class TrainRewardModel(Supervised):
         state = SupervisedState(
             network=scorer,
             optimizer=adamw,
-            scheduler=schedule.build(adamw, total_steps=num_updates),
+            scheduler=parts.schedule.build(adamw, total_steps=num_updates),
             batches=batches,
             early_stopping=early_stopping,
             inputs=inputs,

@@ -3,6 +3,7 @@ demonstrations (fine-tuning on answers to prompts)."""
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from rlhf_exp.models.probing import packs, probed
 from rlhf_exp.rl.actors import fingerprints
 from rlhf_exp.settings import ConfigError, Count, OpenFraction, Positive, settings
 from rlhf_exp.stages.held_out import GREEDY_EXACT, PERPLEXITY, HeldOut, next_token_loss
+from rlhf_exp.stages.protocol import Stage, StageResult
 from rlhf_exp.stages.saved import check_saved_language_model
 from rlhf_exp.tasks.batches import BatchStream, length_bucketed, shuffled
 from rlhf_exp.tasks.encoding import tokenizer_factory
@@ -40,14 +42,26 @@ from rlhf_exp.training.timing import Stopwatch
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SFTParts:
+    """What fine-tuning takes."""
+
+    task: Task
+    model: ModelSettings
+    optimizer: AdamWSettings
+    schedule: Schedule
+
+
 @settings
-class SFT(Supervised):
+class SFT(Supervised, Stage[SFTParts]):
     """Next-token prediction over whole texts, or over the answers of demonstrations.
 
     With eval_every the model is measured as it trains and the best one is kept: by the exact-match
     rate of answers sampled at temperature 1 if the task knows exact answers, else by the held-out
     loss. Training ends at the first measured exact-match rate of at least stop_at.
     """
+
+    Parts = SFTParts
 
     data: Literal["texts", "demonstrations"] = "texts"
     layout: Literal["pad", "pack"] = "pad"
@@ -72,9 +86,9 @@ class SFT(Supervised):
         updates = super().num_updates(num_examples)
         return updates if self.max_updates is None else min(updates, self.max_updates)
 
-    def check(self, *, task: Any, model: ModelSettings, **_: Any) -> list[str]:
+    def check(self, parts: SFTParts) -> list[str]:
         """What is wrong between this stage and its parts."""
-        problems = []
+        problems, task = [], parts.task
         if self.data == "texts" and not isinstance(task, CorpusTask):
             problems.append(
                 "stage=sft needs a task with texts: task=reviews, task=labelled_text or"
@@ -84,39 +98,29 @@ class SFT(Supervised):
             problems.append("stage.data=demonstrations needs a task with answers: task=arithmetic")
         if self.stop_at is not None and not isinstance(task, AnswerTask):
             problems.append("stage.stop_at needs a task with exact answers: task=arithmetic")
-        problems += must_be_plain(model, stage="sft")
-        return problems
+        return problems + must_be_plain(parts.model, stage="sft")
 
-    def check_texts(self, *, task: Any, schedule: Schedule, **_: Any) -> list[str]:
+    def check_texts(self, parts: SFTParts) -> list[str]:
         """What is wrong between the schedule and the number of updates that the texts give."""
-        return self.check_updates(schedule, len(self._split(task).train))
+        return self.check_updates(parts.schedule, len(self._split(parts.task).train))
 
-    def metric_names(self, *, task: Any, **_: Any) -> tuple[str, ...]:
-        """The names of the metrics in the result."""
-        exact = isinstance(task, AnswerTask) and self.data == "demonstrations"
+    def metric_names(self, parts: SFTParts) -> tuple[str, ...]:
+        exact = isinstance(parts.task, AnswerTask) and self.data == "demonstrations"
         return (LOSS, PERPLEXITY, EXACT, GREEDY_EXACT) if exact else (LOSS, PERPLEXITY)
 
-    def run(
-        self,
-        context: Context,
-        *,
-        task: Task,
-        model: ModelSettings,
-        optimizer: AdamWSettings,
-        schedule: Schedule,
-    ) -> dict[str, Any]:
+    def run(self, context: Context, parts: SFTParts) -> StageResult:
         """Trains, measures on held-out texts, saves model and tokenizer; returns the result.
 
         The phase of its metrics is the number of updates. Raises TrainingError naming the update
         if the loss is not finite.
         """
-        clock = Stopwatch()
+        clock, task = Stopwatch(), parts.task
         with clock("load"), self.explaining("loading"):
-            policy = self._load(context, task, model)
+            policy = self._load(context, task, parts.model)
             network, tokenizer = policy.language_model, policy.tokenizer
             train, held_out = (
-                self._encode(task, tokenizer, part, limit=policy.context_len)
-                for part in self._split(task)
+                self._encode(task, tokenizer, examples, limit=policy.context_len)
+                for examples in self._split(task)
             )
             measured = self._held_out(context, task, policy, held_out)
         context.folder.start()
@@ -126,7 +130,7 @@ class SFT(Supervised):
         )  # fmt: skip
         num_updates = self.num_updates(len(train))
         with clock("train"):
-            adamw = optimizer.build(network)
+            adamw = parts.optimizer.build(network)
             early_stopping = EarlyStopping(
                 context, network, measured.measure,
                 eval_every=self.eval_every, stop_at=self.stop_at, max_seconds=self.max_seconds,
@@ -136,10 +140,10 @@ class SFT(Supervised):
             state = SupervisedState(
                 network=network,
                 optimizer=adamw,
-                scheduler=schedule.build(adamw, total_steps=num_updates),
+                scheduler=parts.schedule.build(adamw, total_steps=num_updates),
                 batches=batches,
                 early_stopping=early_stopping,
-                inputs=fingerprints(network, task=task, model=model),
+                inputs=fingerprints(network, task=task, model=parts.model),
             )
             losses = self._losses(context, network, train, batches)
             self.fit(context, state, losses, num_updates=num_updates)
@@ -153,7 +157,7 @@ class SFT(Supervised):
             tokenizer.save_pretrained(context.folder.path / "model")
             check_saved_language_model(network, context.folder.path / "model")
         present_losses(context, title="language model")
-        return {"after": metrics, "seconds": clock.seconds}
+        return StageResult(after=metrics, seconds=clock.seconds)
 
     def _load(self, context: Context, task: Task, model: ModelSettings) -> TransformerWithValueHead:
         network, tokenizer = model.language_model(

@@ -1,7 +1,9 @@
 """The same promises on a CUDA device: `pytest -m gpu`. The default run leaves these out."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.stages.preferences import Preferences
+from rlhf_exp.stages.protocol import Stage, StageResult
 from rlhf_exp.stages.reward_model import TrainRewardModel
 from rlhf_exp.stages.sft import SFT
 from rlhf_exp.tasks.arithmetic import Arithmetic
@@ -28,15 +31,15 @@ from rlhf_exp.tasks.pairs import PairsFile
 from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.training.context import Context
 from rlhf_exp.training.folder import RunFolder
-from rlhf_exp.training.optim import AdamWSettings, Constant
+from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.training.seeding import stream
 from tests.architectures import build, largest_error
 from tests.builders import build_tokenizer
 from tests.rl.fixed import perturb
-from tests.rl.test_low_precision import assert_alike, moved, small
 from tests.rl.test_objectives import REFERENCES as KINDS
 from tests.rl.test_objectives import SMALL, compiled_beside_plain, learned
-from tests.rl.toy import RAGGED, ToyTask, parts, ppo_with, start
+from tests.rl.toy import RAGGED, ToyTask, parts, parts_of, ppo_with, start
+from tests.stages.test_low_precision import assert_alike, moved, small
 
 pytestmark = pytest.mark.gpu
 
@@ -80,29 +83,37 @@ def test_first_ratio_is_one(sampler: Sampler) -> None:
 def test_bandit_is_solved_and_its_policy_reloads(tmp_path: Path) -> None:
     ppo = ppo_with(total_phases=25, kl_coef=0.0, eval_every=25, compile="off")
     context = Context(folder=RunFolder(tmp_path), seed=1, device=DEVICE)
-    after = ppo.run(context, **parts(sampler=CachedSampler(gen_len=1)))["after"]
+    after = ppo.run(context, parts(sampler=CachedSampler(gen_len=1))).after
     assert after["eval/score"] > 0.9
     assert load_policy(tmp_path, device=DEVICE).device.type == DEVICE.type
 
 
 def test_the_four_steps_run_and_the_reward_model_scores_as_on_the_cpu(tmp_path: Path) -> None:
     task, sampler = Arithmetic(), CachedSampler(gen_len=15, stop_at_eos=True)
-    learning = {"optimizer": AdamWSettings(base_lr=3e-3, head_lr=3e-3), "schedule": Constant()}
+    optimizer = AdamWSettings(base_lr=3e-3, head_lr=3e-3)
     sft = Pretrained(base_model=str(tmp_path / "sft"))
 
-    def on_gpu(name: str) -> Context:
-        return Context(folder=RunFolder(tmp_path / name), seed=1, device=DEVICE)
+    def run(name: str, stage: Stage[Any], **replaced: Any) -> StageResult:
+        context = Context(folder=RunFolder(tmp_path / name), seed=1, device=DEVICE)
+        return stage.run(context, parts_of(stage, optimizer=optimizer, **replaced))
 
-    SFT(data="demonstrations", layout="pack", max_updates=60, dtype="auto").run(
-        on_gpu("sft"), task=task, model=Scratch(d_model=32, context_len=36), **learning
+    run(
+        "sft",
+        SFT(data="demonstrations", layout="pack", max_updates=60, dtype="auto"),
+        task=task,
+        model=Scratch(d_model=32, context_len=36),
     )
-    Preferences(num_pairs=400, num_held_out=200, dtype="auto").run(
-        on_gpu("pairs"), task=task, model=sft, reward=ArithmeticReward(), sampler=sampler
+    run(
+        "pairs",
+        Preferences(num_pairs=400, num_held_out=200, dtype="auto"),
+        task=task,
+        model=sft,
+        reward=ArithmeticReward(),
+        sampler=sampler,
     )
     pairs = PairsFile(path=str(tmp_path / "pairs"))
-    after = TrainRewardModel(width=32, epochs=10, eval_every=10).run(
-        on_gpu("reward"), task=pairs, model=sft, **learning
-    )["after"]
+    trains = TrainRewardModel(width=32, epochs=10, eval_every=10)
+    after = run("reward", trains, task=pairs, model=sft).after
     assert after["heldout/pair_accuracy"] > 0.6
     some = pairs.pair_split().held_out[:20]
     prompts, answers = [pair.prompt for pair in some], [pair.chosen for pair in some]
@@ -111,16 +122,15 @@ def test_the_four_steps_run_and_the_reward_model_scores_as_on_the_cpu(tmp_path: 
         for device in ("cpu", DEVICE)
     ]
     torch.testing.assert_close(scores[0], scores[1].cpu(), rtol=0, atol=1e-3)
-    result = ppo_with(total_phases=2, eval_every=1, eval_samples=32, compile="off").run(
-        on_gpu("ppo"),
+    result = run(
+        "ppo",
+        ppo_with(total_phases=2, eval_every=1, eval_samples=32, compile="off"),
         task=task,
         model=sft,
         reward=LearnedReward(path=str(tmp_path / "reward")),
         sampler=sampler,
-        finetune=Full(),
-        **learning,
     )
-    assert "eval/exact_match" in result["after"]
+    assert "eval/exact_match" in result.after
 
 
 REFERENCES = [Full(), LastLayers(num_layers_unfrozen=1), Lora(rank=4)]
@@ -134,11 +144,11 @@ def test_each_reference_resumes_where_it_was(reference: Finetune, tmp_path: Path
         rollout_batch_size=12, gradient_checkpointing=True, compile="off", dtype="fp32",
     )  # fmt: skip
 
-    def run(path: Path, total_phases: int, *, resume: bool) -> dict[str, float]:
+    def run(path: Path, total_phases: int, *, resume: bool) -> Mapping[str, float | None]:
         context = Context(folder=RunFolder(path), seed=1, device=DEVICE, resume=resume)
         stage = replace(ppo, total_phases=total_phases)
         given = parts(model=model, finetune=reference, task=RAGGED)
-        return stage.run(context, **given)["after"]
+        return stage.run(context, given).after
 
     whole = run(tmp_path / "whole", 4, resume=False)
     run(tmp_path / "half", 2, resume=False)
@@ -158,7 +168,7 @@ def test_frozen_bf16_weights_train_adapters(tmp_path: Path) -> None:
     context = Context(folder=RunFolder(tmp_path / "run"), seed=1, device=DEVICE)
     result = ppo_with(total_phases=25, kl_coef=0.0, eval_every=25, compile="off").run(
         context,
-        **parts(
+        parts(
             model=model,
             finetune=Lora(rank=8),
             sampler=CachedSampler(gen_len=1),
@@ -166,7 +176,7 @@ def test_frozen_bf16_weights_train_adapters(tmp_path: Path) -> None:
         ),
     )
     # The frozen output embedding is small as drawn, and bounds what adapters below it can do.
-    assert result["after"]["eval/score"] > 3 * result["before"]["eval/score"]
+    assert result.after["eval/score"] > 3 * result.before["eval/score"]
 
 
 @pytest.mark.parametrize("kind", ["full", "last_layers", "lora"])

@@ -22,9 +22,7 @@ from .toy import RAGGED, EchoTask, ToyTask, context, parts
 
 def loaded(path: Path, **replaced: object) -> Actors:
     p = parts(**replaced)
-    return load_actors(
-        context(path), p["task"], p["model"], p["reward"], p["sampler"], p["finetune"]
-    )
+    return load_actors(context(path), p.task, p.model, p.reward, p.sampler, p.finetune)
 
 
 def test_prompts_are_the_tasks_and_answers_are_where_it_knows_them(tmp_path: Path) -> None:
@@ -84,7 +82,7 @@ def test_the_reference_is_a_frozen_copy(tmp_path: Path) -> None:
 def test_the_model_is_drawn_from_the_runs_seed(tmp_path: Path) -> None:
     p = parts()
     first, again, other = (
-        load_sampled_policy(context(tmp_path, seed), p["task"], p["model"], p["sampler"])
+        load_sampled_policy(context(tmp_path, seed), p.task, p.model, p.sampler)
         for seed in (1, 1, 2)
     )
     for a, b, c in zip(*(m.parameters() for m in (first, again, other)), strict=True):

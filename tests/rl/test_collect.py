@@ -19,6 +19,7 @@ from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import settings
 from rlhf_exp.stages.ppo import PPO, Phases
+from rlhf_exp.stages.protocol import StageResult
 from rlhf_exp.training.checkpoint import read_newest_checkpoint
 from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.training.timing import Stopwatch
@@ -131,7 +132,7 @@ def test_phases_and_evaluations_ask_on_one_thread(
     options: dict[str, Any], on_main: bool, tmp_path: Path
 ) -> None:
     ppo = ppo_with(total_phases=2, batch_size=4, num_minibatches=1, eval_samples=4, **options)
-    ppo.run(context(tmp_path), **parts(reward=Noting(name="one")))
+    ppo.run(context(tmp_path), parts(reward=Noting(name="one")))
     assert len(SEEN["one"].idents) == 4
     assert set(SEEN["one"].idents) == {SEEN["one"].idents[0]}
     assert (SEEN["one"].idents[0] == threading.get_ident()) == on_main
@@ -242,9 +243,9 @@ def test_scores_beside_the_reference_change_nothing(tmp_path: Path) -> None:
             assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
-def run(path: Path, ppo: PPO, *, resume: bool = False, **replaced: object) -> dict[str, Any]:
+def run(path: Path, ppo: PPO, *, resume: bool = False, **replaced: object) -> StageResult:
     given = {"task": RAGGED, "sampler": SAMPLER, "reward": Failing(), "optimizer": OPTIMIZER}
-    return ppo.run(context(path, resume=resume), **parts(**{**given, **replaced}))
+    return ppo.run(context(path, resume=resume), parts(**{**given, **replaced}))
 
 
 def every(count: int | None, *, ahead: bool = True) -> PPO:

@@ -19,7 +19,7 @@ from rlhf_exp.stages.ppo import PPO, Actors
 from rlhf_exp.training.folder import RunFolder
 
 from ..builders import assert_near
-from .toy import RAGGED, Echoed, EchoTask, echo_policy, pass_shape, start
+from .toy import RAGGED, Echoed, EchoTask, echo_policy, parts, pass_shape, start
 
 
 def run(actors: Actors, *, num_samples: int = 6, seed: int = 1) -> Evaluation:
@@ -169,7 +169,7 @@ def test_answers_are_measured_beside_the_score(tmp_path: Path, stop_at_eos: bool
     actors = echo_actors(tmp_path, reward=reward, sampler=sampler)
     result = run(actors, num_samples=200)
     metrics, task = result.metrics, EchoTask()
-    assert {*metrics} == {*PPO().metric_names(task=task)}
+    assert {*metrics} == {*PPO().metric_names(parts(task=task))}
     true = [task.true_reward(s["prompt"], s["completion"]) for s in result.samples]
     assert [s["true_reward"] for s in result.samples] == pytest.approx(true)
     assert metrics["eval/true_reward"] == pytest.approx(sum(true) / 200)

@@ -95,7 +95,7 @@ def test_memory_of_a_reward_is_no_fault_to_skip(tmp_path: Path) -> None:
     ppo = ppo_with(total_phases=2, batch_size=8, eval_samples=6, on_reward_error="skip")
     message = r"^phase 1: scoring: out of memory\n.*\nto need less: lower reward\.batch_size"
     with pytest.raises(TrainingError, match=message):
-        ppo.run(context(tmp_path), **parts(reward=Greedy()))
+        ppo.run(context(tmp_path), parts(reward=Greedy()))
 
 
 SCARCE = """
@@ -117,7 +117,7 @@ used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesi
 resource.setrlimit(resource.RLIMIT_AS, (used + (96 << 20),) * 2)
 try:
     ppo_with(batch_size=1024, num_minibatches=1, eval_samples=4, reward_timeout_s=None).run(
-        context(Path(sys.argv[1])), **given
+        context(Path(sys.argv[1])), given
     )
 except TrainingError as error:
     print(error)
@@ -142,16 +142,14 @@ def test_a_run_names_its_reference_and_a_resumed_one_has_the_same(
     tmp_path: Path, kind: str
 ) -> None:
     given = parts(task=RAGGED, finetune=KINDS[kind])
-    result = SMALL.run(context(tmp_path), **given)
-    assert len(result["reference_sha256"]) == 64
+    result = SMALL.run(context(tmp_path), given)
+    assert len(result.extra["reference_sha256"]) == 64
     newest = read_newest_checkpoint(tmp_path)
     assert newest is not None
     saved = newest.numbers["state"]["loop"]
-    assert saved["inputs"]["finetune"] == result["reference_sha256"]
-    assert (
-        SMALL.run(context(tmp_path, resume=True), **given)["reference_sha256"]
-        == (result["reference_sha256"])
-    )
+    assert saved["inputs"]["finetune"] == result.extra["reference_sha256"]
+    resumed = SMALL.run(context(tmp_path, resume=True), given)
+    assert resumed.extra["reference_sha256"] == result.extra["reference_sha256"]
 
 
 def test_a_run_does_not_go_on_with_another_reference(tmp_path: Path) -> None:
@@ -180,7 +178,7 @@ class Meddling:
 
 def test_a_reference_that_has_changed_ends_the_run_before_it_is_saved(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"^the reference's weights have changed during the"):
-        SMALL.run(context(tmp_path), **parts(finetune=Meddling()))
+        SMALL.run(context(tmp_path), parts(finetune=Meddling()))
     assert not (tmp_path / "model").exists()
     assert len(rows(tmp_path)) == 4
 

@@ -85,7 +85,7 @@ def test_a_run_has_them_every_so_many_phases_and_at_its_end(
     ppo = ppo_with(
         total_phases=5, batch_size=8, eval_every=5, eval_samples=8, histograms_every=every
     )
-    ppo.run(context(tmp_path), **parts(sampler=CachedSampler(gen_len=3)))
+    ppo.run(context(tmp_path), parts(sampler=CachedSampler(gen_len=3)))
     if not phases:
         assert not (tmp_path / "histograms.jsonl").exists()
         return

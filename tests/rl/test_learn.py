@@ -214,7 +214,7 @@ def test_the_coefficient_follows_the_kl_of_each_phase(tmp_path: Path) -> None:
         total_phases=5, batch_size=8, num_minibatches=1, eval_every=9, eval_samples=4,
         kl_coef=0.2, adaptive_kl_target=0.02, kl_horizon=20, checkpoint_every=1,
     )  # fmt: skip
-    ppo.run(context(tmp_path), **parts(task=RAGGED))
+    ppo.run(context(tmp_path), parts(task=RAGGED))
     logged = [row for row in rows(tmp_path) if "objective/kl_coef" in row]
     expected, coefs = 0.2, []
     for row in logged:
@@ -270,23 +270,25 @@ def test_a_run_ends_where_its_kl_is_spent(
         max_kl_sum=budget, kl_coef=0.0, checkpoint_every=5,
     )  # fmt: skip
     given = parts(task=RAGGED, schedule=WarmupDecay(warmup_steps=1))
-    result = ppo.run(context(tmp_path), **given)
+    result = ppo.run(context(tmp_path), given)
     logged = [row for row in rows(tmp_path) if "objective/kl_sum" in row]
     if budget is None:
-        assert result["stopped"] is None
+        assert result.extra["stopped"] is None
         assert len(logged) == 6
         return
     sums = [row["objective/kl_sum"] for row in logged]
     assert len(sums) < 5
     assert max(sums[:-1]) <= budget < sums[-1]
-    assert result["stopped"].startswith(f"phase {len(sums)}: objective/kl_sum is {sums[-1]:.4g} ")
-    assert f"{result['stopped']}: the run ends" in caplog.messages
+    assert result.extra["stopped"].startswith(
+        f"phase {len(sums)}: objective/kl_sum is {sums[-1]:.4g} "
+    )
+    assert f"{result.extra['stopped']}: the run ends" in caplog.messages
     assert [row["phase"] for row in rows(tmp_path) if "eval/score" in row] == [0, len(sums)]
     assert (tmp_path / "model" / "model.safetensors").is_file()
     # And it stays ended.
     before = rows(tmp_path)
-    again = ppo.run(context(tmp_path, resume=True), **given)
-    assert again["stopped"] == result["stopped"]
+    again = ppo.run(context(tmp_path, resume=True), given)
+    assert again.extra["stopped"] == result.extra["stopped"]
     assert rows(tmp_path) == before
 
 

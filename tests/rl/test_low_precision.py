@@ -145,17 +145,17 @@ def test_a_run_evaluates_and_saves_in_bf16_as_in_fp32(tmp_path: Path) -> None:
     for dtype in DTYPES:
         ppo = small(dtype, total_phases=2, eval_every=1, eval_samples=64)
         given = parts(task=RAGGED, model=model, sampler=SAMPLER)
-        results[dtype] = ppo.run(context(tmp_path / dtype), **given)
+        results[dtype] = ppo.run(context(tmp_path / dtype), given)
         saved = load_file(tmp_path / dtype / "model" / "model.safetensors")
         assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
         assert len(set(saved["transformer.h.0.mlp.c_fc.weight"].flatten().tolist())) > 4000
         config = json.loads((tmp_path / dtype / "model" / "config.json").read_text())
         assert config["dtype"] == "float32"
     exact, low = results["fp32"], results["bf16"]
-    assert abs(low["before"]["eval/kl"]) < 1e-6
-    assert low["after"]["eval/kl"] == pytest.approx(exact["after"]["eval/kl"], rel=0.1)
-    assert exact["after"]["eval/kl"] > 1e-4
-    assert low["after"] != exact["after"]
+    assert abs(low.before["eval/kl"]) < 1e-6
+    assert low.after["eval/kl"] == pytest.approx(exact.after["eval/kl"], rel=0.1)
+    assert exact.after["eval/kl"] > 1e-4
+    assert low.after != exact.after
     for when in ("before", "after"):
         entropy = exact[when]["eval/entropy"]
         assert low[when]["eval/entropy"] == pytest.approx(entropy, abs=1e-3)

@@ -160,7 +160,7 @@ def test_recomputed_activations_change_no_run(tmp_path: Path) -> None:
             total_phases=2, batch_size=8, num_minibatches=2, eval_samples=8, micro_batch_size=2,
             gradient_checkpointing=recomputed,
         )  # fmt: skip
-        ppo.run(toy_context(tmp_path / name), **parts(task=RAGGED, sampler=SAMPLER))
+        ppo.run(toy_context(tmp_path / name), parts(task=RAGGED, sampler=SAMPLER))
     hook.remove()
     # Two phases, each of two passes over four micro-batches, with one more run of the only block.
     assert calls["b"] - calls["a"] == 2 * 2 * 4

@@ -35,7 +35,7 @@ def test_bf16_is_for_the_cached_sampler_and_for_weights_it_mixes_with(tmp_path: 
 
 
 def problems(**replaced: object) -> list[str]:
-    return ppo_with(dtype="bf16").check(**{**parts(), **replaced})
+    return ppo_with(dtype="bf16").check(parts(**replaced))
 
 
 def test_what_excludes_bf16_is_told(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_the_hooked_engine_trains_the_weights_above_a_shared_trunk(
 def test_adapters_train_on_a_base_in_bf16(architecture: str, tmp_path: Path) -> None:
     model = saved_model(tmp_path / "model", architecture=architecture)
     low = type(model)(base_model=model.base_model, dtype="bf16")
-    assert SMALL.check(**parts(model=low, finetune=KINDS["lora"])) == []
+    assert SMALL.check(parts(model=low, finetune=KINDS["lora"])) == []
     actors, state = start(
         SMALL, tmp_path, task=RAGGED, model=low, finetune=KINDS["lora"], optimizer=QUICK
     )
@@ -143,7 +143,7 @@ def test_adapters_train_on_a_base_in_bf16(architecture: str, tmp_path: Path) -> 
 def test_weights_in_bf16_are_trained_by_adapters_alone(kind: str, tmp_path: Path) -> None:
     model = saved_model(tmp_path)
     low = type(model)(base_model=model.base_model, dtype="bf16")
-    [problem] = SMALL.check(**parts(model=low, finetune=KINDS[kind]))
+    [problem] = SMALL.check(parts(model=low, finetune=KINDS[kind]))
     assert "model.dtype=bf16" in problem
     assert "finetune=lora" in problem
 

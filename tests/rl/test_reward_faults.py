@@ -11,6 +11,7 @@ from torch import Tensor
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import settings
+from rlhf_exp.stages.protocol import StageResult
 from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
 from rlhf_exp.types import Completions
@@ -49,7 +50,7 @@ class Faulty:
         return score
 
 
-def run(path: Path, *at: int, raises: bool = True, **options: Any) -> dict[str, Any]:
+def run(path: Path, *at: int, raises: bool = True, **options: Any) -> StageResult:
     given = {
         "task": RAGGED,
         "reward": Faulty(at=at, raises=raises),
@@ -57,7 +58,7 @@ def run(path: Path, *at: int, raises: bool = True, **options: Any) -> dict[str, 
         "schedule": WarmupDecay(warmup_steps=2),
         "optimizer": AdamWSettings(base_lr=1e-2, head_lr=1e-2),
     }
-    return ppo_with(**{**SMALL, **options}).run(context(path), **parts(**given))
+    return ppo_with(**{**SMALL, **options}).run(context(path), parts(**given))
 
 
 @pytest.mark.parametrize("options", [{}, {"reward_timeout_s": None}, ASYNC], ids=str)

@@ -30,8 +30,9 @@ from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.settings import settings
 from rlhf_exp.stages.held_out import next_token_loss
-from rlhf_exp.stages.ppo import PPO, Phases, coefficients
+from rlhf_exp.stages.ppo import PPO, Phases, PPOParts, coefficients
 from rlhf_exp.stages.ppo import start as start_state
+from rlhf_exp.stages.protocol import Stage, StageResult
 from rlhf_exp.stages.sft import SFT
 from rlhf_exp.tasks.examples import encode_demonstrations, pad
 from rlhf_exp.tasks.protocol import Demonstration, LabelledText, Pair, Split
@@ -167,9 +168,9 @@ def context(
     return Context(folder=RunFolder(path), seed=seed, device=device, resume=resume)
 
 
-def parts(**replaced: Any) -> dict[str, Any]:
-    """What PPO.run takes, small."""
-    defaults = {
+def parts_of(stage: Stage[Any], **replaced: Any) -> Any:
+    """What a stage takes, small."""
+    taken = {
         "task": ToyTask(),
         "model": Scratch(num_layers=1, d_model=16, num_heads=2, context_len=16),
         "finetune": Full(),
@@ -177,9 +178,14 @@ def parts(**replaced: Any) -> dict[str, Any]:
         "sampler": CachedSampler(gen_len=4),
         "optimizer": AdamWSettings(base_lr=3e-3, head_lr=3e-3),
         "schedule": Constant(),
+        **replaced,
     }
-    assert replaced.keys() <= defaults.keys()
-    return {**defaults, **replaced}
+    return stage.Parts(**{name: taken[name] for name in stage.parts})
+
+
+def parts(**replaced: Any) -> PPOParts:
+    """What PPO takes, small."""
+    return parts_of(PPO(), **replaced)
 
 
 GROUPS = {"estimator": GAE, "guards": Guards, "compute": Compute}
@@ -201,13 +207,16 @@ def start(
 ) -> tuple[Actors, TrainState]:
     """Actors and state before the first phase."""
     p = parts(**replaced)
-    names = ("task", "model", "reward", "sampler", "finetune")
     actors = load_actors(
         context(path, device=device),
-        *(p[name] for name in names),
+        p.task,
+        p.model,
+        p.reward,
+        p.sampler,
+        p.finetune,
         value_head=ppo.estimator.needs_values,
     )
-    return actors, start_state(ppo, actors, p["optimizer"], p["schedule"], seed=1, inputs={})
+    return actors, start_state(ppo, actors, p.optimizer, p.schedule, seed=1, inputs={})
 
 
 def collect(ppo: PPO, actors: Actors, state: TrainState) -> Experience:
@@ -280,15 +289,12 @@ HALF = 30  # updates of echo_policy
 ECHO = Scratch(num_layers=2, d_model=32, num_heads=2, context_len=16)
 
 
-def train_echo(path: Path, *, seed: int = 1, **options: Any) -> dict[str, Any]:
+def train_echo(path: Path, *, seed: int = 1, **options: Any) -> StageResult:
     """The result of SFT on the demonstrations of EchoTask."""
     defaults: dict[str, Any] = {"data": "demonstrations", "epochs": 30, "batch_size": 16}
-    return SFT(**{**defaults, **options}).run(
-        context(path, seed),
-        task=EchoTask(),
-        model=ECHO,
-        optimizer=AdamWSettings(base_lr=1e-2),
-        schedule=Constant(),
+    stage, optimizer = SFT(**{**defaults, **options}), AdamWSettings(base_lr=1e-2)
+    return stage.run(
+        context(path, seed), parts_of(stage, task=EchoTask(), model=ECHO, optimizer=optimizer)
     )
 
 

@@ -15,6 +15,7 @@ from rlhf_exp.rewards.arithmetic import ArithmeticReward
 from rlhf_exp.rewards.reward_model import LearnedReward
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.stages.preferences import Preferences
+from rlhf_exp.stages.protocol import Stage, StageResult
 from rlhf_exp.stages.reward_model import TrainRewardModel
 from rlhf_exp.stages.sft import SFT
 from rlhf_exp.tasks.arithmetic import Arithmetic, parse_prompt
@@ -29,20 +30,20 @@ OPTIMIZER = AdamWSettings(base_lr=3e-3, head_lr=3e-3)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, StageResult]]:
     """The folder of the four runs, and the result of each."""
     with without_checks():
         return chain(tmp_path_factory.mktemp("chain"))
 
 
-def run(stage: Any, path: Path, **parts: Any) -> dict[str, Any]:
+def run(stage: Stage[Any], path: Path, **parts: Any) -> StageResult:
     given = context(path)
-    result = stage.run(given, **parts)
+    result = stage.run(given, stage.Parts(**parts))
     given.presentation.show()
     return result
 
 
-def chain(path: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
+def chain(path: Path) -> tuple[Path, dict[str, StageResult]]:
     task = Arithmetic()
     sft = Pretrained(base_model=str(path / "sft"))
     learned = {"optimizer": OPTIMIZER, "schedule": Constant()}
@@ -82,17 +83,17 @@ def chain(path: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
     }
 
 
-def test_every_number_is_finite(results: tuple[Path, dict[str, dict[str, Any]]]) -> None:
+def test_every_number_is_finite(results: tuple[Path, dict[str, StageResult]]) -> None:
     path, by_stage = results
     for stage, result in by_stage.items():
-        assert all(map(math.isfinite, result["after"].values())), stage
+        assert all(map(math.isfinite, result.after.values())), stage
         for row in rows(path / stage):
             assert all(math.isfinite(value) for value in row.values()), (stage, row)
-        assert set(result["seconds"]) >= {"load"}
+        assert set(result.seconds) >= {"load"}
 
 
 def test_each_stage_left_what_the_next_one_reads(
-    results: tuple[Path, dict[str, dict[str, Any]]],
+    results: tuple[Path, dict[str, StageResult]],
 ) -> None:
     path, _ = results
     assert {p.name for p in (path / "pairs" / "pairs").iterdir()} == {"train.jsonl", "test.jsonl"}
@@ -104,12 +105,12 @@ def test_each_stage_left_what_the_next_one_reads(
         assert (path / f"{picture}.png").is_file()
 
 
-def test_metrics_have_their_names(results: tuple[Path, dict[str, dict[str, Any]]]) -> None:
+def test_metrics_have_their_names(results: tuple[Path, dict[str, StageResult]]) -> None:
     _, by_stage = results
-    assert {"heldout/exact_match", "heldout/greedy_exact_match"} < set(by_stage["sft"]["after"])
-    assert {"pairs/ties", "pairs/prompts"} < set(by_stage["pairs"]["after"])
-    assert {"heldout/spearman", "heldout/pair_accuracy"} < set(by_stage["reward"]["after"])
-    after = by_stage["ppo"]["after"]
+    assert {"heldout/exact_match", "heldout/greedy_exact_match"} < set(by_stage["sft"].after)
+    assert {"pairs/ties", "pairs/prompts"} < set(by_stage["pairs"].after)
+    assert {"heldout/spearman", "heldout/pair_accuracy"} < set(by_stage["reward"].after)
+    after = by_stage["ppo"].after
     assert {"eval/exact_match", "eval/greedy_exact_match"} < set(after)
     assert after["eval/reward_gap"] == pytest.approx(
         after["eval/score"] - after["eval/true_reward"]
@@ -117,7 +118,7 @@ def test_metrics_have_their_names(results: tuple[Path, dict[str, dict[str, Any]]
     assert 1 <= after["eval/true_reward"] <= 7
 
 
-def test_no_problem_is_on_two_sides(results: tuple[Path, dict[str, dict[str, Any]]]) -> None:
+def test_no_problem_is_on_two_sides(results: tuple[Path, dict[str, StageResult]]) -> None:
     path, _ = results
     split = PairsFile(path=str(path / "pairs")).pair_split()
     train, held_out = ({parse_prompt(pair.prompt) for pair in part} for part in split)
@@ -126,7 +127,7 @@ def test_no_problem_is_on_two_sides(results: tuple[Path, dict[str, dict[str, Any
     assert not (train | held_out) & evaluated
 
 
-def test_the_reward_model_beats_chance(results: tuple[Path, dict[str, dict[str, Any]]]) -> None:
+def test_the_reward_model_beats_chance(results: tuple[Path, dict[str, StageResult]]) -> None:
     _, by_stage = results
-    assert by_stage["reward"]["after"]["heldout/pair_accuracy"] > 0.6
-    assert by_stage["reward"]["after"]["heldout/spearman"] > 0.1
+    assert by_stage["reward"].after["heldout/pair_accuracy"] > 0.6
+    assert by_stage["reward"].after["heldout/spearman"] > 0.1

@@ -17,25 +17,21 @@ from rlhf_exp.stages.classifier import (
 )
 from rlhf_exp.tasks.prefix import Prefix
 from rlhf_exp.tasks.prompts import encode_prompts
-from rlhf_exp.training.optim import AdamWSettings, Constant
+from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.types import Completions
 
-from ..rl.toy import ToyTask, context
+from ..rl.toy import ToyTask, context, parts_of
 
 MODEL = ScratchClassifier(d_model=16, context_len=16)
 
 
 def test_it_learns_and_serves_as_a_reward(tmp_path: Path) -> None:
     stage = TrainClassifier(epochs=30, batch_size=16, crop_min_tokens=2)
-    result = stage.run(
-        context(tmp_path),
-        task=ToyTask(),
-        model=MODEL,
-        optimizer=AdamWSettings(base_lr=1e-2, head_lr=1e-2),
-        schedule=Constant(),
-    )
-    assert {*result["after"]} == {*stage.metric_names()}
-    assert result["after"]["heldout/accuracy"] == 1.0
+    optimizer = AdamWSettings(base_lr=1e-2, head_lr=1e-2)
+    taken = parts_of(stage, model=MODEL, optimizer=optimizer)
+    result = stage.run(context(tmp_path), taken)
+    assert {*result.after} == {*stage.metric_names(taken)}
+    assert result.after["heldout/accuracy"] == 1.0
     tokenizer = ToyTask().build_tokenizer()
     prompts = encode_prompts(tokenizer, ["w1", "w10"], prepend_bos=True)
     completions = Completions(
@@ -51,14 +47,9 @@ def test_it_learns_and_serves_as_a_reward(tmp_path: Path) -> None:
 
 
 def test_two_runs_are_equal(tmp_path: Path) -> None:
+    stage = TrainClassifier(batch_size=16, token_noise=0.1)
     for name in "ab":
-        TrainClassifier(batch_size=16, token_noise=0.1).run(
-            context(tmp_path / name),
-            task=ToyTask(),
-            model=MODEL,
-            optimizer=AdamWSettings(),
-            schedule=Constant(),
-        )
+        stage.run(context(tmp_path / name), parts_of(stage, model=MODEL, optimizer=AdamWSettings()))
     a, b = (tmp_path / n / "model" / "model.safetensors" for n in "ab")
     assert a.read_bytes() == b.read_bytes()
 
@@ -115,8 +106,11 @@ def test_noise_replaces_the_stated_share() -> None:
 
 
 def test_a_task_without_labels_is_refused() -> None:
-    assert TrainClassifier().check(task=Prefix())[0].startswith("stage=classifier needs labelled")
-    assert not TrainClassifier().check(task=ToyTask())
+    stage = TrainClassifier()
+    taken = vars(parts_of(stage, model=MODEL))
+    [problem] = stage.check_kinds({**taken, "task": Prefix()})
+    assert problem.startswith("stage=classifier needs labelled")
+    assert not stage.check_kinds(taken)
 
 
 def test_encoded_texts_are_cut_to_the_limit() -> None:

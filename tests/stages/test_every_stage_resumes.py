@@ -3,6 +3,7 @@ went through."""
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.stages.classifier import TrainClassifier
 from rlhf_exp.stages.preferences import Preferences
+from rlhf_exp.stages.protocol import StageResult
 from rlhf_exp.stages.reward_model import TrainRewardModel
 from rlhf_exp.stages.sft import SFT
 from rlhf_exp.tasks.dataset import PromptDataset
 from rlhf_exp.training.checkpoint import read_newest_checkpoint
 from rlhf_exp.training.context import Context
-from rlhf_exp.training.optim import AdamWSettings, Constant
+from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.training.saver import Saver, join_state
 from rlhf_exp.training.stopping import Interrupted, StopRequests
 
@@ -32,19 +34,19 @@ from ..rl.toy import (
     Echoed,
     EchoTask,
     ToyPairs,
-    ToyTask,
     context,
     parts,
+    parts_of,
     ppo_with,
     saved_model,
 )
 from ..states import assert_equal_states
 
 DROPOUT = Scratch(num_layers=1, d_model=16, num_heads=2, context_len=16, dropout=0.2)
-SUPERVISED: dict[str, Any] = {"optimizer": AdamWSettings(base_lr=1e-2), "schedule": Constant()}
+OPTIMIZER = AdamWSettings(base_lr=1e-2)
 SAMPLER = CachedSampler(gen_len=4, stop_at_eos=True)
 
-Run = Callable[[Context, Path], dict[str, Any]]
+Run = Callable[[Context, Path], StageResult]
 
 
 def sft(data: str) -> Run:
@@ -53,43 +55,45 @@ def sft(data: str) -> Run:
         data=data, epochs=2, batch_size=32, log_every=2, eval_every=3 if data == "texts" else 2,
         eval_samples=8, layout="pack" if data == "texts" else "pad",
     )  # fmt: skip
-    task = EchoTask()
-    return lambda given, base: stage.run(given, task=task, model=DROPOUT, **SUPERVISED)
+    taken = parts_of(stage, task=EchoTask(), model=DROPOUT, optimizer=OPTIMIZER)
+    return lambda given, base: stage.run(given, taken)
 
 
-def classifier(given: Context, base: Path) -> dict[str, Any]:
+def classifier(given: Context, base: Path) -> StageResult:
     model = ScratchClassifier(num_layers=1, d_model=16, num_heads=2, context_len=16)
     stage = TrainClassifier(epochs=2, batch_size=40, log_every=1, token_noise=0.2)
-    return stage.run(given, task=ToyTask(), model=model, **SUPERVISED)
+    return stage.run(given, parts_of(stage, model=model, optimizer=OPTIMIZER))
 
 
 def model_in(base: Path) -> Pretrained:
     return Pretrained(base_model=str(base)) if base.exists() else saved_model(base)
 
 
-def preferences(given: Context, base: Path) -> dict[str, Any]:
+def preferences(given: Context, base: Path) -> StageResult:
     stage = Preferences(num_pairs=60, num_held_out=20, batch_size=24)
-    return stage.run(given, task=EchoTask(), model=model_in(base), reward=Echoed(), sampler=SAMPLER)
+    taken = parts_of(stage, task=EchoTask(), model=model_in(base), reward=Echoed(), sampler=SAMPLER)
+    return stage.run(given, taken)
 
 
-def reward_model(given: Context, base: Path) -> dict[str, Any]:
+def reward_model(given: Context, base: Path) -> StageResult:
     stage = TrainRewardModel(
         epochs=2, batch_size=40, width=16, log_every=1, eval_every=3, num_examples=1,
         unfreeze_layers=1, keep_features=False,
     )  # fmt: skip
-    return stage.run(given, task=ToyPairs(count=120), model=model_in(base), **SUPERVISED)
+    pairs = ToyPairs(count=120)
+    return stage.run(given, parts_of(stage, task=pairs, model=model_in(base), optimizer=OPTIMIZER))
 
 
-def ppo(given: Context, base: Path) -> dict[str, Any]:
+def ppo(given: Context, base: Path) -> StageResult:
     stage = ppo_with(
         total_phases=4, batch_size=6, num_minibatches=2, eval_every=2, eval_samples=4,
         histograms_every=1, adaptive_kl_target=1.0, kl_horizon=20, async_reward=True,
     )  # fmt: skip
     taken = parts(task=RAGGED, sampler=SAMPLER, finetune=Lora(rank=2), model=ECHO)
-    return stage.run(given, **taken)
+    return stage.run(given, taken)
 
 
-def ppo_on_a_dataset(given: Context, base: Path) -> dict[str, Any]:
+def ppo_on_a_dataset(given: Context, base: Path) -> StageResult:
     """Prompts and columns of a file, micro-batches, a trunk that is shared."""
     file = base.with_name("prompts.jsonl")
     rows = [{"prompt": f"w{i} w{i + 1}"[: 2 + 3 * (i % 2)], "n": i} for i in range(9)]
@@ -102,7 +106,7 @@ def ppo_on_a_dataset(given: Context, base: Path) -> dict[str, Any]:
         task=PromptDataset(path=str(file), prepend_bos=True), sampler=SAMPLER,
         finetune=LastLayers(num_layers_unfrozen=1), model=model_in(base),
     )  # fmt: skip
-    return stage.run(given, **taken)
+    return stage.run(given, taken)
 
 
 STAGES: dict[str, tuple[Run, int]] = {
@@ -177,9 +181,7 @@ def test_stopped_after_each_step_it_ends_as_if_it_had_gone_through(
     assert starts >= fewest
     assert loads.count("random") == starts - 1
     assert left(tmp_path / "cut") == left(tmp_path / "whole")
-    assert {k: v for k, v in result.items() if k != "seconds"} == {
-        k: v for k, v in whole.items() if k != "seconds"
-    }
+    assert replace(result, seconds={}) == replace(whole, seconds={})
     count_cases(f"stopped after a step: {name.split()[0]}", starts - 1)
 
 

@@ -28,8 +28,8 @@ from ..rl.toy import RAGGED, Echoed, EchoTask, context, parts, ppo_with, rows, s
 
 def final_metrics(path: Path, ppo: PPO, seed: int = 1, **replaced: object) -> dict[str, float]:
     given = parts(**replaced)
-    metrics = ppo.run(context(path, seed), **given)["after"]
-    assert {*metrics} == {*ppo.metric_names(**given)}
+    metrics = dict(ppo.run(context(path, seed), given).after)
+    assert {*metrics} == {*ppo.metric_names(given)}
     return metrics
 
 
@@ -46,10 +46,10 @@ def test_a_longer_answer_is_learned_through_the_value_head(tmp_path: Path) -> No
     ppo = ppo_with(total_phases=40, kl_coef=0.0, eval_every=40)
     sampler = CachedSampler(gen_len=8, stop_at_eos=True)
     result = ppo.run(
-        context(tmp_path), **parts(sampler=sampler, reward=Length(target_tokens=2), task=RAGGED)
+        context(tmp_path), parts(sampler=sampler, reward=Length(target_tokens=2), task=RAGGED)
     )
-    assert result["after"]["eval/score"] > result["before"]["eval/score"] + 0.5
-    assert result["after"]["eval/len_mean"] < 4 < result["before"]["eval/len_mean"]
+    assert result.after["eval/score"] > result.before["eval/score"] + 0.5
+    assert result.after["eval/len_mean"] < 4 < result.before["eval/len_mean"]
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -75,7 +75,7 @@ def test_a_huge_penalty_holds_the_policy(tmp_path: Path) -> None:
 def test_two_runs_are_equal_and_another_seed_is_not(tmp_path: Path) -> None:
     ppo = ppo_with(total_phases=3, eval_every=2)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        ppo.run(context(tmp_path / name, seed), **parts(task=RAGGED))
+        ppo.run(context(tmp_path / name, seed), parts(task=RAGGED))
     a, b, c = (
         [
             {k: v for k, v in json.loads(line).items() if not k.startswith("time/")}
@@ -91,9 +91,9 @@ def test_two_runs_are_equal_and_another_seed_is_not(tmp_path: Path) -> None:
 
 def test_a_run_leaves_metrics_samples_and_a_policy(tmp_path: Path) -> None:
     ppo = ppo_with(total_phases=4, eval_every=3, eval_samples=16)
-    p = parts(sampler=CachedSampler(gen_len=4, top_k=5), schedule=WarmupDecay(warmup_steps=2))
-    actors_before, _ = start(ppo, tmp_path / "other", **p)
-    ppo.run(context(tmp_path), **p)
+    sampler, schedule = CachedSampler(gen_len=4, top_k=5), WarmupDecay(warmup_steps=2)
+    actors_before, _ = start(ppo, tmp_path / "other", sampler=sampler, schedule=schedule)
+    ppo.run(context(tmp_path), parts(sampler=sampler, schedule=schedule))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["phase"] for row in rows if "eval/score" in row] == [0, 3, 4]
     phases = [row for row in rows if "objective/scores" in row]
@@ -151,7 +151,7 @@ def test_no_prompt_of_the_evaluation_is_trained_on(tmp_path: Path) -> None:
     ppo = ppo_with(total_phases=3, batch_size=32, eval_every=2, eval_samples=24)
     reward = Noting(file=str(tmp_path / "prompts"))
     sampler = CachedSampler(gen_len=2, stop_at_eos=True)
-    ppo.run(context(tmp_path / "run"), **parts(task=EchoTask(), reward=reward, sampler=sampler))
+    ppo.run(context(tmp_path / "run"), parts(task=EchoTask(), reward=reward, sampler=sampler))
     calls = [json.loads(line) for line in (tmp_path / "prompts").read_text().splitlines()]
     # An evaluation, two phases, an evaluation, a phase, an evaluation.
     assert len(calls) == 6
@@ -186,7 +186,7 @@ def test_a_reward_that_is_not_finite_stops_the_run(
 ) -> None:
     ppo = ppo_with(total_phases=3, eval_samples=4, eval_every=3)
     with pytest.raises(RewardError, match=rf"{where}samples, the first: 'w0 w1") as error:
-        ppo.run(context(tmp_path), **parts(reward=Broken(value=value, good=good)))
+        ppo.run(context(tmp_path), parts(reward=Broken(value=value, good=good)))
     assert f"the reward gave {value} for 1 of" in str(error.value)
 
 
@@ -207,12 +207,12 @@ def test_batch_size_must_be_a_multiple_of_num_minibatches() -> None:
 def test_prompt_and_completion_must_fit_the_context(tmp_path: Path) -> None:
     message = "prompt of 3 tokens and sampler.gen_len=14 .* context of 16 tokens.* at most 13"
     with pytest.raises(ConfigError, match=message):
-        PPO().run(context(tmp_path), **parts(sampler=CachedSampler(gen_len=14)))
+        PPO().run(context(tmp_path), parts(sampler=CachedSampler(gen_len=14)))
     assert not list(tmp_path.iterdir())
 
 
 def check(ppo: PPO, **replaced: object) -> list[str]:
-    return ppo.check(**parts(**{"schedule": WarmupDecay(warmup_steps=5), **replaced}))
+    return ppo.check(parts(**{"schedule": WarmupDecay(warmup_steps=5), **replaced}))
 
 
 def test_schedule_must_fit_the_phases() -> None:
@@ -227,15 +227,15 @@ def test_a_task_that_knows_answers_is_measured_by_them(tmp_path: Path) -> None:
     ppo = ppo_with(total_phases=2, eval_every=1, eval_samples=30)
     sampler = CachedSampler(gen_len=3, stop_at_eos=True)
     given = context(tmp_path)
-    result = ppo.run(given, **parts(task=EchoTask(), reward=Echoed(), sampler=sampler))
+    result = ppo.run(given, parts(task=EchoTask(), reward=Echoed(), sampler=sampler))
     given.presentation.show()
     evaluations = [row for row in rows(tmp_path) if "eval/score" in row]
     assert [row["phase"] for row in evaluations] == [0, 1, 2]
     for row in evaluations:
         assert row["eval/true_reward"] == pytest.approx(row["eval/score"])
         assert {"eval/reward_gap", "eval/exact_match", "eval/greedy_exact_match"} < set(row)
-    assert result["before"] == {k: v for k, v in evaluations[0].items() if k != "phase"}
-    assert result["after"] == {k: v for k, v in evaluations[-1].items() if k != "phase"}
+    assert result.before == {k: v for k, v in evaluations[0].items() if k != "phase"}
+    assert result.after == {k: v for k, v in evaluations[-1].items() if k != "phase"}
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert {"true_reward", "exact"} < set(rows(tmp_path, "samples.jsonl")[0])
 
@@ -290,7 +290,7 @@ def test_what_a_reference_cannot_do_is_said_before_anything_is_written(
     kind: Finetune, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=r"reference\.(num_layers_unfrozen|target_modules)="):
-        PPO().run(context(tmp_path), **parts(finetune=kind))
+        PPO().run(context(tmp_path), parts(finetune=kind))
     assert not list(tmp_path.iterdir())
 
 
@@ -304,7 +304,7 @@ def test_a_tokenizer_whose_padding_is_eos_or_that_has_none(
     ppo = ppo_with(total_phases=1, batch_size=32, eval_every=1, eval_samples=64)
     sampler = CachedSampler(gen_len=4, stop_at_eos=True, temperature=5.0)
     given = parts(task=RAGGED, model=model, sampler=sampler, reward=Length(target_tokens=2))
-    expected = ppo.run(context(tmp_path / "run"), **given)
+    expected = ppo.run(context(tmp_path / "run"), given)
 
     for name in ("tokenizer_config.json", "config.json"):
         file = tmp_path / "model" / name
@@ -315,12 +315,12 @@ def test_a_tokenizer_whose_padding_is_eos_or_that_has_none(
     tokenizer = load_policy(tmp_path / "model").tokenizer
     assert tokenizer.eos_token_id == 2
     assert tokenizer.pad_token_id == (2 if pad == "eos" else None)
-    result = ppo.run(context(tmp_path / pad), **given)
+    result = ppo.run(context(tmp_path / pad), given)
     # Padding is known by its mask alone, and an EOS that was sampled is none.
-    assert result["before"] == expected["before"]
+    assert result.before == expected.before
     (one, other) = (rows(tmp_path / name)[1] for name in ("run", pad))
     for name in ("objective/scores", "objective/kl_sum", "sample/len_mean"):
         assert one[name] == other[name]
     assert 2 < one["sample/len_mean"] < 4
     # Of Llama and Qwen2 the input embedding of the padding id is not trained.
-    assert result["after"] == pytest.approx(expected["after"], rel=0.1)
+    assert result.after == pytest.approx(expected.after, rel=0.1)

@@ -16,13 +16,14 @@ from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError, settings
 from rlhf_exp.stages import preferences
 from rlhf_exp.stages.preferences import Preferences, as_pair, have_ended, split_prompts
+from rlhf_exp.stages.protocol import StageResult
 from rlhf_exp.tasks.labelled_text import LabelledTextFile
 from rlhf_exp.tasks.pairs import PairsFile
 from rlhf_exp.tasks.protocol import Pair
 from rlhf_exp.training.context import TrainingError
 from rlhf_exp.types import Completions, PromptBatch
 
-from ..rl.toy import WORDS, Echoed, EchoTask, ToyTask, context, echo_policy, rows
+from ..rl.toy import WORDS, Echoed, EchoTask, ToyTask, context, echo_policy, parts_of, rows
 
 SAMPLER = CachedSampler(gen_len=3, stop_at_eos=True)
 STAGE = Preferences(num_pairs=50, num_held_out=20, batch_size=32)
@@ -38,9 +39,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
 
 def make(
     path: Path, model: Pretrained, stage: Preferences = STAGE, *, seed: int = 1, **replaced: Any
-) -> dict[str, Any]:
+) -> StageResult:
     defaults = {"task": EchoTask(), "reward": Echoed(), "sampler": SAMPLER}
-    return stage.run(context(path, seed), model=model, **{**defaults, **replaced})
+    return stage.run(context(path, seed), parts_of(stage, model=model, **{**defaults, **replaced}))
 
 
 def pairs(path: Path, name: str) -> list[Pair]:
@@ -48,8 +49,8 @@ def pairs(path: Path, name: str) -> list[Pair]:
 
 
 def test_the_better_answer_to_the_prompt_is_chosen(tmp_path: Path, model: Pretrained) -> None:
-    result = make(tmp_path, model)["after"]
-    assert {*result} == {*STAGE.metric_names()}
+    result = make(tmp_path, model).after
+    assert {*result} == {*STAGE.metric_names(parts_of(STAGE))}
     train, held_out = pairs(tmp_path, "train"), pairs(tmp_path, "test")
     assert (len(train), len(held_out)) == (50, 20)
     for pair in train + held_out:
@@ -71,7 +72,7 @@ def test_the_better_answer_to_the_prompt_is_chosen(tmp_path: Path, model: Pretra
 
 def test_ties_are_left_out_and_counted(tmp_path: Path, model: Pretrained) -> None:
     stage = Preferences(num_pairs=1000, num_held_out=1, batch_size=96)
-    result = make(tmp_path, model, stage)["after"]
+    result = make(tmp_path, model, stage).after
     kept = pairs(tmp_path, "train")
     assert len(kept) == 1000
     # Those of the last batches that are too many are no ties.
@@ -161,12 +162,12 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_written(
 
 def test_a_task_whose_file_is_missing_is_refused() -> None:
     endless, ending = CachedSampler(), CachedSampler(stop_at_eos=True)
-    assert Preferences().check(task=ToyTask(), sampler=ending) == []
-    [problem] = Preferences().check(task=ToyTask(), sampler=endless)
+    assert STAGE.check(parts_of(STAGE, sampler=ending)) == []
+    [problem] = STAGE.check(parts_of(STAGE, sampler=endless))
     assert "set sampler.stop_at_eos=true" in problem
     missing = LabelledTextFile(path="nowhere.jsonl")
     with pytest.raises(ConfigError, match="nowhere"):
-        Preferences().check(task=missing, sampler=ending)
+        STAGE.check(parts_of(STAGE, task=missing, sampler=ending))
 
 
 def test_half_precision_samples_too(tmp_path: Path, model: Pretrained) -> None:

@@ -13,6 +13,7 @@ from rlhf_exp.rewards.protocol import RewardError, RewardFunction
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError, settings
 from rlhf_exp.stages.ppo import PPO
+from rlhf_exp.stages.protocol import StageResult
 from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
 from rlhf_exp.types import Completions
 
@@ -60,7 +61,7 @@ class Failing:
 
 def run(
     path: Path, ppo: PPO, model: Pretrained, *, resume: bool = False, **replaced: Any
-) -> dict[str, Any]:
+) -> StageResult:
     defaults = {
         "task": RAGGED,
         "model": model,
@@ -69,7 +70,7 @@ def run(
         "schedule": WarmupDecay(warmup_steps=2),
         "optimizer": AdamWSettings(base_lr=1e-2, head_lr=1e-2),
     }
-    return ppo.run(context(path, resume=resume), **parts(**{**defaults, **replaced}))
+    return ppo.run(context(path, resume=resume), parts(**{**defaults, **replaced}))
 
 
 def timeless(path: Path) -> list[str]:
@@ -111,7 +112,7 @@ def test_a_run_goes_on_bit_by_bit(architecture: str, kind: str, tmp_path: Path) 
     assert len(files(cut)) == len(FILES) + (2 if kind == "lora" else 0)
     for name in ("before", "after", "memory"):
         assert resumed[name] == uncut[name]
-    assert resumed["before"] != resumed["after"]
+    assert resumed.before != resumed.after
     phases = sorted(int(p.name[-6:]) for p in (cut / "checkpoints").iterdir())
     best = max(rows(cut), key=lambda row: (row.get("eval/score", -1), -row["phase"]))["phase"]
     assert phases == sorted({2, 3} | ({best} - {0}))

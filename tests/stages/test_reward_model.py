@@ -1,6 +1,6 @@
 """Training of a reward model: it ranks what can be ranked, keeps the best, and serves as reward."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from rlhf_exp.stages.reward_model import TrainRewardModel
 from rlhf_exp.tasks.pair_tokens import collate, encode_pairs
 from rlhf_exp.tasks.pairs import PairsFile, hold_out
 from rlhf_exp.tasks.protocol import Pair, Split
-from rlhf_exp.training.optim import AdamWSettings, Constant, WarmupDecay
+from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
 
-from ..rl.toy import ToyPairs, ToyTask, context, rows, saved_model
+from ..rl.toy import ToyPairs, ToyTask, context, parts_of, rows, saved_model
 
 SMALL = {"width": 16, "batch_size": 40, "epochs": 4, "eval_every": 4, "log_every": 1}
 LEARNS = {**SMALL, "epochs": 12, "eval_every": 20, "patience": 9}
@@ -36,16 +36,13 @@ def train(
     path: Path, model: Pretrained, *, task: Any = None, seed: int = 1, **options: Any
 ) -> dict[str, float]:
     given, stage = context(path, seed), TrainRewardModel(**{**SMALL, **options})
-    metrics = stage.run(
-        given,
-        task=ToyPairs() if task is None else task,
-        model=model,
-        optimizer=AdamWSettings(head_lr=1e-2, base_lr=1e-3),
-        schedule=Constant(),
-    )["after"]
+    optimizer = AdamWSettings(head_lr=1e-2, base_lr=1e-3)
+    taken = parts_of(stage, task=task or ToyPairs(), model=model, optimizer=optimizer)
+    metrics = dict(stage.run(given, taken).after)
     given.presentation.show()
     # All of them, but for one that pairs without rewards do not have.
-    assert {*stage.metric_names()} - {"heldout/spearman"} <= {*metrics} <= {*stage.metric_names()}
+    names = {*stage.metric_names(taken)}
+    assert names - {"heldout/spearman"} <= {*metrics} <= names
     return metrics
 
 
@@ -265,11 +262,15 @@ def test_errors_are_measured_only_where_rewards_are_known(
     with pytest.raises(ConfigError, match=message):
         train(tmp_path, model, task=task)
     assert not [*tmp_path.iterdir()]
-    assert TrainRewardModel().check_texts(task=task, schedule=Constant())[0].startswith(message)
-    assert not TrainRewardModel(loss="rank").check_texts(task=task, schedule=Constant())
-    assert not TrainRewardModel().check_texts(task=ToyPairs(), schedule=Constant())
-    [problem] = TrainRewardModel(epochs=1).check_texts(
-        task=ToyPairs(), schedule=WarmupDecay(warmup_steps=2)
+
+    def check(stage: TrainRewardModel, **replaced: Any) -> list[str]:
+        return stage.check_texts(parts_of(stage, **replaced))
+
+    assert check(TrainRewardModel(), task=task)[0].startswith(message)
+    assert not check(TrainRewardModel(loss="rank"), task=task)
+    assert not check(TrainRewardModel(), task=ToyPairs())
+    [problem] = check(
+        TrainRewardModel(epochs=1), task=ToyPairs(), schedule=WarmupDecay(warmup_steps=2)
     )
     assert problem.startswith("schedule.warmup_steps=2 must be below the number of updates")
 
@@ -327,12 +328,15 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
-    problems = TrainRewardModel().check(task=ToyTask(), model=Scratch(engine="hooked"))
-    assert problems[0].startswith("stage=reward_model needs preference pairs: task=pairs")
-    assert problems[1].startswith("model.engine=hooked is for stage=ppo")
-    assert not TrainRewardModel().check(task=ToyPairs(), model=Scratch())
+    stage = TrainRewardModel()
+    taken = parts_of(stage, task=ToyPairs())
+    [problem] = stage.check_kinds({**vars(taken), "task": ToyTask()})
+    assert problem.startswith("stage=reward_model needs preference pairs: task=pairs")
+    assert not stage.check(taken)
+    [problem] = stage.check(replace(taken, model=Scratch(engine="hooked")))
+    assert problem.startswith("model.engine=hooked is for stage=ppo")
     with pytest.raises(ConfigError, match=r"task.path=.*nowhere: no such file"):
-        TrainRewardModel().check(task=PairsFile(path=f"{tmp_path}/nowhere"), model=Scratch())
+        stage.check(replace(taken, task=PairsFile(path=f"{tmp_path}/nowhere")))
 
 
 def test_held_out_prompts_that_are_trained_on_are_told(

@@ -12,28 +12,24 @@ from rlhf_exp.models.loading import Pretrained, load_language_model, load_policy
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.stages.held_out import HeldOut, held_out_loss
+from rlhf_exp.stages.protocol import StageResult
 from rlhf_exp.stages.sft import SFT
 from rlhf_exp.tasks.examples import encode_demonstrations, encode_texts
 from rlhf_exp.tasks.prefix import Prefix
-from rlhf_exp.training.optim import AdamWSettings, Constant, WarmupDecay
+from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
 from rlhf_exp.training.seeding import stream_seed
 from tests.architectures import save
 
-from ..rl.toy import ECHO, EchoTask, ToyTask, context, rows, saved_model, train_echo
+from ..rl.toy import ECHO, EchoTask, ToyTask, context, parts_of, rows, saved_model, train_echo
 
 MODEL = Scratch(num_layers=2, d_model=32, num_heads=2, context_len=16)
 SMALL = Scratch(num_layers=1, d_model=16, num_heads=2, context_len=16, dropout=0.2)
 
 
-def train(path: Path, stage: SFT, **replaced: Any) -> dict[str, Any]:
-    defaults = {
-        "task": ToyTask(),
-        "model": SMALL,
-        "optimizer": AdamWSettings(),
-        "schedule": Constant(),
-    }
+def train(path: Path, stage: SFT, **replaced: Any) -> StageResult:
+    defaults = {"model": SMALL, "optimizer": AdamWSettings()}
     given = context(path)
-    result = stage.run(given, **{**defaults, **replaced})
+    result = stage.run(given, parts_of(stage, **{**defaults, **replaced}))
     given.presentation.show()
     return result
 
@@ -48,18 +44,18 @@ def test_it_learns_the_texts_and_saves_a_model_that_reloads(tmp_path: Path, layo
     optimizer = AdamWSettings(base_lr=1e-2, weight_decay=0.1)
     schedule = WarmupDecay(warmup_steps=10)
     result = train(tmp_path, stage, model=MODEL, optimizer=optimizer, schedule=schedule)
-    assert {*result["after"]} == {*stage.metric_names(task=ToyTask())}
+    assert {*result.after} == {*stage.metric_names(parts_of(stage))}
     # Two words are uniform over twelve, the third is the first again, and then the text ends.
     floor = 2 * math.log(12) / 4
-    assert result["after"]["heldout/loss"] < floor + 0.55
-    assert result["after"]["heldout/perplexity"] == pytest.approx(
-        math.exp(result["after"]["heldout/loss"])
+    assert result.after["heldout/loss"] < floor + 0.55
+    assert result.after["heldout/perplexity"] == pytest.approx(
+        math.exp(result.after["heldout/loss"])
     )
     network, tokenizer = load_language_model(str(tmp_path))
     assert tokenizer.decode([4, 5]) == "w0 w1"
     examples = encode_texts(tokenizer, ToyTask().language_split().held_out, limit=16)
     reloaded = held_out_loss(network, examples, batch_size=16)
-    assert reloaded == pytest.approx(result["after"]["heldout/loss"], abs=1e-6)
+    assert reloaded == pytest.approx(result.after["heldout/loss"], abs=1e-6)
     logged = rows(tmp_path)
     assert [row["phase"] for row in logged] == [100, 200, 280, 280]
     assert logged[0]["train/loss"] > logged[-2]["train/loss"]
@@ -152,10 +148,11 @@ def test_it_stops_at_the_first_rate_that_is_enough_and_saves_that_model(
     held_out = HeldOut(policy, examples, num_samples=10, chooses=True, batch_size=16, seed=1)
     held_out.with_answers(EchoTask(), [d.prompt for d in split.held_out])
     assert held_out.during()["heldout/exact_match"] == rates[-1]
-    assert held_out.final() == pytest.approx(result["after"], abs=1e-6)
-    assert {*result["after"]} == {*SFT(data="demonstrations").metric_names(task=EchoTask())}
-    assert 0 < result["after"]["heldout/exact_match"] < 1
-    assert rows(tmp_path)[-1] == {"phase": 12 * len(rates), **result["after"]}
+    assert held_out.final() == pytest.approx(result.after, abs=1e-6)
+    stage = SFT(data="demonstrations")
+    assert {*result.after} == {*stage.metric_names(parts_of(stage, task=EchoTask()))}
+    assert 0 < result.after["heldout/exact_match"] < 1
+    assert rows(tmp_path)[-1] == {"phase": 12 * len(rates), **result.after}
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -167,7 +164,7 @@ def test_the_best_model_is_saved_and_not_the_last(tmp_path: Path) -> None:
     losses = [row["heldout/loss"] for row in rows(tmp_path)[:-1] if "heldout/loss" in row]
     assert len(losses) == 14
     assert min(losses) < losses[-1] - 0.01
-    assert result["after"]["heldout/loss"] == pytest.approx(
+    assert result.after["heldout/loss"] == pytest.approx(
         min(losses), abs=1e-6
     )  # all 36 held-out texts measure it both times
     network, tokenizer = load_language_model(str(tmp_path))
@@ -195,7 +192,7 @@ def test_updates_are_at_most_so_many(tmp_path: Path) -> None:
 def test_time_is_up_after_the_update_at_hand(tmp_path: Path) -> None:
     result = train(tmp_path, SFT(batch_size=16, max_seconds=1e-9, log_every=1))
     assert [row["phase"] for row in rows(tmp_path)] == [1, 1]
-    assert rows(tmp_path)[1] == {"phase": 1, **result["after"]}
+    assert rows(tmp_path)[1] == {"phase": 1, **result.after}
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -254,14 +251,16 @@ def test_half_precision_does_not_round_logits(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_said() -> None:
-    hooked = Scratch(engine="hooked")
-    problems = SFT().check(task=Prefix(), model=hooked)
+    def check(stage: SFT, **replaced: Any) -> list[str]:
+        return stage.check(parts_of(stage, **replaced))
+
+    problems = check(SFT(), task=Prefix(), model=Scratch(engine="hooked"))
     assert problems[0].startswith("stage=sft needs a task with texts")
     assert problems[1].startswith("model.engine=hooked is for stage=ppo")
-    assert not SFT().check(task=ToyTask(), model=MODEL)
+    assert not check(SFT())
     answers = SFT(data="demonstrations", stop_at=0.5, eval_every=1)
-    assert not answers.check(task=EchoTask(), model=MODEL)
-    problems = answers.check(task=ToyTask(), model=MODEL)
+    assert not check(answers, task=EchoTask())
+    problems = check(answers)
     assert problems[0].startswith("stage.data=demonstrations needs a task with answers")
     assert problems[1].startswith("stage.stop_at needs a task with exact answers")
     assert len(problems) == 2
@@ -277,17 +276,18 @@ def test_nothing_stops_at_a_rate_that_is_not_measured(options: dict[str, Any]) -
 
 def test_a_schedule_longer_than_the_training_is_refused(tmp_path: Path) -> None:
     long = WarmupDecay(warmup_steps=50)
+
+    def check(stage: SFT, task: ToyTask) -> list[str]:
+        return stage.check_texts(parts_of(stage, task=task, schedule=long))
+
     with pytest.raises(ConfigError, match=r"schedule: warmup_steps=50 .* total_steps=7"):
         train(tmp_path, SFT(batch_size=16), schedule=long)
-    stage = SFT(batch_size=16, epochs=10)
-    assert not stage.check_texts(task=ToyTask(), schedule=long)
-    [problem] = SFT(batch_size=16, epochs=10, max_updates=50).check_texts(
-        task=ToyTask(), schedule=long
-    )
+    assert not check(SFT(batch_size=16, epochs=10), ToyTask())
+    [problem] = check(SFT(batch_size=16, epochs=10, max_updates=50), ToyTask())
     assert problem.startswith("schedule.warmup_steps=50 must be below the number of updates")
     answers = SFT(batch_size=2, data="demonstrations")  # 48 updates, and 54 of texts
-    assert answers.check_texts(task=EchoTask(), schedule=long)
-    assert not SFT(batch_size=2).check_texts(task=EchoTask(), schedule=long)
+    assert check(answers, EchoTask())
+    assert not check(SFT(batch_size=2), EchoTask())
 
 
 def test_a_demonstration_that_does_not_fit_is_refused(tmp_path: Path) -> None:

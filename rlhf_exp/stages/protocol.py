@@ -1,0 +1,123 @@
+"""What a stage is: the parts that it takes, its checks before anything runs, its run, its result.
+
+It knows no stage: each one says itself what its artifact will be.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Generic, TypeVar, cast
+
+from rlhf_exp.models.loading import Pretrained
+from rlhf_exp.models.scratch import Scratch
+from rlhf_exp.rollout.sampler import Sampler
+from rlhf_exp.settings import REFERENCE, Artifact, ChecksUpstream, Upstream, is_reference
+from rlhf_exp.training.context import Context
+
+P = TypeVar("P")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """The final metrics of a stage, those from before training if it measures them, the seconds of
+    its sections, and the further keys of result.json."""
+
+    after: Mapping[str, float | None]
+    before: Mapping[str, float | None] | None = None
+    seconds: Mapping[str, float]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def content(self) -> dict[str, Any]:
+        """The content of result.json."""
+        before = {} if self.before is None else {"before": self.before}
+        return {**before, "after": self.after, **self.extra, "seconds": self.seconds}
+
+
+class Stage(ABC, Generic[P]):
+    """The settings of a stage. `Parts` is the dataclass of the parts that it takes, each field
+    named after its group in the configuration; `parts` are their names."""
+
+    Parts: ClassVar[type[Any]]
+    parts: ClassVar[frozenset[str]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.parts = frozenset(part.name for part in fields(cls.Parts))
+
+    def check_kinds(self, parts: Mapping[str, Any]) -> list[str]:
+        """A message for each part, by name, of another kind than the stage takes: "needs" in the
+        metadata of its field, or one that names both kinds."""
+        problems = []
+        for declared in fields(self.Parts):
+            name, kind, part = declared.name, cast(type, declared.type), parts[declared.name]
+            if not isinstance(part, kind):
+                what = f"{type(part).__name__} is not for this stage, {type(self).__name__}"
+                fix = f"which takes a {kind.__name__}; choose another {name}=..."
+                problems.append(declared.metadata.get("needs", f"{name}: {what}, {fix}"))
+        return problems
+
+    def check(self, parts: P) -> list[str]:
+        """What is wrong between the stage and its parts. Raises ConfigError for a part whose files
+        are missing or malformed."""
+        return []
+
+    def check_texts(self, parts: P) -> list[str]:
+        """What is wrong between the stage and its task's texts, which take a second to read."""
+        return []
+
+    def check_upstream(self, parts: P, upstream: Upstream) -> list[str]:
+        """What is wrong between the parts and the artifacts that earlier steps will make. Each part
+        checks itself, and completions must leave room for a prompt in the model's context."""
+        by_name = vars(parts)
+        checking = [part for part in by_name.values() if isinstance(part, ChecksUpstream)]
+        problems = [problem for part in checking for problem in part.check_upstream(upstream)]
+        return problems + _check_context(by_name.get("model"), by_name.get("sampler"), upstream)
+
+    def artifact(self, parts: P, upstream: Upstream, *, path: str) -> Artifact:
+        """What is known of the stage's artifact before it is made, by default the context of its
+        model. `path` is where the parts stand in the configuration."""
+        model = vars(parts).get("model")
+        if isinstance(model, Scratch):
+            key = f"{path}model.context_len"
+            return Artifact(context_len=model.context_len, context_len_key=key)
+        return _made(model, upstream) or Artifact()
+
+    @abstractmethod
+    def metric_names(self, parts: P) -> tuple[str, ...]:
+        """The names of the metrics in the result."""
+
+    @abstractmethod
+    def run(self, context: Context, parts: P) -> StageResult:
+        """Does the work, writes it to the context's folder, and returns the result."""
+
+
+Built = tuple[Stage[Any], Any]  # a stage and its parts
+
+
+def look_up(built: Mapping[str, Built]) -> Upstream:
+    """The function that returns what is known of an artifact, from the stages of the steps."""
+
+    def upstream(reference: str) -> Artifact | None:
+        if not is_reference(reference):
+            return None
+        name = reference.removeprefix(REFERENCE)
+        stage, parts = built[name]
+        return stage.artifact(parts, upstream, path=f"prepare.{name}.")
+
+    return upstream
+
+
+def _check_context(model: Any, sampler: Any, upstream: Upstream) -> list[str]:
+    made = _made(model, upstream)
+    if not isinstance(sampler, Sampler) or made is None or made.context_len is None:
+        return []
+    if sampler.gen_len < made.context_len:
+        return []
+    return [
+        f"sampler.gen_len={sampler.gen_len} leaves no room for a prompt in"
+        f" {made.context_len_key}={made.context_len}: lower the first or raise the second"
+    ]
+
+
+def _made(model: Any, upstream: Upstream) -> Artifact | None:
+    return upstream(model.base_model) if isinstance(model, Pretrained) else None
