@@ -25,9 +25,12 @@ from rlhf_exp.stages.protocol import Built
 from rlhf_exp.steps import read_steps
 from rlhf_exp.tasks.reviews import Reviews
 
+from . import conf_comments
+
 CONF = Path(run.CONF)
 OPTIONS = sorted(
-    path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml")
+    path.relative_to(CONF).with_suffix("").as_posix()
+    for path in (*CONF.glob("*/*.yaml"), *CONF.glob("stage/*/*.yaml"))
 )
 PARTS = [option for option in OPTIONS if not option.startswith(("experiment/", "sweep/"))]
 EXPERIMENTS = [option.partition("/")[2] for option in OPTIONS if option.startswith("experiment/")]
@@ -37,74 +40,6 @@ LAUNCHERS = sorted(path.stem for path in CONF.glob("hydra/launcher/*.yaml"))
 OF_HYDRA = [f"hydra/sweeper/{name}" for name in SWEEPERS]
 OF_HYDRA += [f"hydra/launcher/{name}" for name in LAUNCHERS]
 
-# Keys that a file gives another value than the class, and why a class may have none of its own.
-OTHER_THAN_DEFAULT = {
-    "model/gpt2": {"base_model"},
-    "model/gpt2_medium": {"base_model"},
-    "model/pythia_160m": {"base_model"},
-    "model/pythia_410m": {"base_model"},
-    "model/pythia_1b": {"base_model"},
-    "model/qwen2_5_0_5b": {"base_model"},
-    "model/llama_3_2_1b": {"base_model"},
-    "model/local": {"base_model"},
-    "model/small": {"num_layers", "d_model", "context_len", "dropout"},
-    "reward/classifier": {"name", "direction"},
-    "reward/keyword": {"keywords"},
-    "reward/pair_model": {"name"},
-    "model/artifact_base": {"base_model"},
-    "model/artifact_pretrained": {"base_model"},
-    "model/artifact_sft": {"base_model"},
-    "model/series": {
-        "num_layers",
-        "d_model",
-        "num_heads",
-        "context_len",
-        "dropout",
-        "tie_embeddings",
-    },
-    "reward/artifact_reward_model": {"path"},
-    "reward/reward_model": {"path"},
-    "stage/reward_model": {"log_every"},
-    "task/artifact_preferences": {"path"},
-    "task/pairs": {"path"},
-    "reward/artifact_classifier": {"name"},
-    "reward/distilbert_imdb": {"name"},
-    "model/gpt2_imdb": {"base_model"},
-    "model/pythia_1b_tldr": {"base_model"},
-    "reward/distilbert_imdb_logit": {"output"},
-    "reward/pythia_1b_tldr": {"name", "batch_size"},
-    "task/imdb": {
-        "path",
-        "eval_split",
-        "column",
-        "prepend_bos",
-        "min_chars",
-        "first_tokens_min",
-        "first_tokens_max",
-    },
-    "task/tldr": {"path", "eval_split", "column", "max_tokens"},
-    "reward/sum": {"terms"},
-    "reward/function": {"function"},
-    "reward/http": {"url"},
-    "task/dataset": {"path"},
-    "task/labelled_text": {"path"},
-}
-# Options that are another one with something changed.
-BEGINNINGS = {
-    "model/artifact_base": "model/local",
-    "model/artifact_pretrained": "model/local",
-    "model/artifact_sft": "model/local",
-    "reward/artifact_classifier": "reward/classifier",
-    "reward/artifact_reward_model": "reward/reward_model",
-    "reward/distilbert_imdb": "reward/classifier",
-    "task/artifact_preferences": "task/pairs",
-    "model/gpt2_imdb": "model/gpt2",
-    "model/pythia_1b_tldr": "model/pythia_1b",
-    "reward/distilbert_imdb_logit": "reward/distilbert_imdb",
-    "reward/pythia_1b_tldr": "reward/pair_model",
-    "task/imdb": "task/dataset",
-    "task/tldr": "task/dataset",
-}
 # What a user has to give.
 GIVEN = {
     "model.base_model": "DIRECTORY",
@@ -186,25 +121,24 @@ def plain(value: Any) -> Any:
 
 @pytest.mark.parametrize("option", PARTS)
 def test_an_option_builds_the_class_whose_fields_are_its_keys(option):
-    group, name = option.split("/")
+    group, name = option.rsplit("/", 1)
     cfg = compose("~experiment", f"{group}={name}")
     for key in OmegaConf.missing_keys(cfg):
         OmegaConf.update(cfg, key, GIVEN[key])
     problems: list[str] = []
+    config = OmegaConf.select(OmegaConf.create(run.to_container(cfg)), group.replace("/", "."))
     built = run.instantiate(
-        run.to_container(cfg)[group], group, problems, allowed=run.ALLOWED_TARGETS
+        OmegaConf.to_container(config), group, problems, allowed=run.ALLOWED_TARGETS
     )
     assert problems == []
-    fields = {field.name: field for field in dataclasses.fields(built)}
-    keys = load(option)
-    # An option that begins from another one holds only what it changes.
-    whole, beginning = keys, option
-    while beginning in BEGINNINGS:
-        beginning = BEGINNINGS[beginning]
-        whole = load(beginning) | whole
-    assert whole.keys() == fields.keys()
-    different = {key for key, value in keys.items() if value != plain(fields[key].default)}
-    assert different == OTHER_THAN_DEFAULT.get(option, set())
+    assert {field.name for field in dataclasses.fields(built)} == config.keys() - {"_target_"}
+
+
+@pytest.mark.parametrize(
+    "path", conf_comments.options(), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_comments_are_the_docstrings_of_the_fields(path):
+    assert conf_comments.written(path) == path.read_text(), "run python -m tests.conf_comments"
 
 
 @pytest.mark.parametrize("group", sorted({option.partition("/")[0] for option in OPTIONS}))

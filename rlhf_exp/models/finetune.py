@@ -68,7 +68,7 @@ class Lora:
     """Trains low-rank adapters (PEFT); the reference is the policy with them switched off."""
 
     rank: Count = 16
-    """Of each adapter, 4-64."""
+    """Rank of each adapter, 4-64."""
     alpha: Count = 32
     """The adapter's output is scaled by alpha/rank; mostly 1 to 2 times rank."""
     target_modules: Text | list[Text] = "all-linear"

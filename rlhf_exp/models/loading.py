@@ -79,12 +79,19 @@ class Pretrained:
     """
 
     base_model: Text
+    """Hub name, directory, run folder or artifact:NAME."""
     revision: str | None = None
+    """Branch, tag or commit of the hub's repository; null: its main branch."""
     dtype: WeightsDtype = "fp32"
+    """Dtype of the weights: fp32; bf16 or fp16 halve what is frozen, see finetune=lora."""
     attn_implementation: Attention | None = None
+    """Eager, sdpa, flash_attention_2; null: transformers' choice."""
     trust_remote_code: bool = False
+    """true: runs Python code that comes with the model."""
     engine: Engine = "fast"
+    """fast: the Hugging Face module; hooked: TransformerBridge."""
     value_head_init: ValueHeadInit = "default"
+    """default: as nn.Linear; zero: every value starts at 0; unused if a head was saved."""
 
     @model_validator(mode="after")
     def _one_attention(self) -> "Pretrained":

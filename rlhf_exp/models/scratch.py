@@ -23,14 +23,23 @@ class Scratch:
     """A causal language model of the given shape with random weights and the task's tokenizer."""
 
     architecture: Literal["gpt2", "llama", "qwen2", "gpt_neox"] = "gpt2"
+    """Gpt2, llama, qwen2, gpt_neox."""
     num_layers: Count = 2
+    """Blocks."""
     d_model: Count = 64
+    """Width; a multiple of num_heads."""
     num_heads: Count = 4
+    """Attention heads."""
     context_len: Count = 64
+    """Tokens."""
     dropout: BelowOne = 0.0
+    """While it is pretrained, 0-0.3; PPO has none."""
     tie_embeddings: bool | None = None  # None: as the architecture does, GPT-2 yes, the others no
+    """One matrix for input and output tokens; null: as the architecture does."""
     engine: Engine = "fast"
+    """fast: the Hugging Face module; hooked: TransformerBridge."""
     value_head_init: ValueHeadInit = "default"
+    """default: as nn.Linear; zero: every value starts at 0."""
 
     @model_validator(mode="after")
     def _divides(self) -> "Scratch":
@@ -111,11 +120,17 @@ class ScratchClassifier:
     """A DistilBERT sequence classifier of the given shape with random weights."""
 
     num_layers: Count = 1
+    """Blocks."""
     d_model: Count = 64
+    """Width; a multiple of num_heads."""
     num_heads: Count = 2
+    """Attention heads."""
     context_len: Count = 64
+    """Tokens; longer texts are cut."""
     dropout: BelowOne = 0.1
+    """In the encoder, while it is trained."""
     head_dropout: BelowOne = 0.2
+    """Before the last layer, while it is trained."""
 
     @model_validator(mode="after")
     def _divides(self) -> "ScratchClassifier":

@@ -14,6 +14,7 @@ class CharCount(TextReward):
     exercise on periods."""
 
     character: Annotated[str, Field(min_length=1, max_length=1)] = "."
+    """One character."""
 
     def score(self, text: str) -> float:
         """The count."""

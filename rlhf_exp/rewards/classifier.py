@@ -41,9 +41,13 @@ class Classifier(SequenceClassifierSettings):
     """
 
     label: Annotated[str | int | None, BeforeValidator(_check_label)] = None
+    """Whose output is the score, by name or by index (a number is a name first); or direction:."""
     direction: Literal["pos", "neg"] | None = None
+    """Pos or neg: the label whose name begins so."""
     output: Output = "prob"
+    """Prob; logprob, its natural logarithm; logit."""
     truncation_side: Side = "right"
+    """Which end of a too long text is cut: right or left."""
 
     @model_validator(mode="after")
     def _one_choice(self) -> "Classifier":

@@ -45,6 +45,7 @@ class FunctionReward:
     """
 
     function: Text
+    """module:callable or path/to/file.py:callable."""
 
     def fingerprint(self) -> str:
         """The SHA-256 of the file that the callable is defined in, after that of the module that

@@ -46,11 +46,17 @@ class HttpReward:
     """
 
     url: Text
+    """http://HOST:PORT/PATH or https://HOST/PATH, without password."""
     timeout_s: Positive = 30.0
+    """Seconds to wait for a connection, and for each part of an answer; above 0."""
     max_retries: Index = 4
+    """Repetitions of a failed request, from 0."""
     backoff_s: NonNegative = 0.5
+    """Seconds before the first repetition, doubling; from 0."""
     batch_size: Count = 64
+    """Samples a request."""
     token_env: Text | None = None
+    """NAME of an environment variable with a bearer token, or null."""
 
     @field_validator("url")
     @classmethod

@@ -14,7 +14,9 @@ class Keyword(TextReward):
     """Occurrences of the keywords as whole words, case ignored, at most `max_count` of them."""
 
     keywords: Annotated[list[Text], Field(min_length=1)]
+    """Words or phrases."""
     max_count: Count = 1
+    """Further occurrences add nothing."""
 
     def score(self, text: str) -> float:
         """The capped count."""

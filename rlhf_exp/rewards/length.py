@@ -12,6 +12,7 @@ class Length:
     the target, -1 for an empty one. Tokens are counted, end-of-sequence included."""
 
     target_tokens: Count = 16
+    """Tokens of the completion, end-of-sequence included."""
 
     def load(self, device: torch.device) -> RewardFunction:
         """The function; nothing is loaded."""

@@ -29,6 +29,7 @@ class PairModel(SequenceClassifierSettings):
     """
 
     truncation_side: Side = "left"
+    """Which end of a too long text is cut: left keeps the completion."""
 
     def load(self, device: torch.device) -> RewardFunction:
         """The function, the model on its device, the scores on the given one. Raises ConfigError if

@@ -26,7 +26,9 @@ class LearnedReward:
     """The reward model in a directory or a run's folder, `batch_size` completions at a time."""
 
     path: Text
+    """Directory, run folder or artifact:NAME."""
     batch_size: Count = 256
+    """Completions a forward pass."""
 
     def fingerprint(self) -> str:
         """A hash of the directory's files, "" for what an earlier step will make."""

@@ -89,11 +89,18 @@ class SequenceClassifierSettings:
     have."""
 
     name: Text
+    """Hub name, directory, run folder or artifact:NAME."""
     revision: str | None = None
+    """Branch, tag or commit of a hub name; null: the newest."""
     batch_size: Count = 64
+    """Texts a forward pass."""
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Dtype of the weights: fp32, fp16, bf16; auto: on CUDA fp16 (classifier) or bf16
+    (pair_model), else fp32."""
     device: str | None = None
+    """Cpu, cuda or cuda:N; null: where the policy is."""
     trust_remote_code: bool = False
+    """True runs code that comes with the model."""
 
     def fingerprint(self) -> str:
         """A hash of the directory's files, "" for a hub name and for what an earlier step will

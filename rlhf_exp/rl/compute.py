@@ -20,8 +20,8 @@ class Compute:
     """Speed and memory. Up to rounding and random draws the results stay the same."""
 
     dtype: Dtype = "auto"
-    """Of passes: bf16, fp32; auto: bf16 on devices with instructions for it (CPU: from a width of
-    192); weights, logits, losses stay fp32."""
+    """Dtype of passes: bf16, fp32; auto: bf16 on devices with instructions for it (CPU: from a
+    width of 192); weights, logits, losses stay fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compiles the passes of learning; auto: on CUDA, if all prompts have one length and
     activations are kept."""

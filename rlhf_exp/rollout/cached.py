@@ -26,6 +26,7 @@ class CachedSampler(Sampler):
     """Samples with a key-value cache through the plain module, whatever the engine."""
 
     cuda_graphs: bool = True
+    """On a GPU a decoding step is replayed as a captured graph; false: run by Python."""
 
     @torch.no_grad()
     def __call__(

@@ -26,10 +26,15 @@ class Sampler(ABC):
     """Settings that all samplers share. `top_k=1` is greedy decoding."""
 
     gen_len: Count = 24
+    """Tokens a completion, at most."""
     temperature: Temperature = 1.0
+    """Divides the logits, in log-probs, KL and entropy alike; 0.5-1."""
     top_k: Count | None = None
+    """Sample from this many tokens only; 1 is greedy; null: no limit."""
     top_p: TopP = 1.0
+    """Sample from the most probable tokens of this mass only, 0-1."""
     stop_at_eos: bool = False
+    """true: a completion ends at the first end-of-sequence token."""
 
     @abstractmethod
     def __call__(

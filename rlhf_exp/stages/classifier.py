@@ -49,10 +49,15 @@ class TrainClassifier(Supervised, Stage[ClassifierParts]):
     Parts = ClassifierParts
 
     epochs: Count = 3
+    """Passes over the texts."""
     log_every: Count = 20
+    """Updates between log lines."""
     crop_fraction: Fraction = 0.5
+    """Fraction of the texts that are cut to a random prefix, 0-1."""
     crop_min_tokens: Count = 10
+    """Shortest such prefix, tokens."""
     token_noise: Fraction = 0.0
+    """Fraction of the tokens that are replaced by random ones, 0-0.2."""
 
     def check_texts(self, parts: ClassifierParts) -> list[str]:
         """What is wrong between the schedule and the number of updates that the texts give."""

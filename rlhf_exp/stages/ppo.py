@@ -1,5 +1,4 @@
-"""PPO with a KL penalty to a frozen reference: the settings, and the algorithm of rl/loop.py put
-together from them."""
+"""PPO with a KL penalty to a frozen reference: its settings, and rl/loop.py with them in it."""
 
 import logging
 import math

@@ -59,11 +59,17 @@ class Preferences(Stage[PreferencesParts]):
     Parts = PreferencesParts
 
     num_pairs: Count = 10000
+    """Pairs to train on; ties do not count."""
     num_held_out: Count = 1000
+    """Pairs of other prompts, to measure a reward model on."""
     batch_size: Count = 256
+    """Prompts sampled at once."""
     format: Format = "jsonl"
+    """jsonl or parquet."""
     dtype: Dtype = "fp32"
+    """Dtype of forward passes: fp32, bf16, auto (bf16 if the device has it, from width 256)."""
     checkpoint_every: Count | None = 20
+    """Batches between checkpoints, and one at the end; null: only when asked to stop."""
 
     def check(self, parts: PreferencesParts) -> list[str]:
         """What is wrong between this stage and its parts. Raises ConfigError for a task whose file

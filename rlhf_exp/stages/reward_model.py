@@ -71,18 +71,32 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
     Parts = RewardModelParts
 
     epochs: Count = 25
+    """Passes over the pairs, at most."""
     batch_size: Count = 100
+    """Pairs an update."""
     head: HeadKind = "token_sum"
+    """token_sum: a sum over the answer's tokens, with log-probs; last_token: the last state."""
     width: Count = 192
+    """Width of the head's hidden layers."""
     read_layers: Count = 2
+    """The head reads the outputs of this many last blocks."""
     loss: Literal["mse_rank", "rank"] = "mse_rank"
+    """mse_rank: squared error + rank_coef x rank loss; rank: rank loss, for pairs without
+    rewards."""
     rank_coef: NonNegative = 0.1
+    """Weight of the rank loss beside the squared error, 0-1."""
     unfreeze_layers: Index = 0
+    """Last blocks trained along with the head, at optimizer.base_lr; needs keep_features=false."""
     keep_features: bool = True
+    """false: features are computed anew for each batch, for data too large to keep."""
     eval_every: Count = 100
+    """Updates between measurements on held-out pairs; the best model is kept."""
     patience: Count = 5
+    """Training ends after this many measurements without a better one."""
     num_examples: Count = 3
+    """Held-out pairs in the table that is printed."""
     dtype: Dtype = "fp32"
+    """Dtype of the language model: fp32, bf16, auto (bf16 if the device has it, from width 256)."""
 
     @model_validator(mode="after")
     def _can_keep(self) -> "TrainRewardModel":

@@ -55,12 +55,15 @@ class Arithmetic:
     tune on (`demonstration_split`), and as many to evaluate on (`eval_prompts`)."""
 
     held_out_fraction: Share = 0.1  # of the problems, for each of the two held-out sets
+    """Fraction of the 9,000 problems, once to tune on and once to evaluate on; 0.05 to 0.25."""
     num_series: Count = 8000  # texts of series alone, for pretraining
+    """Texts of three series each, without prompts, for pretraining."""
     data_seed: Index = 0  # other seeds hold out other problems
+    """Draws the split; any integer from 0."""
 
     @property
     def prepend_bos(self) -> bool:
-        """False: the vocabulary has no BOS."""
+        """false: the vocabulary has no BOS."""
         return False
 
     def fingerprint(self) -> str:

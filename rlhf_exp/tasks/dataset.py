@@ -45,20 +45,37 @@ class PromptDataset:
     """
 
     path: Text
+    """Hub name, or a .jsonl, .json, .parquet, .csv, .tsv or .txt file, or a directory of such
+    files."""
     subset: Text | None = None
+    """Which configuration of a dataset that has several, as main or en; null: its only one."""
     split: Text = "train"
+    """Which part of the dataset, or a slice as train[:1000]; a single file has only train."""
     eval_split: Text | None = None
+    """a part to evaluate on, as test or train[:500]; null: held_out_fraction."""
     revision: Text | None = None
+    """Branch, tag or commit of the hub's repository."""
     column: Text | None = None
+    """The column with the prompts, texts or lists of messages; null: prompt, text or messages."""
     prepend_bos: bool | None = None
+    """Whether a text begins with BOS; null: if the tokenizer puts one there by itself."""
     min_tokens: Count = 1
+    """Shorter prompts are left out, in tokens with BOS and chat template."""
     max_tokens: Count | None = None
+    """Longer ones too; context minus sampler.gen_len is the most that fits."""
     min_chars: Index = 0
+    """Shorter texts are left out, in characters; 1: blank and missing ones, which 0 refuses."""
     first_tokens_min: Count | None = None
+    """With first_tokens_max: a text gives only so many of its first tokens, BOS included; 2 to
+    64."""
     first_tokens_max: Count | None = None
+    """At most so many, drawn for each text; null: all of it."""
     max_prompts: Count | None = None
+    """So many rows of a part, chosen at random; null: all."""
     held_out_fraction: Fraction = 0.1
+    """Fraction of the prompts, for evaluation; 0: evaluate on those that are trained on."""
     data_seed: Index = 0
+    """Draws the order, the held-out prompts and the first tokens; any integer from 0."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "PromptDataset":

@@ -52,9 +52,14 @@ class PairsFile:
     """
 
     path: Text  # the file or folder, relative to the working directory or absolute
+    """.jsonl or .parquet file, folder with train and test files, run folder of stage=preferences,
+    or artifact:NAME."""
     prepend_bos: bool = False  # whether a prompt begins with BOS
+    """Whether a prompt begins with BOS; as in the task that the policy is trained on."""
     held_out_fraction: OpenFraction = 0.1  # of the prompts of a single file
+    """Fraction of the prompts of a single file, 0.05 to 0.5."""
     data_seed: Index = 0  # other seeds hold out other prompts
+    """Draws the prompts held out of a single file; any integer from 0."""
 
     def fingerprint(self) -> str:
         """The SHA-256 of the files as hexadecimal digits; "" for what an earlier step will make.

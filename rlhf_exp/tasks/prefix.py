@@ -33,9 +33,15 @@ class Prefix:
     """
 
     prefix: Annotated[str | list[str] | None, BeforeValidator(_texts)] = "This is"
+    """Text that PPO's completions continue, 1 to 20 words; or a list of them; null with
+    prefix_file."""
     prefix_file: Text | None = None
+    """a UTF-8 file with a prefix a line, in place of prefix."""
     held_out_fraction: Fraction = 0.1
+    """Fraction of several prefixes that evaluations use and PPO does not; 0 to 0.5."""
     prepend_bos: bool | None = True
+    """Whether a prompt begins with BOS; true for GPT-2; null: if the tokenizer puts one there by
+    itself."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "Prefix":

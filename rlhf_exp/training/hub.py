@@ -24,8 +24,11 @@ class HubSettings:
     """Whether the final model goes to the hub's repository `repo` (NAME or OWNER/NAME)."""
 
     push: bool = False
+    """true: after training; needs a token (`hf auth login` or HF_TOKEN)."""
     repo: RepoName | None = None
+    """Repository there, OWNER/NAME."""
     private: bool = True
+    """Whether a repository that is made for it is private."""
 
     @model_validator(mode="after")
     def _has_repo(self) -> "HubSettings":

@@ -102,12 +102,20 @@ class WandbLogger:
     and offline without. `finish_s` bounds how long the end of a run waits for W&B."""
 
     project: Name = "rlhf_exp"
+    r"""W&B project: at most 128 characters, none of / \ # ? % :."""
     entity: Name | None = None
+    """W&B user or team; null: your default."""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Auto (online with a key and a server that takes it, else offline), online, offline,
+    disabled."""
     tags: Tags = ()
+    """Words to find the run by: of 1 to 64 characters, each once."""
     notes: str | None = None
+    """a text shown beside the run; null: none."""
     log_model: bool = False
+    """true: the final model/ of a run that is done becomes an artifact of type model."""
     finish_s: Positive = 60.0
+    """Seconds that the end of a run waits for W&B, uploads included; then: wandb sync."""
 
     def problems(self, *, name: str, group: str | None) -> list[str]:
         """A line for each name that is too long for W&B."""

@@ -30,11 +30,17 @@ class AdamWSettings:
     """
 
     base_lr: NonNegative = 3e-4
+    """Learning rate of the base model: 1e-5 (gpt2-medium) to 3e-3 (pretraining a tiny model)."""
     head_lr: NonNegative = 1e-3
+    """Learning rate of the value head, or of a classifier's head."""
     beta1: BelowOne = 0.9
+    """Decay of the first moment."""
     beta2: BelowOne = 0.999
+    """Decay of the second moment."""
     eps: Positive = 1e-5
+    """1e-8 is PyTorch's default; 1e-5 is PPO's custom."""
     weight_decay: NonNegative = 0.0
+    """Weight decay of the base model's matrices, 0-0.1."""
 
     def build(self, base: nn.Module, head: nn.Module | None = None) -> torch.optim.AdamW:
         """The optimizer; its groups carry the name "base" or "head"."""
@@ -90,7 +96,9 @@ class WarmupDecay(Schedule):
     """Linear rise over warmup_steps, then a linear fall to final_scale."""
 
     warmup_steps: Index = 5
+    """Steps of the rise."""
     final_scale: Fraction = 0.1
+    """Multiplier at the end, 0-1."""
 
     def multiplier(self, step: int, *, total_steps: int) -> float:
         """functional.schedules.warmup_decay."""
@@ -107,7 +115,9 @@ class Cosine(Schedule):
     """Linear rise over warmup_steps, then half a cosine down to final_scale."""
 
     warmup_steps: Index = 5
+    """Steps of the rise."""
     final_scale: Fraction = 0.1
+    """Multiplier at the end, 0-1."""
 
     def multiplier(self, step: int, *, total_steps: int) -> float:
         """functional.schedules.warmup_cosine."""

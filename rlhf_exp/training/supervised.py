@@ -37,12 +37,19 @@ class Supervised:
     """Settings of a supervised stage."""
 
     epochs: Count = 1
+    """Passes over the texts, at most."""
     batch_size: Count = 64
+    """Texts an update."""
     max_grad_norm: Positive = 1.0
+    """Gradients are clipped to this norm."""
     log_every: Count = 50
+    """Updates between log lines."""
     checkpoint_every: Count | None = 500
+    """Updates between checkpoints, and one at the end; null: only when asked to stop."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    """stop: a loss or gradient that is not finite ends the run; skip: that update is left out."""
     max_skipped: Index = 10
+    """Updates left out, at most, 0-100."""
 
     def explaining(self, doing: str, *knobs: str) -> AbstractContextManager[None]:
         """A block in which running out of memory is told with what needs less in such a stage."""

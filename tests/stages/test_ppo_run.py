@@ -289,7 +289,7 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
 def test_what_a_reference_cannot_do_is_said_before_anything_is_written(
     kind: Finetune, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=r"reference\.(num_layers_unfrozen|target_modules)="):
+    with pytest.raises(ConfigError, match=r"finetune\.(num_layers_unfrozen|target_modules)="):
         PPO().run(context(tmp_path), parts(finetune=kind))
     assert not list(tmp_path.iterdir())
 

@@ -1,8 +1,21 @@
 """Batches of texts: every text once an epoch, like lengths together or any, padding on one side."""
 
+from itertools import islice
+from pathlib import Path
+
+import pytest
 import torch
 
-from rlhf_exp.tasks.batches import BUCKET, length_bucketed, pad_left, pad_right, shuffled
+from rlhf_exp.tasks.batches import (
+    BUCKET,
+    BatchStream,
+    Order,
+    length_bucketed,
+    pad_left,
+    pad_right,
+    shuffled,
+)
+from tests.states import assert_equal_states, through_a_file
 
 
 def test_every_text_comes_once_an_epoch_in_another_order_each_time() -> None:
@@ -52,3 +65,24 @@ def test_shuffled_batches_hold_every_text_once_an_epoch_whatever_its_length() ->
     # Not sorted by length: eight of 0 to 399 at random spread over 311 on average.
     spreads = [max(batch) - min(batch) for batch in first]
     assert sum(spreads) / len(spreads) > 250
+
+
+@pytest.mark.parametrize("order", [length_bucketed, shuffled])
+def test_a_stream_goes_on_from_anywhere_and_its_state_does_not_change(
+    tmp_path: Path, order: Order
+) -> None:
+    def stream(seed: int) -> BatchStream:
+        return BatchStream(order, [1, 2] * 5, 3, torch.Generator().manual_seed(seed))
+
+    every = [*islice(stream(0), 16)]
+    for taken in range(8):
+        first, second, third = stream(0), stream(9), stream(9)
+        assert [*islice(first, taken)] == every[:taken]
+        next(second)
+        state = first.state_dict()
+        saved = through_a_file(state, tmp_path)
+        assert [*islice(first, 8)] == every[taken : taken + 8]
+        assert_equal_states(state, saved)
+        for other in (second, third):
+            other.load_state_dict(state)
+            assert [*islice(other, 8)] == every[taken : taken + 8]

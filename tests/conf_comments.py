@@ -1,9 +1,10 @@
-"""Write the comments and missing keys of the options in conf/ from the fields of their classes.
+"""Write comments and missing keys of the options in conf/ from the fields of their classes.
 
-    python scripts/write_conf.py
+    python -m tests.conf_comments
 
 A field's docstring is its key's comment. A value in a file stays; a field without a key gets one
-with the class's default. Run it after a field or its docstring has changed.
+with the class's default. Options that begin from another one stay as they are. Run it after a
+field or its docstring has changed.
 """
 
 import argparse
@@ -23,31 +24,20 @@ COLUMN = 32
 
 
 def options() -> list[Path]:
-    """The files in conf/ whose keys are fields of a class."""
-    files = sorted(CONF.glob("*/*.yaml")) + sorted(CONF.glob("stage/*/*.yaml"))
-    return [path for path in files if path.parent.name not in ("experiment", "sweep")]
+    """The files in conf/ that have a key for each field of a class."""
+    files = [*sorted(CONF.glob("*/*.yaml")), *sorted(CONF.glob("stage/*/*.yaml"))]
+    return [path for path in files if "\n_target_: " in path.read_text(encoding="utf-8")]
 
 
 def written(option: Path) -> str:
     """What the option's file has to be."""
     text = option.read_text(encoding="utf-8")
     content = yaml.safe_load(text)
-    lines = _commented(text.splitlines(), kind := _class_of(option))
-    if "_target_" in content:
-        given = {
-            *content,
-            *(key for entry in content.get("defaults", []) if entry != "_self_" for key in entry),
-        }
-        missing = {f.name: f.default for f in dataclasses.fields(kind) if f.name not in given}
-        lines += _commented(_plain(missing), kind)
-    return "\n".join(lines) + "\n"
-
-
-def _class_of(option: Path) -> type:
-    content = yaml.safe_load(option.read_text(encoding="utf-8"))
-    if "_target_" in content:
-        return get_class(content["_target_"])
-    return _class_of(option.with_name(f"{content['defaults'][0]}.yaml"))
+    kind = get_class(content["_target_"])
+    chosen = [entry for entry in content.get("defaults", []) if isinstance(entry, dict)]
+    there = {*content}.union(*chosen)
+    missing = {f.name: f.default for f in dataclasses.fields(kind) if f.name not in there}
+    return "\n".join(_commented([*text.splitlines(), *_plain(missing)], kind)) + "\n"
 
 
 def _plain(values: dict[str, Any]) -> list[str]:
