@@ -159,6 +159,23 @@ class KillArtifactAtUpdate:
         threading.Thread(target=watch, daemon=True).start()
 
 
+class KillAtCheckpoints:
+    """SIGKILL, once the run has so many whole checkpoints."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __call__(self, folder: Path) -> None:
+        """Starts to watch."""
+
+        def watch() -> None:
+            while len([*folder.glob("checkpoints/phase-*")]) < self.count:
+                time.sleep(0.0005)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+
 class Broken:
     """A method of a library raises, SystemExit if `exits`."""
 

@@ -22,6 +22,7 @@ from tests.faulty import (
     FullDiskAtPhase,
     FullDiskWhenDone,
     KillArtifactAtUpdate,
+    KillAtCheckpoints,
     KillAtFileOperation,
     KillWandbAtPhase,
     SignalAtPhase,
@@ -236,7 +237,7 @@ def flip(file: Path) -> None:
 )
 def test_the_newest_checkpoint_is_damaged(damage: Any, short: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cut"
-    assert begin_or_go_on(folder, SHORT, fault=SignalAtPhase(5)) == -9
+    assert begin_or_go_on(folder, SHORT, fault=KillAtCheckpoints(2)) == -9
     found = sorted((folder / "checkpoints").glob("phase-*"))
     assert len(found) >= 2
     damage(found[-1] / "state.safetensors")
