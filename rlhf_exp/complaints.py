@@ -33,6 +33,25 @@ UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXI
 LAUNCHERS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm",
              "ray": "ray"}  # fmt: skip
 
+# Keys of earlier versions.
+RENAMED = {
+    "reference": "finetune=full, last_layers or lora",
+    "stage.kl_target": "stage.adaptive_kl_target",
+    "stage.target_kl": "stage.guards.max_approx_kl",
+    "stage.kl_budget": "stage.guards.max_kl_sum",
+    **{
+        f"stage.{key}": f"stage.{group}.{key}"
+        for group, keys in {
+            "estimator": "gamma gae_lambda whiten_advantages",
+            "guards": "on_nonfinite max_skipped on_reward_error reward_retries reward_retry_wait_s"
+            " reward_timeout_s",
+            "compute": "dtype compile rollout_batch_size micro_batch_size gradient_checkpointing"
+            " async_reward",
+        }.items()
+        for key in keys.split()
+    },
+}
+
 
 def explain(error: BaseException, conf: Path) -> str | None:
     """Hydra's complaint about a command line or a file, in a few lines with the fix; None for an
@@ -113,19 +132,15 @@ def _missing_option(error: MissingConfigException) -> str:
 
 
 def _suggestion(key: str, conf: Path) -> str:
-    """Which options have the key that the chosen one lacks, or which key or group may be meant."""
+    """What the key is called now, which options have the key that the chosen one lacks, or which
+    key or group may be meant."""
+    known = _known_keys(conf)
+    if (new := RENAMED.get(key)) and new.partition("=")[0] in known:
+        return f" It is {new} now"
     if options := _options_with(key, conf):
         group = key.partition(".")[0]
         listed = ", ".join(f"{group}={option}" for option in options)
         return f" The chosen {group} does not have it; these do: {listed}"
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(conf), version_base="1.3"):
-        try:
-            config = hydra.compose("config", overrides=_group_choices(conf))
-        except (HydraException, OmegaConfBaseException):  # the choices are what is wrong
-            config = hydra.compose("config")
-        known = list(_paths(OmegaConf.to_container(config)))
-    known += [group.name for group in conf.iterdir() if group.is_dir()]
     by_last = {path.rpartition(".")[2]: path for path in reversed(known)}
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
     close = close or [
@@ -133,6 +148,18 @@ def _suggestion(key: str, conf: Path) -> str:
         for name in difflib.get_close_matches(key.rpartition(".")[2], by_last, n=1, cutoff=0.7)
     ]
     return f" Did you mean {close[0]}?" if close else " See: python train.py --cfg job"
+
+
+def _known_keys(conf: Path) -> list[str]:
+    """The keys of the options that the command line chooses, and the groups."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(conf), version_base="1.3"):
+        try:
+            config = hydra.compose("config", overrides=_group_choices(conf))
+        except (HydraException, OmegaConfBaseException):  # the choices are what is wrong
+            config = hydra.compose("config")
+        known = list(_paths(OmegaConf.to_container(config)))
+    return known + [group.name for group in conf.iterdir() if group.is_dir()]
 
 
 def _options_with(key: str, conf: Path) -> list[str]:

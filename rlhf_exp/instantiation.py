@@ -4,6 +4,7 @@ Hydra's part of it; what a configuration may name is said in targets.py.
 """
 
 import contextlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,6 +53,9 @@ def _instantiate(
         return hydra.utils.instantiate(_literal(config), _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
+        # Hydra's message ends with the part that it was building.
+        inner = re.search(r"^full_key: (.+)$", str(error), re.MULTILINE)
+        path = f"{path}.{inner[1]}" if inner else path
         if isinstance(cause, pydantic.ValidationError):
             problems += [field_problem(path, detail) for detail in cause.errors()]
         elif isinstance(cause, ConfigError):

@@ -10,8 +10,9 @@ import hydra
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
-from rlhf_exp.complaints import explain
+from rlhf_exp.complaints import RENAMED, explain
 from rlhf_exp.run import CONF
 
 
@@ -93,3 +94,47 @@ def test_half_an_interpolation_is_told_how_to_be_text():
     assert re.match(
         r"task\.prefix: no viable .*; in a text write \\\$\{ in place of \$\{$", message
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["stage.kl_target=6"], "stage.kl_target: no such key. It is stage.adaptive_kl_target now"),
+        (
+            ["stage.target_kl=6"],
+            "stage.target_kl: no such key. It is stage.guards.max_approx_kl now",
+        ),
+        (["stage.kl_budget=6"], "stage.kl_budget: no such key. It is stage.guards.max_kl_sum now"),
+        (["stage.dtype=bf16"], "stage.dtype: no such key. It is stage.compute.dtype now"),
+        (["stage.gamma=1"], "stage.gamma: no such key. It is stage.estimator.gamma now"),
+        (
+            ["reference=lora"],
+            "reference: no such key. It is finetune=full, last_layers or lora now",
+        ),
+        (
+            ["reference.rank=2"],
+            "reference: no such key. It is finetune=full, last_layers or lora now",
+        ),
+        (
+            ["stage=classifier", "stage.dtype=bf16"],
+            "stage.dtype: no such key. The chosen stage does not have it; these do: "
+            "stage=preferences, stage=reward_model, stage=sft",
+        ),
+    ],
+)
+def test_an_old_key_is_told_with_the_new_one(words, told, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", *words])
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        with pytest.raises(HydraException) as caught:
+            hydra.compose("config", overrides=words)
+        assert explain(caught.value, CONF) == told
+
+
+@pytest.mark.parametrize("key", RENAMED)
+def test_a_renamed_key_leads_to_one_that_there_is(key):
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = hydra.compose("config")
+        missing = object()
+        new = RENAMED[key].partition("=")[0]
+        assert OmegaConf.select(config, new, default=missing) is not missing
+        assert OmegaConf.select(config, key, default=missing) is missing
