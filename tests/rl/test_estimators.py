@@ -1,0 +1,182 @@
+"""Estimators: leave-one-out without values, prompt groups, and one from outside of the package."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from rlhf_exp.functional.advantages import leave_one_out
+from rlhf_exp.models.loading import load_policy
+from rlhf_exp.rl.estimators import LeaveOneOut
+from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.types import concatenate
+from tests.test_run import train
+
+from .toy import RAGGED, collect, context, parts, phase, ppo_with, rows, start
+
+LOO = {"estimator": LeaveOneOut(), "samples_per_prompt": 4}
+
+
+def test_samples_of_a_prompt_are_a_group(tmp_path: Path) -> None:
+    ppo = ppo_with(batch_size=12, **LOO)
+    actors, state = start(ppo, tmp_path, task=RAGGED)
+    rollout = collect(ppo, actors, state).rollout
+    assert rollout.groups.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    prompts = rollout.completions.prompts.texts
+    assert [prompts[i] for i in (0, 4, 8)] == list(prompts[::4])
+    assert all(prompts[i] == prompts[4 * (i // 4)] for i in range(12))
+    assert len({*prompts}) == 3
+    # In parts and minibatches each row keeps its group.
+    halves = [rollout[torch.arange(7)], rollout[torch.arange(7, 12)]]
+    assert concatenate(halves).groups.tolist() == rollout.groups.tolist()
+    assert rollout[torch.tensor([9, 1])].groups.tolist() == [2, 0]
+
+
+def test_without_samples_per_prompt_each_row_is_its_own_group(tmp_path: Path) -> None:
+    ppo = ppo_with(batch_size=8)
+    actors, state = start(ppo, tmp_path, task=RAGGED)
+    assert collect(ppo, actors, state).rollout.groups.tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("kl_penalty", ["loss", "reward"])
+def test_leave_one_out_gives_each_token_its_completions_advantage(
+    tmp_path: Path, kl_penalty: str
+) -> None:
+    ppo = ppo_with(batch_size=12, kl_penalty=kl_penalty, normalize_reward=False, **LOO)
+    sampler = CachedSampler(gen_len=5, stop_at_eos=True, temperature=2.0)
+    actors, state = start(ppo, tmp_path, task=RAGGED, sampler=sampler)
+    phase(ppo, actors, state)  # away from the reference
+    experience = collect(ppo, actors, state)
+    rollout, mask = experience.rollout, experience.rollout.completions.mask
+    assert not mask.all()
+    charge = 0.2 * (rollout.logprobs - rollout.ref_logprobs).sum(dim=1)
+    totals = rollout.scores - (charge if kl_penalty == "reward" else 0)
+    for i in range(12):
+        others = [j for j in range(4 * (i // 4), 4 * (i // 4) + 4) if j != i]
+        expected = totals[i] - sum(totals[j] for j in others) / 3
+        for t in range(5):
+            value = expected if mask[i, t] else torch.tensor(0.0)
+            torch.testing.assert_close(experience.advantages[i, t], value, rtol=0, atol=1e-6)
+    assert experience.returns is None
+
+
+def test_without_values_there_is_no_head_anywhere(tmp_path: Path) -> None:
+    ppo = ppo_with(
+        total_phases=2, batch_size=8, num_minibatches=2, eval_samples=4, checkpoint_every=1, **LOO
+    )
+    actors, state = start(ppo, tmp_path / "other", task=RAGGED)
+    assert actors.policy.value_head is None
+    assert not any("value_head" in name for name in actors.policy.state_dict())
+    assert not any("value_head" in name for name in state.state_dict()["policy"])
+    assert [group["name"] for group in state.optimizer.param_groups] == ["base", "base"]
+
+    ppo.run(context(tmp_path / "run"), parts(task=RAGGED))
+    for row in rows(tmp_path / "run"):
+        of_values = {"loss/value", "grad_norm/head", "lr/head", "warn/bad_values"}
+        assert not of_values & row.keys()
+        assert not any(name.startswith("val/") for name in row)
+    assert not (tmp_path / "run" / "model" / "value_head.safetensors").exists()
+    load_policy(tmp_path / "run")  # draws a head
+
+
+def test_a_run_without_values_resumes_bit_by_bit(tmp_path: Path) -> None:
+    ppo = ppo_with(
+        total_phases=4, batch_size=8, num_minibatches=2, eval_samples=4, checkpoint_every=1,
+        async_reward=True, **LOO,
+    )  # fmt: skip
+    ppo.run(context(tmp_path / "whole"), parts(task=RAGGED))
+    half = ppo_with(ppo, total_phases=2)
+    half.run(context(tmp_path / "cut"), parts(task=RAGGED))
+    ppo_with(ppo, async_reward=False).run(context(tmp_path / "sync"), parts(task=RAGGED))
+    weights = (tmp_path / "whole/model/model.safetensors").read_bytes()
+    assert weights != (tmp_path / "sync/model/model.safetensors").read_bytes()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_leave_one_out_solves_the_bandit(tmp_path: Path) -> None:
+    ppo = ppo_with(total_phases=25, kl_coef=0.0, eval_every=25, **LOO)
+    result = ppo.run(context(tmp_path), parts(sampler=CachedSampler(gen_len=1)))
+    assert result.after["eval/score"] > 0.9 > 0.3 > result.before["eval/score"]
+
+
+def test_leave_one_out_needs_two_samples() -> None:
+    with pytest.raises(ValidationError, match=r"samples_per_prompt=1: LeaveOneOut needs at least"):
+        ppo_with(estimator=LeaveOneOut())
+    with pytest.raises(ValidationError, match=r"batch_size=32 must be a multiple of samples_per"):
+        ppo_with(samples_per_prompt=5)
+    with pytest.raises(ValueError, match="at least two samples of each prompt"):
+        leave_one_out(torch.ones(3), torch.tensor([0, 0, 1]))
+
+
+OUTSIDE = """
+from typing import ClassVar
+
+from rlhf_exp.rl.estimators import Estimator
+from rlhf_exp.rl.objectives import Objective, regularized
+from rlhf_exp.functional.masking import masked_mean
+from rlhf_exp.settings import Positive, settings
+from rlhf_exp.types import Experience
+
+
+@settings
+class BatchMean(Estimator):
+    scale: Positive = 1.0
+
+    def __call__(self, rollout, rewards):
+        totals = rewards.sum(dim=1, keepdim=True)
+        mask = rollout.completions.mask
+        advantages = self.scale * (totals - totals.mean()) * mask
+        return Experience(rollout=rollout, rewards=rewards, advantages=advantages, returns=None)
+
+
+@settings
+class PolicyGradient(Objective):
+    own_metrics: ClassVar[tuple[str, ...]] = ("policy/logprob",)
+
+    def __call__(self, new, batch, coefs):
+        mask = batch.rollout.completions.mask
+        term = masked_mean(new.logprobs * batch.advantages, mask)
+        own = {"policy/logprob": masked_mean(new.logprobs, mask).detach()}
+        return regularized(term, new, batch, coefs, own)
+"""
+
+GROUPS = {"estimator": "BatchMean", "objective": "PolicyGradient"}
+
+
+@pytest.mark.parametrize("own", ["estimator", "objective", "both"])
+def test_an_estimator_and_an_objective_from_outside_train_a_bandit(
+    own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "outside.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = tmp_path / "options" / "stage"
+    for group, target in GROUPS.items():
+        (options / group).mkdir(parents=True)
+        (options / group / "mine.yaml").write_text(f"_target_: outside.{target}\n")
+    words = [f"stage/{group}=mine" for group in GROUPS if own in (group, "both")]
+    if own != "objective":
+        words.append("+stage.estimator.scale=2")
+    outcome = train(
+        tmp_path, "~experiment", *words, "allow_targets=[outside]",
+        f"hydra.searchpath=[file://{options.parent}]",
+        "model=tiny", "task=reviews", "reward=char_count", "reward.character=e", "logger=local",
+        "sampler.gen_len=1", "stage.kl_coef=0", "stage.ent_coef=0", "stage.total_phases=40",
+        "stage.eval_samples=64", "stage.eval_every=40", "optimizer.base_lr=3e-3",
+        "hydra.run.dir=run",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    scores = [row["eval/score"] for row in rows(tmp_path / "run") if "eval/score" in row]
+    assert scores[-1] > scores[0] + 1
+    last = rows(tmp_path / "run")[-2]
+    assert ("loss/value" in last) == (own == "objective")
+    assert ("policy/logprob" in last) == ("policy/clipfrac" not in last) == (own != "estimator")
+
+
+def test_what_is_not_allowed_is_not_built(tmp_path: Path) -> None:
+    (tmp_path / "untrusted.py").write_text(OUTSIDE)
+    outcome = train(tmp_path, "stage.estimator._target_=untrusted.BatchMean", "--dry-run")
+    assert outcome.code == 2
+    assert "stage._target_=untrusted.BatchMean is outside of" in outcome.out + outcome.err
+    assert "untrusted" not in sys.modules
