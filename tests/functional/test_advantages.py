@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from rlhf_exp.functional.advantages import (
     gae,
+    leave_one_out,
     normalize_reward,
     terminal_rewards,
     zero_without_signal,
@@ -222,3 +223,29 @@ def test_advantages_are_zero_where_rewards_tell_no_completion_from_another(rewar
     advantages = torch.arange(1.0, 1.0 + table.numel()).view_as(table)
     expected = advantages if has_signal else torch.zeros_like(table)
     assert torch.equal(zero_without_signal(advantages, table), expected)
+
+
+GROUPS = torch.tensor([7, 3, 7, 3, 7, 5, 5])  # of three, two and two samples, in any order
+
+
+def test_leave_one_out_by_hand():
+    scores = torch.tensor([1.0, 4.0, 2.0, -2.0, 6.0, 0.5, 0.5])
+    # 1 - (2 + 6) / 2, 4 - -2, 2 - (1 + 6) / 2, -2 - 4, 6 - (1 + 2) / 2, and equal ones
+    expected = torch.tensor([-3.0, 6.0, -1.5, -6.0, 4.5, 0.0, 0.0])
+    assert_close(leave_one_out(scores, GROUPS), expected)
+
+
+def test_leave_one_out_of_a_permutation_is_permuted():
+    scores, order = torch.randn(7), torch.randperm(7)
+    permuted = leave_one_out(scores[order], GROUPS[order])
+    assert_close(permuted, leave_one_out(scores, GROUPS)[order])
+
+
+def test_leave_one_out_is_exactly_0_for_equal_scores():
+    scores = torch.full((7,), 0.1)
+    assert not leave_one_out(scores, torch.zeros(7, dtype=torch.long)).any()
+
+
+def test_leave_one_out_needs_two_samples_of_each_prompt():
+    with pytest.raises(ValueError, match="leave_one_out needs at least two samples"):
+        leave_one_out(torch.ones(3), torch.tensor([0, 0, 1]))
