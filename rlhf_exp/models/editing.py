@@ -79,12 +79,14 @@ class Sites:
         self._alias("", Bridge.hook_aliases)
 
     def _add(self, path: str, component: Any, parent: nn.Module) -> None:
-        """Adds the sites of a component of the adapter, and of its parts."""
+        """Adds the sites of a component of the adapter and of its parts, if the model has them."""
         module: Any = parent
         if component.name is not None:
             try:
                 module = self._adapter.get_remote_component(parent, component.name)
-            except (AttributeError, ValueError):  # a part that this model does not have
+            except (AttributeError, ValueError):
+                return
+            if module is None:
                 return
         modules = {path: module}
         if component.is_list_item:

@@ -15,7 +15,7 @@ import difflib
 import hashlib
 from functools import partial
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import model_validator
@@ -204,25 +204,26 @@ def read_vector(path: str, key: str, *, field: str, width: int | None = None) ->
 def measure_widths(policy: CausalTransformer, sites: dict[str, Site]) -> dict[str, int]:
     """How wide the activation at each site is, by a pass over two tokens. Raises ConfigError for a
     site that is none of [batch seq width] in the policy's passes."""
-    seen: dict[str, Tensor] = {}
+    shapes: dict[str, torch.Size] = {}
 
-    def keep(name: str, x: Tensor) -> Tensor:
-        seen[name] = x
+    def note(name: str, x: Any) -> Any:
+        if isinstance(x, Tensor) and x.is_floating_point():
+            shapes[name] = x.shape
         return x
 
-    handles = [site.hook(partial(keep, name)) for name, site in sites.items()]
+    handles = [site.hook(partial(note, name)) for name, site in sites.items()]
     with policy.edits.off():
         policy.hidden_states(torch.zeros((1, 2), dtype=torch.long, device=policy.device), None)
     for handle in handles:
         handle.remove()
     for name in sites:
-        x = seen.get(name)
-        if x is None or x.ndim != 3 or x.shape[1] != 2 or not x.is_floating_point():
+        shape = shapes.get(name)
+        if shape is None or len(shape) != 3 or shape[1] != 2:
             raise ConfigError(
                 f"intervention: {name} has no activation [batch seq width] in the passes of"
                 f" {type(policy.language_model).__name__}; choose another site"
             )
-    return {name: seen[name].shape[2] for name in sites}
+    return {name: shapes[name][2] for name in sites}
 
 
 def _attach(
