@@ -31,7 +31,17 @@ MEANS = {
 }
 OUTPUTS = {"heads": [[0, 1], [1, 0]], "mlps": [1]}
 ALONG = {"sites": ["blocks.*.hook_resid_pre"], "direction_key": "direction"}
-CASES = ("add", "add to heads", "zero", "mean", "direction", "mean direction")
+# Every case, and all positions.
+CHANGES = (
+    ("add", "all"),
+    ("add", "prompt"),
+    ("add", "completion"),
+    ("add to heads", "completion"),
+    ("zero", "prompt"),
+    ("mean", "all"),
+    ("direction", "completion"),
+    ("mean direction", "prompt"),
+)
 
 
 def settings(case: str, folder: Path, **fields: Any) -> Intervention:

@@ -16,11 +16,10 @@ from rlhf_exp.rollout.static import StaticDecoder, static_decoder
 from rlhf_exp.types import Generation, PromptBatch
 from tests.architectures import learning_logprobs
 from tests.builders import assert_near, prompts, tiny_policy, with_engine
-from tests.edited import CASES, pass_by_hand, settings
+from tests.edited import CHANGES, pass_by_hand, settings
 from tests.rollout.oracles import RAGGED, SHARED, assert_empty_padding
 
-POSITIONS = ("all", "prompt", "completion")
-TEXTS = {"ragged": RAGGED, "shared": SHARED, "shared and padded": ("zero", *RAGGED)}
+TEXTS = {"ragged": RAGGED, "shared": SHARED}
 SAMPLER = CachedSampler(gen_len=12, stop_at_eos=True)
 
 
@@ -48,8 +47,7 @@ def assert_by_hand(
 
 
 @pytest.mark.parametrize("texts", TEXTS)
-@pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "positions"), CHANGES)
 def test_sampling_with_a_cache_gives_what_one_pass_gives(
     architecture: str, case: str, positions: str, texts: str, tmp_path: Path
 ) -> None:
@@ -65,8 +63,7 @@ def test_sampling_with_a_cache_gives_what_one_pass_gives(
     assert_near(learning_logprobs(policy, generation), generation.logprobs)
 
 
-@pytest.mark.parametrize("case", ["add", "mean"])
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize(("case", "positions"), CHANGES[:3])
 def test_sampling_without_a_cache(
     architecture: str, case: str, positions: str, tmp_path: Path
 ) -> None:
@@ -77,8 +74,7 @@ def test_sampling_without_a_cache(
     assert_by_hand(generation, policy, case, positions)
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "positions"), CHANGES[1::2])
 def test_transformerlens_samples_under_it(
     architecture: str, case: str, positions: str, tmp_path: Path
 ) -> None:
@@ -109,8 +105,7 @@ def static_generation(
 
 
 @pytest.mark.parametrize("texts", TEXTS)
-@pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("case", ["add", "add to heads", "mean", "direction"])
+@pytest.mark.parametrize(("case", "positions"), CHANGES[::2])
 def test_static_steps_give_what_the_loop_gives(
     architecture: str, case: str, positions: str, texts: str, tmp_path: Path
 ) -> None:
@@ -130,7 +125,7 @@ def test_static_steps_give_what_the_loop_gives(
 
 
 @pytest.mark.parametrize("kind", ["full_copy", "shared_trunk", "lora"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["add", "mean"])
 def test_the_kl_is_from_the_policy_under_it_to_the_model_without(
     architecture: str, case: str, kind: str, tmp_path: Path
 ) -> None:
