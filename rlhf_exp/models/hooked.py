@@ -8,7 +8,7 @@ goes stale, and gradients reach the original's parameters.
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rlhf_exp.functional.logprobs import logits_agree
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase, TransformerBridge
+from rlhf_exp.models.editing import BridgeHook
 from rlhf_exp.settings import ConfigError
 
 T = TypeVar("T")
@@ -112,13 +113,14 @@ class HookedView:
         value_head: nn.Module | None,
         tokens: Int[Tensor, "batch seq"],
         mask: Bool[Tensor, "batch seq"],
+        hooks: Sequence[BridgeHook] = (),
     ) -> tuple[
         Float[Tensor, "batch seq vocab"],
         Float[Tensor, "batch seq"] | None,
         Float[Tensor, "batch seq d_model"],
     ]:
         """Logits, the values that the head, if there is one, computes as a hook function, and its
-        input."""
+        input. Other hook functions come before the head's."""
         seen: dict[str, Tensor] = {}
 
         def value_hook(activation: Tensor, hook: Any) -> None:
@@ -130,7 +132,7 @@ class HookedView:
             lambda bridge: bridge.run_with_hooks(
                 tokens,
                 return_type="logits",
-                fwd_hooks=[(VALUE_HEAD_HOOK, value_hook)],
+                fwd_hooks=[*hooks, (VALUE_HEAD_HOOK, value_hook)],
                 attention_mask=mask.long(),
             )
         )

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from rlhf_exp.functional.vocab_head import Head, unembed
 from rlhf_exp.hf import Cache, PreTrainedModel, PreTrainedTokenizerBase, TransformerBridge
 from rlhf_exp.models.cache import context_len, prompt_cache
+from rlhf_exp.models.editing import Editing, Edits
 from rlhf_exp.models.hooked import HookedView, boot_bridge
 from rlhf_exp.models.kernels import ATTENTION
 from rlhf_exp.models.lora import has_adapter, merged_copy
@@ -57,6 +58,7 @@ class CausalTransformer(nn.Module):
         self.language_model = language_model
         self.tokenizer = tokenizer
         self.fast_paths = FastPaths()
+        self.edits = Edits()  # an intervention's
         self._recomputed: list[Any] = []
         self._compiled: tuple[Callable[..., Any], ...] = ()  # not a submodule: it is the same one
         self.low: torch.dtype | None = None  # what autocast casts passes to, None for nothing
@@ -132,21 +134,21 @@ class CausalTransformer(nn.Module):
                 f"stage.compute.gradient_checkpointing=true: {type(self.language_model).__name__}"
                 " has no blocks that transformers can recompute; set it false"
             )
-        for block in self._recomputed:
-            block._gradient_checkpointing_func = partial(_run_checkpointed, block)
 
     @contextmanager
-    def _recomputing(self, *, cached: bool) -> Iterator[None]:
+    def _recomputing(self, editing: Editing, *, cached: bool) -> Iterator[None]:
         # transformers checkpoints a block only in training mode, and drops its cache then. The
         # blocks' own flags are set: dropouts that are modules of theirs stay off.
         blocks = self._recomputed if torch.is_grad_enabled() and not cached else []
         for block in blocks:
             block.training = block.gradient_checkpointing = True
+            block._gradient_checkpointing_func = partial(_run_checkpointed, block, editing)
         try:
             yield
         finally:
             for block in blocks:
                 block.training = block.gradient_checkpointing = False
+                del block._gradient_checkpointing_func
 
     @contextmanager
     def learning_head(self) -> Iterator[Head]:
@@ -181,17 +183,20 @@ class CausalTransformer(nn.Module):
         tokens: Int[Tensor, "batch seq"],
         mask: Bool[Tensor, "batch _"] | None,
         cache: Cache | None = None,
+        *,
+        prompt_len: int | None = None,
     ) -> Float[Tensor, "batch seq d_model"]:
         """The final layer norm's output, for every token or, with a cache, for those not in it.
 
         `mask` covers the cached tokens and the new ones, None means that nothing on the left is
-        padding; `tokens` are the new ones alone.
+        padding; `tokens` are the new ones alone, the first `prompt_len` of them the prompt's, which
+        an intervention at some positions alone has to know.
         """
         given = {}
         if mask is not None:
             given["attention_mask"] = mask.long()
             given["position_ids"] = position_ids(mask)[:, -tokens.shape[1] :]
-        return self._states(tokens, cache, given)
+        return self._states(tokens, cache, given, self.edits.during(tokens, mask, prompt_len))
 
     def static_states(
         self,
@@ -207,15 +212,18 @@ class CausalTransformer(nn.Module):
             lowest = torch.finfo(self.language_model.dtype).min
             mask = torch.zeros_like(allowed, dtype=self.language_model.dtype)
             mask = mask.masked_fill(~allowed, lowest)
-        return self._states(tokens, cache, {"attention_mask": mask, "position_ids": positions})
+        given = {"attention_mask": mask, "position_ids": positions}
+        return self._states(tokens, cache, given, self.edits.during(tokens, None, 0))
 
-    def _states(self, tokens: Tensor, cache: Cache | None, given: dict[str, Tensor]) -> Tensor:
+    def _states(
+        self, tokens: Tensor, cache: Cache | None, given: dict[str, Tensor], editing: Editing
+    ) -> Tensor:
         # The embedding apart: given token ids, transformers may look for padding in them, which on
         # a GPU makes the host wait, and a compiled pass could not have sparse gradients.
-        embedded = self.language_model.get_input_embeddings()(tokens)
         learning = cache is None and torch.is_grad_enabled()
         run = self._compiled[0] if self._compiled and learning else self.language_model.base_model
-        with self.autocast(), self._recomputing(cached=cache is not None):
+        with self.autocast(), editing(), self._recomputing(editing, cached=cache is not None):
+            embedded = self.language_model.get_input_embeddings()(tokens)
             output = run(
                 inputs_embeds=embedded, past_key_values=cache, use_cache=cache is not None, **given
             )
@@ -237,8 +245,8 @@ class CausalTransformer(nn.Module):
             if cache is not None:
                 return self._after_one_prompt(prompts, tokens, mask, cache, layout)
         whole = torch.cat([prompts.mask, mask], dim=1) if layout.padded_prompts else None
-        hidden = self.hidden_states(torch.cat([prompts.tokens, tokens], dim=1), whole)
-        return hidden[:, width - 1 :]
+        tokens = torch.cat([prompts.tokens, tokens], dim=1)
+        return self.hidden_states(tokens, whole, prompt_len=width)[:, width - 1 :]
 
     def _after_one_prompt(
         self, prompts: PromptBatch, tokens: Tensor, mask: Tensor, cache: Cache, layout: Layout
@@ -246,14 +254,15 @@ class CausalTransformer(nn.Module):
         before = whole = None
         if layout.padded_prompts:
             before, whole = prompts.mask[:1], torch.cat([prompts.mask, mask], dim=1)
-        first = self.hidden_states(prompts.tokens[:1], before, cache)[:, -1:]
-        first = first.expand(len(tokens), -1, -1)
+        width = prompts.tokens.shape[1]
+        first = self.hidden_states(prompts.tokens[:1], before, cache, prompt_len=width)
+        first = first[:, -1:].expand(len(tokens), -1, -1)
         if not tokens.shape[1]:
             return first
         for layer in cache.layers:
             layer.keys = layer.keys.expand(len(tokens), -1, -1, -1)
             layer.values = layer.values.expand(len(tokens), -1, -1, -1)
-        return torch.cat([first, self.hidden_states(tokens, whole, cache)], dim=1)
+        return torch.cat([first, self.hidden_states(tokens, whole, cache, prompt_len=0)], dim=1)
 
     def last_layers(
         self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], count: int
@@ -323,14 +332,18 @@ class TransformerWithValueHead(CausalTransformer):
         return self._view
 
     def forward(
-        self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"] | None = None
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        mask: Bool[Tensor, "batch seq"] | None = None,
+        *,
+        prompt_len: int | None = None,
     ) -> tuple[Float[Tensor, "batch seq vocab"], Float[Tensor, "batch seq"] | None]:
         """Logits and values at every position; no mask means that nothing is padding."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         if self.engine == "hooked":
-            logits, values, _ = self.view.run_with_value_head(self.value_head, tokens, mask)
-            return logits, values
-        hidden = self.hidden_states(tokens, mask)
+            with self.edits.in_bridge(mask, prompt_len) as hooks:
+                return self.view.run_with_value_head(self.value_head, tokens, mask, hooks)[:2]
+        hidden = self.hidden_states(tokens, mask, prompt_len=prompt_len)
         return self.unembed(hidden), self.values(hidden)
 
     def values(self, hidden: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes"] | None:
@@ -356,9 +369,13 @@ class TransformerWithValueHead(CausalTransformer):
         return self.frozen(copy.deepcopy(self.language_model))
 
 
-def _run_checkpointed(block: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:
+def _run_checkpointed(
+    block: nn.Module, editing: Editing, forward: Callable[..., Any], *args: Any
+) -> Any:
     block.training = False  # it brought us here; OPT's blocks would take it for their dropout's
-    return checkpoint(forward, *args, use_reentrant=False)
+    return checkpoint(
+        forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), editing())
+    )
 
 
 def position_ids(mask: Bool[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:

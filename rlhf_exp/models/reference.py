@@ -45,8 +45,8 @@ class WithoutAdapter:
     def completion_states(
         self, completions: Completions, layout: Layout
     ) -> Float[Tensor, "batch num_columns d_model"]:
-        """The policy's, the adapters switched off."""
-        with adapter_off(self._policy.language_model):
+        """The policy's, adapters and intervention switched off."""
+        with adapter_off(self._policy.language_model), self._policy.edits.off():
             return self._policy.completion_states(completions, layout)
 
     def unembed(self, hidden: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes vocab"]:

@@ -4,9 +4,12 @@ It is the oracle that the cached sampler is held against.
 """
 
 import torch
+from jaxtyping import Int
 from pydantic import model_validator
+from torch import Tensor
 
 from rlhf_exp.functional.logprobs import completion_logits, completion_part, token_logprobs
+from rlhf_exp.hf import TransformerBridge
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rollout.sampler import (
     Sampler,
@@ -40,31 +43,15 @@ class BridgeSampler(Sampler):
         """Completions of the prompts; every row is computed to gen_len."""
         eos = eos_token(policy, stop_at_eos=self.stop_at_eos)
         prompt_len = prompts.tokens.shape[1]
-        check_finite(policy.unembed(policy.hidden_states(prompts.tokens, prompts.mask)[:, -1]))
-        # TransformerLens draws from the global generator; give it one of our stream for the call.
-        seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            generated = policy.view.call(
-                lambda bridge: bridge.generate(
-                    prompts.tokens,
-                    max_new_tokens=self.gen_len,
-                    stop_at_eos=eos is not None,
-                    eos_token_id=eos,
-                    temperature=self.temperature,
-                    top_k=self.top_k,
-                    top_p=self.top_p if self.top_p < 1 else None,
-                    attention_mask=prompts.mask.long(),
-                    return_type="tokens",
-                    verbose=False,
-                )
-            )
-        tokens = generated[:, prompt_len:].clone()
-        tokens = torch.nn.functional.pad(tokens, (0, self.gen_len - tokens.shape[1]))
+        hidden = policy.hidden_states(prompts.tokens, prompts.mask, prompt_len=prompt_len)
+        check_finite(policy.unembed(hidden[:, -1]))
+        tokens = self._generate(policy, prompts, generator, eos=eos)
         completions = as_completions(policy, prompts, tokens, through_first_eos(tokens, eos))
-        logits, values, hidden = policy.view.run_with_value_head(
-            policy.value_head, *completions.sequences
-        )
+        tokens, mask = completions.sequences
+        with policy.edits.in_bridge(mask, prompt_len) as hooks:
+            logits, values, hidden = policy.view.run_with_value_head(
+                policy.value_head, tokens, mask, hooks
+            )
         logits = completion_logits(logits, prompt_len).float()
         mask = completions.mask
         mass = mask.float()
@@ -78,3 +65,37 @@ class BridgeSampler(Sampler):
             hidden=completion_part(hidden, prompt_len) * mask[..., None],
             kept_mass=mass,
         )
+
+    def _generate(
+        self,
+        policy: TransformerWithValueHead,
+        prompts: PromptBatch,
+        generator: torch.Generator,
+        *,
+        eos: int | None,
+    ) -> Int[Tensor, "batch completion"]:
+        """Tokens after the prompts, 0 where all rows had ended before."""
+        prompt_len = prompts.tokens.shape[1]
+
+        def generate(bridge: TransformerBridge) -> Tensor:
+            with bridge.hooks(fwd_hooks=hooks):
+                return bridge.generate(
+                    prompts.tokens,
+                    max_new_tokens=self.gen_len,
+                    stop_at_eos=eos is not None,
+                    eos_token_id=eos,
+                    temperature=self.temperature,
+                    top_k=self.top_k,
+                    top_p=self.top_p if self.top_p < 1 else None,
+                    attention_mask=prompts.mask.long(),
+                    use_past_kv_cache=not hooks,  # they are for passes over whole sequences
+                    return_type="tokens",
+                    verbose=False,
+                )
+
+        # TransformerLens draws from the global generator; give it one of our stream for the call.
+        seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
+        with torch.random.fork_rng(), policy.edits.in_bridge(prompts.mask, prompt_len) as hooks:
+            torch.manual_seed(seed)
+            tokens = policy.view.call(generate)[:, prompt_len:]
+        return torch.nn.functional.pad(tokens, (0, self.gen_len - tokens.shape[1]))

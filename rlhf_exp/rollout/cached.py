@@ -73,10 +73,11 @@ class CachedSampler(Sampler):
                 break
             if seen is not None:
                 seen = torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)
-            new = tokens[:, None]
+            new, prompt_len = tokens[:, None], 0
             if cache is None:
                 new = before = torch.cat([before, new], dim=1)
-            hidden = policy.hidden_states(new, seen, cache)[:, -1]
+                prompt_len = prompts.tokens.shape[1]
+            hidden = policy.hidden_states(new, seen, cache, prompt_len=prompt_len)[:, -1]
         return steps.generation(policy, prompts)
 
 
@@ -128,7 +129,8 @@ def prefill(
     rows = 1 if paths.one_prompt and prompts.is_one else batch
     cache = decoding_cache(policy.language_model, length) if paths.cache else None
     mask = None if seen is None else seen[:rows]
-    hidden = policy.hidden_states(prompts.tokens[:rows], mask, cache)[:, -1]
+    tokens = prompts.tokens[:rows]
+    hidden = policy.hidden_states(tokens, mask, cache, prompt_len=tokens.shape[1])[:, -1]
     if rows < batch:
         if cache is not None:
             cache.reorder_cache(torch.zeros(batch, dtype=torch.long, device=hidden.device))

@@ -35,7 +35,7 @@ def static_decoder(
     policy: TransformerWithValueHead, sampler: Sampler, batch: int, prompt_len: int
 ) -> "StaticDecoder":
     """The policy's decoder of this shape, made at the first use."""
-    key = (sampler, batch, prompt_len, policy.is_working)
+    key = (sampler, batch, prompt_len, policy.is_working, policy.edits)
     if key not in policy.decoders:
         if len(policy.decoders) == MOST_SHAPES:
             policy.decoders.clear()

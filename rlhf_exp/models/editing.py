@@ -1,0 +1,216 @@
+"""Edits to the activations of a plain Hugging Face model, at TransformerLens's names for them.
+
+The names come from TransformerLens's adapter of the architecture. The edits are PyTorch hooks that
+exist only while a pass of the policy runs: a copy, a saved model and the reference have none.
+"""
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from rlhf_exp.hf import PreTrainedModel
+from rlhf_exp.settings import ConfigError
+
+Positions = Literal["all", "prompt", "completion"]
+Edit = Callable[[Tensor], Tensor]  # of activations [batch seq width]; heads are side by side
+Editing = Callable[[], AbstractContextManager[None]]  # makes contexts in which a pass is edited
+BridgeHook = tuple[str, Callable[..., Tensor]]
+
+
+class Site(NamedTuple):
+    """The activation that goes into a module, or that comes out of it."""
+
+    module: nn.Module
+    is_input: bool
+
+    def hook(self, edit: Edit) -> RemovableHandle:
+        """Replaces the activation by `edit` of it until the handle is removed."""
+
+        def edit_input(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+            if args:
+                return (edit(args[0]), *args[1:]), kwargs
+            if "hidden_states" in kwargs:
+                return args, kwargs | {"hidden_states": edit(kwargs["hidden_states"])}
+            return None
+
+        def edit_output(module: nn.Module, args: Any, output: Any) -> Any:
+            return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+
+        if self.is_input:
+            return self.module.register_forward_pre_hook(edit_input, with_kwargs=True)
+        return self.module.register_forward_hook(edit_output)
+
+
+class Sites:
+    """The activations of a model that have both a name in TransformerLens and a module. Raises
+    ConfigError for an architecture that TransformerLens does not know."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        from transformer_lens.factories.architecture_adapter_factory import (
+            ArchitectureAdapterFactory,
+        )
+        from transformer_lens.model_bridge import TransformerBridge as Bridge
+        from transformer_lens.model_bridge.sources._bridge_builder import (
+            build_bridge_config_from_hf,
+        )
+
+        name = self.architecture = type(model).__name__
+        try:
+            config = build_bridge_config_from_hf(model.config, name, name, model.dtype)
+            self._adapter = ArchitectureAdapterFactory.select_architecture_adapter(config)
+        except Exception as error:  # each adapter fails in its own way
+            reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+            raise ConfigError(
+                f"intervention: sites have TransformerLens's names, and it does not know {name}"
+                f" ({reason}); use intervention=none, or a model of another architecture"
+            ) from error
+        self.num_heads = int(self._adapter.cfg.n_heads)
+        self._sites: dict[str, Site] = {}
+        for part, component in self._adapter.get_component_mapping().items():
+            self._add(part, component, model)
+        self._alias("", Bridge.hook_aliases)
+
+    def _add(self, path: str, component: Any, parent: nn.Module) -> None:
+        """Adds the sites of a component of the adapter and of its parts, if the model has them."""
+        module: Any = parent
+        if component.name is not None:
+            try:
+                module = self._adapter.get_remote_component(parent, component.name)
+            except (AttributeError, ValueError):
+                return
+            if module is None:
+                return
+        modules = {path: module}
+        if component.is_list_item:
+            modules = {f"{path}.{i}": layer for i, layer in enumerate(module)}
+        for name, own in modules.items():
+            for part, below in component.submodules.items():
+                self._add(f"{name}.{part}", below, own)
+            if component.name is None:  # it has no module, as the MLP of OPT
+                self._alias(f"{name}.", {"hook_in": "in.hook_in", "hook_out": "out.hook_out"})
+            else:
+                self._sites[f"{name}.hook_in"] = Site(own, is_input=True)
+                self._sites[f"{name}.hook_out"] = Site(own, is_input=False)
+            self._alias(f"{name}.", component.hook_aliases)
+
+    def _alias(self, prefix: str, aliases: dict[str, Any]) -> None:
+        for alias, targets in aliases.items():
+            for target in [targets] if isinstance(targets, str) else targets:
+                if prefix + target in self._sites:
+                    self._sites[prefix + alias] = self._sites[prefix + target]
+                    break
+
+    def find(self, names: Sequence[str], *, field: str) -> dict[str, Site]:
+        """The sites of these names, in which * stands for anything. Raises ConfigError for a name
+        that no site has."""
+        chosen: dict[str, Site] = {}
+        for name in names:
+            matches = fnmatch.filter(self._sites, name)
+            if not matches:
+                near = difflib.get_close_matches(name, self._sites, n=3, cutoff=0)
+                raise ConfigError(
+                    f"{field}: {self.architecture} has no site {name}; nearest are"
+                    f" {', '.join(near)}"
+                )
+            chosen |= {match: self._sites[match] for match in matches}
+        return chosen
+
+
+class Edits:
+    """What is done to a policy's activations in its passes: edits of sites, in this order, at the
+    columns of the prompt, of the completion or of both. Padding on the left stays as it is."""
+
+    def __init__(
+        self, edits: Sequence[tuple[str, Site, Edit]] = (), positions: Positions = "all"
+    ) -> None:
+        self._edits = edits
+        self._positions = positions
+
+    def during(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        mask: Bool[Tensor, "batch _"] | None,
+        prompt_len: int | None,
+    ) -> Editing:
+        """What makes contexts in which the model edits its activations at these tokens, of which
+        the first `prompt_len` are the prompt's. The end of `mask` is that of the tokens."""
+        if not self._edits:
+            return nullcontext
+        where = self._where(tokens.shape[1], mask, prompt_len, tokens.device)
+        return nullcontext if where is False else partial(self._hooked, where)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Passes in this block are those of the plain model."""
+        edits, self._edits = self._edits, ()
+        try:
+            yield
+        finally:
+            self._edits = edits
+
+    @contextmanager
+    def in_bridge(
+        self, mask: Bool[Tensor, "batch seq"], prompt_len: int | None
+    ) -> Iterator[list[BridgeHook]]:
+        """TransformerLens's hook functions that do the same in its passes over whole sequences,
+        which begin with the tokens of this mask. Raises ConfigError at the end of the block for a
+        site that it has not computed."""
+        computed: set[str] = set()
+
+        def edit_in_bridge(name: str, edit: Edit, x: Tensor, hook: Any) -> Tensor:
+            computed.add(name)
+            real = nn.functional.pad(mask, (0, x.shape[1] - mask.shape[1]), value=True)
+            where = self._where(x.shape[1], real, prompt_len, x.device)
+            return x if where is False else _edited(edit, where, x)
+
+        yield [(name, partial(edit_in_bridge, name, edit)) for name, _, edit in self._edits]
+        for name, _, _ in self._edits:
+            if name not in computed:
+                raise ConfigError(
+                    f"intervention: TransformerLens does not compute {name} on this architecture;"
+                    " choose another site, or model.engine=fast and sampler=cached"
+                )
+
+    def _where(
+        self, length: int, mask: Tensor | None, prompt_len: int | None, device: torch.device
+    ) -> Tensor | bool:
+        """Which of a pass's `length` columns are edited, as [batch length 1] or for all."""
+        start, end = 0, length
+        if self._positions != "all":
+            if prompt_len is None:
+                raise ValueError(
+                    f"intervention.positions={self._positions}: say how many of the pass's tokens"
+                    " are the prompt's, with prompt_len="
+                )
+            start, end = (0, prompt_len) if self._positions == "prompt" else (prompt_len, length)
+        where: Tensor | bool = start < end
+        if where and end - start < length:
+            columns = torch.arange(length, device=device)
+            where = ((start <= columns) & (columns < end))[None, :, None]
+        return where if mask is None or where is False else where & mask[:, -length:, None]
+
+    @contextmanager
+    def _hooked(self, where: Tensor | bool) -> Iterator[None]:
+        handles = [site.hook(partial(_edited, edit, where)) for _, site, edit in self._edits]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _edited(edit: Edit, where: Tensor | bool, x: Tensor) -> Tensor:
+    """The activation, edited there; TransformerLens may give heads an axis of their own."""
+    flat = x.flatten(2)
+    edited = edit(flat).to(x.dtype)
+    if isinstance(where, Tensor):
+        edited = torch.where(where, edited, flat)
+    return edited.unflatten(2, x.shape[2:])

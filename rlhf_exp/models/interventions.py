@@ -1,0 +1,238 @@
+"""Interventions on a policy: what is done to its activations while it samples, learns and is
+evaluated, in either engine.
+
+Sites have TransformerLens's names, such as blocks.3.hook_resid_post, in which * stands for
+anything. `positions` are columns of tokens: `prompt` those of all tokens of the prompt,
+`completion` those of the sampled ones, `all` both. Since the distribution of completion token y_t
+comes out of the column before its own, an edit at `completion` acts on y_1 and later, and y_0
+comes out of the prompt's last column.
+
+An intervention is no part of the weights: the reference, a saved model and `policy.hooked()` go
+without.
+"""
+
+import difflib
+import hashlib
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from pydantic import model_validator
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rlhf_exp.models.editing import Edit, Edits, Positions, Site, Sites
+from rlhf_exp.models.policy import CausalTransformer
+from rlhf_exp.settings import ConfigError, Index, Real, Text, settings
+
+
+@runtime_checkable
+class Intervention(Protocol):
+    """The settings of an intervention group."""
+
+    def attach(self, policy: CausalTransformer) -> None:
+        """Has every later pass of the policy do it; to be called once the reference is attached and
+        before passes are compiled. Raises ConfigError for a model that it does not fit."""
+        ...
+
+
+@settings
+class NoIntervention:
+    """The policy runs as it is."""
+
+    def attach(self, policy: CausalTransformer) -> None:
+        """Nothing is done."""
+
+
+@settings
+class Add:
+    """A vector is added, `scale` times, at sites: steering. `path` is a safetensors file, which has
+    it under `key`, as long as activations there are wide; at attn.hook_z it may be [head d_head].
+    """
+
+    path: Text
+    key: Text = "vector"
+    sites: tuple[Text, ...]
+    scale: Real = 1.0
+    positions: Positions = "all"
+
+    def fingerprint(self) -> str:
+        """A hash of the file. Raises ConfigError if it does not have the vector."""
+        read_vector(self.path, self.key, field="intervention.path")
+        return _hash(self.path)
+
+    def attach(self, policy: CausalTransformer) -> None:
+        """Adds the vector from now on."""
+        sites = Sites(policy.language_model).find(self.sites, field="intervention.sites")
+        edits: list[tuple[str, Site, Edit]] = []
+        for name, width in measure_widths(policy, sites).items():
+            vector = read_vector(self.path, self.key, field="intervention.path", width=width)
+            edit = partial(torch.add, other=vector.to(policy.device), alpha=self.scale)
+            edits.append((name, sites[name], edit))
+        _attach(policy, edits, self.positions)
+
+
+@settings
+class Ablate:
+    """Outputs of heads ([layer, head], at attn.hook_z) and of MLPs (layers, at hook_mlp_out) are
+    replaced, and the component of activations at `sites` along a direction, which the safetensors
+    file `direction` has under `direction_key`.
+
+    What replaces them is 0, or their mean: the safetensors file `means` has under each site's name
+    the mean activation over tokens of the user's choice, such as `cache[name].mean((0, 1))` of
+    TransformerLens's run_with_cache. Means do not follow the policy as it learns.
+    """
+
+    heads: tuple[tuple[Index, Index], ...] = ()
+    mlps: tuple[Index, ...] = ()
+    direction: Text | None = None
+    direction_key: Text = "direction"
+    sites: tuple[Text, ...] = ()
+    means: Text | None = None
+    positions: Positions = "all"
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "Ablate":
+        if (self.direction is None) == bool(self.sites):
+            raise ValueError("direction and sites go together: set both, or neither")
+        return self
+
+    @property
+    def _heads(self) -> dict[str, list[int]]:
+        by_site: dict[str, list[int]] = {}
+        for layer, head in self.heads:
+            by_site.setdefault(f"blocks.{layer}.attn.hook_z", []).append(head)
+        return by_site
+
+    @property
+    def _mlps(self) -> list[str]:
+        return [f"blocks.{layer}.hook_mlp_out" for layer in self.mlps]
+
+    def fingerprint(self) -> str:
+        """A hash of the files. Raises ConfigError if they lack what is read from them, and if
+        nothing is ablated."""
+        names = [*self._heads, *self._mlps, *self.sites]
+        if not names:
+            raise ConfigError(
+                "intervention: nothing is ablated: set intervention.heads=[[LAYER,HEAD]],"
+                " intervention.mlps=[LAYER], or intervention.direction and intervention.sites"
+            )
+        if self.direction is not None:
+            self._unit(self.direction)
+        if self.means is not None:
+            for name in names:
+                if "*" not in name:
+                    read_vector(self.means, name, field="intervention.means")
+        return _hash(self.direction, self.means)
+
+    def attach(self, policy: CausalTransformer) -> None:
+        """Ablates from now on."""
+        self.fingerprint()
+        every = Sites(policy.language_model)
+        outputs = every.find([*self._heads], field="intervention.heads")
+        outputs |= every.find(self._mlps, field="intervention.mlps")
+        along = every.find(self.sites, field="intervention.sites")
+        edits: list[tuple[str, Site, Edit]] = []
+        for name, width in measure_widths(policy, outputs | along).items():
+            mean = torch.zeros(width)
+            if self.means is not None:
+                mean = read_vector(self.means, name, field="intervention.means", width=width)
+            mean = mean.to(policy.device)
+            if name in outputs:
+                replaced = _columns(self._heads.get(name), width, every.num_heads, name)
+                edit = partial(_replace, replaced.to(policy.device), mean)
+                edits.append((name, outputs[name], edit))
+            if name in along and self.direction is not None:
+                unit = self._unit(self.direction, width=width).to(policy.device)
+                edits.append((name, along[name], partial(_replace_along, unit, mean)))
+        _attach(policy, edits, self.positions)
+
+    def _unit(self, path: str, *, width: int | None = None) -> Tensor:
+        vector = read_vector(path, self.direction_key, field="intervention.direction", width=width)
+        if not vector.any():
+            raise ConfigError(f"intervention.direction={path}: {self.direction_key} is all 0")
+        return vector / vector.norm()
+
+
+def _columns(heads: list[int] | None, width: int, num_heads: int, name: str) -> Tensor:
+    """Which of a site's columns are those of the heads, by default all."""
+    if heads is None:
+        return torch.ones(width, dtype=torch.bool)
+    if max(heads) >= num_heads:
+        raise ConfigError(
+            f"intervention.heads: there is no head {max(heads)} at {name}; the last is"
+            f" {num_heads - 1}"
+        )
+    chosen = torch.zeros(num_heads, dtype=torch.bool)
+    chosen[heads] = True
+    return chosen.repeat_interleave(width // num_heads)
+
+
+def _replace(replaced: Tensor, mean: Tensor, x: Tensor) -> Tensor:
+    return torch.where(replaced, mean, x)
+
+
+def _replace_along(unit: Tensor, mean: Tensor, x: Tensor) -> Tensor:
+    return x - ((x - mean) * unit).sum(dim=-1, keepdim=True) * unit
+
+
+def read_vector(path: str, key: str, *, field: str, width: int | None = None) -> Tensor:
+    """A tensor of a safetensors file, flat and in fp32. Raises ConfigError for a file or key that
+    is not there, and for one that is not finite or not `width` long."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+            vector = file.get_tensor(key) if key in keys else None
+    except (OSError, SafetensorError) as error:
+        reason = "there is no such file" if not Path(path).is_file() else str(error)
+        raise ConfigError(f"{field}={path}: {reason}; name a safetensors file") from error
+    if vector is None:
+        near = difflib.get_close_matches(key, keys, n=3, cutoff=0)
+        raise ConfigError(f"{field}={path} has no {key}; it has {', '.join(near) or 'nothing'}")
+    if not vector.is_floating_point() or not vector.isfinite().all():
+        raise ConfigError(f"{field}={path}: {key} is not a tensor of finite floats")
+    if width not in (None, vector.numel()):
+        raise ConfigError(
+            f"{field}={path}: {key} has shape {list(vector.shape)}, where the activation is {width}"
+            " wide; choose a site as wide as it, or a vector of this model"
+        )
+    return vector.float().flatten()
+
+
+@torch.no_grad()
+def measure_widths(policy: CausalTransformer, sites: dict[str, Site]) -> dict[str, int]:
+    """How wide the activation at each site is, by a pass over two tokens. Raises ConfigError for a
+    site that is none of [batch seq width] in the policy's passes."""
+    shapes: dict[str, torch.Size] = {}
+
+    def note(name: str, x: Any) -> Any:
+        if isinstance(x, Tensor) and x.is_floating_point():
+            shapes[name] = x.shape
+        return x
+
+    handles = [site.hook(partial(note, name)) for name, site in sites.items()]
+    with policy.edits.off():
+        policy.hidden_states(torch.zeros((1, 2), dtype=torch.long, device=policy.device), None)
+    for handle in handles:
+        handle.remove()
+    for name in sites:
+        shape = shapes.get(name)
+        if shape is None or len(shape) != 3 or shape[1] != 2:
+            raise ConfigError(
+                f"intervention: {name} has no activation [batch seq width] in the passes of"
+                f" {type(policy.language_model).__name__}; choose another site"
+            )
+    return {name: shapes[name][2] for name in sites}
+
+
+def _attach(
+    policy: CausalTransformer, edits: list[tuple[str, Site, Edit]], positions: Positions
+) -> None:
+    assert not policy.is_compiled, "a compiled pass does not look for hooks again"
+    policy.edits = Edits(edits, positions)
+
+
+def _hash(*paths: str | None) -> str:
+    files = [Path(path).read_bytes() for path in paths if path is not None]
+    return hashlib.sha256(b"".join(files)).hexdigest()
