@@ -26,7 +26,6 @@ from rlhf_exp.models.finetune import Full, Lora, LastLayers
 from rlhf_exp.models.reference import reference_hash, resident_memory
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rollout.cached import CachedSampler
-from rlhf_exp.models.passes import policy_pass
 from rlhf_exp.rl.actors import Actors
 from rlhf_exp.rl.compute import Compute, warm_up
 from rlhf_exp.stages.ppo import PPO, Phases, coefficients, start
@@ -89,8 +88,8 @@ def learning_parts(run: Phases) -> dict[str, float]:
             ):
                 with lap("forward"):
                     part = experience[micro]
-                    new = policy_pass(
-                        actors.policy, actors.reference, part.rollout, layout[micro],
+                    new = actors.policy.engine.learning_pass(
+                        part.rollout, actors.reference.head, layout[micro],
                         temperature=actors.sampler.temperature,
                     )  # fmt: skip
                     loss = ppo.objective(new, part, coefficients(ppo, ppo.kl_coef)).loss

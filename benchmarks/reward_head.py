@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from rlhf_exp.models.policy import CausalTransformer
+from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.models.reward_model import HeadShape, RewardModel
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.stages.pair_data import PairData, pair_loss

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
 
+from rlhf_exp.models.engines import EngineName
 from rlhf_exp.models.loading import build_policy
-from rlhf_exp.models.policy import Engine, TransformerWithValueHead
+from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.tasks.tokenizers import word_tokenizer
@@ -38,7 +39,7 @@ def build_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def tiny_policy(
-    architecture: str = "gpt2", *, engine: Engine = "fast", seed: int = 0, dropout: float = 0.0
+    architecture: str = "gpt2", *, engine: EngineName = "fast", seed: int = 0, dropout: float = 0.0
 ) -> TransformerWithValueHead:
     """Two layers of width 16, weights far from their small initial ones: as drawn, attention is so
     flat that a wrong position or mask would hide below the tolerances."""
@@ -77,7 +78,7 @@ def sliding_policy() -> TransformerWithValueHead:
     return TransformerWithValueHead(model, build_tokenizer())
 
 
-def with_engine(policy: TransformerWithValueHead, engine: Engine) -> TransformerWithValueHead:
+def with_engine(policy: TransformerWithValueHead, engine: EngineName) -> TransformerWithValueHead:
     """A policy on the very parameters of another."""
     twin = TransformerWithValueHead(policy.language_model, policy.tokenizer, engine=engine)
     twin.value_head = policy.value_head

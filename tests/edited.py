@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf_exp.models.interventions import Ablate, Add, Intervention
-from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead, position_ids
+from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.models.transformer import CausalTransformer, position_ids
 
 WIDTH, HEAD = 16, 8  # of tiny_policy's residual stream and of its two heads
 ByHand = Callable[[Tensor], Tensor]  # of one token's activation [width], float64

@@ -4,6 +4,7 @@ the policy as it was before training."""
 import copy
 from typing import Protocol, runtime_checkable
 
+from rlhf_exp.models.engines import ENGINES
 from rlhf_exp.models.freezing import train_last_layers
 from rlhf_exp.models.loading import ModelSettings, must_be_fp32
 from rlhf_exp.models.lora import add_adapter
@@ -76,7 +77,7 @@ class Lora:
 
     def check(self, model: ModelSettings) -> list[str]:
         """TransformerLens does not know adapters."""
-        if model.engine == "hooked":
+        if not ENGINES[model.engine].is_plain:
             return ["finetune=lora needs model.engine=fast; policy.hooked() shows the merged model"]
         return []
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rlhf_exp.models.editing import Edit, Edits, Positions, Site, Sites
-from rlhf_exp.models.policy import CausalTransformer
+from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.settings import ConfigError, Index, Real, Text, settings
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.models.cache import config_context_len
+from rlhf_exp.models.engines import ENGINES, EngineName
 from rlhf_exp.models.hub import (
     directory_hash,
     find_file,
@@ -27,11 +28,7 @@ from rlhf_exp.models.hub import (
 )
 from rlhf_exp.models.kernels import install_kernels
 from rlhf_exp.models.lora import has_adapter
-from rlhf_exp.models.policy import (
-    Engine,
-    TransformerWithValueHead,
-    initialise_value_head,
-)
+from rlhf_exp.models.policy import TransformerWithValueHead, initialise_value_head
 from rlhf_exp.models.probing import check_hooked, probed
 from rlhf_exp.settings import ConfigError, Text, settings
 
@@ -49,7 +46,7 @@ class ModelSettings(Protocol):
     """What a model group offers: a language model, and how a policy is made of it."""
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> EngineName:
         """What runs the policy."""
         ...
 
@@ -88,7 +85,7 @@ class Pretrained:
     """Eager, sdpa, flash_attention_2; null: transformers' choice."""
     trust_remote_code: bool = False
     """true: runs Python code that comes with the model."""
-    engine: Engine = "fast"
+    engine: EngineName = "fast"
     """fast: the Hugging Face module; hooked: TransformerBridge."""
     value_head_init: ValueHeadInit = "default"
     """default: as nn.Linear; zero: every value starts at 0; unused if a head was saved."""
@@ -136,7 +133,7 @@ def must_be_fp32(model: ModelSettings) -> list[str]:
 def must_be_plain(model: ModelSettings, *, stage: str) -> list[str]:
     """What is wrong with settings of a model that a supervised stage of that name trains."""
     problems = must_be_fp32(model)
-    if model.engine != "fast":
+    if not ENGINES[model.engine].is_plain:
         problems.append(
             f"model.engine=hooked is for stage=ppo; stage={stage} trains with engine=fast"
         )
@@ -158,7 +155,7 @@ def build_policy(
         language_model.to(device), tokenizer, engine=model.engine, value_head=value_head
     )
     probed(policy)
-    if policy.engine == "hooked":
+    if not policy.engine.is_plain:
         check_hooked(policy)
     if policy.value_head is None:
         return policy
@@ -177,7 +174,7 @@ def build_policy(
 def load_policy(
     path_or_name: str | Path,
     *,
-    engine: Engine = "fast",
+    engine: EngineName = "fast",
     revision: str | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,

@@ -14,12 +14,8 @@ from torch import Tensor
 
 from rlhf_exp.functional.logprobs import logits_agree
 from rlhf_exp.models.cache import decoding_cache, prompt_cache, static_cache
-from rlhf_exp.models.policy import (
-    BOOLEAN_MASKS,
-    CausalTransformer,
-    FastPaths,
-    TransformerWithValueHead,
-)
+from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.models.transformer import BOOLEAN_MASKS, CausalTransformer, FastPaths
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.types import Completions, Layout, PromptBatch
 

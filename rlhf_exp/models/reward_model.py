@@ -19,8 +19,9 @@ from rlhf_exp.functional.masking import masked_fill_zero
 from rlhf_exp.models.freezing import train_last_layers
 from rlhf_exp.models.hub import locate_model
 from rlhf_exp.models.loading import load_language_model
-from rlhf_exp.models.policy import CausalTransformer, draw_linear
+from rlhf_exp.models.policy import draw_linear
 from rlhf_exp.models.probing import probed
+from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.types import Completions, Record, record
 

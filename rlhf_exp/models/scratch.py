@@ -7,9 +7,9 @@ import torch
 from pydantic import model_validator
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
+from rlhf_exp.models.engines import EngineName
 from rlhf_exp.models.kernels import install_kernels
 from rlhf_exp.models.loading import LanguageModel, TokenizerFactory, ValueHeadInit
-from rlhf_exp.models.policy import Engine
 from rlhf_exp.settings import BelowOne, ConfigError, Count, settings
 
 
@@ -36,7 +36,7 @@ class Scratch:
     """While it is pretrained, 0-0.3; PPO has none."""
     tie_embeddings: bool | None = None  # None: as the architecture does, GPT-2 yes, the others no
     """One matrix for input and output tokens; null: as the architecture does."""
-    engine: Engine = "fast"
+    engine: EngineName = "fast"
     """fast: the Hugging Face module; hooked: TransformerBridge."""
     value_head_init: ValueHeadInit = "default"
     """default: as nn.Linear; zero: every value starts at 0."""

@@ -132,7 +132,7 @@ def load_sampled_policy(
         model, tokenizer_factory(task), device=context.device, seed=seed, value_head=value_head
     )
     eos_token(policy, stop_at_eos=sampler.stop_at_eos)  # raises here rather than while sampling
-    if isinstance(sampler, BridgeSampler) and policy.engine != "hooked":  # which was checked
+    if isinstance(sampler, BridgeSampler) and policy.engine.is_plain:  # which was checked
         check_hooked(policy)
     return policy
 

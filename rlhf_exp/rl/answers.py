@@ -2,7 +2,7 @@
 reward, sampled or greedy."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
@@ -65,8 +65,3 @@ def exact_match(
         answers = [task.answer(prompt) for prompt in completions.prompts.texts]
         matches.append(exact_matches(completions, answers, policy.tokenizer))
     return torch.cat(matches).float().mean().item()
-
-
-def greedy(sampler: Sampler) -> Sampler:
-    """The sampler made to take the most probable token."""
-    return replace(sampler, top_k=1)  # type: ignore[type-var]

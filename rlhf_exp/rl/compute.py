@@ -5,9 +5,10 @@ from typing import Literal
 
 import torch
 
+from rlhf_exp.models.engines import ENGINES
 from rlhf_exp.models.loading import ModelSettings, Pretrained
-from rlhf_exp.models.policy import CausalTransformer
 from rlhf_exp.models.reference import compute_reference_in
+from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.rl.actors import Actors
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.sampler import Sampler
@@ -43,7 +44,7 @@ class Compute:
             "dtype=bf16": self.dtype == "bf16",
             "compile=on": self.compile == "on",
         }
-        if model.engine == "hooked":
+        if not ENGINES[model.engine].is_plain:
             problems += [
                 f"stage.compute.{setting} needs model.engine=fast"
                 for setting, is_set in wants_plain.items()
@@ -77,7 +78,7 @@ class Compute:
         size, knobs = self.micro_batch_size or minibatch, []
         if size > 1:
             knobs.append(f"set stage.compute.micro_batch_size below {size}")
-        if actors.policy.engine == "fast" and not self.gradient_checkpointing:
+        if actors.policy.engine.is_plain and not self.gradient_checkpointing:
             knobs.append("set stage.compute.gradient_checkpointing=true")
         if isinstance(actors.reference, CausalTransformer):
             knobs.append("train less, with finetune=last_layers or finetune=lora")
@@ -87,7 +88,7 @@ class Compute:
         """Sets the policy and the reference up."""
         policy = actors.policy
         dtype, base = torch.float32, policy.language_model.dtype
-        fast = policy.engine == "fast"
+        fast = policy.engine.is_plain
         # TransformerLens samples in fp32, and fp16 weights do not mix with bf16.
         if fast and base != torch.float16 and not isinstance(actors.sampler, BridgeSampler):
             width = policy.head.weight.shape[1]

@@ -13,7 +13,7 @@ from rlhf_exp.functional.masking import masked_mean
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rewards.attempts import PatientReward
 from rlhf_exp.rl.actors import Actors
-from rlhf_exp.rl.answers import exact_match, greedy, judge_answers
+from rlhf_exp.rl.answers import exact_match, judge_answers
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.tasks.prompts import take
@@ -72,7 +72,7 @@ def evaluate(
     order = torch.randperm(len(prompts.rows), generator=stream(seed, "evaluation prompts"))
     index = order.repeat(-(-num_samples // len(order)))[:num_samples]
     generator = stream(seed, "evaluation", device)
-    full = actors.sampler.full_distribution()
+    full = actors.sampler.full_distribution
     chunks = []
     for rows in index.split(ROWS):
         generation = sample(full, policy, take(prompts, rows.to(device)), generator, phase=phase)
@@ -89,7 +89,7 @@ def evaluate(
             "eval/reward_gap": metrics["eval/score"] - true.mean().item(),
             "eval/exact_match": exact.float().mean().item(),
             "eval/greedy_exact_match": exact_match(
-                policy, answers, distinct, greedy(full), generator
+                policy, answers, distinct, full.greedy, generator
             ),
         }
         for row, value, is_exact in zip(samples, true.tolist(), exact.tolist(), strict=True):

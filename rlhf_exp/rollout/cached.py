@@ -8,6 +8,7 @@ that was sampled so far.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from rlhf_exp.hf import Cache
 from rlhf_exp.models.cache import decoding_cache
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rollout.sampler import Drawn, Sampler, as_completions, check_finite, draw, eos_token
-from rlhf_exp.rollout.static import StaticDecoder, static_decoder
+from rlhf_exp.rollout.static import StaticDecoder, StaticDecoders
 from rlhf_exp.settings import settings
 from rlhf_exp.types import Generation, PromptBatch
 
@@ -27,6 +28,10 @@ class CachedSampler(Sampler):
 
     cuda_graphs: bool = True
     """On a GPU a decoding step is replayed as a captured graph; false: run by Python."""
+
+    @cached_property
+    def _decoders(self) -> StaticDecoders:
+        return StaticDecoders(self)
 
     @torch.no_grad()
     def __call__(
@@ -40,7 +45,7 @@ class CachedSampler(Sampler):
         uniforms = torch.rand((batch, self.gen_len), generator=generator, device=hidden.device)
         if self.cuda_graphs and policy.device.type == "cuda" and policy.fast_paths.static:
             assert cache is not None
-            decoder = static_decoder(policy, self, batch, prompt_len)
+            decoder = self._decoders.get(policy, batch, prompt_len)
             return decode_static(decoder, policy, prompts, cache, hidden, uniforms, eos=eos)
         return self._decode(policy, prompts, seen, cache, hidden, uniforms, eos=eos)
 

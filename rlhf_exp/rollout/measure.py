@@ -3,8 +3,8 @@
 import torch
 
 from rlhf_exp.functional.vocab_head import rollout_statistics
-from rlhf_exp.models.policy import CausalTransformer
 from rlhf_exp.models.reference import Reference
+from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.types import Generation, Layout, Rollout
 
 

@@ -6,6 +6,7 @@ is the temperature-scaled distribution over the full vocabulary.
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from rlhf_exp.functional.sampling import draw_tokens, filter_logits
 from rlhf_exp.functional.vocab_head import head_logits
 from rlhf_exp.hf import PreTrainedTokenizerBase
-from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
+from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.settings import ConfigError, Count, Temperature, TopP, settings
 from rlhf_exp.training.context import TrainingError
 from rlhf_exp.types import Completions, Generation, PromptBatch
@@ -47,9 +49,15 @@ class Sampler(ABC):
         """Whether tokens that the policy could emit are never sampled."""
         return self.top_k is not None or self.top_p < 1
 
+    @cached_property
     def full_distribution(self) -> "Sampler":
         """This sampler at temperature 1 without filters, as evaluations use it."""
         return replace(self, temperature=1.0, top_k=None, top_p=1.0)  # type: ignore[type-var]
+
+    @cached_property
+    def greedy(self) -> "Sampler":
+        """This sampler made to take the most probable token."""
+        return replace(self, top_k=1)  # type: ignore[type-var]
 
     def filter(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
         """The logits that this sampler draws from."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rlhf_exp.hf import Cache
 from rlhf_exp.models.cache import fill_static_cache, static_cache
-from rlhf_exp.models.policy import TransformerWithValueHead, position_ids
+from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.models.transformer import position_ids
 from rlhf_exp.rollout.sampler import Sampler, draw, through_first_eos
 
 # Steps between two looks at whether all rows have ended, each of which makes the host wait.
@@ -31,17 +32,21 @@ class Columns(NamedTuple):
     hidden: Tensor
 
 
-def static_decoder(
-    policy: TransformerWithValueHead, sampler: Sampler, batch: int, prompt_len: int
-) -> "StaticDecoder":
-    """The policy's decoder of this shape, made at the first use."""
-    key = (sampler, batch, prompt_len, policy.is_working, policy.edits)
-    if key not in policy.decoders:
-        if len(policy.decoders) == MOST_SHAPES:
-            policy.decoders.clear()
-        policy.decoders[key] = StaticDecoder(policy, sampler, batch, prompt_len)
-    decoder: StaticDecoder = policy.decoders[key]
-    return decoder
+class StaticDecoders:
+    """A sampler's decoders, made at the first use and kept by policy, shape and intervention."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+        self._made: dict[Any, StaticDecoder] = {}
+
+    def get(self, policy: TransformerWithValueHead, batch: int, prompt_len: int) -> "StaticDecoder":
+        """The decoder of so many rows after prompts of that width."""
+        key = (policy, batch, prompt_len, policy.is_working, policy.edits)
+        if key not in self._made:
+            if len(self._made) == MOST_SHAPES:
+                self._made.clear()
+            self._made[key] = StaticDecoder(policy, self._sampler, batch, prompt_len)
+        return self._made[key]
 
 
 class StaticDecoder:

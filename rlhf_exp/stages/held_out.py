@@ -8,7 +8,7 @@ import torch
 
 from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.rl.answers import exact_match, greedy
+from rlhf_exp.rl.answers import exact_match
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.tasks.examples import Example, ExampleBatch, pad
 from rlhf_exp.tasks.prompts import encode_prompts
@@ -89,7 +89,7 @@ class HeldOut:
         longest = max(len(example) - example.start for example in self.examples)
         room = self.policy.context_len - prompts.tokens.shape[1]
         sampler = CachedSampler(gen_len=min(longest, room), stop_at_eos=True)
-        samplers = {"sampled": sampler, "greedy": greedy(sampler)}
+        samplers = {"sampled": sampler, "greedy": sampler.greedy}
         names = {"sampled": EXACT, "greedy": GREEDY_EXACT}
         rows = prompts[torch.arange(len(prompts.rows), device=self.policy.device)[chosen]]
         generator = stream(self.seed, "held-out samples", self.policy.device)

@@ -13,7 +13,6 @@ from torch import Tensor
 from rlhf_exp.models.finetune import Finetune
 from rlhf_exp.models.hub import locate_model
 from rlhf_exp.models.loading import ModelSettings, Pretrained
-from rlhf_exp.models.passes import policy_pass
 from rlhf_exp.models.reference import resident_memory
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.rewards.protocol import Reward
@@ -357,9 +356,9 @@ class Phases:
         kl_coef = self.kl_coefficient.now(state)
         layout = Layout.of(experience.rollout.completions, whole=state.policy.is_compiled)
 
-        def policy_pass_of(part: Minibatch) -> Pass:
-            return policy_pass(
-                self.actors.policy, self.actors.reference, part.experience.rollout, part.layout,
+        def policy_pass(part: Minibatch) -> Pass:
+            return self.actors.policy.engine.learning_pass(
+                part.experience.rollout, self.actors.reference.head, part.layout,
                 temperature=self.actors.sampler.temperature,
             )  # fmt: skip
 
@@ -372,7 +371,7 @@ class Phases:
                 prepare=ppo.estimator.for_minibatch,
             ),
             micro_batches=partial(micro_batches, size=ppo.compute.micro_batch_size),
-            policy_pass=policy_pass_of,
+            policy_pass=policy_pass,
             objective=self.histograms.watch(
                 partial(ppo.objective, coefs=coefficients(ppo, kl_coef))
             ),

@@ -12,9 +12,9 @@ from rich.console import Console
 from torch import Tensor
 
 from rlhf_exp.models.loading import ModelSettings, must_be_plain
-from rlhf_exp.models.policy import CausalTransformer
 from rlhf_exp.models.probing import probed
 from rlhf_exp.models.reward_model import HeadKind, HeadShape, RewardModel, save_reward_model
+from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.rl.actors import fingerprints
 from rlhf_exp.settings import ConfigError, Count, Index, NonNegative, settings
 from rlhf_exp.stages.pair_data import (

@@ -10,10 +10,10 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rlhf_exp.models.finetune import Full, LastLayers, Lora
 from rlhf_exp.models.interventions import Ablate, Add, Intervention, NoIntervention
 from rlhf_exp.models.loading import load_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.models.reference import FullCopy, Lora, SharedTrunk
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.settings import ConfigError, Fingerprinted
 from rlhf_exp.types import Layout
@@ -40,8 +40,8 @@ from tests.edited import (
 TOKENS, MASK = ragged_tokens()
 PROMPT = 6
 KINDS = {
-    "full_copy": FullCopy(),
-    "shared_trunk": SharedTrunk(num_layers_unfrozen=1),
+    "full": Full(),
+    "last_layers": LastLayers(num_layers_unfrozen=1),
     "lora": Lora(rank=4, alpha=8),
 }
 

@@ -6,13 +6,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from rlhf_exp.models.policy import (
-    CausalTransformer,
-    TransformerWithValueHead,
-    draw_linear,
-    initialise_value_head,
-    position_ids,
-)
+from rlhf_exp.models.policy import TransformerWithValueHead, draw_linear, initialise_value_head
+from rlhf_exp.models.transformer import CausalTransformer, position_ids
 from tests.builders import (
     CONTEXT_LEN,
     WORDS,

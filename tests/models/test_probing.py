@@ -9,8 +9,9 @@ import transformers as hf
 from torch import Tensor
 
 from rlhf_exp.models.loading import Pretrained, load_language_model, load_policy
-from rlhf_exp.models.policy import FastPaths, TransformerWithValueHead
+from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.probing import find_fast_paths, packs, probed
+from rlhf_exp.models.transformer import FastPaths
 from rlhf_exp.rl.actors import fitting_prompts, load_sampled_policy
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.cached import CachedSampler

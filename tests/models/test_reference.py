@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rlhf_exp.functional.logprobs import completion_part
 from rlhf_exp.models.finetune import Finetune, Full, LastLayers, Lora
 from rlhf_exp.models.loading import Pretrained
-from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
+from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.reference import (
     Memory,
     Reference,
@@ -18,6 +18,7 @@ from rlhf_exp.models.reference import (
     resident_memory,
 )
 from rlhf_exp.models.scratch import Scratch
+from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.types import Layout
 from tests.builders import assert_near, cut, ragged_tokens, tiny_policy

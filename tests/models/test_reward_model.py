@@ -11,7 +11,6 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from rlhf_exp.models.policy import CausalTransformer
 from rlhf_exp.models.reward_model import (
     HEAD_FILE,
     SHAPE_FILE,
@@ -25,6 +24,7 @@ from rlhf_exp.models.reward_model import (
     save_reward_model,
 )
 from rlhf_exp.models.saving import save_policy
+from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.types import Completions, PromptBatch
 from tests.builders import (

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as hf
 
-from rlhf_exp.models.policy import CausalTransformer
+from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.models.unembedding import measure_unembedding
 from rlhf_exp.settings import ConfigError
 

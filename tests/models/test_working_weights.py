@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from rlhf_exp.functional.vocab_head import rollout_statistics
 from rlhf_exp.models.finetune import Full, LastLayers, Lora
-from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
+from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.reference import compute_reference_in
+from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.models.working_weights import WorkingWeights, multiplied
 from rlhf_exp.types import Layout
 from tests.builders import assert_near, cut, ragged_tokens, tiny_policy

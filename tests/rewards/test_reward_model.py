@@ -7,7 +7,6 @@ import torch
 from pydantic import ValidationError
 
 from rlhf_exp.models.loading import directory_hash
-from rlhf_exp.models.policy import CausalTransformer
 from rlhf_exp.models.reward_model import (
     HeadShape,
     RewardModel,
@@ -15,6 +14,7 @@ from rlhf_exp.models.reward_model import (
     save_reward_model,
 )
 from rlhf_exp.models.saving import save_policy
+from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.rewards.protocol import ReadsTokens, Reward
 from rlhf_exp.rewards.reward_model import LearnedReward, score_answers
 from rlhf_exp.settings import ConfigError

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from rlhf_exp.functional.losses import clipped_surrogate, value_loss
 from rlhf_exp.functional.masking import masked_mean
 from rlhf_exp.models.lora import adapter_off, has_adapter
-from rlhf_exp.models.passes import textbook_pass
 from rlhf_exp.rl.actors import Actors
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.measure import measure
@@ -17,7 +16,7 @@ from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.tasks.prompts import take
 from rlhf_exp.types import Completions, Experience, Generation, Layout
 
-from .toy import experience_of
+from .toy import experience_of, textbook_pass
 
 LENGTHS = (5, 1, 3, 4, 2, 5, 1, 3)  # in 7 columns, of which the last two are padding everywhere
 

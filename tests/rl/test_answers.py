@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf_exp.rl import answers
-from rlhf_exp.rl.answers import exact_match, exact_matches, greedy, judge_answers
+from rlhf_exp.rl.answers import exact_match, exact_matches, judge_answers
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.tasks.arithmetic import TEMPLATES, Arithmetic
@@ -115,7 +115,7 @@ def test_the_greedy_rate_is_that_of_a_loop(rows: int, monkeypatch: pytest.Monkey
     for prompt in task.train_prompts():
         wanted = tokenizer(task.answer(prompt), add_special_tokens=False)["input_ids"]
         right += decoded_greedily(prompt, 4) == [*wanted, 2]
-    rate = exact_match(echo_policy(), task, echo_prompts(), greedy(SAMPLER), torch.Generator())
+    rate = exact_match(echo_policy(), task, echo_prompts(), SAMPLER.greedy, torch.Generator())
     assert rate == pytest.approx(right / 96)
     assert 10 < right < 86
 
@@ -124,11 +124,11 @@ def test_sampled_answers_are_right_less_often_than_greedy_ones() -> None:
     generator = torch.Generator().manual_seed(0)
     args = echo_policy(), EchoTask(), echo_prompts()
     sampled = [exact_match(*args, SAMPLER, generator) for _ in range(4)]
-    assert max(sampled) < exact_match(*args, greedy(SAMPLER), generator)
+    assert max(sampled) < exact_match(*args, SAMPLER.greedy, generator)
     assert len(set(sampled)) > 1
 
 
 @pytest.mark.parametrize("kind", [CachedSampler, BridgeSampler])
 def test_greedy_changes_nothing_but_the_choice(kind: type) -> None:
     sampler = kind(gen_len=9, temperature=0.5, stop_at_eos=True)
-    assert greedy(sampler) == kind(gen_len=9, temperature=0.5, top_k=1, stop_at_eos=True)
+    assert sampler.greedy == kind(gen_len=9, temperature=0.5, top_k=1, stop_at_eos=True)

@@ -11,7 +11,7 @@ import torch
 from rlhf_exp.rewards.attempts import PatientReward
 from rlhf_exp.rewards.length import Length
 from rlhf_exp.rl import evaluation
-from rlhf_exp.rl.answers import exact_match, greedy
+from rlhf_exp.rl.answers import exact_match
 from rlhf_exp.rl.evaluation import Evaluation, evaluate, read_evaluations
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.sampler import Sampler
@@ -126,13 +126,13 @@ def test_so_many_prompts_are_sampled_at_once(
 ) -> None:
     actors, _ = start(PPO(), tmp_path, task=RAGGED)
     prompts = actors.train_prompts[torch.tensor([0, 1, 2, 3, 1, 2, 0, 3])]
-    whole = greedy(actors.sampler)(actors.policy, prompts, torch.Generator())
+    whole = actors.sampler.greedy(actors.policy, prompts, torch.Generator())
     seen: list[tuple[int, int]] = []
     hook = actors.policy.language_model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(pass_shape(kwargs)), with_kwargs=True
     )
     parts = evaluation.sample(
-        greedy(actors.sampler), actors.policy, prompts, torch.Generator(), phase=1, rows=rows
+        actors.sampler.greedy, actors.policy, prompts, torch.Generator(), phase=1, rows=rows
     )
     hook.remove()
     assert [batch for batch, columns in seen if columns > 1] == sizes
@@ -193,7 +193,7 @@ def test_each_prompt_is_answered_greedily_once(tmp_path: Path) -> None:
     sampler = CachedSampler(gen_len=3, stop_at_eos=True, top_k=7)
     actors = echo_actors(tmp_path, reward=Echoed(), sampler=sampler)
     everything = exact_match(
-        actors.policy, EchoTask(), actors.eval_prompts, greedy(sampler), torch.Generator()
+        actors.policy, EchoTask(), actors.eval_prompts, sampler.greedy, torch.Generator()
     )
     assert 0 < everything < 1
     for num_samples in (24, 100):
@@ -206,7 +206,7 @@ def test_each_prompt_is_answered_greedily_once(tmp_path: Path) -> None:
         actors.policy,
         EchoTask(),
         actors.eval_prompts[torch.tensor(chosen)],
-        greedy(sampler),
+        sampler.greedy,
         torch.Generator(),
     )
     assert some.metrics["eval/greedy_exact_match"] == pytest.approx(greedily)

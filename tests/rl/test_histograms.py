@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_exp.models.passes import textbook_pass
 from rlhf_exp.rl.histograms import HistogramCollector
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.training.metrics import histogram
 from rlhf_exp.training.optim import AdamWSettings
 
 from .fixed import LENGTHS, fixed_completions, fixed_experience
-from .toy import RAGGED, collect, context, learn, parts, ppo_with, rows, start
+from .toy import RAGGED, collect, context, learn, parts, ppo_with, rows, start, textbook_pass
 
 SMALL = ppo_with(batch_size=8, num_minibatches=2, batches_per_learning_phase=2, dtype="fp32")
 

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_exp.models.passes import fast_pass
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.stages.ppo import PPO
@@ -23,7 +22,19 @@ from ..builders import ARCHITECTURES
 from ..stages.test_resume import PHASES, Failing, files, run, timeless
 from .fixed import fixed_completions, fixed_experience
 from .test_objectives import REFERENCES, TASKS, started
-from .toy import CPU, RAGGED, collect, context, learn, parts, phase, ppo_with, saved_model, start
+from .toy import (
+    CPU,
+    RAGGED,
+    collect,
+    context,
+    fast_pass,
+    learn,
+    parts,
+    phase,
+    ppo_with,
+    saved_model,
+    start,
+)
 
 SAMPLER = CachedSampler(gen_len=6, stop_at_eos=True, temperature=0.7)
 DTYPES = ("fp32", "bf16")

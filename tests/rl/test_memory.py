@@ -8,12 +8,11 @@ import pytest
 from torch.profiler import ProfilerActivity, profile
 
 from rlhf_exp.hf import PreTrainedTokenizerBase
-from rlhf_exp.models.passes import textbook_pass
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.tasks.tokenizers import word_tokenizer
 
 from .fixed import fixed_completions, fixed_experience
-from .toy import ToyTask, learn, ppo_with, start
+from .toy import ToyTask, learn, ppo_with, start, textbook_pass
 
 GEN_LEN = 24
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.models.finetune import Finetune, Full, LastLayers, Lora
-from rlhf_exp.models.passes import fast_pass, textbook_pass
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rl.actors import Actors
 from rlhf_exp.rl.state import TrainState
@@ -29,7 +28,18 @@ from .fixed import (
     reference_states,
     textbook_phase,
 )
-from .toy import CPU, RAGGED, ToyTask, learn, loss, pass_shape, ppo_with, start
+from .toy import (
+    CPU,
+    RAGGED,
+    ToyTask,
+    fast_pass,
+    learn,
+    loss,
+    pass_shape,
+    ppo_with,
+    start,
+    textbook_pass,
+)
 
 TEMPERATURE = 0.7
 TASKS = {
@@ -186,6 +196,7 @@ from pathlib import Path
 from torch._dynamo.utils import counters
 from rlhf_exp.models.finetune import Full
 from tests.rl.test_objectives import SMALL, learned
+from tests.rl.toy import ppo_with
 path, device, mode = Path(sys.argv[1]), torch.device(sys.argv[2]), sys.argv[3]
 torch.compile = partial(torch.compile, backend=sys.argv[4])
 given = ("ragged", Full(), {"num_layers": 1, "device": device})

@@ -11,8 +11,8 @@ from torch import Tensor
 from rlhf_exp.functional.logprobs import completion_logits, entropy, kl_divergence, token_logprobs
 from rlhf_exp.models.finetune import Full, LastLayers, Lora
 from rlhf_exp.models.loading import Pretrained
-from rlhf_exp.models.passes import fast_pass
-from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
+from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.stages.held_out import HeldOut, next_token_loss
 from rlhf_exp.tasks.examples import encode_demonstrations, pad
@@ -21,7 +21,7 @@ from rlhf_exp.types import Pass
 
 from ..builders import assert_near, stretch
 from .fixed import fixed_completions, fixed_experience, layout_of, off_the_reference
-from .toy import RAGGED, EchoTask, ToyTask, collect, phase, ppo_with, start
+from .toy import RAGGED, EchoTask, ToyTask, collect, fast_pass, phase, ppo_with, start
 
 TEMPERATURE = 0.7
 SHAPE = {

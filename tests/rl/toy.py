@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.hf import PreTrainedTokenizerBase
+from rlhf_exp.models import engines
 from rlhf_exp.models.finetune import Full
 from rlhf_exp.models.loading import Pretrained, build_policy
-from rlhf_exp.models.passes import policy_pass
 from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.models.reference import Reference
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rewards.keyword import Keyword
 from rlhf_exp.rewards.protocol import RewardFunction
@@ -41,7 +42,7 @@ from rlhf_exp.training.context import Context
 from rlhf_exp.training.folder import RunFolder
 from rlhf_exp.training.optim import AdamWSettings, Constant
 from rlhf_exp.training.timing import Stopwatch
-from rlhf_exp.types import Completions, Experience, Layout, LossOutput, Rollout
+from rlhf_exp.types import Completions, Experience, Layout, LossOutput, Pass, Rollout
 
 from ..builders import stretch
 
@@ -262,11 +263,34 @@ def loss(
     layout: Layout | None = None,
 ) -> LossOutput:
     """The stage's loss of a minibatch, by the policy of the actors or another one."""
-    new = policy_pass(
-        policy or actors.policy, actors.reference, experience.rollout, layout,
-        temperature=actors.sampler.temperature,
-    )  # fmt: skip
+    engine = (policy or actors.policy).engine
+    layout = layout or Layout.of(experience.rollout.completions)
+    new = engine.learning_pass(
+        experience.rollout, actors.reference.head, layout, temperature=actors.sampler.temperature
+    )
     return ppo.objective(new, experience, coefficients(ppo, ppo.kl_coef))
+
+
+def textbook_pass(
+    policy: TransformerWithValueHead, reference: Reference, rollout: Rollout, *, temperature: float
+) -> Pass:
+    """The pass from all logits at once, whatever the policy's engine."""
+    completions = rollout.completions
+    logits, values = policy(*completions.sequences, prompt_len=completions.prompt_len)
+    return engines.textbook_pass(logits, values, rollout, reference.head, temperature=temperature)
+
+
+def fast_pass(
+    policy: TransformerWithValueHead,
+    reference: Reference,
+    rollout: Rollout,
+    layout: Layout,
+    *,
+    temperature: float,
+) -> Pass:
+    """The fast engine's."""
+    engine = engines.FastEngine(policy)
+    return engine.learning_pass(rollout, reference.head, layout, temperature=temperature)
 
 
 def pass_shape(kwargs: dict[str, Any]) -> tuple[int, int]:

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_exp.models.policy import FastPaths, TransformerWithValueHead
-from rlhf_exp.models.reference import FullCopy, Lora, SharedTrunk
+from rlhf_exp.models.finetune import Full, LastLayers, Lora
+from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.models.transformer import FastPaths
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.cached import CachedSampler, decode_static, prefill
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import eos_token
-from rlhf_exp.rollout.static import StaticDecoder, static_decoder
+from rlhf_exp.rollout.static import StaticDecoder
 from rlhf_exp.types import Generation, PromptBatch
 from tests.architectures import learning_logprobs
 from tests.builders import assert_near, prompts, tiny_policy, with_engine
@@ -112,11 +113,11 @@ def test_static_steps_give_what_the_loop_gives(
     policy = tiny_policy(architecture)
     batch = prompts(policy, TEXTS[texts])
     rows, width = batch.tokens.shape
-    before = static_decoder(policy, SAMPLER, rows, width)
+    before = SAMPLER._decoders.get(policy, rows, width)
     settings(case, tmp_path, positions=positions).attach(policy)
     expected = SAMPLER(policy, batch, generator())
     uniforms = torch.rand((rows, SAMPLER.gen_len), generator=generator())
-    decoder = static_decoder(policy, SAMPLER, rows, width)
+    decoder = SAMPLER._decoders.get(policy, rows, width)
     assert decoder is not before  # whose graph, on a GPU, is of steps without it
     found = static_generation(policy, batch, uniforms, decoder)
     assert torch.equal(found.completions.tokens, expected.completions.tokens)
@@ -124,13 +125,13 @@ def test_static_steps_give_what_the_loop_gives(
         assert_near(getattr(found, name), getattr(expected, name))
 
 
-@pytest.mark.parametrize("kind", ["full_copy", "shared_trunk", "lora"])
+@pytest.mark.parametrize("kind", ["full", "last_layers", "lora"])
 @pytest.mark.parametrize("case", ["add", "mean"])
 def test_the_kl_is_from_the_policy_under_it_to_the_model_without(
     architecture: str, case: str, kind: str, tmp_path: Path
 ) -> None:
     policy = tiny_policy(architecture)
-    kinds = {"full_copy": FullCopy(), "lora": Lora(rank=2), "shared_trunk": SharedTrunk()}
+    kinds = {"full": Full(), "lora": Lora(rank=2), "last_layers": LastLayers()}
     reference = kinds[kind].attach(policy, seed=0)
     settings(case, tmp_path).attach(policy)
     generation = SAMPLER(policy, prompts(policy, RAGGED), generator())

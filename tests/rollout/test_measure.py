@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from rlhf_exp.models.policy import CausalTransformer, TransformerWithValueHead
+from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.types import Generation, Rollout

@@ -6,8 +6,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_exp.models.loading import build_policy
-from rlhf_exp.models.policy import CausalTransformer
 from rlhf_exp.models.scratch import Scratch
+from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.sampler import Sampler, as_completions, kept_mass, through_first_eos
@@ -264,11 +264,11 @@ def test_settings_out_of_range_are_refused(cls, wrong, message):
 def test_the_full_distribution_is_that_without_temperature_and_filters(cls):
     sampler = cls(gen_len=7, temperature=0.5, top_k=3, stop_at_eos=True)
     assert sampler.truncates
-    full = sampler.full_distribution()
+    full = sampler.full_distribution
     assert full == cls(gen_len=7, stop_at_eos=True)
     assert not full.truncates
     assert cls(top_p=0.9).truncates
-    assert cls(top_p=0.9).full_distribution() == cls()
+    assert cls(top_p=0.9).full_distribution == cls()
 
 
 def test_kept_mass_by_hand():

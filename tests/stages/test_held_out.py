@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlhf_exp.models.scratch import Scratch
-from rlhf_exp.rl.answers import exact_match, greedy
+from rlhf_exp.rl.answers import exact_match
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.stages.held_out import HeldOut, held_out_loss, next_token_loss
 from rlhf_exp.tasks.examples import Example, encode_demonstrations, pack, pad
@@ -106,7 +106,7 @@ def rate(examples: Sequence[Example], *, is_greedy: bool, seed: int = 1) -> floa
     prompts = encode_prompts(policy.tokenizer, texts, prepend_bos=True)
     if is_greedy:  # the sampled answers are drawn first
         exact_match(policy, EchoTask(), prompts, sampler, generator)
-        sampler = greedy(sampler)
+        sampler = sampler.greedy
     return exact_match(policy, EchoTask(), prompts, sampler, generator)
 
 

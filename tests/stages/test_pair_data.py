@@ -8,8 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from rlhf_exp.models.policy import CausalTransformer
 from rlhf_exp.models.reward_model import HeadShape, RewardModel
+from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.stages import pair_data
 from rlhf_exp.stages.pair_data import (
     PairData,

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from rlhf_exp.models.finetune import Lora
 from rlhf_exp.models.loading import VALUE_HEAD_FILE
-from rlhf_exp.models.policy import CausalTransformer
 from rlhf_exp.models.reward_model import HEAD_FILE, HeadShape, RewardModel, save_reward_model
 from rlhf_exp.models.saving import save_policy
+from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.stages.saved import (
     check_saved_classifier,
     check_saved_language_model,
