@@ -17,7 +17,9 @@ T = TypeVar("T")
 REFERENCE = "artifact:"
 
 # The groups that a stage is handed, of which its `run` names those that it takes.
-PARTS = ("task", "model", "reference", "reward", "sampler", "optimizer", "schedule")
+PARTS = (
+    "task", "model", "reference", "reward", "sampler", "optimizer", "schedule", "intervention",
+)  # fmt: skip
 
 
 class ConfigError(ValueError):

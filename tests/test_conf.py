@@ -87,6 +87,7 @@ OTHER_THAN_DEFAULT = {
     "reward/http": {"url"},
     "task/dataset": {"path"},
     "task/labelled_text": {"path"},
+    "intervention/add": {"path", "sites"},
 }
 # Options that are another one with something changed.
 BEGINNINGS = {
@@ -112,6 +113,8 @@ GIVEN = {
     "reward.function": "json:dumps",
     "reward.url": "http://localhost:8000/score",
     "task.path": "FILE.tsv",
+    "intervention.path": "FILE.safetensors",
+    "intervention.sites": ["ln_final.hook_out"],
 }
 # Rewards that a step of `prepare` makes, and the experiments that have such a step.
 MADE = {

@@ -45,6 +45,9 @@ class NoIntervention:
         """Nothing is done."""
 
 
+NO_INTERVENTION = NoIntervention()
+
+
 @settings
 class Add:
     """A vector is added, `scale` times, at sites: steering. `path` is a safetensors file, which has

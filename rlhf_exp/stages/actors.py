@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rlhf_exp.hf import PreTrainedModel
+from rlhf_exp.models.interventions import NO_INTERVENTION, Intervention
 from rlhf_exp.models.loading import ModelSettings, build_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.probing import check_hooked
@@ -49,6 +50,7 @@ def load_actors(
     reward: Reward,
     sampler: Sampler,
     reference: ReferenceSettings,
+    intervention: Intervention = NO_INTERVENTION,
 ) -> Actors:
     """The policy, what of it is trained, its reference, the reward and the prompts, on the
     context's device. Raises ConfigError for what cannot be loaded or does not fit."""
@@ -61,6 +63,7 @@ def load_actors(
         held_out = without(held_out, train)
     score = load_reward(context, reward, policy, task, sampler, (train, held_out))
     frozen = reference.attach(policy, seed=stream_seed(context.seed, "reference"))
+    intervention.attach(policy)
     return Actors(
         policy=policy,
         reference=frozen,

@@ -118,7 +118,7 @@ def textbook_pass(
     """Every logit of every position at once, as in the books: what `fast_pass` must equal."""
     completions = batch.rollout.completions
     start = completions.prompt_len
-    logits, values = policy(*completions.sequences)
+    logits, values = policy(*completions.sequences, prompt_len=start)
     logits = completion_logits(logits, start).float() / temperature
     with torch.no_grad():
         ref_logits = reference.unembed(batch.rollout.ref_hidden).float() / temperature

@@ -12,6 +12,7 @@ import torch
 from pydantic import model_validator
 
 from rlhf_exp.models.hub import locate_model
+from rlhf_exp.models.interventions import NO_INTERVENTION, Intervention
 from rlhf_exp.models.loading import ModelSettings, Pretrained
 from rlhf_exp.models.reference import (
     ReferenceSettings,
@@ -111,11 +112,12 @@ class PPO(Learning):
         reward: Reward,
         sampler: Sampler,
         schedule: Schedule,
+        intervention: Intervention = NO_INTERVENTION,
         **_: Any,
     ) -> list[str]:
         """What is wrong between this stage and its parts. Raises ConfigError for a part whose files
         are missing or malformed."""
-        for part in (task, reward):
+        for part in (task, reward, intervention):
             if isinstance(part, Fingerprinted):
                 part.fingerprint()
         if isinstance(model, Pretrained):
@@ -159,6 +161,7 @@ class PPO(Learning):
         sampler: Sampler,
         optimizer: AdamWSettings,
         schedule: Schedule,
+        intervention: Intervention = NO_INTERVENTION,
     ) -> dict[str, Any]:
         """Trains, evaluates before, between and after, saves the policy; returns the result.
 
@@ -168,10 +171,11 @@ class PPO(Learning):
         """
         clock = Stopwatch()
         with clock("load"), explaining_memory("loading", LOADING):
-            actors = load_actors(context, task, model, reward, sampler, reference)
+            actors = load_actors(context, task, model, reward, sampler, reference, intervention)
             self.prepare(actors)
             frozen = frozen_hash(actors)
-            inputs = fingerprints(actors.policy.language_model, task=task, model=model)
+            files = {"task": task, "model": model, "intervention": intervention}
+            inputs = fingerprints(actors.policy.language_model, **files)
             inputs["reference"] = actors.reference_hash
             state = TrainState.start(
                 actors.policy, optimizer, schedule, actors.train_prompts,
@@ -186,8 +190,7 @@ class PPO(Learning):
                 log.info("going on after phase %d", state.phase)
                 self.reconsider(state)
         context.folder.start()
-        memory = resident_memory(actors.policy, actors.reference)
-        log.info("%s", memory)
+        log.info("%s", memory := resident_memory(actors.policy, actors.reference))
         with clock("compile"):
             self.warm_up(actors)
         if sampler.truncates:
@@ -241,7 +244,8 @@ class PPO(Learning):
             mask = torch.ones_like(tokens, dtype=torch.bool)
             padded = not bool(actors.train_prompts.mask.all())
             with policy.working():
-                policy.hidden_states(tokens, mask if padded else None).sum().backward()
+                states = policy.hidden_states(tokens, mask if padded else None, prompt_len=width)
+                states.sum().backward()
             policy.zero_grad(set_to_none=True)
 
     def _train(
