@@ -18,7 +18,9 @@ T = TypeVar("T")
 REFERENCE = "artifact:"
 
 # The groups that a stage is handed, of which its `Parts` names those that it takes.
-PARTS = ("task", "model", "finetune", "reward", "sampler", "optimizer", "schedule")
+PARTS = (
+    "task", "model", "finetune", "reward", "sampler", "optimizer", "schedule", "intervention",
+)  # fmt: skip
 
 
 class ConfigError(ValueError):

@@ -75,7 +75,11 @@ def _docstrings(kind: type) -> dict[str, str]:
                     case (ast.AnnAssign(target=ast.Name(id=name)),
                           ast.Expr(value=ast.Constant(value=str(doc)))):  # fmt: skip
                         doc = " ".join(doc.split()).removesuffix(".")
-                        docs[name] = doc[:1].lower() + doc[1:] if doc[1:2].islower() else doc
+                        docs[name] = (
+                            doc[:1].lower() + doc[1:]
+                            if doc[1:2] == " " or doc[1:2].islower()
+                            else doc
+                        )
     return docs
 
 

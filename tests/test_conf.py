@@ -48,6 +48,8 @@ GIVEN = {
     "reward.function": "json:dumps",
     "reward.url": "http://localhost:8000/score",
     "task.path": "FILE.tsv",
+    "intervention.path": "FILE.safetensors",
+    "intervention.sites": ["ln_final.hook_out"],
 }
 # Rewards that a step of `prepare` makes, and the experiments that have such a step.
 MADE = {

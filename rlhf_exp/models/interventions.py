@@ -45,6 +45,9 @@ class NoIntervention:
         """Nothing is done."""
 
 
+NO_INTERVENTION = NoIntervention()
+
+
 @settings
 class Add:
     """A vector is added, `scale` times, at sites: steering. `path` is a safetensors file, which has
@@ -52,10 +55,16 @@ class Add:
     """
 
     path: Text
+    """A safetensors file with the vector."""
     key: Text = "vector"
+    """The vector's name in it."""
     sites: tuple[Text, ...]
+    """Where it is added, by TransformerLens's names: [blocks.3.hook_resid_post]; * stands for
+    anything."""
     scale: Real = 1.0
+    """Factor of the vector, -10 to 10."""
     positions: Positions = "all"
+    """The tokens at which it acts: prompt, completion, all."""
 
     def fingerprint(self) -> str:
         """A hash of the file. Raises ConfigError if it does not have the vector."""
@@ -85,12 +94,21 @@ class Ablate:
     """
 
     heads: tuple[tuple[Index, Index], ...] = ()
+    """[layer, head] of attention heads whose outputs are replaced, both from 0: [[3,0],[3,7]]."""
     mlps: tuple[Index, ...] = ()
+    """Layers whose MLP's output is replaced, from 0: [3,4]."""
     direction: Text | None = None
+    """A safetensors file with a direction, the component along which is replaced at `sites`; null:
+    none."""
     direction_key: Text = "direction"
+    """The direction's name in it."""
     sites: tuple[Text, ...] = ()
+    """Where, by TransformerLens's names: [blocks.*.hook_resid_pre]; * stands for anything."""
     means: Text | None = None
+    """A safetensors file with the mean activation of each site under its name, which is put in
+    place; null: 0 is."""
     positions: Positions = "all"
+    """The tokens at which it acts: prompt, completion, all."""
 
     @model_validator(mode="after")
     def _is_whole(self) -> "Ablate":

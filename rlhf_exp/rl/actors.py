@@ -10,6 +10,7 @@ import torch
 
 from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.models.finetune import Finetune
+from rlhf_exp.models.interventions import NO_INTERVENTION, Intervention
 from rlhf_exp.models.loading import ModelSettings, build_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.probing import check_hooked
@@ -51,6 +52,7 @@ def load_actors(
     sampler: Sampler,
     finetune: Finetune,
     *,
+    intervention: Intervention = NO_INTERVENTION,
     value_head: bool = True,
 ) -> Actors:
     """The policy, what of it is trained, its reference, the reward and the prompts, on the
@@ -64,6 +66,7 @@ def load_actors(
         held_out = without(held_out, train)
     score = load_reward(context, reward, policy, task, sampler, (train, held_out))
     reference = finetune.attach(policy, seed=stream_seed(context.seed, "reference"))
+    intervention.attach(policy)
     return Actors(
         policy=policy,
         reference=reference,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf_exp.models.finetune import Finetune
 from rlhf_exp.models.hub import locate_model
+from rlhf_exp.models.interventions import NO_INTERVENTION, Intervention
 from rlhf_exp.models.loading import ModelSettings, Pretrained
 from rlhf_exp.models.reference import resident_memory
 from rlhf_exp.models.saving import save_policy
@@ -64,6 +65,7 @@ class PPOParts:
     sampler: Sampler
     optimizer: AdamWSettings
     schedule: Schedule
+    intervention: Intervention = NO_INTERVENTION
 
 
 @settings
@@ -139,7 +141,7 @@ class PPO(Stage[PPOParts]):
         """What is wrong between this stage and its parts. Raises ConfigError for a part whose files
         are missing or malformed."""
         model, sampler = parts.model, parts.sampler
-        for part in (parts.task, parts.reward):
+        for part in (parts.task, parts.reward, parts.intervention):
             if isinstance(part, Fingerprinted):
                 part.fingerprint()
         if isinstance(model, Pretrained):
@@ -169,11 +171,12 @@ class PPO(Stage[PPOParts]):
         with clock("load"), explaining_memory("loading", LOADING):
             actors = load_actors(
                 context, parts.task, parts.model, parts.reward, parts.sampler, parts.finetune,
-                value_head=self.estimator.needs_values,
+                intervention=parts.intervention, value_head=self.estimator.needs_values,
             )  # fmt: skip
             self.compute.prepare(actors)
             frozen = frozen_hash(actors)
-            inputs = fingerprints(actors.policy.language_model, task=parts.task, model=parts.model)
+            files = {"task": parts.task, "model": parts.model, "intervention": parts.intervention}
+            inputs = fingerprints(actors.policy.language_model, **files)
             inputs["finetune"] = actors.reference_hash
             state = start(
                 self, actors, parts.optimizer, parts.schedule, seed=context.seed, inputs=inputs
@@ -245,16 +248,15 @@ def start(
 
 def train(ppo: PPO, context: Context, phases: "Phases", saver: Saver) -> None:
     """Runs phases until they are all done or a guard ends the run."""
-    state = phases.state
     with saver.steps(), Progress(ppo.total_phases, unit="phase") as progress:
         keeper = Keeper(
-            context=context, actors=phases.actors, state=state, summarize=phases.summarize,
+            context=context, actors=phases.actors, state=phases.state, summarize=phases.summarize,
             scorer=phases.scorer, saver=saver, progress=progress, histograms=phases.histograms,
             clock=phases.clock, total_phases=ppo.total_phases, eval_every=ppo.eval_every,
             eval_samples=ppo.eval_samples, histograms_every=ppo.histograms_every,
         )  # fmt: skip
         keeper.start()
-        while state.phase < ppo.total_phases and state.stopped is None:
+        while phases.state.phase < ppo.total_phases and phases.state.stopped is None:
             phases.run(keeper)
 
 
@@ -315,8 +317,7 @@ class Phases:
     def measure(self, generation: Generation, phase: int) -> Rollout:
         """Step 3; the scores are NaN until they are there."""
         doing = f"phase {phase}: measuring the samples"
-        logprobs = generation.logprobs
-        unscored = logprobs.new_full(logprobs.shape[:1], math.nan)
+        unscored = generation.logprobs.new_full(generation.logprobs.shape[:1], math.nan)
         with self.lap("measure"), explaining_memory(doing, self._less):
             return measure(
                 self.actors.policy, self.actors.reference, generation, unscored,

@@ -1,5 +1,8 @@
 """Interventions in full passes: in either engine, with gradients, and in the policy alone."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -371,3 +374,44 @@ def test_a_compiled_policy_is_not_attached_to(tmp_path: Path) -> None:
     policy.compile_passes()
     with pytest.raises(AssertionError, match="compiled"):
         settings("add", tmp_path).attach(policy)
+
+
+# By itself: the checks that tests put around functions cannot be compiled.
+COMPILED = """
+import rlhf_exp.environment, json, sys
+import torch
+from functools import partial
+from pathlib import Path
+from tests.builders import ragged_tokens, tiny_policy
+from tests.edited import CHANGES, settings
+torch.compile = partial(torch.compile, backend="aot_eager")
+tokens, mask = ragged_tokens()
+errors = []
+for case, positions in CHANGES[1::3]:
+    policies = [tiny_policy("llama") for _ in range(2)]
+    for policy in policies:
+        settings(case, Path(sys.argv[1]), positions=positions).attach(policy)
+    policies[1].compile_passes()
+    for prompt_len, seen in ((6, mask), (5, mask), (6, None), (6, mask)):
+        hidden = [policy.hidden_states(tokens, seen, prompt_len=prompt_len) for policy in policies]
+        for policy, states in zip(policies, hidden):
+            policy.zero_grad()
+            states[mask].square().sum().backward()
+        trunks = [policy.language_model.base_model for policy in policies]
+        grads = zip(*[[p.grad for p in trunk.parameters()] for trunk in trunks])
+        for one, other in [(hidden[0][mask], hidden[1][mask]), *grads]:
+            errors.append(((one - other).abs().max() / one.abs().max().clamp(min=1)).item())
+from torch._dynamo.utils import counters
+print(json.dumps([max(errors), counters["stats"]["unique_graphs"]]))
+"""
+
+
+def test_compiled_passes_give_the_same(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED, str(tmp_path)],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    error, graphs = json.loads(done.stdout)
+    assert error < 1e-5
+    assert graphs >= 4

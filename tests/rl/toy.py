@@ -15,6 +15,7 @@ from torch import Tensor
 from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.models import engines
 from rlhf_exp.models.finetune import Full
+from rlhf_exp.models.interventions import NoIntervention
 from rlhf_exp.models.loading import Pretrained, build_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.reference import Reference
@@ -179,6 +180,7 @@ def parts_of(stage: Stage[Any], **replaced: Any) -> Any:
         "sampler": CachedSampler(gen_len=4),
         "optimizer": AdamWSettings(base_lr=3e-3, head_lr=3e-3),
         "schedule": Constant(),
+        "intervention": NoIntervention(),
         **replaced,
     }
     return stage.Parts(**{name: taken[name] for name in stage.parts})
@@ -215,6 +217,7 @@ def start(
         p.reward,
         p.sampler,
         p.finetune,
+        intervention=p.intervention,
         value_head=ppo.estimator.needs_values,
     )
     return actors, start_state(ppo, actors, p.optimizer, p.schedule, seed=1, inputs={})
