@@ -198,10 +198,10 @@ def test_what_lets_a_run_that_is_done_go_on():
     for key, after in (
         ("total_phases", 200),
         ("epochs", 3),
-        ("kl_budget", 5.0),
-        ("kl_budget", None),
+        ("guards", {"max_kl_sum": 5.0}),
+        ("guards", {"max_kl_sum": None}),
     ):
-        before = {**CONFIG["stage"], "epochs": 2, "kl_budget": 1.0}
+        before = {**CONFIG["stage"], "epochs": 2, "guards": {"max_kl_sum": 1.0}}
         found = changes({"stage": before}, {"stage": {**before, key: after}})
         assert lets_go_on(found)
     for key, after in (("total_phases", 50), ("epochs", 1), ("kl_coef", 5.0)):

@@ -20,7 +20,7 @@ from rlhf_exp.types import Completions
 
 from . import twin
 from .builders import tiny_policy
-from .rl.toy import ToyTask, context, ppo_with, rows
+from .rl.toy import ToyTask, context, parts, ppo_with, rows
 
 SEED, EOS, NEVER = 1, 2, -1
 EQUAL = ("zero one", "two three", "four five", "six seven", "eight nine", "one zero")
@@ -77,8 +77,7 @@ def run_package(
         kl_coef=s.kl_coef, kl_penalty=s.kl_penalty, max_grad_norm=s.max_grad_norm, dtype="fp32",
         eval_every=s.total_phases, eval_samples=1, checkpoint_every=None,
     )  # fmt: skip
-    ppo.run(
-        context(folder, SEED),
+    taken = parts(
         task=ToyTask(prompts=prompts),
         model=Pretrained(base_model=str(start)),
         finetune=Full(),
@@ -87,6 +86,7 @@ def run_package(
         optimizer=AdamWSettings(base_lr=s.base_lr, head_lr=s.head_lr),
         schedule=WarmupDecay(warmup_steps=s.warmup_steps, final_scale=s.final_scale),
     )
+    ppo.run(context(folder, SEED), taken)
     del reward.tokens[0], reward.tokens[-1]  # of the evaluations before and after
     metrics = [row for row in rows(folder) if "objective/scores" in row]
     return Run(metrics, weights(load(folder / "model")))

@@ -36,10 +36,10 @@ from rlhf_exp.training.seeding import stream
 from tests.architectures import build, largest_error
 from tests.builders import build_tokenizer
 from tests.rl.fixed import perturb
+from tests.rl.test_low_precision import assert_alike, moved, small
 from tests.rl.test_objectives import REFERENCES as KINDS
 from tests.rl.test_objectives import SMALL, compiled_beside_plain, learned
 from tests.rl.toy import RAGGED, ToyTask, parts, parts_of, ppo_with, start
-from tests.stages.test_low_precision import assert_alike, moved, small
 
 pytestmark = pytest.mark.gpu
 

@@ -99,7 +99,7 @@ def test_layers_are_chosen_by_their_names() -> None:
 def test_layers_that_cannot_be_adapted(
     architecture: str, target_modules: str | list[str], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"^reference\..*{message}"):
+    with pytest.raises(ConfigError, match=rf"^finetune\..*{message}"):
         Lora(target_modules=target_modules).attach(tiny_policy(architecture), seed=0)
 
 

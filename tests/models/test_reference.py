@@ -146,7 +146,7 @@ def test_all_blocks_can_be_unfrozen_and_no_more(architecture: str) -> None:
     }  # fmt: skip
     with pytest.raises(
         ConfigError,
-        match=r"^the model has 2 blocks, fewer than reference\.num_layers_unfrozen=3$",
+        match=r"^the model has 2 blocks, fewer than finetune\.num_layers_unfrozen=3$",
     ):
         LastLayers(num_layers_unfrozen=3).attach(tiny_policy(architecture), seed=0)
 

@@ -259,7 +259,7 @@ def test_parts_that_do_not_fit_each_other_are_refused() -> None:
     ]
     for name, value in (("dtype", "bf16"), ("compile", "on")):
         assert check(ppo_with(**{name: value}), model=hooked) == [
-            f"stage.{name}={value} needs model.engine=fast"
+            f"stage.compute.{name}={value} needs model.engine=fast"
         ]
     assert check(ppo_with(dtype="bf16", compile="on")) == []
     assert check(ppo_with(dtype="fp32", compile="off", async_reward=True), model=hooked) == []

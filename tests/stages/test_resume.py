@@ -111,7 +111,7 @@ def test_a_run_goes_on_bit_by_bit(architecture: str, kind: str, tmp_path: Path) 
     assert files(cut) == files(whole)
     assert len(files(cut)) == len(FILES) + (2 if kind == "lora" else 0)
     for name in ("before", "after", "memory"):
-        assert resumed[name] == uncut[name]
+        assert resumed.content()[name] == uncut.content()[name]
     assert resumed.before != resumed.after
     phases = sorted(int(p.name[-6:]) for p in (cut / "checkpoints").iterdir())
     best = max(rows(cut), key=lambda row: (row.get("eval/score", -1), -row["phase"]))["phase"]

@@ -96,7 +96,7 @@ def test_coefficients_do_not_change_the_shape(tmp_path, change):
     "change",
     [
         {"stage__batch_size": 64},
-        {"stage__gradient_checkpointing": True},
+        {"stage__compute": {"gradient_checkpointing": True}},
         {"model__num_layers": 3},
         {"sampler__gen_len": 21},
         {"task__path": "mine.tsv"},
