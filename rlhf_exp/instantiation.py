@@ -35,27 +35,36 @@ def _instantiate(
     if "_target_" not in config:
         problems.append(f"{path}: no option is chosen; choose one: {path.rpartition('.')[2]}=...")
         return None
-    for target in targets(config):
+    for where, target in targets(config, path):
         module = forbidden_module(target, tuple(allowed), ALLOWED_TARGETS, find=get_object)
         if module is not None:
             problems.append(
-                f"{path}._target_={target} is outside of {', '.join(allowed)}; if you trust that"
+                f"{where}._target_={target} is outside of {', '.join(allowed)}; if you trust that"
                 f" module, add it: allow_targets=[{module}]"
             )
             return None
         if unusable(target, ALLOWED_TARGETS, find=get_object):
-            problems.append(f"{path}._target_={target}: it is no class of settings; see conf/")
+            problems.append(f"{where}._target_={target}: it is no class of settings; see conf/")
             return None
     if keys := [*instructions(config, ("rlhf_exp.",))]:
         problems += [f"{path}: {key} is no key of it; leave it out" for key in keys]
         return None
+    return _build(_literal(config), path, problems)
+
+
+def _build(config: Mapping[str, Any], path: str, problems: list[str]) -> Any:
     try:
-        return hydra.utils.instantiate(_literal(config), _convert_="all")
+        return hydra.utils.instantiate(config, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
-        # Hydra's message ends with the part that it was building.
+        # Hydra's message ends with the part that it was building, before what that is a part of.
         inner = re.search(r"^full_key: (.+)$", str(error), re.MULTILINE)
-        path = f"{path}.{inner[1]}" if inner else path
+        if inner:
+            first = inner[1].partition(".")[0]
+            rest: list[str] = []
+            _build({key: value for key, value in config.items() if key != first}, path, rest)
+            problems += [problem for problem in rest if not problem.startswith(f"{path}.{first}")]
+            path = f"{path}.{inner[1]}"
         if isinstance(cause, pydantic.ValidationError):
             problems += [field_problem(path, detail) for detail in cause.errors()]
         elif isinstance(cause, ConfigError):

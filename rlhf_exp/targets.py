@@ -53,13 +53,14 @@ def instructions(config: Any, own: tuple[str, ...]) -> Iterator[str]:
             yield from instructions(value, own)
 
 
-def targets(config: Any) -> Iterator[str]:
-    """Every `_target_` in a configuration, however deep."""
+def targets(config: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Every `_target_` in the configuration at a path, however deep, after the path that it is
+    at."""
     if isinstance(config, Mapping):
         if "_target_" in config:
-            yield str(config["_target_"])
-        for value in config.values():
-            yield from targets(value)
+            yield path, str(config["_target_"])
+        for key, value in config.items():
+            yield from targets(value, f"{path}.{key}")
     elif isinstance(config, list):
-        for value in config:
-            yield from targets(value)
+        for number, value in enumerate(config):
+            yield from targets(value, f"{path}.{number}")

@@ -18,14 +18,19 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from rlhf_exp.own_keys import RunSettings
+from rlhf_exp.rl.compute import Compute
+from rlhf_exp.rl.guards import Guards
 from rlhf_exp.settings import PARTS
 
 # Keys that another key or a file bounds as well, by class. They are drawn one by one only to be
 # wrong; AGREEMENTS has what they may be together, CONTRADICTIONS what they may not.
 BOUNDED = {
     "PPO": {
-        "total_phases", "batch_size", "num_minibatches", "rollout_batch_size", "micro_batch_size",
-        "gradient_checkpointing", "compile", "dtype", "missing_eos_penalty",
+        "total_phases", "batch_size", "samples_per_prompt", "num_minibatches",
+        "missing_eos_penalty", "adaptive_kl_target", "estimator", "objective", "guards", "compute",
+    },
+    "Compute": {
+        "rollout_batch_size", "micro_batch_size", "gradient_checkpointing", "compile", "dtype",
     },
     "WarmupDecay": {"warmup_steps"},
     "Cosine": {"warmup_steps"},
@@ -184,6 +189,12 @@ class Base:
         # Not built, as a key of another step may be in it: what its class takes is enough.
         stage = self._node(f"{path}.stage".lstrip("."), content["stage"])
         yield stage
+        for group, kind in {"guards": Guards, "compute": Compute}.items():
+            if group in stage.content:
+                yield Node(stage.key(group), kind, stage.content[group])
+        for group in ("estimator", "objective"):
+            if group in stage.content:
+                yield self._node(stage.key(group), stage.content[group])
         for part in PARTS:
             if part in stage.kind.parts and isinstance(
                 content.get(part), Mapping
@@ -268,7 +279,7 @@ def has_step(kind: str, part: str) -> Applies:
 AGREEMENTS: tuple[tuple[Applies, Draw], ...] = (
     (is_ppo, ppo_batches),
     (has_schedule, phases),
-    (has_cache, lambda rng: (f"stage.dtype={rng.choice(['fp32', 'auto', 'bf16'])}",)),
+    (has_cache, lambda rng: (f"stage.compute.dtype={rng.choice(['fp32', 'auto', 'bf16'])}",)),
     (is_ppo, lambda rng: (f"stage.compute.compile={rng.choice(['on', 'off', 'auto'])}",
                           "stage.compute.gradient_checkpointing=false")),
     (is_ppo, lambda rng: (f"stage.missing_eos_penalty={rng.uniform(0, 9)}",
@@ -287,17 +298,17 @@ CONTRADICTIONS: tuple[tuple[Applies, Wrong], ...] = (
     (is_ppo, lambda rng: ((f"stage.batch_size={(m := rng.randint(2, 9)) * rng.randint(1, 9) + 1}",
                            f"stage.num_minibatches={m}"), ("stage: batch_size",))),
     (is_ppo, lambda rng: ((f"stage.compute.rollout_batch_size={rng.randint(2000, 9999)}",),
-                          ("stage: rollout_batch_size",))),
+                          ("stage: compute.rollout_batch_size",))),
     (is_ppo, lambda rng: ((f"stage.compute.micro_batch_size={rng.randint(2000, 9999)}",),
-                          ("stage: micro_batch_size",))),
+                          ("stage: compute.micro_batch_size",))),
     (has_schedule, lambda rng: ((f"stage.total_phases={(n := rng.randint(1, 50))}",
                                  f"schedule.warmup_steps={n + rng.randint(0, 9)}"),
                                 ("schedule.warmup_steps",))),
     (is_ppo, lambda rng: (("stage.compute.compile=on", "stage.compute.gradient_checkpointing=true"),
                           ("stage.compute.compile",))),
     (is_ppo, lambda rng: (("model.engine=hooked", "stage.compute.gradient_checkpointing=false",
-                           f"stage.{rng.choice(['compile=on', 'dtype=bf16'])}"),
-                          ("stage.compute.compile", "stage.dtype"))),
+                           f"stage.compute.{rng.choice(['compile=on', 'dtype=bf16'])}"),
+                          ("stage.compute.compile", "stage.compute.dtype"))),
     (is_ppo, lambda rng: ((f"stage.missing_eos_penalty={rng.uniform(0, 9)}",
                            "sampler.stop_at_eos=false"),
                           ("stage.missing_eos_penalty", "sampler.stop_at_eos"))),
@@ -367,8 +378,9 @@ def unknown_key(rng: random.Random, base: Base) -> Case:
 
 def wrong_class(rng: random.Random, base: Base) -> Case:
     """A class that is foreign, that there is not, or that is for another part."""
-    node = rng.choice(base.nodes)
-    others = [n for n in base.nodes if n.path.rpartition(".")[2] != node.path.rpartition(".")[2]]
+    nodes = [node for node in base.nodes if "_target_" in node.content]
+    node = rng.choice(nodes)
+    others = [n for n in nodes if n.path.rpartition(".")[2] != node.path.rpartition(".")[2]]
     other = rng.choice(others).content["_target_"]
     here = f"{node.kind.__module__}."
     target = rng.choice([

@@ -256,7 +256,8 @@ def test_a_bad_value_leaves_nothing_but_the_log(tmp_path, arguments, messages):
 
 def test_more_is_wrong_than_fits_ten_lines(tmp_path):
     ppo = ["total_phases", "batch_size", "num_minibatches", "clip_coef", "vf_coef", "ent_coef"]
-    bad = [f"stage.{name}=-1" for name in [*ppo, "kl_coef", "gamma", "gae_lambda", "eval_every"]]
+    ppo += ["kl_coef", "estimator.gamma", "estimator.gae_lambda", "eval_every"]
+    bad = [f"stage.{name}=-1" for name in ppo]
     outcome = train(tmp_path, *bad)
     assert_refused(outcome, "stage.clip_coef=-1", r"\.\.\. and 2 more$")
     assert len(outcome.lines) == 9
@@ -340,7 +341,7 @@ REFUSED = {
     "a foreign target in a list, in a step, below a mapping": (
         "~experiment reward.character=[{_target_:os.getcwd}] +stage.x.y._target_=os.abort"
         " +prepare={base:{stage:{_target_:os._exit},task:{_target_:rlhf_exp.tasks.prefix.Prefix}}}",
-        [r"reward\._target_=os\.getcwd is", r"stage\._target_=os\.abort is", r"=os\._exit is"],
+        [r"reward\.character\.0\._target_=os\.getcwd is", r"stage\._target_=os\.abort is", r"=os\._exit is"],
     ),
     "instructions to Hydra": (
         "+stage._partial_=true +reward._args_=[x] +task._recursive_=false +optimizer._convert_=none"

@@ -94,5 +94,5 @@ def test_all_targets_are_found_wherever_they_are():
         "target": "no",
         "none": None,
     }
-    assert [*targets(config)] == ["a", "b", "c", "d"]
-    assert [*targets("text")] == []
+    assert [target for _, target in targets(config, "x")] == ["a", "b", "c", "d"]
+    assert [target for _, target in targets("text", "x")] == []

@@ -170,9 +170,7 @@ def test_what_needs_the_main_thread_is_told_how_to_get_it(needs_main) -> None:
             raise RewardError("reward.function=a.py:f raised it") from error
 
     for score in (lambda _: needs_main(), wrapping):
-        with pytest.raises(
-            RewardError, match=r"set stage\.guards\.reward_timeout_s=null"
-        ):
+        with pytest.raises(RewardError, match=r"set stage\.guards\.reward_timeout_s=null"):
             PatientReward(score, WATCHED)(BATCH, phase=1)
         assert PatientReward(score, THRICE)(BATCH, phase=1).tolist() == GIVEN
     score, _ = failing(broken)

@@ -178,5 +178,5 @@ def test_what_is_not_allowed_is_not_built(tmp_path: Path) -> None:
     (tmp_path / "untrusted.py").write_text(OUTSIDE)
     outcome = train(tmp_path, "stage.estimator._target_=untrusted.BatchMean", "--dry-run")
     assert outcome.code == 2
-    assert "stage._target_=untrusted.BatchMean is outside of" in outcome.out + outcome.err
+    assert "stage.estimator._target_=untrusted.BatchMean is outside of" in outcome.out + outcome.err
     assert "untrusted" not in sys.modules

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -168,8 +167,8 @@ def test_a_run_evaluates_and_saves_in_bf16_as_in_fp32(tmp_path: Path) -> None:
     assert exact.after["eval/kl"] > 1e-4
     assert low.after != exact.after
     for when in ("before", "after"):
-        entropy = exact[when]["eval/entropy"]
-        assert low[when]["eval/entropy"] == pytest.approx(entropy, abs=1e-3)
+        entropy = exact.content()[when]["eval/entropy"]
+        assert low.content()[when]["eval/entropy"] == pytest.approx(entropy, abs=1e-3)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -180,13 +179,13 @@ def test_a_run_evaluates_and_saves_in_bf16_as_in_fp32(tmp_path: Path) -> None:
 def test_a_run_goes_on_bit_by_bit(architecture: str, kind: str, tmp_path: Path) -> None:
     model = saved_model(tmp_path / "base", architecture=architecture, num_layers=1)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    given = {"reference": REFERENCES[kind], "sampler": SAMPLER}
-    ppo = replace(PHASES, dtype="bf16")
+    given = {"finetune": REFERENCES[kind], "sampler": SAMPLER}
+    ppo = ppo_with(PHASES, dtype="bf16")
     run(whole, ppo, model, **given)
     with pytest.raises(KeyboardInterrupt):
         run(cut, ppo, model, reward=Failing(at=5), **given)
     run(cut, ppo, model, resume=True, **given)
     assert timeless(cut) == timeless(whole)
     assert files(cut) == files(whole)
-    run(tmp_path / "exact", replace(PHASES, dtype="fp32"), model, **given)
+    run(tmp_path / "exact", ppo_with(PHASES, dtype="fp32"), model, **given)
     assert files(tmp_path / "exact") != files(whole)
