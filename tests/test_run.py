@@ -341,7 +341,8 @@ REFUSED = {
     "a foreign target in a list, in a step, below a mapping": (
         "~experiment reward.character=[{_target_:os.getcwd}] +stage.x.y._target_=os.abort"
         " +prepare={base:{stage:{_target_:os._exit},task:{_target_:rlhf_exp.tasks.prefix.Prefix}}}",
-        [r"reward\.character\.0\._target_=os\.getcwd is", r"stage\._target_=os\.abort is", r"=os\._exit is"],
+        [r"reward\.character\.0\._target_=os\.getcwd is", r"stage\.x\.y\._target_=os\.abort is",
+         r"=os\._exit is"],
     ),
     "instructions to Hydra": (
         "+stage._partial_=true +reward._args_=[x] +task._recursive_=false +optimizer._convert_=none"
