@@ -32,6 +32,7 @@ from rlhf_exp.training.optim import AdamWSettings, Constant
 from rlhf_exp.training.seeding import stream
 from tests.architectures import build, largest_error
 from tests.builders import build_tokenizer
+from tests.edited import CHANGES, settings
 from tests.stages.fixed import perturb
 from tests.stages.test_low_precision import assert_alike, moved, small
 from tests.stages.test_objective import REFERENCES as KINDS
@@ -62,6 +63,22 @@ def test_graphs_are_used_where_they_are_right(name: str) -> None:
     policy = probed(TransformerWithValueHead(build(name).to(DEVICE), build_tokenizer()))
     assert policy.fast_paths.static == (name in ("llama, eager", "gptj"))
     assert largest_error(policy, policy.frozen_reference(), static=False) < 1e-4
+
+
+@pytest.mark.parametrize(("case", "positions"), CHANGES)
+def test_graphs_hold_an_intervention(case: str, positions: str, tmp_path: Path) -> None:
+    model = Scratch(d_model=16, num_heads=2, context_len=16)
+    policy = build_policy(model, ToyTask().build_tokenizer, device=DEVICE, seed=0)
+    prompts = encode_prompts(policy.tokenizer, RAGGED.prompts, prepend_bos=True, device=DEVICE)
+    sampler = CachedSampler(gen_len=6)
+    sampler(policy, prompts, stream(1, "samples", DEVICE))  # a graph of the plain policy
+    settings(case, tmp_path, positions=positions).attach(policy)
+    found, expected = (
+        replace(sampler, cuda_graphs=graphs)(policy, prompts, stream(1, "samples", DEVICE))
+        for graphs in (True, False)
+    )
+    assert torch.equal(found.completions.tokens, expected.completions.tokens)
+    torch.testing.assert_close(found.hidden, expected.hidden, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("sampler", [CachedSampler(gen_len=6), BridgeSampler(gen_len=6)])
