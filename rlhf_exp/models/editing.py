@@ -5,7 +5,7 @@ exist only while a pass of the policy runs: a copy, a saved model and the refere
 """
 
 import difflib
-import fnmatch
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -21,18 +21,18 @@ from rlhf_exp.settings import ConfigError
 
 Positions = Literal["all", "prompt", "completion"]
 Edit = Callable[[Tensor], Tensor]  # of activations [batch seq width]; heads are side by side
-Editing = Callable[[], AbstractContextManager[None]]  # makes contexts in which a pass is edited
+Editing = Callable[[], AbstractContextManager[None]]  # makes the context of an edited pass
 BridgeHook = tuple[str, Callable[..., Tensor]]
 
 
 class Site(NamedTuple):
-    """The activation that goes into a module, or that comes out of it."""
+    """The input or the output of a module."""
 
     module: nn.Module
     is_input: bool
 
     def hook(self, edit: Edit) -> RemovableHandle:
-        """Replaces the activation by `edit` of it until the handle is removed."""
+        """Applies `edit` to the activation until the handle is removed."""
 
         def edit_input(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
             if args:
@@ -50,7 +50,7 @@ class Site(NamedTuple):
 
 
 class Sites:
-    """The activations of a model that have both a name in TransformerLens and a module. Raises
+    """The activations of a model that TransformerLens names and a module takes or returns. Raises
     ConfigError for an architecture that TransformerLens does not know."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -94,9 +94,7 @@ class Sites:
         for name, own in modules.items():
             for part, below in component.submodules.items():
                 self._add(f"{name}.{part}", below, own)
-            if component.name is None:  # it has no module, as the MLP of OPT
-                self._alias(f"{name}.", {"hook_in": "in.hook_in", "hook_out": "out.hook_out"})
-            else:
+            if component.name is not None:
                 self._sites[f"{name}.hook_in"] = Site(own, is_input=True)
                 self._sites[f"{name}.hook_out"] = Site(own, is_input=False)
             self._alias(f"{name}.", component.hook_aliases)
@@ -109,11 +107,12 @@ class Sites:
                     break
 
     def find(self, names: Sequence[str], *, field: str) -> dict[str, Site]:
-        """The sites of these names, in which * stands for anything. Raises ConfigError for a name
-        that no site has."""
+        """The sites of these names, in which * stands for anything between two dots. Raises
+        ConfigError for a name that no site has."""
         chosen: dict[str, Site] = {}
         for name in names:
-            matches = fnmatch.filter(self._sites, name)
+            pattern = re.compile(re.escape(name).replace(r"\*", "[^.]*"))
+            matches = [site for site in self._sites if pattern.fullmatch(site)]
             if not matches:
                 near = difflib.get_close_matches(name, self._sites, n=3, cutoff=0)
                 raise ConfigError(
@@ -125,8 +124,8 @@ class Sites:
 
 
 class Edits:
-    """What is done to a policy's activations in its passes: edits of sites, in this order, at the
-    columns of the prompt, of the completion or of both. Padding on the left stays as it is."""
+    """The edits that a policy applies in each of its passes, in this order, at the columns of the
+    prompt, of the completion or of both. Padding that a pass's mask marks is not edited."""
 
     def __init__(
         self, edits: Sequence[tuple[str, Site, Edit]] = (), positions: Positions = "all"
@@ -140,8 +139,9 @@ class Edits:
         mask: Bool[Tensor, "batch _"] | None,
         prompt_len: int | None,
     ) -> Editing:
-        """What makes contexts in which the model edits its activations at these tokens, of which
-        the first `prompt_len` are the prompt's. The end of `mask` is that of the tokens."""
+        """A function that makes contexts in which the model edits its activations in a pass over
+        `tokens`. The first `prompt_len` of them belong to the prompt; the last columns of `mask`
+        are theirs."""
         if not self._edits:
             return nullcontext
         where = self._where(tokens.shape[1], mask, prompt_len, tokens.device)
@@ -149,7 +149,7 @@ class Edits:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Passes in this block are those of the plain model."""
+        """A context in which passes are not edited."""
         edits, self._edits = self._edits, ()
         try:
             yield
@@ -160,9 +160,9 @@ class Edits:
     def in_bridge(
         self, mask: Bool[Tensor, "batch seq"], prompt_len: int | None
     ) -> Iterator[list[BridgeHook]]:
-        """TransformerLens's hook functions that do the same in its passes over whole sequences,
-        which begin with the tokens of this mask. Raises ConfigError at the end of the block for a
-        site that it has not computed."""
+        """Hook functions that apply the edits in TransformerLens's passes over whole sequences;
+        `mask` covers their first columns, and later columns are real. At the end of the block,
+        raises ConfigError for a site that TransformerLens did not compute."""
         computed: set[str] = set()
 
         def edit_in_bridge(name: str, edit: Edit, x: Tensor, hook: Any) -> Tensor:
@@ -182,7 +182,8 @@ class Edits:
     def _where(
         self, length: int, mask: Tensor | None, prompt_len: int | None, device: torch.device
     ) -> Tensor | bool:
-        """Which of a pass's `length` columns are edited, as [batch length 1] or for all."""
+        """Which of a pass's `length` columns are edited: [batch length 1], or True or False for all
+        of them."""
         start, end = 0, length
         if self._positions != "all":
             if prompt_len is None:
@@ -208,7 +209,7 @@ class Edits:
 
 
 def _edited(edit: Edit, where: Tensor | bool, x: Tensor) -> Tensor:
-    """The activation, edited there; TransformerLens may give heads an axis of their own."""
+    """The activation, edited where `where` is True. TransformerLens may give heads an axis."""
     flat = x.flatten(2)
     edited = edit(flat).to(x.dtype)
     if isinstance(where, Tensor):

@@ -1,14 +1,11 @@
-"""Interventions on a policy: what is done to its activations while it samples, learns and is
-evaluated, in either engine.
+"""Interventions on a policy: edits to its activations while it samples, learns and is evaluated.
 
-Sites have TransformerLens's names, such as blocks.3.hook_resid_post, in which * stands for
-anything. `positions` are columns of tokens: `prompt` those of all tokens of the prompt,
-`completion` those of the sampled ones, `all` both. Since the distribution of completion token y_t
-comes out of the column before its own, an edit at `completion` acts on y_1 and later, and y_0
-comes out of the prompt's last column.
+Sites have TransformerLens's names, such as blocks.3.hook_resid_post; * stands for anything between
+two dots. `positions` are columns of tokens: `prompt` all tokens of the prompt, `completion` the
+sampled ones, `all` both. The distribution of completion token y_t comes from the column before its
+own, so `completion` changes that of y_1 and later; that of y_0 comes from the prompt's last column.
 
-An intervention is no part of the weights: the reference, a saved model and `policy.hooked()` go
-without.
+The reference, a saved model and `policy.hooked()` are without the intervention.
 """
 
 import difflib
@@ -32,17 +29,17 @@ class Intervention(Protocol):
     """The settings of an intervention group."""
 
     def attach(self, policy: CausalTransformer) -> None:
-        """Has every later pass of the policy do it; to be called once the reference is attached and
-        before passes are compiled. Raises ConfigError for a model that it does not fit."""
+        """Edits the policy's activations from now on. Call it after the reference is attached and
+        before passes are compiled. Raises ConfigError if the model does not fit."""
         ...
 
 
 @settings
 class NoIntervention:
-    """The policy runs as it is."""
+    """The policy runs unedited."""
 
     def attach(self, policy: CausalTransformer) -> None:
-        """Nothing is done."""
+        """Does nothing."""
 
 
 NO_INTERVENTION = NoIntervention()
@@ -50,8 +47,8 @@ NO_INTERVENTION = NoIntervention()
 
 @settings
 class Add:
-    """A vector is added, `scale` times, at sites: steering. `path` is a safetensors file, which has
-    it under `key`, as long as activations there are wide; at attn.hook_z it may be [head d_head].
+    """Adds `scale` times a vector at `sites`. The safetensors file `path` holds the vector under
+    `key`, with one entry for each entry of the activation; for attn.hook_z, [head d_head] works.
     """
 
     path: Text
@@ -60,14 +57,14 @@ class Add:
     """The vector's name in it."""
     sites: tuple[Text, ...]
     """Where it is added, by TransformerLens's names: [blocks.3.hook_resid_post]; * stands for
-    anything."""
+    anything between two dots."""
     scale: Real = 1.0
     """Factor of the vector, -10 to 10."""
     positions: Positions = "all"
     """The tokens at which it acts: prompt, completion, all."""
 
     def fingerprint(self) -> str:
-        """A hash of the file. Raises ConfigError if it does not have the vector."""
+        """A hash of the file. Raises ConfigError if it does not hold the vector."""
         read_vector(self.path, self.key, field="intervention.path")
         return _hash(self.path)
 
@@ -84,13 +81,13 @@ class Add:
 
 @settings
 class Ablate:
-    """Outputs of heads ([layer, head], at attn.hook_z) and of MLPs (layers, at hook_mlp_out) are
-    replaced, and the component of activations at `sites` along a direction, which the safetensors
-    file `direction` has under `direction_key`.
+    """Replaces the outputs of heads ([layer, head], at attn.hook_z) and of MLPs (layers, at
+    hook_mlp_out), and the component of the activations at `sites` along a direction, which the
+    safetensors file `direction` holds under `direction_key`.
 
-    What replaces them is 0, or their mean: the safetensors file `means` has under each site's name
-    the mean activation over tokens of the user's choice, such as `cache[name].mean((0, 1))` of
-    TransformerLens's run_with_cache. Means do not follow the policy as it learns.
+    The replacement is 0, or a mean: the safetensors file `means` holds the mean activation of each
+    site under its name, over tokens of the user's choice, such as `cache[name].mean((0, 1))` of
+    TransformerLens's run_with_cache. The means stay constant while the policy learns.
     """
 
     heads: tuple[tuple[Index, Index], ...] = ()
@@ -128,8 +125,8 @@ class Ablate:
         return [f"blocks.{layer}.hook_mlp_out" for layer in self.mlps]
 
     def fingerprint(self) -> str:
-        """A hash of the files. Raises ConfigError if they lack what is read from them, and if
-        nothing is ablated."""
+        """A hash of the files. Raises ConfigError if a vector is missing from them, or if nothing
+        is ablated."""
         names = [*self._heads, *self._mlps, *self.sites]
         if not names:
             raise ConfigError(
@@ -174,7 +171,7 @@ class Ablate:
 
 
 def _columns(heads: list[int] | None, width: int, num_heads: int, name: str) -> Tensor:
-    """Which of a site's columns are those of the heads, by default all."""
+    """Which entries of a site's activation belong to the heads; all if `heads` is None."""
     if heads is None:
         return torch.ones(width, dtype=torch.bool)
     if max(heads) >= num_heads:
@@ -196,8 +193,8 @@ def _replace_along(unit: Tensor, mean: Tensor, x: Tensor) -> Tensor:
 
 
 def read_vector(path: str, key: str, *, field: str, width: int | None = None) -> Tensor:
-    """A tensor of a safetensors file, flat and in fp32. Raises ConfigError for a file or key that
-    is not there, and for one that is not finite or not `width` long."""
+    """A tensor of a safetensors file, flattened and in fp32. Raises ConfigError if the file or the
+    key does not exist, or if the tensor is not finite or does not have `width` entries."""
     try:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
@@ -220,8 +217,8 @@ def read_vector(path: str, key: str, *, field: str, width: int | None = None) ->
 
 @torch.no_grad()
 def measure_widths(policy: CausalTransformer, sites: dict[str, Site]) -> dict[str, int]:
-    """How wide the activation at each site is, by a pass over two tokens. Raises ConfigError for a
-    site that is none of [batch seq width] in the policy's passes."""
+    """The width of the activation at each site, from a pass over two tokens. Raises ConfigError for
+    a site whose activation is not a float tensor [batch seq width]."""
     shapes: dict[str, torch.Size] = {}
 
     def note(name: str, x: Any) -> Any:

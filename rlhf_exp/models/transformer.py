@@ -55,7 +55,7 @@ class CausalTransformer(nn.Module):
         self.tokenizer = tokenizer
         self.fast_paths = FastPaths()
         self.value_head: nn.Module | None = None  # a policy's
-        self.edits = Edits()  # an intervention's
+        self.edits = Edits()  # those of an intervention, none by default
         self._view: HookedView | None = None
         self._recomputed: list[Any] = []
         self._compiled: tuple[Callable[..., Any], ...] = ()  # not a submodule: it is the same one
@@ -187,8 +187,8 @@ class CausalTransformer(nn.Module):
         """The final layer norm's output, for every token or, with a cache, for those not in it.
 
         `mask` covers the cached tokens and the new ones, None means that nothing on the left is
-        padding; `tokens` are the new ones alone, the first `prompt_len` of them the prompt's, which
-        an intervention at some positions alone has to know.
+        padding; `tokens` are the new ones alone. The first `prompt_len` of them belong to the
+        prompt; an intervention at prompt or completion needs it.
         """
         given = {}
         if mask is not None:

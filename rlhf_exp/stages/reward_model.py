@@ -139,7 +139,7 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
         with clock("load"), self.explaining("loading"):
             if problems := self.check_texts(parts):
                 raise ConfigError("\n".join(problems))
-            scorer, encoded = self._load(context, task, model)
+            scorer, encoded = _load(self, context, task, model)
         context.folder.start()
         log.info(
             "training a %s head of %.2f M parameters on %d pairs; %d held out to stop by, %d to"
@@ -154,7 +154,7 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
             )
         with clock("train"), threads_for(train.multiplications(self.batch_size)):
             inputs = fingerprints(scorer.backbone.language_model, task=task, model=model)
-            last = self._train(context, scorer, train, stop_by, parts, inputs=inputs)
+            last = _train(self, context, scorer, train, stop_by, parts, inputs=inputs)
         with clock("evaluate"), self.explaining("evaluating"):
             scores = report.all_scores()
             metrics = pair_metrics(scores, report.rewards)
@@ -166,118 +166,129 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
             check_saved_reward_model(scorer, path)
         rows = score_rows(report, scores)
         context.folder.log_samples(0, rows)
-        self._present(context, report, scores, rows)
+        _present(self, context, report, scores, rows)
         log.info("%s", describe(metrics))
         return StageResult(after=metrics, seconds=clock.seconds)
 
-    def _load(
-        self, context: Context, task: PairTask, model: ModelSettings
-    ) -> tuple[RewardModel, tuple[Sequence[EncodedPair], ...]]:
-        """The model with a fresh head, and the pairs to train on, to stop by and to report."""
-        network, tokenizer = model.language_model(None, seed=stream_seed(context.seed, "model"))
-        if tokenizer.eos_token_id is None:
-            raise ConfigError("stage=reward_model needs a tokenizer with an EOS token")
-        backbone = probed(CausalTransformer(network.to(context.device), tokenizer))
-        shape = HeadShape(
-            kind=self.head,
-            width=self.width,
-            read_layers=self.read_layers,
-            prepend_bos=bool(leading_ids(tokenizer, prepend_bos=task.prepend_bos)),
+
+def _load(
+    stage: TrainRewardModel, context: Context, task: PairTask, model: ModelSettings
+) -> tuple[RewardModel, tuple[Sequence[EncodedPair], ...]]:
+    """The model with a fresh head, and the pairs to train on, to stop by and to report."""
+    network, tokenizer = model.language_model(None, seed=stream_seed(context.seed, "model"))
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("stage=reward_model needs a tokenizer with an EOS token")
+    backbone = probed(CausalTransformer(network.to(context.device), tokenizer))
+    shape = HeadShape(
+        kind=stage.head,
+        width=stage.width,
+        read_layers=stage.read_layers,
+        prepend_bos=bool(leading_ids(tokenizer, prepend_bos=task.prepend_bos)),
+    )
+    try:
+        scorer = RewardModel(backbone, shape)
+        scorer.unfreeze(stage.unfreeze_layers)
+    except ValueError as error:
+        raise ConfigError(f"stage: {error}") from error
+    encoded = [
+        encode_pairs(
+            tokenizer, pairs, sources,
+            prepend_bos=task.prepend_bos, limit=backbone.context_len,
         )
-        try:
-            scorer = RewardModel(backbone, shape)
-            scorer.unfreeze(self.unfreeze_layers)
-        except ValueError as error:
-            raise ConfigError(f"stage: {error}") from error
-        encoded = [
-            encode_pairs(
-                tokenizer, pairs, sources,
-                prepend_bos=task.prepend_bos, limit=backbone.context_len,
-            )
-            for pairs, sources in zip(task.pair_split(), task.sources(), strict=True)
-        ]  # fmt: skip
-        if shared := num_shared(task.pair_split()):
-            log.warning(
-                "%d of %d held-out pairs have a prompt that is trained on too: what is reported is"
-                " no measure of new prompts", shared, len(encoded[1]),
-            )  # fmt: skip
-        halves = hold_out(
-            encoded[1], fraction=0.5, salt=f"stop {context.seed}", prompt_of=lambda e: e.pair.prompt
-        )
-        if not all(halves):
-            raise ConfigError(
-                f"task.path: {len(encoded[1])} held-out pairs are too few to stop by one half and"
-                " report the other: raise task.held_out_fraction or give more pairs"
-            )
-        return scorer, (encoded[0], *halves)
-
-    def _train(
-        self,
-        context: Context,
-        scorer: RewardModel,
-        train: PairData,
-        stop_by: PairData,
-        parts: RewardModelParts,
-        *,
-        inputs: Mapping[str, str],
-    ) -> int:
-        """Trains the head and restores its best; returns the number of updates."""
-        known = train.rewards if self.loss == "mse_rank" else None
-        mean = 0.0 if known is None else torch.cat(known).mean().item()
-        scorer.initialise_head(stream(context.seed, "head"), bias=mean)
-        adamw = parts.optimizer.build(scorer.backbone, scorer.head)
-        num_updates = self.num_updates(len(train))
-
-        def measure(update: int) -> dict[str, float]:
-            return {LOSS: self._loss(stop_by.all_scores(), stop_by.rewards).item()}
-
-        early_stopping = EarlyStopping(
-            context, scorer, measure,
-            eval_every=self.eval_every, patience=self.patience,
-            rates="optimizer.head_lr and optimizer.base_lr",
+        for pairs, sources in zip(task.pair_split(), task.sources(), strict=True)
+    ]  # fmt: skip
+    if shared := num_shared(task.pair_split()):
+        log.warning(
+            "%d of %d held-out pairs have a prompt that is trained on too: what is reported is"
+            " no measure of new prompts", shared, len(encoded[1]),
         )  # fmt: skip
-        generator = stream(context.seed, "minibatches")
-        batches = BatchStream(shuffled, range(len(train)), self.batch_size, generator)
-        state = SupervisedState(
-            network=scorer,
-            optimizer=adamw,
-            scheduler=parts.schedule.build(adamw, total_steps=num_updates),
-            batches=batches,
-            early_stopping=early_stopping,
-            inputs=inputs,
+    halves = hold_out(
+        encoded[1], fraction=0.5, salt=f"stop {context.seed}", prompt_of=lambda e: e.pair.prompt
+    )
+    if not all(halves):
+        raise ConfigError(
+            f"task.path: {len(encoded[1])} held-out pairs are too few to stop by one half and"
+            " report the other: raise task.held_out_fraction or give more pairs"
         )
-        losses = self._losses(context, train, batches)
-        self.fit(context, state, losses, num_updates=num_updates)
-        early_stopping.put_back(state.update)
-        if known is None:  # an order leaves the scale's zero open
-            scorer.shift(-torch.cat(train.all_scores()).mean().item())
-        return state.update
+    return scorer, (encoded[0], *halves)
 
-    def _losses(self, context: Context, train: PairData, batches: BatchStream) -> Iterator[Tensor]:
-        for chosen in batches:
-            index = torch.tensor(chosen, device=context.device)
-            rewards = train.rewards
-            if rewards is not None:
-                rewards = rewards[0][index], rewards[1][index]
-            yield self._loss(train.scores(index), rewards)
 
-    def _loss(self, scores: Scores, rewards: Scores | None) -> Tensor:
-        known = rewards if self.loss == "mse_rank" else None
-        return pair_loss(scores, known, rank_coef=self.rank_coef)
+def _train(
+    stage: TrainRewardModel,
+    context: Context,
+    scorer: RewardModel,
+    train: PairData,
+    stop_by: PairData,
+    parts: RewardModelParts,
+    *,
+    inputs: Mapping[str, str],
+) -> int:
+    """Trains the head and restores its best; returns the number of updates."""
+    known = train.rewards if stage.loss == "mse_rank" else None
+    mean = 0.0 if known is None else torch.cat(known).mean().item()
+    scorer.initialise_head(stream(context.seed, "head"), bias=mean)
+    adamw = parts.optimizer.build(scorer.backbone, scorer.head)
+    num_updates = stage.num_updates(len(train))
 
-    def _present(
-        self, context: Context, report: PairData, scores: Scores, rows: list[dict[str, object]]
-    ) -> None:
-        folder, add = context.folder, context.presentation.add
-        path, title = folder.path / "held_out.png", "reward model on held-out pairs"
+    def measure(update: int) -> dict[str, float]:
+        return {LOSS: _loss(stage, stop_by.all_scores(), stop_by.rewards).item()}
 
-        def plot_held_out() -> None:
-            if report.rewards is None or self.loss == "rank":
-                plot_margins((scores[0] - scores[1]).tolist(), path, title=title)
-            else:
-                true = torch.cat(report.rewards).tolist()
-                plot_predictions(true, torch.cat(scores).tolist(), path, title=title)
+    early_stopping = EarlyStopping(
+        context, scorer, measure,
+        eval_every=stage.eval_every, patience=stage.patience,
+        rates="optimizer.head_lr and optimizer.base_lr",
+    )  # fmt: skip
+    generator = stream(context.seed, "minibatches")
+    batches = BatchStream(shuffled, range(len(train)), stage.batch_size, generator)
+    state = SupervisedState(
+        network=scorer,
+        optimizer=adamw,
+        scheduler=parts.schedule.build(adamw, total_steps=num_updates),
+        batches=batches,
+        early_stopping=early_stopping,
+        inputs=inputs,
+    )
+    losses = _losses(stage, context, train, batches)
+    stage.fit(context, state, losses, num_updates=num_updates)
+    early_stopping.put_back(state.update)
+    if known is None:  # an order leaves the scale's zero open
+        scorer.shift(-torch.cat(train.all_scores()).mean().item())
+    return state.update
 
-        present_losses(context, title="reward model")
-        add("held_out.png", plot_held_out)
-        add("the table of pairs", lambda: print_pairs(rows[: self.num_examples], Console()))
+
+def _losses(
+    stage: TrainRewardModel, context: Context, train: PairData, batches: BatchStream
+) -> Iterator[Tensor]:
+    for chosen in batches:
+        index = torch.tensor(chosen, device=context.device)
+        rewards = train.rewards
+        if rewards is not None:
+            rewards = rewards[0][index], rewards[1][index]
+        yield _loss(stage, train.scores(index), rewards)
+
+
+def _loss(stage: TrainRewardModel, scores: Scores, rewards: Scores | None) -> Tensor:
+    known = rewards if stage.loss == "mse_rank" else None
+    return pair_loss(scores, known, rank_coef=stage.rank_coef)
+
+
+def _present(
+    stage: TrainRewardModel,
+    context: Context,
+    report: PairData,
+    scores: Scores,
+    rows: list[dict[str, object]],
+) -> None:
+    folder, add = context.folder, context.presentation.add
+    path, title = folder.path / "held_out.png", "reward model on held-out pairs"
+
+    def plot_held_out() -> None:
+        if report.rewards is None or stage.loss == "rank":
+            plot_margins((scores[0] - scores[1]).tolist(), path, title=title)
+        else:
+            true = torch.cat(report.rewards).tolist()
+            plot_predictions(true, torch.cat(scores).tolist(), path, title=title)
+
+    present_losses(context, title="reward model")
+    add("held_out.png", plot_held_out)
+    add("the table of pairs", lambda: print_pairs(rows[: stage.num_examples], Console()))

@@ -110,7 +110,7 @@ class SFT(Supervised, Stage[SFTParts]):
 
     def check_texts(self, parts: SFTParts) -> list[str]:
         """What is wrong between the schedule and the number of updates that the texts give."""
-        return self.check_updates(parts.schedule, len(self._split(parts.task).train))
+        return self.check_updates(parts.schedule, len(_split(self, parts.task).train))
 
     def metric_names(self, parts: SFTParts) -> tuple[str, ...]:
         exact = isinstance(parts.task, AnswerTask) and self.data == "demonstrations"
@@ -124,13 +124,13 @@ class SFT(Supervised, Stage[SFTParts]):
         """
         clock, task = Stopwatch(), parts.task
         with clock("load"), self.explaining("loading"):
-            policy = self._load(context, task, parts.model)
+            policy = _load(self, context, task, parts.model)
             network, tokenizer = policy.language_model, policy.tokenizer
             train, held_out = (
-                self._encode(task, tokenizer, examples, limit=policy.context_len)
-                for examples in self._split(task)
+                _encode(self, task, tokenizer, examples, limit=policy.context_len)
+                for examples in _split(self, task)
             )
-            measured = self._held_out(context, task, policy, held_out)
+            measured = _held_out(self, context, task, policy, held_out)
         context.folder.start()
         log.info(
             "training %.2f M parameters on %d examples, %d tokens; %d examples held out",
@@ -144,7 +144,7 @@ class SFT(Supervised, Stage[SFTParts]):
                 eval_every=self.eval_every, stop_at=self.stop_at, max_seconds=self.max_seconds,
             )  # fmt: skip
             network.train()
-            batches = self._batches(context, train)
+            batches = _batches(self, context, train)
             state = SupervisedState(
                 network=network,
                 optimizer=adamw,
@@ -153,7 +153,7 @@ class SFT(Supervised, Stage[SFTParts]):
                 early_stopping=early_stopping,
                 inputs=fingerprints(network, task=task, model=parts.model),
             )
-            losses = self._losses(context, network, train, batches)
+            losses = _losses(self, context, network, train, batches)
             self.fit(context, state, losses, num_updates=num_updates)
         with clock("evaluate"), self.explaining("evaluating"):
             early_stopping.put_back(state.update)
@@ -167,67 +167,80 @@ class SFT(Supervised, Stage[SFTParts]):
         present_losses(context, title="language model")
         return StageResult(after=metrics, seconds=clock.seconds)
 
-    def _load(self, context: Context, task: Task, model: ModelSettings) -> TransformerWithValueHead:
-        network, tokenizer = model.language_model(
-            tokenizer_factory(task), seed=stream_seed(context.seed, "model")
+
+def _load(
+    stage: SFT, context: Context, task: Task, model: ModelSettings
+) -> TransformerWithValueHead:
+    network, tokenizer = model.language_model(
+        tokenizer_factory(task), seed=stream_seed(context.seed, "model")
+    )
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("stage=sft needs a tokenizer with an EOS token")
+    policy = probed(TransformerWithValueHead(network.to(context.device), tokenizer))
+    if stage.layout == "pack" and not packs(policy):
+        raise ConfigError(
+            f"stage.layout=pack: examples in one row would see each other in"
+            f" {type(network).__name__}; set stage.layout=pad"
         )
-        if tokenizer.eos_token_id is None:
-            raise ConfigError("stage=sft needs a tokenizer with an EOS token")
-        policy = probed(TransformerWithValueHead(network.to(context.device), tokenizer))
-        if self.layout == "pack" and not packs(policy):
-            raise ConfigError(
-                f"stage.layout=pack: examples in one row would see each other in"
-                f" {type(network).__name__}; set stage.layout=pad"
-            )
-        return policy
+    return policy
 
-    def _split(self, task: Any) -> Split[Any]:
-        return task.language_split() if self.data == "texts" else task.demonstration_split()
 
-    def _encode(
-        self, task: Task, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Any], *, limit: int
-    ) -> list[Example]:
-        if self.data == "texts":
-            return encode_texts(tokenizer, examples, limit=limit)
-        return encode_demonstrations(tokenizer, examples, prepend_bos=task.prepend_bos, limit=limit)
+def _split(stage: SFT, task: Any) -> Split[Any]:
+    return task.language_split() if stage.data == "texts" else task.demonstration_split()
 
-    def _held_out(
-        self,
-        context: Context,
-        task: Task,
-        policy: TransformerWithValueHead,
-        examples: list[Example],
-    ) -> HeldOut:
-        held_out = HeldOut(
-            policy,
-            examples,
-            num_samples=self.eval_samples,
-            chooses=self.eval_every is not None,
-            batch_size=self.batch_size,
-            seed=context.seed,
-        )
-        if isinstance(task, AnswerTask) and self.data == "demonstrations":
-            held_out.with_answers(task, [d.prompt for d in self._split(task).held_out])
-        return held_out
 
-    def _batches(self, context: Context, examples: Sequence[Example]) -> BatchStream:
-        # Padding asks for texts of like length together; packing does without.
-        order = length_bucketed if self.layout == "pad" else shuffled
-        generator = stream(context.seed, "minibatches")
-        return BatchStream(order, [*map(len, examples)], self.batch_size, generator)
+def _encode(
+    stage: SFT,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Any],
+    *,
+    limit: int,
+) -> list[Example]:
+    if stage.data == "texts":
+        return encode_texts(tokenizer, examples, limit=limit)
+    return encode_demonstrations(tokenizer, examples, prepend_bos=task.prepend_bos, limit=limit)
 
-    def _losses(
-        self,
-        context: Context,
-        network: PreTrainedModel,
-        examples: Sequence[Example],
-        batches: BatchStream,
-    ) -> Iterator[torch.Tensor]:
-        limit = context_len(network)
-        for index in batches:
-            chosen = [examples[i] for i in index]
-            batch = pad(chosen) if self.layout == "pad" else pack(chosen, limit=limit)
-            head = network.get_output_embeddings()
-            with autocast(self.dtype, context.device), fp32_logits(head):
-                loss = next_token_loss(network, batch)
-            yield loss
+
+def _held_out(
+    stage: SFT,
+    context: Context,
+    task: Task,
+    policy: TransformerWithValueHead,
+    examples: list[Example],
+) -> HeldOut:
+    held_out = HeldOut(
+        policy,
+        examples,
+        num_samples=stage.eval_samples,
+        chooses=stage.eval_every is not None,
+        batch_size=stage.batch_size,
+        seed=context.seed,
+    )
+    if isinstance(task, AnswerTask) and stage.data == "demonstrations":
+        held_out.with_answers(task, [d.prompt for d in _split(stage, task).held_out])
+    return held_out
+
+
+def _batches(stage: SFT, context: Context, examples: Sequence[Example]) -> BatchStream:
+    # Padding asks for texts of like length together; packing does without.
+    order = length_bucketed if stage.layout == "pad" else shuffled
+    generator = stream(context.seed, "minibatches")
+    return BatchStream(order, [*map(len, examples)], stage.batch_size, generator)
+
+
+def _losses(
+    stage: SFT,
+    context: Context,
+    network: PreTrainedModel,
+    examples: Sequence[Example],
+    batches: BatchStream,
+) -> Iterator[torch.Tensor]:
+    limit = context_len(network)
+    for index in batches:
+        chosen = [examples[i] for i in index]
+        batch = pad(chosen) if stage.layout == "pad" else pack(chosen, limit=limit)
+        head = network.get_output_embeddings()
+        with autocast(stage.dtype, context.device), fp32_logits(head):
+            loss = next_token_loss(network, batch)
+        yield loss

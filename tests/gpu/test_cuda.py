@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rlhf_exp.functional.logprobs import completion_logits, token_logprobs
+from rlhf_exp.models.engines import ENGINES
 from rlhf_exp.models.finetune import Finetune, Full, LastLayers, Lora
 from rlhf_exp.models.loading import Pretrained, build_policy, load_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
@@ -35,6 +36,7 @@ from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.training.seeding import stream
 from tests.architectures import build, largest_error
 from tests.builders import build_tokenizer
+from tests.edited import CHANGES, settings
 from tests.rl.fixed import perturb
 from tests.rl.test_low_precision import assert_alike, moved, small
 from tests.rl.test_objectives import REFERENCES as KINDS
@@ -55,7 +57,7 @@ def test_engines_are_equal(architecture: str) -> None:
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[0, :3] = False
     fast = policy(tokens, mask)
-    policy.engine = "hooked"
+    policy.engine = ENGINES["hooked"](policy)
     for a, b in zip(fast, policy(tokens, mask), strict=True):
         torch.testing.assert_close(a[mask], b[mask], rtol=0, atol=1e-4)
 
@@ -65,6 +67,22 @@ def test_graphs_are_used_where_they_are_right(name: str) -> None:
     policy = probed(TransformerWithValueHead(build(name).to(DEVICE), build_tokenizer()))
     assert policy.fast_paths.static == (name in ("llama, eager", "gptj"))
     assert largest_error(policy, policy.frozen_reference(), static=False) < 1e-4
+
+
+@pytest.mark.parametrize(("case", "positions"), CHANGES)
+def test_graphs_hold_an_intervention(case: str, positions: str, tmp_path: Path) -> None:
+    model = Scratch(d_model=16, num_heads=2, context_len=16)
+    policy = build_policy(model, ToyTask().build_tokenizer, device=DEVICE, seed=0)
+    prompts = encode_prompts(policy.tokenizer, RAGGED.prompts, prepend_bos=True, device=DEVICE)
+    sampler = CachedSampler(gen_len=6)
+    sampler(policy, prompts, stream(1, "samples", DEVICE))  # a graph of the plain policy
+    settings(case, tmp_path, positions=positions).attach(policy)
+    found, expected = (
+        by(policy, prompts, stream(1, "samples", DEVICE))
+        for by in (sampler, replace(sampler, cuda_graphs=False))
+    )
+    assert torch.equal(found.completions.tokens, expected.completions.tokens)
+    torch.testing.assert_close(found.hidden, expected.hidden, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("sampler", [CachedSampler(gen_len=6), BridgeSampler(gen_len=6)])

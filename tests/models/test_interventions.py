@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rlhf_exp.models.editing import Sites
 from rlhf_exp.models.finetune import Full, LastLayers, Lora
 from rlhf_exp.models.interventions import Ablate, Add, Intervention, NoIntervention
 from rlhf_exp.models.loading import load_policy
@@ -231,7 +232,7 @@ def test_the_dtype_of_activations_stays(tmp_path: Path) -> None:
     assert policy.hidden_states(TOKENS, MASK).dtype == torch.bfloat16
 
 
-def test_an_mlp_without_a_module_of_its_own(tmp_path: Path) -> None:
+def test_an_mlp_that_has_no_module_of_its_own(tmp_path: Path) -> None:
     policy = TransformerWithValueHead(build("xglm"), build_tokenizer())
     tokens = TOKENS.clamp(min=4)
     plain = policy(tokens)[0]
@@ -242,6 +243,12 @@ def test_an_mlp_without_a_module_of_its_own(tmp_path: Path) -> None:
     expected = policy.language_model(tokens).logits
     assert (expected - plain).abs().max() > 0.01
     assert_near(edited, expected)
+
+
+def test_a_star_is_a_part_of_a_name(architecture: str) -> None:
+    sites = Sites(tiny_policy(architecture).language_model)
+    found = sites.find(["blocks.*.hook_out", "blocks.1.*.hook_z"], field="sites")
+    assert [*found] == ["blocks.0.hook_out", "blocks.1.hook_out", "blocks.1.attn.hook_z"]
 
 
 def refusal(intervention: Intervention, policy: TransformerWithValueHead | None = None) -> str:
