@@ -144,7 +144,7 @@ class SFT(Supervised, Stage[SFTParts]):
                 eval_every=self.eval_every, stop_at=self.stop_at, max_seconds=self.max_seconds,
             )  # fmt: skip
             network.train()
-            batches = _batches(self, context, train)
+            batches = batches_of(self, context, train)
             state = SupervisedState(
                 network=network,
                 optimizer=adamw,
@@ -153,7 +153,7 @@ class SFT(Supervised, Stage[SFTParts]):
                 early_stopping=early_stopping,
                 inputs=fingerprints(network, task=task, model=parts.model),
             )
-            losses = _losses(self, context, network, train, batches)
+            losses = losses_of(self, context, network, train, batches)
             self.fit(context, state, losses, num_updates=num_updates)
         with clock("evaluate"), self.explaining("evaluating"):
             early_stopping.put_back(state.update)
@@ -222,20 +222,22 @@ def _held_out(
     return held_out
 
 
-def _batches(stage: SFT, context: Context, examples: Sequence[Example]) -> BatchStream:
+def batches_of(stage: SFT, context: Context, examples: Sequence[Example]) -> BatchStream:
+    """Batches of the layout, in a random order."""
     # Padding asks for texts of like length together; packing does without.
     order = length_bucketed if stage.layout == "pad" else shuffled
     generator = stream(context.seed, "minibatches")
     return BatchStream(order, [*map(len, examples)], stage.batch_size, generator)
 
 
-def _losses(
+def losses_of(
     stage: SFT,
     context: Context,
     network: PreTrainedModel,
     examples: Sequence[Example],
     batches: BatchStream,
 ) -> Iterator[torch.Tensor]:
+    """The loss of each batch, computed when it is asked for."""
     limit = context_len(network)
     for index in batches:
         chosen = [examples[i] for i in index]
