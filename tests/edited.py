@@ -31,7 +31,7 @@ MEANS = {
     "blocks.1.hook_resid_pre": torch.randn(WIDTH, generator=DRAWN),
 }
 OUTPUTS = {"heads": [[0, 1], [1, 0]], "mlps": [1]}
-ALONG = {"sites": ["blocks.*.hook_resid_pre"], "direction_key": "direction"}
+ALONG = {"sites": ["blocks.*.hook_resid_pre"], "direction_tensor": "direction"}
 # Every case, and all positions.
 CHANGES = (
     ("add", "all"),
@@ -55,7 +55,7 @@ def settings(case: str, folder: Path, **fields: Any) -> Intervention:
         return Add(**{"path": str(vectors), "sites": sites, "scale": 0.7, **fields})
     if case == "add to heads":
         sites = ["blocks.1.attn.hook_z", "blocks.0.hook_mlp_out"]
-        return Add(**{"path": str(vectors), "key": "of_heads", "sites": sites, **fields})
+        return Add(**{"path": str(vectors), "tensor": "of_heads", "sites": sites, **fields})
     chosen = {"direction": str(vectors), **ALONG} if "direction" in case else OUTPUTS
     return Ablate(**chosen, means=str(means) if "mean" in case else None, **fields)
 

@@ -250,8 +250,14 @@ def at_phase(folder: Path, phase: int, act: Callable[[], None]) -> None:
     """Has a thread act as soon as metrics.jsonl has the row of a phase."""
     file, row = folder / "metrics.jsonl", f'{{"phase": {phase}, '
 
+    def has_row() -> bool:
+        try:
+            return row in file.read_text()
+        except FileNotFoundError:  # not yet, or cleared by a run that begins anew
+            return False
+
     def watch() -> None:
-        while not (file.is_file() and row in file.read_text()):
+        while not has_row():
             time.sleep(0.0005)
         act()
 

@@ -166,7 +166,8 @@ def test_of_many_jobs_three_fail_and_are_completed(tmp_path, given):
 def test_a_killed_job_takes_no_other_down_in_the_plain_launcher(tmp_path):
     (tmp_path / "rewards.py").write_text(REWARDS)
     words = ["reward=function", "reward.function=rewards.py:f5,rewards.py:f1"]
-    outcome = train(tmp_path, "-m", *SMALL, *words, "stage.total_phases=4")
+    words += ["stage.total_phases=5", "stage.checkpoint_every=2"]
+    outcome = train(tmp_path, "-m", *SMALL, *words)
     assert (outcome.code, outcome.raised) == (1, None)
     assert {n: state["status"] for n, state in states(tmp_path).items()} == {0: "failed", 1: "done"}
     assert "job 0 (function=rewards.py:f5) failed: killed by SIGKILL" in outcome.out

@@ -48,12 +48,12 @@ NO_INTERVENTION = NoIntervention()
 @settings
 class Add:
     """Adds `scale` times a vector at `sites`. The safetensors file `path` holds the vector under
-    `key`, with one entry for each entry of the activation; for attn.hook_z, [head d_head] works.
+    `tensor`, with one entry for each entry of the activation; for attn.hook_z, [head d_head] works.
     """
 
     path: Text
     """A safetensors file with the vector."""
-    key: Text = "vector"
+    tensor: Text = "vector"
     """The vector's name in it."""
     sites: tuple[Text, ...]
     """Where it is added, by TransformerLens's names: [blocks.3.hook_resid_post]; * stands for
@@ -65,7 +65,7 @@ class Add:
 
     def fingerprint(self) -> str:
         """A hash of the file. Raises ConfigError if it does not hold the vector."""
-        read_vector(self.path, self.key, field="intervention.path")
+        read_vector(self.path, self.tensor, field="intervention.path")
         return _hash(self.path)
 
     def attach(self, policy: CausalTransformer) -> None:
@@ -73,7 +73,7 @@ class Add:
         sites = Sites(policy.language_model).find(self.sites, field="intervention.sites")
         edits: list[tuple[str, Site, Edit]] = []
         for name, width in measure_widths(policy, sites).items():
-            vector = read_vector(self.path, self.key, field="intervention.path", width=width)
+            vector = read_vector(self.path, self.tensor, field="intervention.path", width=width)
             edit = partial(torch.add, other=vector.to(policy.device), alpha=self.scale)
             edits.append((name, sites[name], edit))
         _attach(policy, edits, self.positions)
@@ -83,7 +83,7 @@ class Add:
 class Ablate:
     """Replaces the outputs of heads ([layer, head], at attn.hook_z) and of MLPs (layers, at
     hook_mlp_out), and the component of the activations at `sites` along a direction, which the
-    safetensors file `direction` holds under `direction_key`.
+    safetensors file `direction` holds under `direction_tensor`.
 
     The replacement is 0, or a mean: the safetensors file `means` holds the mean activation of each
     site under its name, over tokens of the user's choice, such as `cache[name].mean((0, 1))` of
@@ -97,7 +97,7 @@ class Ablate:
     direction: Text | None = None
     """A safetensors file with a direction, the component along which is replaced at `sites`; null:
     none."""
-    direction_key: Text = "direction"
+    direction_tensor: Text = "direction"
     """The direction's name in it."""
     sites: tuple[Text, ...] = ()
     """Where, by TransformerLens's names: [blocks.*.hook_resid_pre]; * stands for anything."""
@@ -164,9 +164,11 @@ class Ablate:
         _attach(policy, edits, self.positions)
 
     def _unit(self, path: str, *, width: int | None = None) -> Tensor:
-        vector = read_vector(path, self.direction_key, field="intervention.direction", width=width)
+        vector = read_vector(
+            path, self.direction_tensor, field="intervention.direction", width=width
+        )
         if not vector.any():
-            raise ConfigError(f"intervention.direction={path}: {self.direction_key} is all 0")
+            raise ConfigError(f"intervention.direction={path}: {self.direction_tensor} is all 0")
         return vector / vector.norm()
 
 

@@ -321,7 +321,7 @@ def test_files_are_refused_by_name(tmp_path: Path) -> None:
     message = refused({"path": str(tmp_path / "text.safetensors")})
     assert message.startswith("intervention.path=DIR/text.safetensors: ")
     assert message.endswith("; name a safetensors file")
-    assert refused({"key": "vectr"}) == (
+    assert refused({"tensor": "vectr"}) == (
         "intervention.path=DIR/v.safetensors has no vectr; it has vector, direction, of_heads"
     )
     assert refused({"sites": ["blocks.0.mlp.hook_post"]}) == (

@@ -164,7 +164,8 @@ import asyncio
 calls, released = [], []
 async def f(completions):
     calls.append(1)
-    while len(calls) == 1 and not released: await asyncio.sleep(0.005)
+    is_first = len(calls) == 1
+    while is_first and not released: await asyncio.sleep(0.005)
     return [2.0] * len(completions)
 """
     reward = FunctionReward(function=f"{write(source)}:f")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_exp.models.engines import ENGINES
 from rlhf_exp.models.finetune import Finetune, Full, LastLayers, Lora
 from rlhf_exp.rl.actors import Actors
 from rlhf_exp.rl.state import TrainState
@@ -103,7 +104,7 @@ def test_the_hooked_engine_trains_the_weights_above_a_shared_trunk(
     kind = KINDS["last_layers"]
     fast, state = actors_of(tmp_path, architecture, kind)
     hooked, hooked_state = actors_of(tmp_path, architecture, kind)
-    hooked.policy.engine = "hooked"
+    hooked.policy.engine = ENGINES["hooked"](hooked.policy)
     hooked.policy.load_state_dict(fast.policy.state_dict())
     expected, seen = gradients(fast, state), gradients(hooked, hooked_state)
     assert seen.keys() == expected.keys()
