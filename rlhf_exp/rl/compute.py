@@ -118,5 +118,6 @@ def warm_up(actors: Actors, *, rows: int) -> None:
     mask = torch.ones_like(tokens, dtype=torch.bool)
     padded = not bool(actors.train_prompts.mask.all())
     with policy.working():
-        policy.hidden_states(tokens, mask if padded else None).sum().backward()
+        states = policy.hidden_states(tokens, mask if padded else None, prompt_len=width)
+        states.sum().backward()
     policy.zero_grad(set_to_none=True)
