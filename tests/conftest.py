@@ -1,6 +1,7 @@
 """The process that train.py makes, for tests."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -24,3 +25,12 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Without the checks of shapes, for runs that take long under them."""
+    from tests.builders import without_checks  # not above: the checks are not set up yet there
+
+    with without_checks():
+        yield

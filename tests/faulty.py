@@ -151,12 +151,7 @@ class KillArtifactAtUpdate:
             made = folder.parent.glob(f"artifacts/.{self.step}-*.partial/checkpoints/phase-*")
             return any(int(path.name[-6:]) >= self.update for path in made)
 
-        def watch() -> None:
-            while not found():
-                time.sleep(0.0005)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        threading.Thread(target=watch, daemon=True).start()
+        kill_once(found)
 
 
 class KillAtCheckpoints:
@@ -168,12 +163,7 @@ class KillAtCheckpoints:
     def __call__(self, folder: Path) -> None:
         """Starts to watch."""
 
-        def watch() -> None:
-            while len([*folder.glob("checkpoints/phase-*")]) < self.count:
-                time.sleep(0.0005)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        threading.Thread(target=watch, daemon=True).start()
+        kill_once(lambda: len([*folder.glob("checkpoints/phase-*")]) >= self.count)
 
 
 class Broken:
@@ -256,8 +246,19 @@ def at_phase(folder: Path, phase: int, act: Callable[[], None]) -> None:
         except FileNotFoundError:  # not yet, or cleared by a run that begins anew
             return False
 
+    act_once(has_row, act)
+
+
+def kill_once(holds: Callable[[], bool]) -> None:
+    """Has a thread kill this process as soon as the condition holds."""
+    act_once(holds, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def act_once(holds: Callable[[], bool], act: Callable[[], None]) -> None:
+    """Has a thread act as soon as the condition holds."""
+
     def watch() -> None:
-        while not has_row():
+        while not holds():
             time.sleep(0.0005)
         act()
 

@@ -11,9 +11,11 @@ from rlhf_exp.functional.advantages import leave_one_out
 from rlhf_exp.models.loading import load_policy
 from rlhf_exp.rl.estimators import LeaveOneOut
 from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.training.checkpoint import read_newest_checkpoint
 from rlhf_exp.types import concatenate
 from tests.test_run import train
 
+from ..stages.test_resume import Failing, timeless
 from .toy import RAGGED, collect, context, parts, phase, ppo_with, rows, start
 
 LOO = {"estimator": LeaveOneOut(), "samples_per_prompt": 4}
@@ -81,17 +83,31 @@ def test_without_values_there_is_no_head_anywhere(tmp_path: Path) -> None:
     load_policy(tmp_path / "run")  # draws a head
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_run_without_values_resumes_bit_by_bit(tmp_path: Path) -> None:
     ppo = ppo_with(
-        total_phases=4, batch_size=8, num_minibatches=2, eval_samples=4, checkpoint_every=1,
-        async_reward=True, **LOO,
+        total_phases=4, batch_size=8, num_minibatches=2, eval_samples=4, eval_every=9,
+        checkpoint_every=1, async_reward=True, **LOO,
     )  # fmt: skip
-    ppo.run(context(tmp_path / "whole"), parts(task=RAGGED))
-    half = ppo_with(ppo, total_phases=2)
-    half.run(context(tmp_path / "cut"), parts(task=RAGGED))
-    ppo_with(ppo, async_reward=False).run(context(tmp_path / "sync"), parts(task=RAGGED))
-    weights = (tmp_path / "whole/model/model.safetensors").read_bytes()
-    assert weights != (tmp_path / "sync/model/model.safetensors").read_bytes()
+
+    def run(folder: str, *, resume: bool = False, at: int | None = None) -> None:
+        given = parts(task=RAGGED, reward=Failing(at=at))
+        ppo.run(context(tmp_path / folder, resume=resume), given)
+
+    run("whole")
+    with pytest.raises(KeyboardInterrupt):  # at the batch of phase 4, sampled in phase 3
+        run("cut", at=5)
+    newest = read_newest_checkpoint(tmp_path / "cut")
+    assert newest is not None
+    # The batch ahead, of phase 3, keeps its groups and has no values.
+    assert "state/ahead/prompts/groups" in newest.tensors
+    assert "state/ahead/rollout/values" not in newest.tensors
+    run("cut", resume=True)
+    assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
+    weights = [
+        (tmp_path / name / "model/model.safetensors").read_bytes() for name in ("cut", "whole")
+    ]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.usefixtures("unchecked")
