@@ -110,7 +110,7 @@ def phases(run: Phases, number: int) -> Iterator[dict[str, float]]:
     """The seconds of each of so many phases, by part."""
     for _ in range(number):
         row: dict[str, float] = {}
-        run.run(lambda *results, row=row: row.update(run.summarize(*results)))
+        run.run(row.update)
         parts = ("rollout", "learn", "sample", "measure", "score")
         seconds = {part: row[f"time/{part}_s"] for part in parts}
         yield {"phase": seconds["rollout"] + seconds["learn"], **seconds}

@@ -15,7 +15,7 @@ from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.rewards.attempts import PatientReward
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
 from rlhf_exp.rl.guards import Guards
-from rlhf_exp.rl.loop import Scores
+from rlhf_exp.rl.loop import PendingScores
 from rlhf_exp.rollout.sampler import have_ended
 from rlhf_exp.training.background import Background
 from rlhf_exp.training.memory import explaining_memory
@@ -45,7 +45,7 @@ class Scorer:
         self.reward = PatientReward(reward, guards.patience, on_thread=on_thread)
         self._penalty, self._skips = penalty, guards.on_reward_error == "skip"
 
-    def __call__(self, completions: Completions, phase: int) -> Scores:
+    def __call__(self, completions: Completions, phase: int) -> PendingScores:
         """What returns the scores, and waits for them if it must."""
         if self._thread is not None:
             return self._thread.submit(lambda: self._scores(completions, phase)).result
@@ -86,7 +86,7 @@ class Rollouts:
 
     def __init__(
         self,
-        collect: Callable[[int], tuple[Rollout, Scores]],
+        collect: Callable[[int], tuple[Rollout, PendingScores]],
         prompts: PromptBatch,
         *,
         ahead: bool,
@@ -94,7 +94,7 @@ class Rollouts:
     ) -> None:
         self._collect, self._prompts, self._ahead = collect, prompts, ahead
         self.total_phases = total_phases
-        self._next: tuple[Rollout, Scores] | None = None
+        self._next: tuple[Rollout, PendingScores] | None = None
 
     def __call__(self, phase: int) -> Rollout:
         """The phase's rollout with its scores."""

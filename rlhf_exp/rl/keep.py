@@ -1,7 +1,7 @@
 """Step 6, keep: what a phase came to, and what is written, evaluated and saved of it."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf_exp.rl.actors import Actors
@@ -36,21 +36,16 @@ def phase_metrics(
     *,
     loss_metrics: Sequence[str],
 ) -> dict[str, float]:
-    """The metrics of a phase. Sets the state up for the next one: its learning rates, its KL
-    coefficient, and whether there is one. Raises TrainingError as the guards do."""
+    """The metrics of a phase. Counts skipped steps and raises TrainingError as `sum_up` does."""
     rates, kl_coef = learning_rates(state.optimizer), kl_coefficient.now(state)
     names = (*loss_metrics, *(f"grad_norm/{name}" for name in rates))
     learned = sum_up(guards, state, updates, names)
-    state.scheduler.step()
     rollout, sampler = experience.rollout, actors.sampler
     metrics = rollout_metrics(experience, truncates=sampler.truncates)
     ended = None
     if sampler.stop_at_eos:
         ended = have_ended(rollout.completions, actors.policy.tokenizer)
     metrics |= state.watch.look(state.phase, metrics, rollout, gen_len=sampler.gen_len, ended=ended)
-    kl_sum = metrics["objective/kl_sum"]
-    kl_coefficient.adapt(state, kl_sum=kl_sum, score=metrics["objective/scores"])
-    check_kl_sum(guards, state, kl_sum)
     seconds = lap.take()
     return {
         **metrics,
@@ -65,6 +60,17 @@ def phase_metrics(
     }
 
 
+def advance(
+    state: TrainState, guards: Guards, kl_coefficient: KLCoefficient, metrics: Mapping[str, float]
+) -> None:
+    """Sets the learning rates and the KL coefficient of the next phase, and stops the run if this
+    phase's KL is above max_kl_sum."""
+    kl_sum = metrics["objective/kl_sum"]
+    state.scheduler.step()
+    kl_coefficient.adapt(state, kl_sum=kl_sum, score=metrics["objective/scores"])
+    check_kl_sum(guards, state, kl_sum)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Keeper:
     """Logs each phase; evaluates and saves when it is due. Counts `*_every` are in phases."""
@@ -72,7 +78,6 @@ class Keeper:
     context: Context
     actors: Actors
     state: TrainState
-    summarize: Callable[[Experience, Sequence[Mapping[str, float]]], dict[str, float]]
     scorer: Scorer
     saver: Saver
     progress: Progress
@@ -89,11 +94,9 @@ class Keeper:
             self._evaluate()
         self._start_histograms()
 
-    def __call__(self, experience: Experience, updates: Sequence[Mapping[str, float]]) -> None:
-        """Step 6. Raises TrainingError as the guards do, and Interrupted, after saving, if the run
-        is asked to stop."""
+    def __call__(self, metrics: Mapping[str, float]) -> None:
+        """Step 6. Raises Interrupted, after saving, if the run is asked to stop."""
         folder, phase = self.context.folder, self.state.phase
-        metrics = self.summarize(experience, updates)
         folder.log(phase, metrics)
         if histograms := self.histograms.histograms():
             folder.log_histograms(phase, histograms)

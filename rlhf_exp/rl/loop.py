@@ -7,8 +7,8 @@
 5. learn: passes over the batch in minibatches, with an optimizer step for each,
 6. keep: metrics, guards, evaluation, checkpoint.
 
-Each step is a function. stages/ppo.py puts them together and wraps timing, memory, threads, faults
-and guards around them.
+Each step is a function. stages/ppo.py fills them with the settings of a stage, and wraps timing,
+explanations of memory, threads and failing rewards around them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,8 +28,9 @@ from rlhf_exp.types import (
     Rollout,
 )
 
-Scores = Callable[[], Tensor]  # [batch]; waits if the reward still computes them
+PendingScores = Callable[[], Tensor]  # [batch]; blocks until the reward has computed them
 Metrics = Mapping[str, Tensor]
+Updates = Sequence[Mapping[str, float]]  # the metrics of each minibatch of a phase
 
 
 def run_phase(
@@ -37,28 +38,33 @@ def run_phase(
     *,
     collect: Callable[[int], Rollout],
     credit: Callable[[Rollout], Experience],
-    learn: Callable[[Experience], Sequence[Mapping[str, float]]],
-    keep: Callable[[Experience, Sequence[Mapping[str, float]]], object],
+    learn: Callable[[Experience], Updates],
+    summarize: Callable[[Experience, Updates], Mapping[str, float]],
+    advance: Callable[[Mapping[str, float]], None],
+    keep: Callable[[Mapping[str, float]], None],
 ) -> None:
-    """One phase."""
+    """One phase, in the policy's working precision. `collect` and `learn` stand for
+    `collect_rollout` and `update_policy` below."""
     state.phase += 1
     with state.policy.working():
         rollout = collect(state.phase)  # 1 sample, 2 score, 3 measure
         experience = credit(rollout)  # 4 credit
         updates = learn(experience)  # 5 learn
-    keep(experience, updates)  # 6 keep
+    metrics = summarize(experience, updates)
+    advance(metrics)  # learning rates and KL coefficient of the next phase, if there is one
+    keep(metrics)  # 6 keep
 
 
-def collect(
+def collect_rollout(
     state: TrainState,
     phase: int,
     *,
     sample: Callable[[PromptBatch, int], Generation],
-    score: Callable[[Completions, int], Scores],
+    score: Callable[[Completions, int], PendingScores],
     measure: Callable[[Generation, int], Rollout],
-) -> tuple[Rollout, Scores]:
-    """Steps 1 to 3. The scores come apart from the rollout: a reward may compute them on a thread
-    while the reference measures, and while the next batch is sampled."""
+) -> tuple[Rollout, PendingScores]:
+    """Steps 1 to 3. A reward may compute on a thread while the reference measures and while the
+    next batch is sampled, so the scores come beside the rollout, whose own are NaN until then."""
     prompts = next(state.prompts)
     generation = sample(prompts, phase)  # 1 sample
     scores = score(generation.completions, phase)  # 2 score
@@ -66,7 +72,7 @@ def collect(
     return rollout, scores
 
 
-def learn(
+def update_policy(
     state: TrainState,
     experience: Experience,
     *,
@@ -76,9 +82,10 @@ def learn(
     objective: Callable[[Pass, Experience], LossOutput],
     optimizer_step: Callable[[Metrics], tuple[Metrics, Verdict]],
 ) -> Iterator[Metrics]:
-    """Step 5. Yields the metrics of each minibatch, until a guard stops the phase."""
+    """Step 5. `minibatches` makes several passes over the batch. Yields the metrics of each
+    minibatch, until a guard stops the phase."""
     for minibatch in minibatches(experience):
-        state.optimizer.zero_grad(set_to_none=False)
+        state.optimizer.zero_grad(set_to_none=False)  # the kernels add to gradients in place
         metrics: Metrics = {}
         for part in micro_batches(minibatch):
             output = objective(policy_pass(part), part.experience)

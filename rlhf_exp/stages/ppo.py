@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
@@ -25,7 +25,7 @@ from rlhf_exp.rl.estimators import GAE, Estimator, token_rewards
 from rlhf_exp.rl.evaluation import ANSWER_METRICS, METRICS, present, read_evaluations, sample
 from rlhf_exp.rl.guards import Guards, reconsider
 from rlhf_exp.rl.histograms import HistogramCollector
-from rlhf_exp.rl.keep import Keeper, phase_metrics
+from rlhf_exp.rl.keep import Keeper, advance, phase_metrics
 from rlhf_exp.rl.kl import KLCoefficient
 from rlhf_exp.rl.learn import Minibatch, micro_batches, minibatches, optimizer_step
 from rlhf_exp.rl.objectives import Coefficients, Objective, PPOClip
@@ -178,9 +178,7 @@ class PPO(Stage[PPOParts]):
             files = {"task": parts.task, "model": parts.model, "intervention": parts.intervention}
             inputs = fingerprints(actors.policy.language_model, **files)
             inputs["finetune"] = actors.reference_hash
-            state = start(
-                self, actors, parts.optimizer, parts.schedule, seed=context.seed, inputs=inputs
-            )
+            state = start(self, actors, parts.optimizer, parts.schedule, context.seed, inputs)
             clock.seconds = state.seconds  # those of a resumed run go on
             phases = Phases(self, actors, state, clock)
             saver = Saver(
@@ -235,7 +233,7 @@ def _kl_coefficient(ppo: PPO) -> KLCoefficient:
 
 
 def start(
-    ppo: PPO, actors: Actors, optimizer: AdamWSettings, schedule: Schedule, *, seed: int,
+    ppo: PPO, actors: Actors, optimizer: AdamWSettings, schedule: Schedule, seed: int,
     inputs: Mapping[str, str],
 ) -> TrainState:  # fmt: skip
     """The state before the first phase."""
@@ -250,9 +248,9 @@ def train(ppo: PPO, context: Context, phases: "Phases", saver: Saver) -> None:
     """Runs phases until they are all done or a guard ends the run."""
     with saver.steps(), Progress(ppo.total_phases, unit="phase") as progress:
         keeper = Keeper(
-            context=context, actors=phases.actors, state=phases.state, summarize=phases.summarize,
-            scorer=phases.scorer, saver=saver, progress=progress, histograms=phases.histograms,
-            clock=phases.clock, total_phases=ppo.total_phases, eval_every=ppo.eval_every,
+            context=context, actors=phases.actors, state=phases.state, scorer=phases.scorer,
+            saver=saver, progress=progress, histograms=phases.histograms, clock=phases.clock,
+            total_phases=ppo.total_phases, eval_every=ppo.eval_every,
             eval_samples=ppo.eval_samples, histograms_every=ppo.histograms_every,
         )  # fmt: skip
         keeper.start()
@@ -278,7 +276,7 @@ class Phases:
             penalty=missing_eos_penalty(actors.policy.tokenizer, ppo.missing_eos_penalty),
         )  # fmt: skip
         collect = partial(
-            loop.collect, state, sample=self.sample, score=self.score, measure=self.measure
+            loop.collect_rollout, state, sample=self.sample, score=self.score, measure=self.measure
         )
         self.rollouts = Rollouts(
             collect, actors.train_prompts,
@@ -288,11 +286,13 @@ class Phases:
         self._less = (f"lower stage.compute.rollout_batch_size (now {self._rows})",
                       "lower sampler.gen_len")  # fmt: skip
 
-    def run(self, keep: Callable[[Experience, Sequence[Mapping[str, float]]], object]) -> None:
+    def run(self, keep: Callable[[Mapping[str, float]], None]) -> None:
         """The next phase."""
         loop.run_phase(
-            self.state, collect=self.collect, credit=self.credit, learn=self.learn, keep=keep
-        )
+            self.state, collect=self.collect, credit=self.credit, learn=self.learn,
+            summarize=self.summarize, keep=keep,
+            advance=partial(advance, self.state, self.ppo.guards, self.kl_coefficient),
+        )  # fmt: skip
 
     def sample(self, prompts: PromptBatch, phase: int) -> Generation:
         """Step 1."""
@@ -303,7 +303,7 @@ class Phases:
                 phase=phase, rows=self._rows,
             )  # fmt: skip
 
-    def score(self, completions: Completions, phase: int) -> loop.Scores:
+    def score(self, completions: Completions, phase: int) -> loop.PendingScores:
         """Step 2."""
         with self.lap("score"):
             scores = self.scorer(completions, phase)
@@ -363,7 +363,7 @@ class Phases:
                 temperature=self.actors.sampler.temperature,
             )  # fmt: skip
 
-        return loop.learn(
+        return loop.update_policy(
             state,
             experience,
             minibatches=partial(
@@ -381,9 +381,7 @@ class Phases:
             ),
         )  # fmt: skip
 
-    def summarize(
-        self, experience: Experience, updates: Sequence[Mapping[str, float]]
-    ) -> dict[str, float]:
+    def summarize(self, experience: Experience, updates: loop.Updates) -> dict[str, float]:
         """The metrics of the phase; see `phase_metrics`."""
         with_values = experience.returns is not None
         return phase_metrics(

@@ -308,7 +308,7 @@ def phase(
     """The metrics of a phase by itself."""
     phases = phases or Phases(ppo, actors, state, Stopwatch())
     metrics: dict[str, float] = {}
-    phases.run(lambda *results: metrics.update(phases.summarize(*results)))
+    phases.run(metrics.update)
     return metrics
 
 
