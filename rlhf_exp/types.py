@@ -250,9 +250,7 @@ class Pass(NamedTuple):
 
 @record
 class LossOutput:
-    """A loss to minimise, the metrics that explain it, and the log-probs that it comes from,
-    without gradients."""
+    """A loss to minimise, and the metrics that explain it."""
 
     loss: Float[Tensor, ""]
     metrics: Mapping[str, Float[Tensor, ""]]
-    logprobs: Float[Tensor, "batch completion"]

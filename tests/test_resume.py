@@ -168,7 +168,7 @@ def test_a_change_that_does_not_fit_the_checkpoint_is_not_kept(tmp_path, command
     words = [f"model.base_model={tmp_path / 'other'}", "resume_with=[model]"]
     assert_refused(
         train(tmp_path, f"resume={broken}", *words),
-        r"what it names has changed since the checkpoint",
+        r"the files that it names have changed since the checkpoint",
         r"the configuration was changed for this start: model\.base_model: \S+base -> \S+other",
     )
     after = [(broken / ".hydra" / name).read_text() for name in ("config.yaml", "overrides.yaml")]
@@ -243,7 +243,7 @@ def test_a_run_whose_model_changed_is_not_resumed(tmp_path, command):
     save_policy(tiny_policy(seed=1), tmp_path / "base")
     assert_refused(
         train(tmp_path, f"resume={broken}"),
-        r"model: what it names has changed since the checkpoint",
+        r"model: the files that it names have changed since the checkpoint",
     )
 
 

@@ -201,17 +201,12 @@ def test_records_are_joined_in_order(build):
 
 
 def test_a_loss_is_a_scalar_with_scalar_metrics():
-    logprobs = torch.zeros(2, 3)
-    output = LossOutput(
-        loss=torch.tensor(1.5), metrics={"kl_exact": torch.tensor(0.25)}, logprobs=logprobs
-    )
+    output = LossOutput(loss=torch.tensor(1.5), metrics={"kl_exact": torch.tensor(0.25)})
     assert output.metrics["kl_exact"] == 0.25
     with pytest.raises(TypeCheckError, match="loss"):
-        LossOutput(loss=torch.zeros(1), metrics={}, logprobs=logprobs)
+        LossOutput(loss=torch.zeros(1), metrics={})
     with pytest.raises(TypeCheckError, match="metrics"):
-        LossOutput(loss=torch.tensor(1.5), metrics={"kl_exact": torch.zeros(2)}, logprobs=logprobs)
-    with pytest.raises(TypeCheckError, match="logprobs"):
-        LossOutput(loss=torch.tensor(1.5), metrics={}, logprobs=logprobs[0])
+        LossOutput(loss=torch.tensor(1.5), metrics={"kl_exact": torch.zeros(2)})
 
 
 def test_records_are_checked_outside_the_tests_too(monkeypatch):
@@ -224,7 +219,7 @@ def test_records_are_checked_outside_the_tests_too(monkeypatch):
     with pytest.raises(TypeCheckError, match="mask"):
         module.PromptBatch(tokens=tokens, mask=torch.ones(2, 4, dtype=torch.bool), rows=({}, {}))
     with pytest.raises(TypeCheckError, match="loss"):
-        module.LossOutput(loss=torch.zeros(1), metrics={}, logprobs=torch.zeros(2, 3))
+        module.LossOutput(loss=torch.zeros(1), metrics={})
 
 
 @pytest.mark.parametrize("build", [prompts, completions, generation, rollout, experience])

@@ -18,7 +18,7 @@ from rlhf_exp.functional.masking import masked_fill_zero
 # go with an eindex that does not; that torch still reads it as meant is tested against gather.
 warnings.filterwarnings("ignore", message="Using a non-tuple sequence", module="eindex")
 
-Estimator = Literal["k1", "k2", "k3"]
+KLEstimator = Literal["k1", "k2", "k3"]
 
 
 def completion_part(
@@ -72,7 +72,7 @@ def kl_divergence(
 def kl_estimate(
     logprobs: Float[Tensor, "batch completion"],
     ref_logprobs: Float[Tensor, "batch completion"],
-    estimator: Estimator,
+    estimator: KLEstimator,
 ) -> Float[Tensor, "batch completion"]:
     """An estimate of D(policy || reference) from the sampled tokens alone, in nats.
 

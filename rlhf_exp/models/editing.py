@@ -91,12 +91,12 @@ class Sites:
         modules = {path: module}
         if component.is_list_item:
             modules = {f"{path}.{i}": layer for i, layer in enumerate(module)}
-        for name, own in modules.items():
-            for part, below in component.submodules.items():
-                self._add(f"{name}.{part}", below, own)
+        for name, each in modules.items():
+            for part, child in component.submodules.items():
+                self._add(f"{name}.{part}", child, each)
             if component.name is not None:
-                self._sites[f"{name}.hook_in"] = Site(own, is_input=True)
-                self._sites[f"{name}.hook_out"] = Site(own, is_input=False)
+                self._sites[f"{name}.hook_in"] = Site(each, is_input=True)
+                self._sites[f"{name}.hook_out"] = Site(each, is_input=False)
             self._alias(f"{name}.", component.hook_aliases)
 
     def _alias(self, prefix: str, aliases: dict[str, Any]) -> None:
@@ -140,8 +140,8 @@ class Edits:
         prompt_len: int | None,
     ) -> Editing:
         """A function that makes contexts in which the model edits its activations in a pass over
-        `tokens`. The first `prompt_len` of them belong to the prompt; the last columns of `mask`
-        are theirs."""
+        `tokens`. The first `prompt_len` of them belong to the prompt. `mask` covers cached tokens
+        too; its last columns are those of `tokens`."""
         if not self._edits:
             return nullcontext
         where = self._where(tokens.shape[1], mask, prompt_len, tokens.device)

@@ -31,8 +31,8 @@ class Engine(ABC):
     """Makes passes of a transformer."""
 
     is_plain: ClassVar[bool]
-    """Whether the passes are those of the plain module, which computes in bf16, can be compiled,
-    recomputes activations and carries adapters."""
+    """True if passes run the plain module; bf16, compilation, gradient checkpointing and adapters
+    need it."""
 
     def __init__(self, transformer: CausalTransformer) -> None:
         self.transformer = transformer
@@ -68,7 +68,7 @@ class FastEngine(Engine):
         *,
         prompt_len: int | None = None,
     ) -> LogitsAndValues:
-        """Of the plain module."""
+        """See Engine; computed by the plain module."""
         hidden = self.transformer.hidden_states(tokens, mask, prompt_len=prompt_len)
         return self.transformer.unembed(hidden), self.transformer.values(hidden)
 
@@ -109,7 +109,7 @@ class HookedEngine(Engine):
         *,
         prompt_len: int | None = None,
     ) -> LogitsAndValues:
-        """Of the bridge."""
+        """See Engine; computed by the bridge."""
         model = self.transformer
         with model.edits.in_bridge(mask, prompt_len) as hooks:
             return model.view.run_with_value_head(model.value_head, tokens, mask, hooks)[:2]
@@ -117,7 +117,7 @@ class HookedEngine(Engine):
     def learning_pass(
         self, rollout: Rollout, ref_head: Head, layout: Layout, *, temperature: float
     ) -> Pass:
-        """The textbook's."""
+        """See Engine; computed by `textbook_pass`."""
         prompt_len = rollout.completions.prompt_len
         sequences = rollout.completions.sequences
         logits, values = self.logits_and_values(*sequences, prompt_len=prompt_len)

@@ -1,5 +1,5 @@
-"""What of the policy is trained. The choices differ in memory alone: each gives the same reference,
-the policy as it was before training."""
+"""Which of the policy's weights are trained, and the frozen reference that follows. The reference
+computes the same numbers with every choice: those of the policy before training."""
 
 import copy
 from typing import Protocol, runtime_checkable

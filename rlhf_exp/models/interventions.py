@@ -100,10 +100,11 @@ class Ablate:
     direction_tensor: Text = "direction"
     """The direction's name in it."""
     sites: tuple[Text, ...] = ()
-    """Where, by TransformerLens's names: [blocks.*.hook_resid_pre]; * stands for anything."""
+    """Where, by TransformerLens's names: [blocks.*.hook_resid_pre]; * stands for anything
+    between two dots."""
     means: Text | None = None
-    """A safetensors file with the mean activation of each site under its name, which is put in
-    place; null: 0 is."""
+    """A safetensors file with each site's mean activation under its name, the replacement; null:
+    the replacement is 0."""
     positions: Positions = "all"
     """The tokens at which it acts: prompt, completion, all."""
 
@@ -144,10 +145,10 @@ class Ablate:
     def attach(self, policy: CausalTransformer) -> None:
         """Ablates from now on."""
         self.fingerprint()
-        every = Sites(policy.language_model)
-        outputs = every.find([*self._heads], field="intervention.heads")
-        outputs |= every.find(self._mlps, field="intervention.mlps")
-        along = every.find(self.sites, field="intervention.sites")
+        model_sites = Sites(policy.language_model)
+        outputs = model_sites.find([*self._heads], field="intervention.heads")
+        outputs |= model_sites.find(self._mlps, field="intervention.mlps")
+        along = model_sites.find(self.sites, field="intervention.sites")
         edits: list[tuple[str, Site, Edit]] = []
         for name, width in measure_widths(policy, outputs | along).items():
             mean = torch.zeros(width)
@@ -155,7 +156,7 @@ class Ablate:
                 mean = read_vector(self.means, name, field="intervention.means", width=width)
             mean = mean.to(policy.device)
             if name in outputs:
-                replaced = _columns(self._heads.get(name), width, every.num_heads, name)
+                replaced = _columns(self._heads.get(name), width, model_sites.num_heads, name)
                 edit = partial(_replace, replaced.to(policy.device), mean)
                 edits.append((name, outputs[name], edit))
             if name in along and self.direction is not None:
@@ -211,8 +212,8 @@ def read_vector(path: str, key: str, *, field: str, width: int | None = None) ->
         raise ConfigError(f"{field}={path}: {key} is not a tensor of finite floats")
     if width not in (None, vector.numel()):
         raise ConfigError(
-            f"{field}={path}: {key} has shape {list(vector.shape)}, where the activation is {width}"
-            " wide; choose a site as wide as it, or a vector of this model"
+            f"{field}={path}: {key} has shape {list(vector.shape)}, but the activation has {width}"
+            " entries; choose a site of that width, or a vector of this model"
         )
     return vector.float().flatten()
 

@@ -79,8 +79,8 @@ def compute_reference_in(
 
 def reference_hash(reference: Reference, policy: CausalTransformer) -> str:
     """The SHA-256 of the reference's weights by name, its output embedding's among them. It is the
-    same for all three kinds on one model, before `compute_reference_in`. One weight at a time is
-    copied."""
+    same with full, last_layers and lora on one model, before `compute_reference_in`. One weight at
+    a time is copied."""
     model = reference if isinstance(reference, CausalTransformer) else policy
     digest = hashlib.sha256()
     weights = {

@@ -72,7 +72,7 @@ class CausalTransformer(nn.Module):
 
     def compute_in(self, dtype: torch.dtype) -> None:
         """From now on passes compute in `dtype` as autocast has it; layer norms, softmaxes, logits
-        and the weights stay fp32. Call it when it is settled which weights are trained."""
+        and the weights stay fp32. Call it after finetune.attach, which chooses what is trained."""
         low = dtype != torch.float32
         self.low = dtype if low else None
         besides = self.head.weight
@@ -85,8 +85,8 @@ class CausalTransformer(nn.Module):
         return torch.autocast(self.device.type, dtype=self.low)
 
     def working(self) -> AbstractContextManager[object]:
-        """A context in which the model holds its weights in what it computes in; parameters() are
-        not what is trained there."""
+        """Swaps the low-precision copies of the weights in. Within this context parameters() are
+        the copies, not the trained weights."""
         return nullcontext() if self._working is None else self._working.in_use()
 
     def working_copies(self) -> Iterator[Tensor]:
@@ -150,9 +150,8 @@ class CausalTransformer(nn.Module):
 
     @contextmanager
     def learning_head(self) -> Iterator[Head]:
-        """`head` for a pass that ends in functional.vocab_head, which adds the gradient of its
-        weights to what they have as it goes. Within the block the embedding too adds its few rows
-        to its gradient, in place of a matrix of mostly zeros."""
+        """`head` with the buffer that functional.vocab_head adds its weights' gradient to. Within
+        the block the input embedding's gradient is sparse: only the rows of its tokens."""
         head, embedding = self.head, self.language_model.get_input_embeddings()
         weights = [w for w in (head.weight, embedding.weight) if w.requires_grad]
         for weight in weights:
@@ -187,14 +186,14 @@ class CausalTransformer(nn.Module):
         """The final layer norm's output, for every token or, with a cache, for those not in it.
 
         `mask` covers the cached tokens and the new ones, None means that nothing on the left is
-        padding; `tokens` are the new ones alone. The first `prompt_len` of them belong to the
+        padding; `tokens` are the new ones only. The first `prompt_len` of them belong to the
         prompt; an intervention at prompt or completion needs it.
         """
-        given = {}
+        pass_inputs = {}
         if mask is not None:
-            given["attention_mask"] = mask.long()
-            given["position_ids"] = position_ids(mask)[:, -tokens.shape[1] :]
-        return self._states(tokens, cache, given, self.edits.during(tokens, mask, prompt_len))
+            pass_inputs["attention_mask"] = mask.long()
+            pass_inputs["position_ids"] = position_ids(mask)[:, -tokens.shape[1] :]
+        return self._states(tokens, cache, pass_inputs, self.edits.during(tokens, mask, prompt_len))
 
     def static_states(
         self,
@@ -210,11 +209,11 @@ class CausalTransformer(nn.Module):
             lowest = torch.finfo(self.language_model.dtype).min
             mask = torch.zeros_like(allowed, dtype=self.language_model.dtype)
             mask = mask.masked_fill(~allowed, lowest)
-        given = {"attention_mask": mask, "position_ids": positions}
-        return self._states(tokens, cache, given, self.edits.during(tokens, None, 0))
+        pass_inputs = {"attention_mask": mask, "position_ids": positions}
+        return self._states(tokens, cache, pass_inputs, self.edits.during(tokens, None, 0))
 
     def _states(
-        self, tokens: Tensor, cache: Cache | None, given: dict[str, Tensor], editing: Editing
+        self, tokens: Tensor, cache: Cache | None, pass_inputs: dict[str, Tensor], editing: Editing
     ) -> Tensor:
         # The embedding apart: given token ids, transformers may look for padding in them, which on
         # a GPU makes the host wait, and a compiled pass could not have sparse gradients.
@@ -223,7 +222,10 @@ class CausalTransformer(nn.Module):
         with self.autocast(), editing(), self._recomputing(editing, cached=cache is not None):
             embedded = self.language_model.get_input_embeddings()(tokens)
             output = run(
-                inputs_embeds=embedded, past_key_values=cache, use_cache=cache is not None, **given
+                inputs_embeds=embedded,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                **pass_inputs,
             )
         states: Tensor = output.last_hidden_state
         return states
@@ -311,7 +313,7 @@ class CausalTransformer(nn.Module):
 def _run_checkpointed(
     block: nn.Module, editing: Editing, forward: Callable[..., Any], *args: Any
 ) -> Any:
-    block.training = False  # it brought us here; OPT's blocks would take it for their dropout's
+    block.training = False  # True only selects this function; OPT would apply dropout
     return checkpoint(
         forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), editing())
     )

@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Actors:
-    """Everything that a phase runs on and that no optimizer step replaces. `answers` is the task
-    if it knows exact answers, `reference_hash` that of the reference as it was loaded."""
+    """The policy, its reference, the reward, the sampler and the prompts of a run. `answers` is the
+    task if it knows exact answers, `reference_hash` the hash of the reference at its loading."""
 
     policy: TransformerWithValueHead
     reference: Reference
@@ -80,13 +80,13 @@ def load_actors(
 
 
 def fingerprints(network: PreTrainedModel, **parts: Any) -> dict[str, str]:
-    """Hashes of the files that a run's parts (task, model ...) stand on, by field; a model of the
-    hub is known by its commit. Not for the reward, which may be mended where it failed."""
-    found = {
+    """The hash of each part's files, by part (task, model ...); of a model of the hub, its commit.
+    The reward is left out: the user may fix it and resume."""
+    hashes = {
         name: part.fingerprint() if isinstance(part, Fingerprinted) else ""
         for name, part in parts.items()
     }
-    return found | {"model": f"{found['model']} {vars(network.config).get('_commit_hash')}"}
+    return hashes | {"model": f"{hashes['model']} {vars(network.config).get('_commit_hash')}"}
 
 
 def frozen_hash(actors: Actors) -> str:
@@ -98,9 +98,8 @@ def check_frozen(actors: Actors, expected: str) -> None:
     """Raises TrainingError if the reference's weights are not those of that hash any more."""
     if frozen_hash(actors) != expected:
         raise TrainingError(
-            "the reference's weights have changed during the run, so that its KL was to something"
-            " that moved: something writes to weights that nothing may train, such as a reward"
-            " that shares them"
+            "the reference's weights changed during the run, so its KL is wrong: some code wrote"
+            " to frozen weights, such as a reward that shares them"
         )
 
 
@@ -135,7 +134,7 @@ def load_sampled_policy(
         model, tokenizer_factory(task), device=context.device, seed=seed, value_head=value_head
     )
     eos_token(policy, stop_at_eos=sampler.stop_at_eos)  # raises here rather than while sampling
-    if isinstance(sampler, BridgeSampler) and policy.engine.is_plain:  # which was checked
+    if isinstance(sampler, BridgeSampler) and policy.engine.is_plain:  # loading checks the other
         check_hooked(policy)
     return policy
 
@@ -159,7 +158,7 @@ def load_reward(
                 prepend_bos=bool(leading_ids(policy.tokenizer, prepend_bos=task.prepend_bos)),
                 num_tokens=batch.tokens.shape[1] + sampler.gen_len,
             )
-    with contextlib.chdir("."):
+    with contextlib.chdir("."):  # puts the folder back if the reward changes it
         return reward.load(context.device)
 
 
@@ -168,8 +167,8 @@ def _why_so_short(policy: TransformerWithValueHead) -> str:
     if policy.context_len == config.max_position_embeddings:
         return ""
     return (
-        f" Beyond them its rotary embedding changes at all positions, so that its"
-        f" max_position_embeddings of {config.max_position_embeddings} cannot be used."
+        f" (Its max_position_embeddings of {config.max_position_embeddings} cannot be used: in"
+        " longer sequences its rotary embedding changes at all positions.)"
     )
 
 

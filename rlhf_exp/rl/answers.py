@@ -43,11 +43,12 @@ def exact_matches(
 ) -> Bool[Tensor, " batch"]:
     """Whether a completion is the answer's tokens followed by EOS, nothing more and nothing
     less."""
-    wanted = tokenizer(list(answers), add_special_tokens=False)["input_ids"]
+    answer_ids = tokenizer(list(answers), add_special_tokens=False)["input_ids"]
     lengths = completions.mask.sum(dim=1).tolist()
-    given = [row[:n] for row, n in zip(completions.tokens.cpu().tolist(), lengths, strict=True)]
+    rows = completions.tokens.cpu().tolist()
+    completion_ids = [row[:n] for row, n in zip(rows, lengths, strict=True)]
     return torch.tensor(
-        [a == [*b, tokenizer.eos_token_id] for a, b in zip(given, wanted, strict=True)]
+        [a == [*b, tokenizer.eos_token_id] for a, b in zip(completion_ids, answer_ids, strict=True)]
     )
 
 

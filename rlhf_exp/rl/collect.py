@@ -46,7 +46,7 @@ class Scorer:
         self._penalty, self._skips = penalty, guards.on_reward_error == "skip"
 
     def __call__(self, completions: Completions, phase: int) -> PendingScores:
-        """What returns the scores, and waits for them if it must."""
+        """Returns a function that blocks until the scores are computed and returns them."""
         if self._thread is not None:
             return self._thread.submit(lambda: self._scores(completions, phase)).result
         scores = self._scores(completions, phase)
@@ -73,16 +73,15 @@ class Scorer:
 def missing_eos_penalty(
     tokenizer: PreTrainedTokenizerBase, penalty: float | None
 ) -> Callable[[Completions], Float[Tensor, " batch"]] | None:
-    """What is taken off the scores of completions that do not end with EOS."""
+    """Returns the function that computes each completion's penalty for not ending with EOS."""
     if penalty is None:
         return None
     return lambda completions: penalty * ~have_ended(completions, tokenizer)
 
 
 class Rollouts:
-    """The rollout of each phase. With `ahead` the next one is sampled before this one is learned
-    from, while the reward still scores this one: it then comes from the policy before the update
-    in between, and its ratios start beside 1."""
+    """The rollout of each phase. With `ahead` the next rollout is sampled before this phase's
+    update, while the reward scores this one; its first ratios are then near 1, not exactly 1."""
 
     def __init__(
         self,
@@ -105,13 +104,13 @@ class Rollouts:
         return replace(rollout, scores=scores())
 
     def state_dict(self) -> dict[str, Any]:
-        """The rollout that was made ahead, with its scores, which are waited for; empty without
-        one."""
+        """The rollout collected ahead, once its scores are computed; {} if there is none."""
         if self._next is None:
             return {}
         rollout = replace(self._next[0], scores=self._next[1]())
         self._next = rollout, lambda: rollout.scores
         completions, prompts = rollout.completions, rollout.completions.prompts
+        # A row is saved as its index: each is one of the task's, and may be equal to others.
         places = {id(row): i for i, row in enumerate(self._prompts.rows)}
         return {
             "rollout": _tensors(rollout),
@@ -122,7 +121,7 @@ class Rollouts:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state."""
+        """Restores the state."""
         self._next = None
         if not state:
             return
@@ -138,7 +137,7 @@ class Rollouts:
                 texts=tuple(state["texts"]),
                 **completions,
             ),
-            **{"values": None, **rollout},
+            **{"values": None, **rollout},  # a rollout without values has saved none
         )
         self._next = whole, lambda: whole.scores
 

@@ -18,7 +18,7 @@ from rlhf_exp.training.precision import Dtype, compute_dtype
 
 @settings
 class Compute:
-    """Speed and memory. Up to rounding and random draws the results stay the same."""
+    """Speed and memory. Of these only async_reward changes what is learned from."""
 
     dtype: Dtype = "auto"
     """Dtype of passes: bf16, fp32; auto: bf16 on devices with instructions for it (CPU: from a
@@ -65,16 +65,15 @@ class Compute:
 
     def too_large(self, *, batch: int, minibatch: int) -> Iterator[str]:
         """Which sizes are above those of a batch or a minibatch (batch_size / num_minibatches)."""
-        for name, size, limit, whole in (
-            ("rollout_batch_size", self.rollout_batch_size, batch, f"batch_size={batch}"),
-            ("micro_batch_size", self.micro_batch_size, minibatch,
-             f"the minibatch of {minibatch} (batch_size / num_minibatches)"),
-        ):  # fmt: skip
-            if size is not None and size > limit:
-                yield f"compute.{name}={size} is above {whole}: lower it, or set it null"
+        above = "compute.{}={} is above {}: lower it, or set it null"
+        if (size := self.rollout_batch_size or 0) > batch:
+            yield above.format("rollout_batch_size", size, f"batch_size={batch}")
+        if (size := self.micro_batch_size or 0) > minibatch:
+            whole = f"the minibatch of {minibatch} (batch_size / num_minibatches)"
+            yield above.format("micro_batch_size", size, whole)
 
     def less_memory(self, actors: Actors, *, minibatch: int) -> list[str]:
-        """What makes learning need less memory."""
+        """Settings that reduce the memory of learning, as advice."""
         size, knobs = self.micro_batch_size or minibatch, []
         if size > 1:
             knobs.append(f"set stage.compute.micro_batch_size below {size}")
@@ -85,7 +84,7 @@ class Compute:
         return [*knobs, "lower sampler.gen_len"]
 
     def prepare(self, actors: Actors) -> None:
-        """Sets the policy and the reference up."""
+        """Applies dtype, checkpointing and compilation to the policy and its reference."""
         policy = actors.policy
         dtype, base = torch.float32, policy.language_model.dtype
         fast = policy.engine.is_plain

@@ -56,7 +56,7 @@ class Estimator(ABC):
         """The experience of a rollout with these token rewards; advantages are 0 in the padding."""
 
     def for_minibatch(self, minibatch: Experience) -> Experience:
-        """The minibatch as it is learned: by default with the advantages of the whole batch."""
+        """Transforms a minibatch before its loss; by default nothing changes."""
         return minibatch
 
 

@@ -64,8 +64,8 @@ def evaluate(
 
     The prompts are the same at every call with one seed, in the same order, repeated if there are
     fewer of them than samples; so is the stream of random numbers, which pairs evaluations and
-    makes their differences less noisy. None of it is a rollout's. Raises TrainingError naming the
-    phase for logits that are not finite, and RewardError as the reward does.
+    makes their differences less noisy. Rollouts draw from other streams. Raises TrainingError
+    naming the phase for logits that are not finite, and RewardError as the reward does.
     """
     policy, prompts, answers = actors.policy, actors.eval_prompts, actors.answers
     device = policy.device
@@ -108,12 +108,12 @@ def sample(
 ) -> Generation:
     """The sampler's generation, `rows` prompts at a time, by default all. Raises TrainingError
     naming the phase if the policy has diverged."""
-    every = torch.arange(len(prompts.rows), device=prompts.tokens.device)
+    row_index = torch.arange(len(prompts.rows), device=prompts.tokens.device)
     try:
         return concatenate(
             [
                 sampler(policy, prompts[index] if rows else prompts, generator)
-                for index in every.split(rows or len(every))
+                for index in row_index.split(rows or len(row_index))
             ]
         )
     except TrainingError as error:
@@ -155,7 +155,7 @@ def brief(metrics: Mapping[str, float]) -> str:
 
 
 def present(context: Context, before: Evaluation, after: Evaluation) -> None:
-    """Has a run's samples, metrics and curves shown, before and after."""
+    """Queues samples, metrics and curves, before and after, for display."""
     folder, add = context.folder, context.presentation.add
 
     def show_samples() -> None:

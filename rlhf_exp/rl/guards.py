@@ -1,6 +1,6 @@
 """Limits on a run: steps that are not taken, phases that are skipped, and when to stop.
 
-They look at metrics. What the metrics are of, they do not know.
+They read metrics; they know neither policy nor reward.
 """
 
 import logging
@@ -26,8 +26,8 @@ class Guards:
     """Limits on KL, on steps that are not finite and on rewards that fail."""
 
     max_approx_kl: Positive | None = None
-    """Nats a token, 0.01-0.1: a phase's learning stops before the step whose minibatch has a
-    policy/approxkl above it; null: never."""
+    """Stops a phase's learning before the first step whose policy/approxkl exceeds it (nats a
+    token, 0.01-0.1); null: never."""
     max_kl_sum: Positive | None = None
     """Nats a completion (objective/kl_sum), 5-100: the first phase above it is the last; null:
     none."""
@@ -67,8 +67,8 @@ class Verdict(NamedTuple):
 def judge(guards: Guards, metrics: Mapping[str, Tensor]) -> Verdict:
     """The verdict on a minibatch from its metrics and gradient norms.
 
-    With on_nonfinite="stop" only the CPU looks at each step: on a GPU that would make the host
-    wait, and `sum_up` finds the step at the end of the phase.
+    With on_nonfinite="stop" each step is checked on a CPU only. On a GPU that would make the host
+    wait, so `sum_up` checks them at the end of the phase.
     """
     limit = guards.max_approx_kl
     if limit is not None and bool(metrics["policy/approxkl"] > limit):
@@ -112,7 +112,7 @@ def check_skipped(guards: Guards, state: TrainState) -> None:
         raise TrainingError(
             f"phase {state.phase}: {steps} steps that were not finite and {rewards} phases"
             " without scores were skipped, more than"
-            f" stage.guards.max_skipped={guards.max_skipped}: mend what train.log names, or lower"
+            f" stage.guards.max_skipped={guards.max_skipped}: fix what train.log names, or lower"
             " optimizer.base_lr and optimizer.head_lr"
         )
 
@@ -124,15 +124,15 @@ def check_kl_sum(guards: Guards, state: TrainState, kl_sum: float) -> None:
             f"phase {state.phase}: objective/kl_sum is {kl_sum:.4g} nats a completion, above"
             f" stage.guards.max_kl_sum={guards.max_kl_sum:g}"
         )
-        state.spent_kl = kl_sum
+        state.kl_sum_at_stop = kl_sum
         log.info("%s: the run ends", state.stopped)
 
 
-def reconsider(guards: Guards, state: TrainState) -> None:
+def clear_stop_if_allowed(guards: Guards, state: TrainState) -> None:
     """Lets a resumed run that stopped at max_kl_sum go on if the limit is higher now."""
-    if state.spent_kl is None:
+    if state.kl_sum_at_stop is None:
         return
-    if guards.max_kl_sum is None or state.spent_kl <= guards.max_kl_sum:
-        state.stopped = state.spent_kl = None
+    if guards.max_kl_sum is None or state.kl_sum_at_stop <= guards.max_kl_sum:
+        state.stopped = state.kl_sum_at_stop = None
     else:
         log.warning("%s: no phase follows; raise stage.guards.max_kl_sum to go on", state.stopped)

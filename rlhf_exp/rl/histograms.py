@@ -31,7 +31,7 @@ class HistogramCollector:
         def watched(new: Pass, batch: Experience) -> LossOutput:
             output = objective(new, batch)
             if self.active:
-                self._note(output.logprobs, batch)
+                self._note(new.logprobs.detach(), batch)
             return output
 
         return watched

@@ -1,4 +1,4 @@
-"""Step 6, keep: what a phase came to, and what is written, evaluated and saved of it."""
+"""Step 6, keep: the metrics of a phase; logs, evaluates and saves."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from rlhf_exp.rl.collect import SCORING, Scorer
 from rlhf_exp.rl.evaluation import brief, evaluate
 from rlhf_exp.rl.guards import Guards, check_kl_sum, sum_up
 from rlhf_exp.rl.histograms import HistogramCollector
-from rlhf_exp.rl.kl import KLCoefficient
+from rlhf_exp.rl.kl_coefficient import KLCoefficient
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.sampler import have_ended
 from rlhf_exp.training.context import Context
@@ -106,12 +106,12 @@ class Keeper:
         score, is_best = None, False
         if is_last or self._is_due(self.eval_every, phase):
             score = self._evaluate()
-            is_best = self.state.note_evaluation(score)
+            is_best = self.state.record_evaluation(score)
         with self.clock("save"):
             self.saver.step_done(phase, is_last=is_last, score=score, is_best=is_best)
 
-    def _is_due(self, every: int | None, phase: int) -> bool:
-        return every is not None and (phase % every == 0 or phase == self.total_phases)
+    def _is_due(self, interval: int | None, phase: int) -> bool:
+        return interval is not None and (phase % interval == 0 or phase == self.total_phases)
 
     def _start_histograms(self) -> None:
         self.histograms.start(active=self._is_due(self.histograms_every, self.state.phase + 1))

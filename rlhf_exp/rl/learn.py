@@ -40,8 +40,8 @@ def minibatches(
 
 
 def micro_batches(minibatch: Minibatch, size: int | None) -> Iterator[Minibatch]:
-    """The minibatch in parts of at most `size` rows, by default whole. A part counts as much as it
-    has real tokens, so that its size changes memory alone."""
+    """The minibatch in parts of at most `size` rows, by default whole. Parts are weighted by their
+    real tokens, so `size` changes memory only."""
     experience, layout, _ = minibatch
     rows = torch.arange(len(layout.mask))
     if size is None or size >= len(rows):

@@ -28,8 +28,8 @@ Metrics = dict[str, Float[Tensor, ""]]
 
 @dataclass(frozen=True, kw_only=True)
 class Coefficients:
-    """The weights of the loss's terms: those of the stage that are named alike, in the phase at
-    hand. `kl_coef` is 0 where the KL is in the reward."""
+    """The stage's settings of these names, with `kl_coef` of the current phase; it is 0 where the
+    KL is in the reward."""
 
     clip_coef: float
     vf_coef: float
@@ -40,9 +40,9 @@ class Coefficients:
 
 @settings
 class Objective(ABC):
-    """A formula for the policy's own term, to which `regularized` adds the others."""
+    """The policy's term of the loss; `regularized` adds those of values, entropy and KL."""
 
-    own_metrics: ClassVar[tuple[str, ...]] = ()
+    extra_metrics: ClassVar[tuple[str, ...]] = ()
     """Metrics of a minibatch beside those of `regularized`."""
 
     @abstractmethod
@@ -52,14 +52,14 @@ class Objective(ABC):
     def metric_names(self, *, with_values: bool) -> tuple[str, ...]:
         """The metrics of a minibatch."""
         values = ("loss/value",) if with_values else ()
-        return (*TERMS, *values, *self.own_metrics)
+        return (*TERMS, *values, *self.extra_metrics)
 
 
 @settings
 class PPOClip(Objective):
     """PPO's clipped surrogate."""
 
-    own_metrics: ClassVar[tuple[str, ...]] = ("policy/clipfrac",)
+    extra_metrics: ClassVar[tuple[str, ...]] = ("policy/clipfrac",)
 
     def __call__(self, new: Pass, batch: Experience, coefs: Coefficients) -> LossOutput:
         """functional.losses.clipped_surrogate, regularized."""
@@ -81,7 +81,7 @@ def regularized(
     new: Pass,
     batch: Experience,
     coefs: Coefficients,
-    own_metrics: Metrics,
+    extra_metrics: Metrics,
 ) -> LossOutput:
     """Minus (surrogate - vf_coef value loss + ent_coef entropy - kl_coef exact KL), each of them a
     mean over real tokens. Without values there is no value loss."""
@@ -97,11 +97,7 @@ def regularized(
         approx_kl = masked_mean(kl_estimate(batch.rollout.logprobs, new.logprobs, "k2"), mask)
     terms = (-objective, -surrogate, kl, entropy, approx_kl)
     metrics = {name: term.detach() for name, term in zip(TERMS, terms, strict=True)}
-    return LossOutput(
-        loss=-objective,
-        metrics={**metrics, **value_metrics, **own_metrics},
-        logprobs=new.logprobs.detach(),
-    )
+    return LossOutput(loss=-objective, metrics={**metrics, **value_metrics, **extra_metrics})
 
 
 def _value_loss(

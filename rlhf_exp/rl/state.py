@@ -24,11 +24,7 @@ from rlhf_exp.types import PromptBatch
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Everything that changes from phase to phase. What of the policy is not trained is as the
-    model's own files have it; the best score is an evaluation's. `kl_coef` is what the controller
-    has made of the stage's, None before it has; `stopped` says why no phase follows although more
-    were asked for, `spent_kl` at which KL (nats a completion); `seconds` are what the run took so
-    far, by part."""
+    """Everything that changes from phase to phase. Of the policy only trained weights are saved."""
 
     policy: TransformerWithValueHead
     optimizer: torch.optim.Optimizer
@@ -37,16 +33,22 @@ class TrainState:
     sample_generator: torch.Generator
     minibatch_generator: torch.Generator
     inputs: Mapping[str, str]
+    """The hash of each part's files; a resumed run must find the same hashes."""
     phase: int = 0
     best_score: float | None = None
+    """The highest eval/score so far."""
     best_phase: int = 0
     kl_coef: float | None = None
+    """The adapted coefficient; None until it was first adapted."""
     skipped_steps: int = 0
     skipped_rewards: int = 0
     stopped: str | None = None
-    spent_kl: float | None = None
+    """Why the run ended before its last phase."""
+    kl_sum_at_stop: float | None = None
+    """objective/kl_sum (nats a completion) when it passed max_kl_sum."""
     watch: Watch = field(default_factory=Watch)
     seconds: dict[str, float] = field(default_factory=dict)
+    """What the run has taken so far, by part."""
 
     @classmethod
     def start(
@@ -61,8 +63,7 @@ class TrainState:
         seed: int,
         inputs: Mapping[str, str],
     ) -> "TrainState":
-        """The state before the first phase. Each phase takes `num_prompts` prompts. `inputs` are
-        hashes of what a resumed run must find as it was, by the field that names it."""
+        """The state before the first phase. Each phase takes `num_prompts` prompts."""
         adamw = optimizer.build(policy.language_model, policy.value_head)
         return cls(
             policy=policy,
@@ -89,13 +90,13 @@ class TrainState:
             "skipped_steps": self.skipped_steps,
             "skipped_rewards": self.skipped_rewards,
             "stopped": self.stopped,
-            "spent_kl": self.spent_kl,
+            "kl_sum_at_stop": self.kl_sum_at_stop,
             "watch": asdict(self.watch),
             "seconds": dict(self.seconds),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Sets the state. Raises ConfigError if it is of another model or of other inputs."""
+        """Restores the state. Raises ConfigError if it is of another model or of other inputs."""
         check_inputs(self.inputs, state["inputs"])
         load_trained_state(self.policy, state["policy"])
         self.phase = state["phase"]
@@ -107,12 +108,12 @@ class TrainState:
         self.kl_coef = state["kl_coef"]
         self.skipped_steps = state["skipped_steps"]
         self.skipped_rewards = state["skipped_rewards"]
-        self.stopped, self.spent_kl = state["stopped"], state["spent_kl"]
+        self.stopped, self.kl_sum_at_stop = state["stopped"], state["kl_sum_at_stop"]
         self.watch = Watch(**state["watch"])
         self.seconds.update(state["seconds"])
 
-    def note_evaluation(self, score: float) -> bool:
-        """Takes note of what an evaluation after this phase gave; whether it is the best so far."""
+    def record_evaluation(self, score: float) -> bool:
+        """Records the score of an evaluation after this phase. Returns True if it is the best."""
         is_best = self.best_score is None or score > self.best_score
         if is_best:
             self.best_score, self.best_phase = score, self.phase

@@ -14,6 +14,7 @@ from rlhf_exp.models.reward_model import RewardFeatures, RewardModel
 from rlhf_exp.printable import printable
 from rlhf_exp.tasks.pair_tokens import EncodedPair, collate
 from rlhf_exp.training.precision import Dtype, autocast
+from rlhf_exp.types import concatenate
 
 ROWS = 256  # pairs whose features or scores are computed at once, without gradients
 
@@ -80,13 +81,7 @@ class PairData:
             [part[torch.arange(len(part.last), device=self.device).chunk(2)[half]]
              for part in parts] for half in (0, 1)
         ]  # fmt: skip
-        every = halves[0] + halves[1]
-        return RewardFeatures(
-            states=torch.cat([part.states for part in every]),
-            logprobs=torch.cat([part.logprobs for part in every]),
-            mask=torch.cat([part.mask for part in every]),
-            last=torch.cat([part.last for part in every]),
-        )
+        return concatenate(halves[0] + halves[1])
 
 
 def pair_loss(scores: Scores, rewards: Scores | None, *, rank_coef: float) -> Float[Tensor, ""]:
@@ -115,8 +110,7 @@ def pair_metrics(scores: Scores, rewards: Scores | None) -> dict[str, float]:
 
 
 def error_metrics(scores: Scores, rewards: Scores) -> dict[str, float]:
-    """How near the scores are to the rewards: the squared error beside the rewards' variance, which
-    is that of the best constant."""
+    """The scores' mean squared error, and the rewards' variance: the error of the best constant."""
     true = torch.cat(rewards)
     return {
         "heldout/mse": reward_mse(torch.cat(scores), true).item(),

@@ -23,10 +23,10 @@ from rlhf_exp.rl.collect import Rollouts, Scorer, missing_eos_penalty
 from rlhf_exp.rl.compute import Compute, warm_up
 from rlhf_exp.rl.estimators import GAE, Estimator, token_rewards
 from rlhf_exp.rl.evaluation import ANSWER_METRICS, METRICS, present, read_evaluations, sample
-from rlhf_exp.rl.guards import Guards, reconsider
+from rlhf_exp.rl.guards import Guards, clear_stop_if_allowed
 from rlhf_exp.rl.histograms import HistogramCollector
 from rlhf_exp.rl.keep import Keeper, advance, phase_metrics
-from rlhf_exp.rl.kl import KLCoefficient
+from rlhf_exp.rl.kl_coefficient import KLCoefficient
 from rlhf_exp.rl.learn import Minibatch, micro_batches, minibatches, optimizer_step
 from rlhf_exp.rl.objectives import Coefficients, Objective, PPOClip
 from rlhf_exp.rl.state import TrainState
@@ -98,8 +98,8 @@ class PPO(Stage[PPOParts]):
     kl_penalty: Literal["loss", "reward"] = "loss"
     """loss: exact KL in the loss; reward: -kl_coef (log p - log q) on each token's reward."""
     adaptive_kl_target: Positive | None = None
-    """KL of a phase's samples (nats a completion, 1-20; 6 in Ziegler et al. 2019) that kl_coef,
-    where it starts, is adapted to; null: kl_coef stays."""
+    """Target for the KL of a phase's samples (nats a completion, 1-20; 6 in Ziegler et al. 2019);
+    kl_coef starts as set and is adapted towards it; null: kl_coef stays."""
     kl_horizon: Positive = 10000.0
     """Completions in which that coefficient changes by at most a fifth, 1000-100000."""
     normalize_reward: bool = True
@@ -187,7 +187,7 @@ class PPO(Stage[PPOParts]):
             )  # fmt: skip
             if saver.restore():
                 log.info("going on after phase %d", state.phase)
-                reconsider(self.guards, state)
+                clear_stop_if_allowed(self.guards, state)
         context.folder.start()
         memory = resident_memory(actors.policy, actors.reference)
         log.info("%s", memory)
@@ -216,11 +216,11 @@ def _contradictions(ppo: PPO) -> Iterator[str]:
     for name in ("num_minibatches", "samples_per_prompt"):
         if ppo.batch_size % (count := getattr(ppo, name)):
             yield f"batch_size={ppo.batch_size} must be a multiple of {name}={count}"
-    if ppo.samples_per_prompt < (least := ppo.estimator.min_samples_per_prompt):
-        yield (
-            f"samples_per_prompt={ppo.samples_per_prompt}: {type(ppo.estimator).__name__} needs at"
-            f" least {least} completions of each prompt"
-        )
+    name, samples = type(ppo.estimator).__name__, ppo.samples_per_prompt
+    if samples < (least := ppo.estimator.min_samples_per_prompt):
+        yield f"samples_per_prompt={samples}: {name} needs at least {least} samples of each prompt"
+    if ppo.value_clip_coef is not None and not ppo.estimator.needs_values:
+        yield f"value_clip_coef={ppo.value_clip_coef:g}: {name} has no values; set it null"
     yield from ppo.compute.too_large(batch=ppo.batch_size, minibatch=ppo.minibatch_size)
     yield from _kl_coefficient(ppo).problems()
 
@@ -269,7 +269,7 @@ class Phases:
         self.histograms = HistogramCollector(ppo.batch_size)
         self.kl_coefficient = _kl_coefficient(ppo)
         # Worth a thread where reward and reference compute on different devices. Without a timeout
-        # the reward is called on the main thread, beside nothing else.
+        # the reward runs on the main thread, so nothing overlaps.
         overlaps = actors.policy.device.type == "cuda" and ppo.guards.reward_timeout_s is not None
         self.scorer = Scorer(
             actors.score, ppo.guards, on_thread=overlaps or ppo.compute.async_reward,

@@ -86,7 +86,7 @@ class Preferences(Stage[PreferencesParts]):
     def run(self, context: Context, parts: PreferencesParts) -> StageResult:
         """Samples, writes pairs/train and pairs/test below the run's folder; returns the result.
 
-        Raises TrainingError if hardly a prompt's two answers differ in reward.
+        Raises TrainingError if fewer than 1% of the prompts give answers of different reward.
         """
         clock, task, model, sampler = Stopwatch(), parts.task, parts.model, parts.sampler
         share = self.num_held_out / (self.num_pairs + self.num_held_out)
@@ -105,12 +105,12 @@ class Preferences(Stage[PreferencesParts]):
         context.folder.start()
         knobs = f"lower stage.batch_size (now {self.batch_size})", "lower sampler.gen_len", *SCORING
         explaining = explaining_memory("sampling", knobs)
-        progress = Progress(source.num_wanted, unit="pair")
+        progress = Progress(sum(source.wanted), unit="pair")
         with clock("sample"), explaining, saver.steps(), progress:
             while not source.is_complete:
                 source.sample_batch(progress)
                 saver.step_done(source.num_batches, is_last=source.is_complete)
-        train, held_out = source.parts
+        train, held_out = source.splits
         with clock("save"):
             for name, pairs in (("train", train), ("test", held_out)):
                 write_pairs(pairs, context.folder.path / FOLDER / f"{name}.{self.format}")
@@ -151,39 +151,34 @@ class _PairSource:
         self.sums = dict.fromkeys(BOTH, 0.0)
 
     @property
-    def num_wanted(self) -> int:
-        """Pairs of both parts."""
-        return sum(self.wanted)
-
-    @property
     def is_complete(self) -> bool:
         """Whether there are enough pairs."""
-        return self._part is None
+        return self._split is None
 
     @property
-    def parts(self) -> tuple[list[Pair], list[Pair]]:
+    def splits(self) -> tuple[list[Pair], list[Pair]]:
         """The pairs to train on and the held-out ones, in the order in which they were sampled."""
         train, held_out = (p[:n] for p, n in zip(self.pairs, self.wanted, strict=True))
         return train, held_out
 
     @property
-    def _part(self) -> int | None:
+    def _split(self) -> int | None:
         short = [len(p) < n for p, n in zip(self.pairs, self.wanted, strict=True)]
         return short.index(True) if any(short) else None
 
     def sample_batch(self, progress: Progress) -> None:
-        """Samples a batch of the part that lacks pairs. Raises TrainingError if hardly a prompt's
-        two answers differ in reward."""
-        part = self._part
-        assert part is not None
-        self.pairs[part].extend(self._pairs(next(self.streams[part])))
-        self.tried[part] += self.stage.batch_size
+        """Samples a batch of the split that lacks pairs. Raises TrainingError if fewer than 1% of
+        its prompts give answers of different reward."""
+        split = self._split
+        assert split is not None
+        self.pairs[split].extend(self._pairs(next(self.streams[split])))
+        self.tried[split] += self.stage.batch_size
         self.num_batches += 1
         progress.advance(min(progress.total, self.num_prompts - self.num_ties), self.metrics())
-        tried, found = self.tried[part], len(self.pairs[part])
-        if tried >= MIN_TRIED and found < min(self.wanted[part], MIN_USABLE * tried):
+        tried, num_usable = self.tried[split], len(self.pairs[split])
+        if tried >= MIN_TRIED and num_usable < min(self.wanted[split], MIN_USABLE * tried):
             raise TrainingError(
-                f"of {tried} prompts only {found} gave two answers of different reward;"
+                f"of {tried} prompts only {num_usable} gave two answers of different reward;"
                 " raise sampler.temperature or choose another reward or model"
             )
 
@@ -200,7 +195,7 @@ class _PairSource:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there. Raises ConfigError for other inputs."""
+        """Restores the state. Raises ConfigError for other inputs."""
         check_inputs(self.inputs, state["inputs"])
         for i, prompts in enumerate(self.streams):
             prompts.load_state_dict(state["prompts"][str(i)])

@@ -45,8 +45,8 @@ class Stage(ABC, Generic[P]):
         cls.parts = frozenset(part.name for part in fields(cls.Parts))
 
     def check_kinds(self, parts: Mapping[str, Any]) -> list[str]:
-        """A message for each part, by name, of another kind than the stage takes: "needs" in the
-        metadata of its field, or one that names both kinds."""
+        """A message for each part that is of the wrong class: "needs" in the metadata of its field
+        if it has one, else one that names both classes."""
         problems = []
         for declared in fields(self.Parts):
             name, kind, part = declared.name, cast(type, declared.type), parts[declared.name]

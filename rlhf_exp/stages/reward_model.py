@@ -224,8 +224,8 @@ def _train(
     inputs: Mapping[str, str],
 ) -> int:
     """Trains the head and restores its best; returns the number of updates."""
-    known = train.rewards if stage.loss == "mse_rank" else None
-    mean = 0.0 if known is None else torch.cat(known).mean().item()
+    rewards = train.rewards if stage.loss == "mse_rank" else None
+    mean = 0.0 if rewards is None else torch.cat(rewards).mean().item()
     scorer.initialise_head(stream(context.seed, "head"), bias=mean)
     adamw = parts.optimizer.build(scorer.backbone, scorer.head)
     num_updates = stage.num_updates(len(train))
@@ -236,7 +236,7 @@ def _train(
     early_stopping = EarlyStopping(
         context, scorer, measure,
         eval_every=stage.eval_every, patience=stage.patience,
-        rates="optimizer.head_lr and optimizer.base_lr",
+        lr_fields="optimizer.head_lr and optimizer.base_lr",
     )  # fmt: skip
     generator = stream(context.seed, "minibatches")
     batches = BatchStream(shuffled, range(len(train)), stage.batch_size, generator)
@@ -250,8 +250,8 @@ def _train(
     )
     losses = _losses(stage, context, train, batches)
     stage.fit(context, state, losses, num_updates=num_updates)
-    early_stopping.put_back(state.update)
-    if known is None:  # an order leaves the scale's zero open
+    early_stopping.restore_best(state.update)
+    if rewards is None:  # ranks fix no offset: centre the scores
         scorer.shift(-torch.cat(train.all_scores()).mean().item())
     return state.update
 
@@ -268,8 +268,8 @@ def _losses(
 
 
 def _loss(stage: TrainRewardModel, scores: Scores, rewards: Scores | None) -> Tensor:
-    known = rewards if stage.loss == "mse_rank" else None
-    return pair_loss(scores, known, rank_coef=stage.rank_coef)
+    rewards = rewards if stage.loss == "mse_rank" else None
+    return pair_loss(scores, rewards, rank_coef=stage.rank_coef)
 
 
 def _present(

@@ -81,12 +81,12 @@ def _check_head(head: nn.Module, file: Path) -> None:
 
 @torch.no_grad()
 def _check_logits(network: PreTrainedModel, saved: PreTrainedModel, path: Path) -> None:
-    expected, found = _logits(network), _logits(saved)
+    expected, saved_logits = _logits(network), _logits(saved)
     wrong = sum(
         not logits_agree(one, other, dtype=network.dtype)
-        for one, other in zip(found, expected, strict=True)
+        for one, other in zip(saved_logits, expected, strict=True)
     )
-    # Elsewhere or in 16 bits rounding may send single tokens to other experts.
+    # Across devices or in 16 bits, rounding may route a token to another expert.
     exact = network.device == saved.device and network.dtype == torch.float32
     if wrong > (0 if exact else len(expected) // 2):
         raise _failed(path, f"its logits differ at {wrong} of {len(expected)} tokens")

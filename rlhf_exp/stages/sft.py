@@ -156,7 +156,7 @@ class SFT(Supervised, Stage[SFTParts]):
             losses = losses_of(self, context, network, train, batches)
             self.fit(context, state, losses, num_updates=num_updates)
         with clock("evaluate"), self.explaining("evaluating"):
-            early_stopping.put_back(state.update)
+            early_stopping.restore_best(state.update)
             metrics = measured.final()
         context.folder.log(state.update, metrics)
         log.info("%s", describe(metrics))

@@ -26,7 +26,7 @@ class EarlyStopping:
 
     Training ends after `patience` measurements without a better one, at an exact-match rate of at
     least `stop_at`, or after `max_seconds`. Without `eval_every` nothing is measured and the last
-    weights stay. `rates` names what to lower if no loss was finite.
+    weights stay. `lr_fields` names what to lower if no loss was finite.
     """
 
     def __init__(
@@ -39,10 +39,10 @@ class EarlyStopping:
         patience: int | None = None,
         stop_at: float | None = None,
         max_seconds: float | None = None,
-        rates: str = "optimizer.base_lr",
+        lr_fields: str = "optimizer.base_lr",
     ) -> None:
         self._context, self._network, self._measure = context, network, measure
-        self._eval_every, self._stop_at, self._rates = eval_every, stop_at, rates
+        self._eval_every, self._stop_at, self._lr_fields = eval_every, stop_at, lr_fields
         self._patience = math.inf if patience is None else patience
         self._max_seconds = math.inf if max_seconds is None else max_seconds
         self._began = time.monotonic()
@@ -61,7 +61,7 @@ class EarlyStopping:
             log.info("stage.max_seconds is over at update %d", update)
         return is_late
 
-    def put_back(self, update: int) -> None:
+    def restore_best(self, update: int) -> None:
         """Measures the weights after the last update if they were not, and puts the best ones back.
         Raises TrainingError if no loss was finite."""
         if self._eval_every is None:
@@ -76,7 +76,7 @@ class EarlyStopping:
             )  # fmt: skip
         if not self._weights:
             raise TrainingError(
-                f"update {update}: no held-out loss was finite; lower {self._rates}"
+                f"update {update}: no held-out loss was finite; lower {self._lr_fields}"
             )
         load_trained_state(self._network, self._weights)
 
@@ -91,7 +91,7 @@ class EarlyStopping:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there."""
+        """Restores the state."""
         self._weights, self._num_worse = dict(state["weights"]), state["num_worse"]
         self._best = (state["best"][0], state["best"][1])
         self._began = time.monotonic() - state["seconds"]

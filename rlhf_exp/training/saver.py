@@ -32,13 +32,13 @@ class Stateful(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Sets the state. Raises ConfigError if it is of a run of another shape."""
+        """Restores the state. Raises ConfigError if it is of a run of another shape."""
         ...
 
 
 class Saver:
-    """Saves the parts of a state every so many steps, at the last one and when it is the best so
-    far, and whenever the run is asked to stop. With `every` None only the latter.
+    """Saves the parts of a state every `every` steps, at the last one, when it is the best so far,
+    and whenever the run is asked to stop; with `every` None only when asked to stop.
 
     Saved along with them: how far the run's files were written and the generators that Python,
     NumPy and torch share among all that do not bring their own, such as a user's reward.
@@ -82,8 +82,8 @@ class Saver:
 
     @contextmanager
     def steps(self) -> Iterator[None]:
-        """The loop: within it each step is finished and then told to `step_done`. Leaves when the
-        last checkpoint is on the disk."""
+        """The context of the loop, which calls `step_done` after each step. Exits once the last
+        checkpoint is on the disk."""
         try:
             with self._context.stop.steps():
                 yield
@@ -96,16 +96,14 @@ class Saver:
         """Saves if it is time to. `score` is how good the state is known to be, the higher the
         better, and `is_best` that it is the best so far. Raises Interrupted, after saving, if a
         stop was asked for and the step was not the last."""
-        asked = self._context.stop.asked()
-        stops = asked is not None and not is_last
+        stop_request = None if is_last else self._context.stop.asked()
         due = self._every is not None and (is_last or is_best or step % self._every == 0)
-        if due or stops:
+        if due or stop_request is not None:
             self._save(step, score)
-        if stops:
-            assert asked is not None
+        if stop_request is not None:
             if self._writer.wait():
                 log.info("saved after step %d", step)
-            raise asked
+            raise stop_request
 
     def _save(self, step: int, score: float | None) -> None:
         folder = self._context.folder
@@ -147,12 +145,11 @@ def join_state(tensors: Mapping[str, Tensor], numbers: Any) -> Any:
     return {key: join_state(tensors, part) for key, part in numbers.items()}
 
 
-def check_inputs(now: Mapping[str, str], then: Mapping[str, str]) -> None:
-    """Raises ConfigError if one of the hashes, which are named by the field whose files they are
-    of, is another than at the checkpoint."""
-    for where, known in then.items():
-        if now.get(where) != known:
+def check_inputs(current: Mapping[str, str], saved: Mapping[str, str]) -> None:
+    """Raises ConfigError naming the first field whose hash differs from the checkpoint's."""
+    for field, saved_hash in saved.items():
+        if current.get(field) != saved_hash:
             raise ConfigError(
-                f"{where}: what it names has changed since the checkpoint; bring it back, or"
-                " start the run again"
+                f"{field}: the files that it names have changed since the checkpoint; restore them,"
+                " or start the run again"
             )

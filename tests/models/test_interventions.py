@@ -325,8 +325,8 @@ def test_files_are_refused_by_name(tmp_path: Path) -> None:
         "intervention.path=DIR/v.safetensors has no vectr; it has vector, direction, of_heads"
     )
     assert refused({"sites": ["blocks.0.mlp.hook_post"]}) == (
-        "intervention.path=DIR/v.safetensors: vector has shape [16], where the activation is 64"
-        " wide; choose a site as wide as it, or a vector of this model"
+        "intervention.path=DIR/v.safetensors: vector has shape [16], but the activation has 64"
+        " entries; choose a site of that width, or a vector of this model"
     )
     save_file({"vector": torch.tensor([float("nan")])}, tmp_path / "nan.safetensors")
     assert refused({"path": str(tmp_path / "nan.safetensors")}) == (

@@ -149,7 +149,7 @@ class BatchMean(Estimator):
 
 @settings
 class PolicyGradient(Objective):
-    own_metrics: ClassVar[tuple[str, ...]] = ("policy/logprob",)
+    extra_metrics: ClassVar[tuple[str, ...]] = ("policy/logprob",)
 
     def __call__(self, new, batch, coefs):
         mask = batch.rollout.completions.mask

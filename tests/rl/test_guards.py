@@ -158,7 +158,7 @@ def test_a_run_does_not_go_on_with_another_reference(tmp_path: Path) -> None:
     saved = state.state_dict()
     _, other = start(SMALL, tmp_path, task=RAGGED)
     other.inputs = {"finetune": "of others"}
-    with pytest.raises(ConfigError, match=r"^finetune: what it names has changed"):
+    with pytest.raises(ConfigError, match=r"^finetune: the files that it names have changed"):
         other.load_state_dict(saved)
 
 

@@ -251,7 +251,7 @@ def test_the_coefficient_of_the_state_is_what_is_learned_with(
 
 def test_a_coefficient_that_could_not_adapt_is_refused() -> None:
     with pytest.raises(
-        ValidationError, match=r"adaptive_kl_target=6 multiplies kl_coef, and kl_coef=0"
+        ValidationError, match=r"adaptive_kl_target=6 scales kl_coef, and kl_coef=0"
     ):
         ppo_with(adaptive_kl_target=6.0, kl_coef=0.0)
     with pytest.raises(ValidationError, match=r"kl_horizon=50 must be above 0\.2 x batch_size=256"):

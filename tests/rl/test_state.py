@@ -123,7 +123,7 @@ def test_the_best_evaluation_is_known_the_first_of_equals(tmp_path: Path) -> Non
     _, state = started(tmp_path, KINDS["full"])
     seen = []
     for state.phase, score in enumerate((-1.0, -2.0, 0.5, 0.5), start=1):
-        seen.append(state.note_evaluation(score))
+        seen.append(state.record_evaluation(score))
     assert seen == [True, False, True, False]
     assert (state.best_score, state.best_phase) == (0.5, 3)
     _, other = started(tmp_path, KINDS["full"])
@@ -156,5 +156,5 @@ def test_a_state_goes_on_only_from_the_inputs_that_it_had(tmp_path: Path) -> Non
     state.load_state_dict(saved)
     for field in ("task", "model"):
         inputs = {"task": "a", "model": "b", field: "c"}
-        with pytest.raises(ConfigError, match=f"^{field}: what it names has changed"):
+        with pytest.raises(ConfigError, match=f"^{field}: the files that it names have changed"):
             state.load_state_dict({**saved, "inputs": inputs})

@@ -197,6 +197,6 @@ def test_other_pairs_or_another_model_are_refused(tmp_path: Path) -> None:
         stopped(tmp_path / "base", resume=False)
     saved_model(tmp_path / "other", d_model=8)
     with pytest.raises(
-        ConfigError, match=r"^model: what it names has changed since the checkpoint"
+        ConfigError, match=r"^model: the files that it names have changed since the checkpoint"
     ):
         stopped(tmp_path / "other", resume=True)

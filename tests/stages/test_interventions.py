@@ -76,7 +76,7 @@ def test_a_run_is_not_resumed_with_another_file(tmp_path: Path) -> None:
     taken = parts(**given(tmp_path, "gpt2"), intervention=settings("add", tmp_path))
     SMALL.run(context(tmp_path / "run"), taken)
     save_file({"vector": torch.ones(16)}, tmp_path / "vectors.safetensors")
-    with pytest.raises(ConfigError, match="intervention: what it names has changed since"):
+    with pytest.raises(ConfigError, match="intervention: the files that it names have changed"):
         SMALL.run(context(tmp_path / "run", resume=True), taken)
 
 

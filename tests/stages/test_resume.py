@@ -183,7 +183,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     run(tmp_path / "run", PHASES, one)
     before = timeless(tmp_path / "run")
     weights = "the checkpoint is of a model with other trained weights"
-    changed = "model: what it names has changed since the checkpoint"
+    changed = "model: the files that it names have changed since the checkpoint"
     for model, kind, message in (
         (other, "full", changed), (one, "last_layers", weights), (one, "lora", weights),
     ):  # fmt: skip

@@ -41,7 +41,7 @@ def trained(
         with torch.no_grad():
             weight.add_(1)
         answers.append(stop(len(answers) + 1))
-    stop.put_back(len(answers))
+    stop.restore_best(len(answers))
     return stop, answers, weight.item()
 
 
@@ -155,7 +155,7 @@ def test_a_run_that_goes_on_knows_the_best_and_its_patience(tmp_path: Path) -> N
     other, weight = stopping(tmp_path, losses(2.5), eval_every=1, patience=2)
     other.load_state_dict(state)
     assert other(3), "two measurements without a better one"
-    other.put_back(3)
+    other.restore_best(3)
     assert weight.item() == 1
 
 
@@ -163,7 +163,7 @@ def test_a_run_that_had_reached_its_rate_has_reached_it_when_it_goes_on(tmp_path
     best, _, _ = trained(tmp_path / "a", exact(0.2, 0.7), updates=4, stop_at=0.7)
     other, weight = stopping(tmp_path / "b", [], eval_every=2, stop_at=0.7)
     other.load_state_dict(through_a_file(best.state_dict(), tmp_path))
-    other.put_back(4)  # it was measured at update 4, so that it is not measured again
+    other.restore_best(4)  # it was measured at update 4, so that it is not measured again
     assert weight.item() == 4
 
 

@@ -207,5 +207,5 @@ def test_a_checkpoint_of_the_old_layout_is_refused_and_left_as_it_was(tmp_path):
 def test_other_inputs_are_refused_by_the_name_of_the_field():
     check_inputs({"task": "a", "more": "b"}, {"task": "a"})
     for now in ({"task": "c"}, {}):
-        with pytest.raises(ConfigError, match=r"^task: what it names has changed since the check"):
+        with pytest.raises(ConfigError, match=r"^task: the files that it names have changed"):
             check_inputs(now, {"task": "a"})

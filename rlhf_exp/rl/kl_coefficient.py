@@ -18,13 +18,13 @@ class KLCoefficient:
     batch_size: int
 
     def problems(self) -> Iterator[str]:
-        """What keeps the coefficient from adapting."""
+        """Yields why these settings cannot adapt the coefficient."""
         if self.target is None:
             return
         if self.start == 0:
             yield (
-                f"adaptive_kl_target={self.target:g} multiplies kl_coef, and kl_coef=0 would stay"
-                " 0: set kl_coef to where it begins, such as 0.2, or adaptive_kl_target=null"
+                f"adaptive_kl_target={self.target:g} scales kl_coef, and kl_coef=0 would stay 0:"
+                " set the kl_coef to start from, such as 0.2, or adaptive_kl_target=null"
             )
         if CLIP * self.batch_size >= self.horizon:
             yield (
