@@ -135,12 +135,13 @@ def _suggestion(key: str, conf: Path) -> str:
     """What the key is called now, which options have the key that the chosen one lacks, or which
     key or group may be meant."""
     known = _known_keys(conf)
-    if (new := RENAMED.get(key)) and new.partition("=")[0] in known:
+    new = RENAMED.get(key, key)
+    if new != key and new.partition("=")[0] in known:
         return f" It is {new} now"
-    if options := _options_with(key, conf):
-        group = key.partition(".")[0]
-        listed = ", ".join(f"{group}={option}" for option in options)
-        return f" The chosen {group} does not have it; these do: {listed}"
+    renamed = f" It is {new} now." if new != key else ""
+    if options := _options_with(new, conf):
+        group, listed = options[0].partition("=")[0], ", ".join(options)
+        return f"{renamed} The chosen {group} does not have it; these do: {listed}"
     by_last = {path.rpartition(".")[2]: path for path in reversed(known)}
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
     close = close or [
@@ -163,14 +164,28 @@ def _known_keys(conf: Path) -> list[str]:
 
 
 def _options_with(key: str, conf: Path) -> list[str]:
-    """The options of the key's group whose file has the key."""
-    group, _, rest = key.partition(".")
-    files = sorted((conf / group).glob("*.yaml"))
-    return [f.stem for f in files if rest in _paths(OmegaConf.to_container(OmegaConf.load(f)))]
+    """The options of the key's groups, as GROUP=OPTION, whose file has the key."""
+    words = key.split(".")
+    return [
+        f"{'/'.join(words[:depth])}={file.stem}"
+        for depth in range(1, len(words))
+        for file in sorted(conf.joinpath(*words[:depth]).glob("*.yaml"))
+        if ".".join(words[depth:]) in _paths(OmegaConf.to_container(OmegaConf.load(file)))
+    ]
+
+
+def refuse_old_keys(config: Mapping[str, Any], run: Path) -> None:
+    """Raises ConfigError for a run's configuration with keys of earlier versions."""
+    if old := sorted(RENAMED.keys() & set(_paths(config))):
+        raise ConfigError(
+            f"{run} is of an earlier version: its configuration has {old[0]}, which is"
+            f" {RENAMED[old[0]]} now. Finish it with that version (see environment.txt in it), or"
+            " start the run again"
+        )
 
 
 def _group_choices(conf: Path) -> list[str]:
-    groups = {group.name for group in conf.iterdir() if group.is_dir()}
+    groups = {str(group.relative_to(conf)) for group in conf.rglob("*") if group.is_dir()}
     return [word for word in sys.argv[1:] if word.partition("=")[0] in groups and "," not in word]
 
 

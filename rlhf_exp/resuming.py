@@ -158,6 +158,14 @@ def check_changes(found: Sequence[Change], allowed: Sequence[str], *, run: Path)
         )
 
 
+def check_allowed(allowed: Sequence[str], *configs: Mapping[str, Any]) -> None:
+    """Raises ConfigError if `allowed` names what is neither a key nor a group of them."""
+    keys = [f"{key}." for config in configs for key, _ in _leaves(config)]
+    for name in allowed:
+        if not any(key.startswith(f"{name}.") for key in keys):
+            raise ConfigError(f"resume_with: {name} is no key of the configuration")
+
+
 def _is_free(change: Change, allowed: Sequence[str]) -> bool:
     if change.key in FREE or change.key.split(".")[0] in NOT_RESULTS - {"device"}:
         return True

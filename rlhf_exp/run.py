@@ -49,6 +49,7 @@ from rlhf_exp.resuming import (
     Change,
     apply,
     changes,
+    check_allowed,
     check_changes,
     is_run,
     key_of,
@@ -122,8 +123,8 @@ def execute(cfg: DictConfig, path: Path, stop: "StopRequests | None" = None) -> 
         for name, text in before.items():
             write_whole(path / name, text)
         changed = ", ".join(str(change) for change in resumed.changes)
-        told = f"{error}\nthe configuration was changed for this start: {changed}"
-        raise ConfigError(told) from error
+        message = f"{error}\nthe configuration was changed for this start: {changed}"
+        raise ConfigError(message) from error
 
 
 def _say_plan(config: Mapping[str, Any], path: Path) -> None:
@@ -132,8 +133,8 @@ def _say_plan(config: Mapping[str, Any], path: Path) -> None:
     stage = str(config["stage"]["_target_"]).rpartition(".")[2]
     steps = ", ".join([*config["prepare"], stage])
     log.info("all is well: %s in %s; %s; nothing was started", steps, path, took)
-    if {file.name for file in path.iterdir()} <= {"train.log", LOCK}:
-        shutil.rmtree(path)  # nobody's but this call's
+    if {file.name for file in path.iterdir()} <= {"train.log", LOCK}:  # nobody's but this call's
+        shutil.rmtree(path)
 
 
 def check(
@@ -208,7 +209,8 @@ class Resumed:
 def _resumed(cfg: DictConfig, folder: Path) -> Resumed:
     """A run's own configuration with what the command line may change in it. Raises ConfigError for
     what it may not, and for a run that is done and gets no more phases."""
-    own: Any = OmegaConf.load(folder / CONFIG)
+    plain: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
+    complaints.refuse_old_keys(plain, folder)
     before = recorded_words(folder)
     asked = [word for word in _words() if key_of(word) not in OF_THE_START]
     found: list[Change] = []
@@ -219,14 +221,13 @@ def _resumed(cfg: DictConfig, folder: Path) -> Resumed:
             for words in (before, asked)
         )
         found = changes(old, new)  # type: ignore[arg-type]
-        hidden = redacted_keys(OmegaConf.to_container(own))
-        check_changes(found, [*cfg.resume_with, *hidden], run=folder)
+        check_allowed(cfg.resume_with, old, new)  # type: ignore[arg-type]
+        check_changes(found, [*cfg.resume_with, *redacted_keys(plain)], run=folder)
     if is_done(folder) and not lets_go_on(found):
         raise ConfigError(
             f"resume={folder}: that run is done; give it more phases (or epochs), or another seed"
         )
-    changed = apply(OmegaConf.to_container(own), found)  # type: ignore[arg-type]
-    return Resumed(config=OmegaConf.create(changed), changes=found, words=asked)
+    return Resumed(config=OmegaConf.create(apply(plain, found)), changes=found, words=asked)
 
 
 def to_container(cfg: DictConfig) -> dict[str, Any]:

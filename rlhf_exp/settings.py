@@ -78,12 +78,13 @@ def settings(cls: type[T]) -> type[T]:
 
 @settings
 class Artifact:
-    """What is known of a step's artifact before it is made: the labels of a classifier, or the
-    context of a language model in tokens and the key that sets it."""
+    """What is known of a step's artifact before it is made: the labels of a classifier; of a
+    language model its settings, its context in tokens and the key that sets that."""
 
     labels: tuple[str, ...] | None = None
     context_len: int | None = None
     context_len_key: str = ""
+    model: Any = None
 
 
 # Returns what is known of the artifact that a value artifact:NAME stands for, else None.
@@ -108,7 +109,11 @@ def field_problem(path: str, detail: Any) -> str:
         return f"{where}: no such key" + (f" of {path}" if path else "")
     if isinstance(detail.get("ctx", {}).get("error"), ConfigError):
         return str(detail["ctx"]["error"])  # which names its field itself
+    if detail["type"] == "dataclass_type" and isinstance(detail["input"], str):
+        return f"{where} is a group: write {where.replace('.', '/')}={detail['input']}"
     message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "tuple_type":
+        message = "Input should be a list, as [a,b]"
     if not detail["loc"]:
         return f"{path}: {message}"
     [shown] = redact_words([f"{where}={detail['input']!r}"])

@@ -117,8 +117,23 @@ def test_half_an_interpolation_is_told_how_to_be_text():
         ),
         (
             ["stage=classifier", "stage.dtype=bf16"],
-            "stage.dtype: no such key. The chosen stage does not have it; these do: "
-            "stage=preferences, stage=reward_model, stage=sft",
+            "stage.dtype: no such key. It is stage.compute.dtype now. The chosen stage does not "
+            "have it; these do: stage=ppo",
+        ),
+        (
+            ["stage=classifier", "stage.layout=pack"],
+            "stage.layout: no such key. The chosen stage does not have it; these do: stage=sft",
+        ),
+        (
+            ["stage/estimator=leave_one_out", "stage.estimator.gae_lambda=1"],
+            "stage.estimator.gae_lambda: no such key. The chosen stage/estimator does not have "
+            "it; these do: stage/estimator=gae, stage/estimator=one_step",
+        ),
+        (
+            ["stage/estimator=leave_one_out", "stage.gae_lambda=1"],
+            "stage.gae_lambda: no such key. It is stage.estimator.gae_lambda now. The chosen "
+            "stage/estimator does not have it; these do: stage/estimator=gae, "
+            "stage/estimator=one_step",
         ),
     ],
 )

@@ -227,6 +227,26 @@ def test_auto_goes_on_with_the_newest_unfinished_and_a_named_folder_begins_one(t
     assert "run folder: outputs/x/other" in found.out
 
 
+def test_a_run_of_an_earlier_version_is_not_resumed(tmp_path, command):
+    broken = tmp_path / "broken"
+    assert train(tmp_path, *command, f"hydra.run.dir={broken}").code == 2
+    config = OmegaConf.load(broken / ".hydra/config.yaml")
+    config.stage.kl_target = None
+    OmegaConf.save(config, broken / ".hydra/config.yaml")
+    assert_refused(
+        train(tmp_path, f"resume={broken}"),
+        r"broken is of an earlier version: its configuration has stage\.kl_target, which is"
+        r" stage\.adaptive_kl_target now\. Finish it with that version",
+    )
+
+
+def test_what_may_differ_is_a_key(tmp_path, command):
+    broken = tmp_path / "broken"
+    assert train(tmp_path, *command, f"hydra.run.dir={broken}").code == 2
+    again = train(tmp_path, f"resume={broken}", "stage.kl_coef=3", "resume_with=[stage.kl_target]")
+    assert_refused(again, r"resume_with: stage\.kl_target is no key of the configuration")
+
+
 def test_a_finished_run_is_not_resumed(tmp_path, command):
     (tmp_path / "mended").touch()
     folder = tmp_path / "run"

@@ -10,43 +10,71 @@ The reference, a saved model and `policy.hooked()` are without the intervention.
 
 import difflib
 import hashlib
+from abc import ABC, abstractmethod
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from pydantic import model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.models.editing import Edit, Edits, Positions, Site, Sites
+from rlhf_exp.models.loading import ModelSettings
 from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.settings import ConfigError, Index, Real, Text, settings
 
 
-@runtime_checkable
-class Intervention(Protocol):
+@settings
+class Intervention(ABC):
     """The settings of an intervention group."""
+
+    @abstractmethod
+    def edits(self, network: PreTrainedModel) -> Edits:
+        """The edits of the network's activations. Raises ConfigError if the network does not
+        fit."""
 
     def attach(self, policy: CausalTransformer) -> None:
         """Edits the policy's activations from now on. Call it after the reference is attached and
         before passes are compiled. Raises ConfigError if the model does not fit."""
-        ...
+        assert not policy.is_compiled, "a compiled pass does not look for hooks again"
+        policy.edits = self.edits(policy.language_model)
+
+    def check(self, model: ModelSettings) -> list[str]:
+        """What is wrong between this intervention and the model, if that can be told without its
+        weights."""
+        skeleton = model.skeleton()
+        if skeleton is None:
+            return []
+        try:
+            self.edits(skeleton)
+        except ConfigError as error:
+            return [str(error)]
+        except (RuntimeError, NotImplementedError):  # its passes read weights: told at load
+            pass
+        return []
 
 
 @settings
-class NoIntervention:
+class NoIntervention(Intervention):
     """The policy runs unedited."""
 
-    def attach(self, policy: CausalTransformer) -> None:
-        """Does nothing."""
+    def edits(self, network: PreTrainedModel) -> Edits:
+        """None."""
+        return Edits()
+
+    def check(self, model: ModelSettings) -> list[str]:
+        """Nothing can be wrong."""
+        return []
 
 
 NO_INTERVENTION = NoIntervention()
 
 
 @settings
-class Add:
+class Add(Intervention):
     """Adds `scale` times a vector at `sites`. The safetensors file `path` holds the vector under
     `tensor`, with one entry for each entry of the activation; for attn.hook_z, [head d_head] works.
     """
@@ -65,22 +93,25 @@ class Add:
 
     def fingerprint(self) -> str:
         """A hash of the file. Raises ConfigError if it does not hold the vector."""
+        if not self.sites:
+            raise ConfigError("intervention.sites is empty: set [blocks.LAYER.hook_resid_post]")
         read_vector(self.path, self.tensor, field="intervention.path")
         return _hash(self.path)
 
-    def attach(self, policy: CausalTransformer) -> None:
-        """Adds the vector from now on."""
-        sites = Sites(policy.language_model).find(self.sites, field="intervention.sites")
+    def edits(self, network: PreTrainedModel) -> Edits:
+        """Adds the vector."""
+        self.fingerprint()
+        sites = Sites(network).find(self.sites, field="intervention.sites")
         edits: list[tuple[str, Site, Edit]] = []
-        for name, width in measure_widths(policy, sites).items():
+        for name, width in measure_widths(network, sites).items():
             vector = read_vector(self.path, self.tensor, field="intervention.path", width=width)
-            edit = partial(torch.add, other=vector.to(policy.device), alpha=self.scale)
+            edit = partial(torch.add, other=vector.to(network.device), alpha=self.scale)
             edits.append((name, sites[name], edit))
-        _attach(policy, edits, self.positions)
+        return Edits(edits, self.positions)
 
 
 @settings
-class Ablate:
+class Ablate(Intervention):
     """Replaces the outputs of heads ([layer, head], at attn.hook_z) and of MLPs (layers, at
     hook_mlp_out), and the component of the activations at `sites` along a direction, which the
     safetensors file `direction` holds under `direction_tensor`.
@@ -142,27 +173,27 @@ class Ablate:
                     read_vector(self.means, name, field="intervention.means")
         return _hash(self.direction, self.means)
 
-    def attach(self, policy: CausalTransformer) -> None:
-        """Ablates from now on."""
+    def edits(self, network: PreTrainedModel) -> Edits:
+        """Replaces what is ablated."""
         self.fingerprint()
-        model_sites = Sites(policy.language_model)
+        model_sites = Sites(network)
         outputs = model_sites.find([*self._heads], field="intervention.heads")
         outputs |= model_sites.find(self._mlps, field="intervention.mlps")
         along = model_sites.find(self.sites, field="intervention.sites")
         edits: list[tuple[str, Site, Edit]] = []
-        for name, width in measure_widths(policy, outputs | along).items():
+        for name, width in measure_widths(network, outputs | along).items():
             mean = torch.zeros(width)
             if self.means is not None:
                 mean = read_vector(self.means, name, field="intervention.means", width=width)
-            mean = mean.to(policy.device)
+            mean = mean.to(network.device)
             if name in outputs:
                 replaced = _columns(self._heads.get(name), width, model_sites.num_heads, name)
-                edit = partial(_replace, replaced.to(policy.device), mean)
+                edit = partial(_replace, replaced.to(network.device), mean)
                 edits.append((name, outputs[name], edit))
             if name in along and self.direction is not None:
-                unit = self._unit(self.direction, width=width).to(policy.device)
+                unit = self._unit(self.direction, width=width).to(network.device)
                 edits.append((name, along[name], partial(_replace_along, unit, mean)))
-        _attach(policy, edits, self.positions)
+        return Edits(edits, self.positions)
 
     def _unit(self, path: str, *, width: int | None = None) -> Tensor:
         vector = read_vector(
@@ -219,7 +250,7 @@ def read_vector(path: str, key: str, *, field: str, width: int | None = None) ->
 
 
 @torch.no_grad()
-def measure_widths(policy: CausalTransformer, sites: dict[str, Site]) -> dict[str, int]:
+def measure_widths(network: PreTrainedModel, sites: dict[str, Site]) -> dict[str, int]:
     """The width of the activation at each site, from a pass over two tokens. Raises ConfigError for
     a site whose activation is not a float tensor [batch seq width]."""
     shapes: dict[str, torch.Size] = {}
@@ -230,8 +261,11 @@ def measure_widths(policy: CausalTransformer, sites: dict[str, Site]) -> dict[st
         return x
 
     handles = [site.hook(partial(note, name)) for name, site in sites.items()]
-    with policy.edits.off():
-        policy.hidden_states(torch.zeros((1, 2), dtype=torch.long, device=policy.device), None)
+    tokens = torch.zeros((1, 2), dtype=torch.long, device=network.device)
+    embedded = network.get_input_embeddings()(tokens)
+    network.base_model(
+        inputs_embeds=embedded, attention_mask=torch.ones_like(tokens), use_cache=False
+    )
     for handle in handles:
         handle.remove()
     for name in sites:
@@ -239,16 +273,9 @@ def measure_widths(policy: CausalTransformer, sites: dict[str, Site]) -> dict[st
         if shape is None or len(shape) != 3 or shape[1] != 2:
             raise ConfigError(
                 f"intervention: {name} has no activation [batch seq width] in the passes of"
-                f" {type(policy.language_model).__name__}; choose another site"
+                f" {type(network).__name__}; choose another site"
             )
     return {name: shapes[name][2] for name in sites}
-
-
-def _attach(
-    policy: CausalTransformer, edits: list[tuple[str, Site, Edit]], positions: Positions
-) -> None:
-    assert not policy.is_compiled, "a compiled pass does not look for hooks again"
-    policy.edits = Edits(edits, positions)
 
 
 def _hash(*paths: str | None) -> str:

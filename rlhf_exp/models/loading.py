@@ -30,7 +30,7 @@ from rlhf_exp.models.kernels import install_kernels
 from rlhf_exp.models.lora import has_adapter
 from rlhf_exp.models.policy import TransformerWithValueHead, initialise_value_head
 from rlhf_exp.models.probing import check_hooked, probed
-from rlhf_exp.settings import ConfigError, Text, settings
+from rlhf_exp.settings import ConfigError, Text, is_reference, settings
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 ValueHeadInit = Literal["default", "zero"]
@@ -60,6 +60,10 @@ class ModelSettings(Protocol):
     ) -> LanguageModel:
         """The model on the CPU and its tokenizer. `make_tokenizer` builds the task's, for
         models that are built from nothing; None if the task has no texts."""
+        ...
+
+    def skeleton(self) -> PreTrainedModel | None:
+        """The model without weights, on the meta device; None if it is not on this machine."""
         ...
 
     def value_head_path(self) -> Path | None:
@@ -110,6 +114,21 @@ class Pretrained:
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
         )
+
+    def skeleton(self) -> PreTrainedModel | None:
+        """The model of the directory's config.json without weights; None for a hub name."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        directory = locate_model(self.base_model)
+        if is_reference(self.base_model) or not Path(directory).is_dir():
+            return None
+        code = {"trust_remote_code": self.trust_remote_code}
+        config = from_pretrained(
+            AutoConfig, directory, "model.base_model", self.base_model, **code
+        ).get_text_config()
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", **code)
+        return model.eval()
 
     def fingerprint(self) -> str:
         """A hash of the directory's files, "" for a hub name."""

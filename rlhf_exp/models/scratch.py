@@ -66,23 +66,29 @@ class Scratch:
         tokenizer = make_tokenizer()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = self._model(tokenizer)
+            model = self._model(len(tokenizer), tokenizer)
         install_kernels(model)
         return model, tokenizer
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model of this shape without weights, and with two tokens."""
+        with torch.device("meta"):
+            model = self._model(2).eval()
+        model.set_attn_implementation("eager")  # others look into masks, which have no values here
+        return model
 
     def value_head_path(self) -> Path | None:
         """None: nothing was saved."""
         return None
 
-    def _model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    def _model(
+        self, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> PreTrainedModel:
         import transformers as hf
 
-        common: dict[str, Any] = {
-            "vocab_size": len(tokenizer),
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        common: dict[str, Any] = {name: getattr(tokenizer, name, None) for name in names}
+        common["vocab_size"] = vocab_size
         if self.tie_embeddings is not None:
             common["tie_word_embeddings"] = self.tie_embeddings
         if self.architecture == "gpt2":

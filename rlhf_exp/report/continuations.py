@@ -1,6 +1,7 @@
 """Completions of a finished run's policy, beside those of the model that it began as."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.tasks.protocol import Prompt, PromptRow
 from rlhf_exp.training.context import pick_device
 from rlhf_exp.training.seeding import stream
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,8 @@ def read_run(folder: str | Path, *, trust_remote_code: bool = False) -> RunOnDis
             f"{folder} is not the folder of a finished run: resolved_config.json is not in it, or"
             " broken"
         ) from error
+    if len(config.get("intervention") or {}) > 1:  # more than its class
+        log.warning("%s was trained under an intervention, which its saved model is without", path)
     return RunOnDisk(
         folder=path,
         base=_pretrained(config.get("model") or {}, trust_remote_code),

@@ -21,6 +21,7 @@ from rlhf_exp.functional.advantages import (
 from rlhf_exp.functional.logprobs import kl_estimate
 from rlhf_exp.functional.masking import masked_fill_zero, masked_whiten
 from rlhf_exp.settings import Fraction, settings
+from rlhf_exp.training.context import TrainingError
 from rlhf_exp.types import Experience, Rollout
 
 
@@ -58,6 +59,21 @@ class Estimator(ABC):
     def for_minibatch(self, minibatch: Experience) -> Experience:
         """Transforms a minibatch before its loss; by default nothing changes."""
         return minibatch
+
+
+def credit(
+    estimator: Estimator, rollout: Rollout, rewards: Float[Tensor, "batch completion"]
+) -> Experience:
+    """Step 4. Raises TrainingError naming an estimator that returns something else than it says."""
+    experience = estimator(rollout, rewards)
+    is_whole = isinstance(experience, Experience)
+    if not is_whole or (experience.returns is not None) != estimator.needs_values:
+        returns = "with returns" if estimator.needs_values else "with returns=None"
+        raise TrainingError(
+            f"{type(estimator).__name__} has needs_values={estimator.needs_values}, so that it must"
+            f" return an Experience {returns}"
+        )
+    return experience
 
 
 @settings

@@ -21,7 +21,7 @@ from rlhf_exp.rl import loop
 from rlhf_exp.rl.actors import Actors, check_frozen, fingerprints, frozen_hash, load_actors
 from rlhf_exp.rl.collect import Rollouts, Scorer, missing_eos_penalty
 from rlhf_exp.rl.compute import Compute, warm_up
-from rlhf_exp.rl.estimators import GAE, Estimator, token_rewards
+from rlhf_exp.rl.estimators import GAE, Estimator, credit, token_rewards
 from rlhf_exp.rl.evaluation import ANSWER_METRICS, METRICS, present, read_evaluations, sample
 from rlhf_exp.rl.guards import Guards, clear_stop_if_allowed
 from rlhf_exp.rl.histograms import HistogramCollector
@@ -218,7 +218,7 @@ def _contradictions(ppo: PPO) -> Iterator[str]:
             yield f"batch_size={ppo.batch_size} must be a multiple of {name}={count}"
     name, samples = type(ppo.estimator).__name__, ppo.samples_per_prompt
     if samples < (least := ppo.estimator.min_samples_per_prompt):
-        yield f"samples_per_prompt={samples}: {name} needs at least {least} samples of each prompt"
+        yield f"samples_per_prompt={samples}: {name} needs at least {least}; set it {2 * least}"
     if ppo.value_clip_coef is not None and not ppo.estimator.needs_values:
         yield f"value_clip_coef={ppo.value_clip_coef:g}: {name} has no values; set it null"
     yield from ppo.compute.too_large(batch=ppo.batch_size, minibatch=ppo.minibatch_size)
@@ -338,7 +338,7 @@ class Phases:
                 kl_coef=kl_coef if ppo.kl_penalty == "reward" else 0.0,
                 normalize=ppo.normalize_reward,
             )
-            return ppo.estimator(rollout, rewards)
+            return credit(ppo.estimator, rollout, rewards)
 
     def learn(self, experience: Experience) -> list[dict[str, float]]:
         """Step 5; nothing is learned from a batch without scores."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
+from rlhf_exp.models.interventions import Intervention
 from rlhf_exp.models.loading import Pretrained
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rollout.sampler import Sampler
@@ -67,11 +68,14 @@ class Stage(ABC, Generic[P]):
 
     def check_upstream(self, parts: P, upstream: Upstream) -> list[str]:
         """What is wrong between the parts and the artifacts that earlier steps will make. Each part
-        checks itself, and completions must leave room for a prompt in the model's context."""
+        checks itself, completions must leave room for a prompt in the model's context, and an
+        intervention's sites must be in the model."""
         by_name = vars(parts)
         checking = [part for part in by_name.values() if isinstance(part, ChecksUpstream)]
         problems = [problem for part in checking for problem in part.check_upstream(upstream)]
-        return problems + _check_context(by_name.get("model"), by_name.get("sampler"), upstream)
+        model = by_name.get("model")
+        problems += _check_context(model, by_name.get("sampler"), upstream)
+        return problems + _check_intervention(model, by_name.get("intervention"), upstream)
 
     def artifact(self, parts: P, upstream: Upstream, *, path: str) -> Artifact:
         """What is known of the stage's artifact before it is made, by default the context of its
@@ -79,7 +83,7 @@ class Stage(ABC, Generic[P]):
         model = vars(parts).get("model")
         if isinstance(model, Scratch):
             key = f"{path}model.context_len"
-            return Artifact(context_len=model.context_len, context_len_key=key)
+            return Artifact(context_len=model.context_len, context_len_key=key, model=model)
         return _made(model, upstream) or Artifact()
 
     @abstractmethod
@@ -117,6 +121,14 @@ def _check_context(model: Any, sampler: Any, upstream: Upstream) -> list[str]:
         f"sampler.gen_len={sampler.gen_len} leaves no room for a prompt in"
         f" {made.context_len_key}={made.context_len}: lower the first or raise the second"
     ]
+
+
+def _check_intervention(model: Any, intervention: Any, upstream: Upstream) -> list[str]:
+    made = _made(model, upstream)
+    model = model if made is None else made.model
+    if not isinstance(intervention, Intervention) or model is None:
+        return []
+    return intervention.check(model)
 
 
 def _made(model: Any, upstream: Upstream) -> Artifact | None:

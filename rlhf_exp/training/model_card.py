@@ -40,6 +40,7 @@ def _body(run: Path, config: Mapping[str, Any], result: Mapping[str, Any], base:
         + (f", from `{base}`." if base else ", from nothing."),
         "## Evaluation",
         _evaluation(result),
+        *_intervention(config),
         "## Data",
         _listing(config.get("task") or {}),
     ]
@@ -77,6 +78,14 @@ def _evaluation(result: Mapping[str, Any]) -> str:
         first = _number(before[name]) if name in before else ""
         lines.append(f"| `{name}` | {first} | {_number(value)} |")
     return "\n".join([note, "", *lines] if before else lines)
+
+
+def _intervention(config: Mapping[str, Any]) -> list[str]:
+    intervention = config.get("intervention") or {}
+    if len(intervention) < 2:  # its class alone: none
+        return []
+    note = "The policy was trained and measured under this intervention; the saved weights are"
+    return ["## Intervention", f"{note} without it.", _listing(intervention)]
 
 
 def _number(value: float | None) -> str:

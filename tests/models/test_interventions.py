@@ -12,13 +12,15 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from rlhf_exp.models.editing import Sites
+from rlhf_exp.models.editing import Edit, Site, Sites
 from rlhf_exp.models.finetune import Full, LastLayers, Lora
 from rlhf_exp.models.interventions import Ablate, Add, Intervention, NoIntervention
-from rlhf_exp.models.loading import load_policy
+from rlhf_exp.models.loading import Pretrained, load_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.saving import save_policy
+from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.settings import ConfigError, Fingerprinted
 from rlhf_exp.types import Layout
 from tests.architectures import build
@@ -196,7 +198,22 @@ def test_copies_bridges_and_saved_models_are_plain(
         assert_near(twin.unembed(twin.hidden_states(TOKENS, MASK))[MASK], expected)
 
 
-def test_a_scale_of_0_and_no_intervention_change_no_bit(architecture: str, tmp_path: Path) -> None:
+def count_hooks(monkeypatch: pytest.MonkeyPatch) -> list[Site]:
+    """The sites that a hook is put at from now on, once for each time."""
+    registered: list[Site] = []
+    hook = Site.hook
+
+    def noted(site: Site, edit: Edit) -> RemovableHandle:
+        registered.append(site)
+        return hook(site, edit)
+
+    monkeypatch.setattr(Site, "hook", noted)
+    return registered
+
+
+def test_a_scale_of_0_and_no_intervention_change_no_bit(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = tiny_policy(architecture)
     expected = policy(TOKENS, MASK)
     settings("add", tmp_path, scale=0.0).attach(policy)
@@ -206,8 +223,13 @@ def test_a_scale_of_0_and_no_intervention_change_no_bit(architecture: str, tmp_p
     NoIntervention().attach(policy)
     with policy.edits.in_bridge(MASK, None) as hooks:
         assert hooks == []
+    registered = count_hooks(monkeypatch)
     for found, wanted in zip(policy(TOKENS, MASK), expected, strict=True):
         assert torch.equal(found, wanted)
+    assert registered == []
+    settings("add", tmp_path).attach(policy)
+    policy(TOKENS, MASK)
+    assert len(registered) > 0
 
 
 def test_padding_stays_as_it_is(tmp_path: Path) -> None:
@@ -341,6 +363,9 @@ def test_files_are_refused_by_name(tmp_path: Path) -> None:
     assert refused(means, Ablate).startswith(
         "intervention.means=DIR/v.safetensors has no blocks.1.hook_mlp_out; it has "
     )
+    assert refused({"sites": []}) == (
+        "intervention.sites is empty: set [blocks.LAYER.hook_resid_post]"
+    )
     assert refused({}, Ablate).startswith(
         "intervention: nothing is ablated: set intervention.heads"
     )
@@ -359,6 +384,29 @@ def test_a_fingerprint_is_that_of_the_files(tmp_path: Path) -> None:
             save_file({**load_file(file), "more": torch.ones(1)}, file)
         assert first.fingerprint() != again.fingerprint()
     assert not isinstance(NoIntervention(), Fingerprinted)
+
+
+def test_what_does_not_fit_is_told_without_weights(architecture: str, tmp_path: Path) -> None:
+    scratch = Scratch(architecture=architecture, num_layers=2, d_model=16, num_heads=2)
+    save_policy(tiny_policy(architecture), tmp_path / "model")
+    saved = Pretrained(base_model=str(tmp_path / "model"))
+    wide = {"tensor": "wide", "sites": ["blocks.0.hook_resid_post"]}
+    for model in (scratch, saved):
+        for case in ("add", "add to heads", "mean direction", "mean"):
+            assert settings(case, tmp_path).check(model) == []
+        save_file({"wide": torch.ones(7)}, tmp_path / "vectors.safetensors")
+        for wrong, message in (
+            (Add(path=str(tmp_path / "vectors.safetensors"), **wide), "wide has shape [7], but"),
+            (Ablate(heads=[[0, 9]]), "there is no head 9 at blocks.0.attn.hook_z; the last is"),
+            (Ablate(mlps=[7]), "has no site blocks.7.hook_mlp_out"),
+        ):
+            [problem] = wrong.check(model)
+            assert message in problem
+            with pytest.raises(ConfigError) as caught:
+                wrong.attach(tiny_policy(architecture))
+            assert message in str(caught.value)
+    hub = Pretrained(base_model="some/model")
+    assert Ablate(mlps=[7]).check(hub) == []
 
 
 def test_an_architecture_that_transformerlens_does_not_know_is_refused(tmp_path: Path) -> None:

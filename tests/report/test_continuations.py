@@ -75,6 +75,18 @@ def test_chat_needs_a_template_and_a_completion_needs_room(folders: list[str]) -
         ask(chat=False, gen_len=CONTEXT_LEN - 1)
 
 
+def test_a_run_under_an_intervention_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    intervention: dict[str, object] = {"_target_": "x.NoIntervention"}
+    for is_told in (False, True):
+        text = json.dumps({"intervention": intervention})
+        (tmp_path / "resolved_config.json").write_text(text)
+        read_run(tmp_path)
+        assert ("which its saved model is without" in caplog.text) == is_told
+        intervention["mlps"] = [1]
+
+
 def test_a_run_says_what_it_began_as(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not the folder of a finished run"):
         read_run(tmp_path)

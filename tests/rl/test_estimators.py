@@ -9,10 +9,12 @@ from pydantic import ValidationError
 
 from rlhf_exp.functional.advantages import leave_one_out
 from rlhf_exp.models.loading import load_policy
-from rlhf_exp.rl.estimators import LeaveOneOut
+from rlhf_exp.rl.estimators import Estimator, LeaveOneOut
 from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.settings import settings
 from rlhf_exp.training.checkpoint import read_newest_checkpoint
-from rlhf_exp.types import concatenate
+from rlhf_exp.training.context import TrainingError
+from rlhf_exp.types import Rollout, concatenate
 from tests.test_run import train
 
 from ..stages.test_resume import Failing, timeless
@@ -80,7 +82,13 @@ def test_without_values_there_is_no_head_anywhere(tmp_path: Path) -> None:
         assert not of_values & row.keys()
         assert not any(name.startswith("val/") for name in row)
     assert not (tmp_path / "run" / "model" / "value_head.safetensors").exists()
-    load_policy(tmp_path / "run")  # draws a head
+    assert load_policy(tmp_path / "run").value_head is not None  # a new one
+    ppo_with(total_phases=2, batch_size=8, num_minibatches=2, eval_samples=4).run(
+        context(tmp_path / "gae"), parts(task=RAGGED)
+    )
+    with_values = {name for row in rows(tmp_path / "gae") for name in row}
+    assert of_values - {"warn/bad_values"} < with_values
+    assert any(name.startswith("val/") for name in with_values)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -115,6 +123,31 @@ def test_leave_one_out_solves_the_bandit(tmp_path: Path) -> None:
     ppo = ppo_with(total_phases=25, kl_coef=0.0, eval_every=25, **LOO)
     result = ppo.run(context(tmp_path), parts(sampler=CachedSampler(gen_len=1)))
     assert result.after["eval/score"] > 0.9 > 0.3 > result.before["eval/score"]
+
+
+def test_an_estimator_returns_what_it_says(tmp_path: Path) -> None:
+    @settings
+    class Nothing(Estimator):
+        def __call__(self, rollout: Rollout, rewards: torch.Tensor) -> None:
+            return None
+
+    @settings
+    class NoReturns(LeaveOneOut):
+        needs_values = True
+
+    for estimator, returns in ((Nothing(), "returns=None"), (NoReturns(), "returns")):
+        ppo = ppo_with(total_phases=1, batch_size=8, num_minibatches=2, estimator=estimator,
+                       samples_per_prompt=2)  # fmt: skip
+        name = type(estimator).__name__
+        with pytest.raises(
+            TrainingError, match=f"^{name} has .* return an Experience with {returns}"
+        ):
+            ppo.run(context(tmp_path / name), parts(task=RAGGED))
+
+
+def test_leave_one_out_has_no_values_to_clip() -> None:
+    with pytest.raises(ValidationError, match=r"value_clip_coef=0\.2: LeaveOneOut has no values"):
+        ppo_with(value_clip_coef=0.2, **LOO)
 
 
 def test_leave_one_out_needs_two_samples() -> None:

@@ -7,9 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rlhf_exp.models.editing import Edits
 from rlhf_exp.models.engines import ENGINES
 from rlhf_exp.models.finetune import Full, LastLayers, Lora
-from rlhf_exp.models.loading import load_policy
+from rlhf_exp.models.loading import Pretrained, load_policy
+from rlhf_exp.rewards.attempts import PatientReward
+from rlhf_exp.rl.evaluation import evaluate
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError
@@ -70,6 +73,17 @@ def test_a_run_under_an_intervention(kind: str, tmp_path: Path) -> None:
     before = policy(tokens)[0]
     intervention.attach(policy)
     assert (policy(tokens)[0] - before).abs().max() > 0.1
+    saved = Pretrained(base_model=str(tmp_path / "edited"))
+    actors, _ = start(SMALL, tmp_path / "saved", **{**shape, "model": saved, "finetune": Full()})
+    intervention.attach(actors.policy)
+    reward = PatientReward(actors.score)
+    again = evaluate(actors, reward, num_samples=8, seed=context(tmp_path / "x").seed, phase=2)
+    last = [row for row in rows(tmp_path / "edited", "samples.jsonl") if row["phase"] == 2]
+    texts = [row["completion"] for row in last]
+    assert [row["completion"] for row in again.samples] == texts
+    actors.policy.edits = Edits()
+    plain = evaluate(actors, reward, num_samples=8, seed=context(tmp_path / "x").seed, phase=2)
+    assert [row["completion"] for row in plain.samples] != texts
 
 
 def test_a_run_is_not_resumed_with_another_file(tmp_path: Path) -> None:

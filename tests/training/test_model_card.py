@@ -68,6 +68,15 @@ def test_curves_are_copied_and_files_explained_where_there_are_any(run: Path) ->
     )
 
 
+def test_an_intervention_is_named_with_what_it_means_for_the_weights(run: Path) -> None:
+    none = {"_target_": "rlhf_exp.models.interventions.NoIntervention"}
+    text = write_model_card(run, {**CONFIG, "intervention": none}, RESULT).read_text()
+    assert "## Intervention" not in text
+    intervention = {"_target_": "rlhf_exp.models.interventions.Ablate", "mlps": [1]}
+    text = write_model_card(run, {**CONFIG, "intervention": intervention}, RESULT).read_text()
+    assert "under this intervention; the saved weights are without it.\n\n- `mlps`: [1]\n" in text
+
+
 def test_a_directory_of_this_machine_is_no_base_model_for_others(run: Path) -> None:
     config = {**CONFIG, "model": {"base_model": str(run)}}
     card = ModelCard.load(write_model_card(run, config, RESULT))
