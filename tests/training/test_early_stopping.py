@@ -98,7 +98,7 @@ def test_weights_that_could_never_be_measured_end_the_run(tmp_path: Path, bad: f
     with pytest.raises(TrainingError, match=message):
         trained(tmp_path, losses(bad, bad), updates=4)
     with pytest.raises(TrainingError, match=r"; lower these$"):
-        trained(tmp_path, losses(bad, bad), updates=4, rates="these")
+        trained(tmp_path, losses(bad, bad), updates=4, lr_fields="these")
 
 
 def test_the_first_rate_that_is_enough_ends_it(

@@ -283,7 +283,7 @@ def test_a_checkpoint_of_another_model_or_of_other_inputs_is_refused(tmp_path):
     saved = state(3, {"task": "a"})
     saved.update = 5
     checkpoint = through_a_file(saved.state_dict(), tmp_path)
-    with pytest.raises(ConfigError, match=r"^task: what it names has changed"):
+    with pytest.raises(ConfigError, match=r"^task: the files that it names have changed"):
         state(3, {"task": "b"}).load_state_dict(checkpoint)
     with pytest.raises(ConfigError, match="other trained weights"):
         state(4, {"task": "a"}).load_state_dict(checkpoint)
