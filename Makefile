@@ -18,7 +18,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # What docs/reliability.md counts, with its long campaigns, and the table of it.
-COUNTED := tests/test_faults.py tests/stages/test_every_stage_resumes.py tests/training/test_checkpoint.py \
+COUNTED := tests/test_faults.py tests/stages/test_every_stage_resumes.py tests/runs/test_checkpoint.py \
 	tests/test_config_property.py tests/test_readers.py
 soak: export RLHF_EXP_RELIABILITY := $(CURDIR)/outputs/reliability
 soak: $(STAMP)

@@ -1,11 +1,11 @@
 """The one entrypoint: `python train.py [key=value ...]`, sweeps with -m; see README.md."""
 
-import rlhf_exp.environment  # noqa: F401, I001  first: it must precede the import of torch
+import rlhf_exp.machine.environment  # noqa: F401, I001  first: it must precede the import of torch
 
 import hydra
 from omegaconf import DictConfig
 
-from rlhf_exp import run
+from rlhf_exp.app import run
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

@@ -8,7 +8,7 @@ is on the disk, and its size; what a round with one takes longer; and that as a 
 between two checkpoints at the default interval. The reward costs nothing, so that a phase is as
 short as can be."""
 
-import rlhf_exp.environment  # noqa: F401, I001  first: it must precede the import of torch
+import rlhf_exp.machine.environment  # noqa: F401, I001  first: it must precede the import of torch
 
 import argparse
 import json
@@ -23,12 +23,12 @@ import torch
 from ppo_phase import actors_of
 from rlhf_exp.rl.compute import warm_up
 from rlhf_exp.stages.ppo import PPO, Phases, start
-from rlhf_exp.training.checkpoint import CheckpointWriter
-from rlhf_exp.training.context import pick_device
+from rlhf_exp.runs.checkpoint import CheckpointWriter
+from rlhf_exp.runs.context import pick_device
 from rlhf_exp.training.optim import AdamWSettings, Constant
-from rlhf_exp.training.processor import use_processor_well
+from rlhf_exp.machine.processor import use_processor_well
 from rlhf_exp.training.saver import split_state
-from rlhf_exp.training.timing import Stopwatch
+from rlhf_exp.machine.timing import Stopwatch
 from shapes import SHAPES
 
 PHASES = 6  # of a round

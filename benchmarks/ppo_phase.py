@@ -10,7 +10,7 @@ the first of them. A further shape can be given as
 SHAPE=layers,d_model,heads,vocab,context,batch,prompt,gen_len,minibatches,epochs and asked for as
 "custom"; shapes.py says what they mean."""
 
-import rlhf_exp.environment  # noqa: F401, I001  first: it must precede the import of torch
+import rlhf_exp.machine.environment  # noqa: F401, I001  first: it must precede the import of torch
 
 import argparse
 import json
@@ -31,10 +31,10 @@ from rlhf_exp.rl.compute import Compute, warm_up
 from rlhf_exp.stages.ppo import PPO, Phases, coefficients, start
 from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.tasks.tokenizers import word_tokenizer
-from rlhf_exp.training.context import pick_device
+from rlhf_exp.runs.context import pick_device
 from rlhf_exp.training.optim import AdamWSettings, Constant, clip_gradients
-from rlhf_exp.training.processor import use_processor_well
-from rlhf_exp.training.timing import Stopwatch
+from rlhf_exp.machine.processor import use_processor_well
+from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.types import Layout
 from shapes import SHAPES, Shape
 

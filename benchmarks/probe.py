@@ -4,7 +4,7 @@ python benchmarks/probe.py SHAPE ROUNDS
 Prints one JSON line, medians over the rounds: milliseconds of the trial, and of one pass over its
 sequences for comparison."""
 
-import rlhf_exp.environment  # noqa: F401, I001  first: it must precede the import of torch
+import rlhf_exp.machine.environment  # noqa: F401, I001  first: it must precede the import of torch
 
 import argparse
 import json
@@ -15,11 +15,11 @@ from statistics import median
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_exp.models.kernels import install_kernels
+from rlhf_exp.kernels.attention import install_kernels
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.probing import Probe, find_fast_paths, padded
 from rlhf_exp.tasks.tokenizers import word_tokenizer
-from rlhf_exp.training.processor import use_processor_well
+from rlhf_exp.machine.processor import use_processor_well
 from shapes import SHAPES
 
 

@@ -5,7 +5,7 @@ The model is that of model=tiny with random weights, on prompts and series of ta
 depends on neither. Prints one JSON line. Both kinds are timed in turn, the second for fewer epochs.
 """
 
-import rlhf_exp.environment  # noqa: F401, I001  first: it must precede the import of torch
+import rlhf_exp.machine.environment  # noqa: F401, I001  first: it must precede the import of torch
 
 import argparse
 import json
@@ -22,7 +22,7 @@ from rlhf_exp.tasks.arithmetic import Arithmetic, series_reward
 from rlhf_exp.tasks.pair_tokens import EncodedPair, encode_pairs
 from rlhf_exp.tasks.protocol import Pair
 from rlhf_exp.training.optim import AdamWSettings, clip_gradients
-from rlhf_exp.training.threads import threads_for
+from rlhf_exp.machine.threads import threads_for
 
 PAIRS, BATCH, EPOCHS, ROUNDS, SLOW_EPOCHS = 500, 100, 1001, 3, 20
 

@@ -7,7 +7,7 @@ like bridge.generate; sampler=bridge also measures the log-probs, values and sta
 sampler gives. Both of these compute in fp32, as they do in PPO. Where half of the rows end, they do
 so by EOS. The contenders run in turn, round after round; prints Markdown tables of medians."""
 
-import rlhf_exp.environment  # noqa: F401, I001  first: it must precede the import of torch
+import rlhf_exp.machine.environment  # noqa: F401, I001  first: it must precede the import of torch
 
 import argparse
 import json
@@ -26,8 +26,8 @@ from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.rl.compute import Compute
 from rlhf_exp.tasks.prompts import encode_prompts
-from rlhf_exp.training.context import pick_device
-from rlhf_exp.training.processor import use_processor_well
+from rlhf_exp.runs.context import pick_device
+from rlhf_exp.machine.processor import use_processor_well
 from rlhf_exp.types import Generation, PromptBatch
 from shapes import SHAPES, Shape
 

@@ -6,7 +6,7 @@ either this machine does in a second (large matrix products, a copy), and runs p
 a Markdown table. The bound of a part is the longer of both times; what is not counted (softmaxes,
 GELUs, launching operations) is what lies between. A CPU's; on a GPU run ppo_phase.py."""
 
-import rlhf_exp.environment  # noqa: F401, I001  first: it must precede the import of torch
+import rlhf_exp.machine.environment  # noqa: F401, I001  first: it must precede the import of torch
 
 import argparse
 import json
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from shapes import SHAPES, Shape
 
-from rlhf_exp.training.processor import use_processor_well
+from rlhf_exp.machine.processor import use_processor_well
 
 
 class Cost(NamedTuple):

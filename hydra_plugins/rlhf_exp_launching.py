@@ -24,10 +24,13 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.text import Text
 
-from rlhf_exp import run
-from rlhf_exp.printable import printable
-from rlhf_exp.queueing import requeue
-from rlhf_exp.redaction import redact_words, scrub
+from rlhf_exp.app import run
+from rlhf_exp.machine.slurm import requeue
+from rlhf_exp.runs.files import write_whole
+from rlhf_exp.runs.lock import claimed, is_claimed
+from rlhf_exp.runs.status import read_state
+from rlhf_exp.security.printable import printable
+from rlhf_exp.security.redaction import redact_words, scrub
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs
 from rlhf_exp.sweeps.isolation import SWEEP_PID
@@ -41,10 +44,7 @@ from rlhf_exp.sweeps.jobs import (
     write_record,
 )
 from rlhf_exp.sweeps.monitor import Monitor, problems, summary
-from rlhf_exp.sweeps.settling import await_end, mark_dead, mark_failed, settle, unsaid
-from rlhf_exp.sweeps.state import read_state
-from rlhf_exp.training.claims import claimed, is_claimed
-from rlhf_exp.training.files import write_whole
+from rlhf_exp.sweeps.reaping import await_end, mark_dead, mark_failed, settle, unsaid
 
 OWN = ("skip_completed=", "dry_run=")  # of the sweep, not of its jobs
 OF_THE_SWEEP = ("launcher", "sweeper", "sweep")  # parts of Hydra's configuration

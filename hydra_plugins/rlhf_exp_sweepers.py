@@ -11,7 +11,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from hydra_plugins.rlhf_exp_launching import Launching
-from rlhf_exp.redaction import redact_words
+from rlhf_exp.runs.status import read_state
+from rlhf_exp.security.redaction import redact_words
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.sweeps.jobs import BadJobs, SweepJob, place, read_record
 from rlhf_exp.sweeps.monitor import show_plan
@@ -24,7 +25,6 @@ from rlhf_exp.sweeps.search import (
     check_space,
     corners,
 )
-from rlhf_exp.sweeps.state import read_state
 
 BEST = 5
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Protocol, TypeVar, dataclass_transform, runti
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from rlhf_exp.redaction import redact_words
+from rlhf_exp.security.redaction import redact_words
 
 T = TypeVar("T")
 

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Iterator
 
 from rlhf_exp.hf import quieten_transformers
-from rlhf_exp.network import hub_url
+from rlhf_exp.machine.network import hub_url
+from rlhf_exp.machine.streams import make_streams_unbreakable
 from rlhf_exp.report.continuations import prepend_bos_of
 from rlhf_exp.report.talk import Talk
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.streams import make_streams_unbreakable
 
 
 def lines() -> Iterator[str]:

@@ -3,7 +3,7 @@
 Writes report.html, report.md and their pictures, and prints a table. No account, no network.
 """
 
-import rlhf_exp.environment  # noqa: F401, I001  first: it must precede the import of matplotlib
+import rlhf_exp.machine.environment  # noqa: F401, I001  first: it must precede the import of matplotlib
 
 import argparse
 from datetime import datetime
@@ -16,7 +16,7 @@ from rlhf_exp.report.markdown import write_markdown
 from rlhf_exp.report.page import write_page
 from rlhf_exp.report.payload import Names, build_payload
 from rlhf_exp.report.terminal import print_report
-from rlhf_exp.streams import make_streams_unbreakable
+from rlhf_exp.machine.streams import make_streams_unbreakable
 
 
 def main() -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import yaml
 
+from rlhf_exp.app.run import ALLOWED_TARGETS, instantiate
+from rlhf_exp.machine.streams import make_streams_unbreakable
 from rlhf_exp.report.judge import judge, read_samples
 from rlhf_exp.rewards.classifier import Classifier
-from rlhf_exp.run import ALLOWED_TARGETS, instantiate
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.streams import make_streams_unbreakable
 from rlhf_exp.tasks.protocol import LabelledTask
 
 

@@ -11,11 +11,11 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from rlhf_exp.hf import quieten_transformers
-from rlhf_exp.network import hub_url
+from rlhf_exp.machine.network import hub_url
+from rlhf_exp.machine.streams import make_streams_unbreakable
 from rlhf_exp.report.continuations import continuations, read_run, side_by_side
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.streams import make_streams_unbreakable
 
 
 def _problem(error: ValidationError) -> str:

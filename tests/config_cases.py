@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from rlhf_exp.own_keys import RunSettings
+from rlhf_exp.app.run_settings import RunSettings
 from rlhf_exp.rl.compute import Compute
 from rlhf_exp.rl.guards import Guards
 from rlhf_exp.settings import PARTS
@@ -384,8 +384,8 @@ def wrong_class(rng: random.Random, base: Base) -> Case:
     other = rng.choice(others).content["_target_"]
     here = f"{node.kind.__module__}."
     target = rng.choice([
-        "os.system", "shutil.rmtree", "builtins.eval", "rlhf_exp.run.shutil.rmtree",
-        f"{here}No{rng.randint(0, 99)}", "rlhf_exp.run.main_", other, other,
+        "os.system", "shutil.rmtree", "builtins.eval", "rlhf_exp.app.run.shutil.rmtree",
+        f"{here}No{rng.randint(0, 99)}", "rlhf_exp.app.run.main_", other, other,
     ])  # fmt: skip
     return Case(base.name, "wrong class", (f"{node.path}._target_={target}",), (node.path,))
 

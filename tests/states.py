@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rlhf_exp.training.checkpoint import read_checkpoint, write_checkpoint
+from rlhf_exp.runs.checkpoint import read_checkpoint, write_checkpoint
 from rlhf_exp.training.saver import join_state, split_state
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_exp.models.loading import load_policy
 from rlhf_exp.tasks.pairs import read_pairs
-from tests.test_run import assert_refused, run_folder, train
+from tests.app.test_run import assert_refused, run_folder, train
 
 SMALL = (
     "logger=local", "seed=3",

@@ -20,8 +20,8 @@ from rlhf_exp.models.loading import build_policy, load_policy
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.models.scratch import Scratch, ScratchClassifier
 from rlhf_exp.tasks.tokenizers import word_tokenizer
+from tests.app.test_run import OFFLINE, TINY, TRAIN, Outcome, train, written
 from tests.builders import assert_near
-from tests.test_run import OFFLINE, TINY, TRAIN, Outcome, train, written
 
 # The default experiment, every number in it small.
 SMALL = (

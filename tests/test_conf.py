@@ -18,11 +18,11 @@ from hydra.core.override_parser.types import IntervalSweep
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_exp import run
-from rlhf_exp.own_keys import GROUPS, read_own_keys
+from rlhf_exp.app import run
+from rlhf_exp.app.run_settings import GROUPS, read_own_keys
+from rlhf_exp.app.steps import read_steps
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.stages.protocol import Built
-from rlhf_exp.steps import read_steps
 from rlhf_exp.tasks.reviews import Reviews
 
 from . import conf_comments

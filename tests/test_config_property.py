@@ -12,13 +12,13 @@ import safetensors.torch
 import torch
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_exp import run
+from rlhf_exp.app import run
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.reviews import Reviews
+from tests.app.test_run import TINY, assert_refused, train, written
 from tests.builders import without_checks
 from tests.config_cases import Base, Case, invalid_cases, valid_cases
 from tests.reliability import count_cases
-from tests.test_run import TINY, assert_refused, train, written
 
 SEED, COUNT = 7, 300
 SMALL_REVIEWS = ["task.num_reviews=60", "task.num_labelled=40", "task.num_held_out=20"]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_exp import run
+from rlhf_exp.app import run
 from rlhf_exp.rewards.function import FunctionReward
 from rlhf_exp.types import Completions, PromptBatch
 from tests import test_readme

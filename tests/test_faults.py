@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from rlhf_exp.sweeps.state import read_state
-from rlhf_exp.training.files import sync_tree
+from rlhf_exp.runs.files import sync_tree
+from rlhf_exp.runs.status import read_state
 from tests.faulty import (
     TRAIN,
     Broken,

@@ -15,18 +15,17 @@ PLUGINS = sorted((PACKAGE.parent / "hydra_plugins").rglob("*.py"))
 MODULES = [path for path in FILES if path != PACKAGE / "__init__.py"]
 # A module imports from lower floors and from its own subpackage.
 FLOORS = [
-    {"printable"},
-    {"redaction", "streams"},
-    {"functional", "types", "settings", "hf", "environment", "targets", "queueing"},
-    {"network", "lfs"},
-    {"models", "tasks", "training", "own_keys", "overrides"},
+    {"security"},
+    {"functional", "types", "settings", "hf"},
+    {"machine"},
+    {"runs"},
+    {"kernels", "tracking", "tasks"},
+    {"models", "training"},
     {"rollout", "rewards"},
     {"rl"},
-    {"stages", "interp", "report"},
-    {"steps", "sweeps"},
-    {"experiment", "resuming", "ending"},
-    {"complaints", "instantiation"},
-    {"run"},
+    {"stages", "sweeps"},
+    {"report"},
+    {"app"},
 ]
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 HEAVY = {
@@ -86,10 +85,10 @@ def test_only_the_composition_root_its_complaints_and_the_plugin_know_hydra():
         if {module.partition(".")[0] for module in imports(path)} & {"hydra", "omegaconf"}
     }
     assert knowing == {
-        "rlhf_exp.complaints",
-        "rlhf_exp.instantiation",
-        "rlhf_exp.overrides",
-        "rlhf_exp.run",
+        "rlhf_exp.app.hydra_errors",
+        "rlhf_exp.app.instantiate",
+        "rlhf_exp.app.overrides",
+        "rlhf_exp.app.run",
         "hydra_plugins.rlhf_exp_launching",
         "hydra_plugins.rlhf_exp_sweepers",
     }
@@ -102,7 +101,7 @@ def test_the_plugin_is_imported_by_none():
 
 def test_the_side_wings_are_imported_by_none():
     for path in MODULES:
-        wings = {part(m) for m in imports(path) if m.startswith("rlhf_exp.")} & {"interp", "report"}
+        wings = {part(m) for m in imports(path) if m.startswith("rlhf_exp.")} & {"report"}
         assert wings <= {part(module_name(path))}
 
 
@@ -122,11 +121,11 @@ def test_importing_the_package_imports_nothing_that_takes_seconds():
     assert imported.isdisjoint(HEAVY | {"sklearn"})
 
 
-@pytest.mark.parametrize("module", ["rlhf_exp.run", "hydra_plugins.rlhf_exp_sweepers"])
+@pytest.mark.parametrize("module", ["rlhf_exp.app.run", "hydra_plugins.rlhf_exp_sweepers"])
 def test_a_command_line_is_read_without_torch(module):
     imported = imported_with(f"import {module}")
     assert module in imported
-    assert imported.isdisjoint(HEAVY | {"torch", "rlhf_exp.steps"})
+    assert imported.isdisjoint(HEAVY | {"torch", "rlhf_exp.app.steps"})
 
 
 @pytest.mark.parametrize("path", [*FILES, *PLUGINS], ids=module_name)

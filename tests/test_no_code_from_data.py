@@ -22,15 +22,15 @@ from rlhf_exp.models.lora import add_adapter, save_adapter
 from rlhf_exp.models.reward_model import load_reward_model
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.rewards.pair_model import PairModel
-from rlhf_exp.settings import ConfigError
-from rlhf_exp.tasks.tables import read_table
-from rlhf_exp.training.checkpoint import (
+from rlhf_exp.runs.checkpoint import (
     MANIFEST,
     TENSORS,
     DamagedError,
     read_checkpoint,
     write_checkpoint,
 )
+from rlhf_exp.settings import ConfigError
+from rlhf_exp.tasks.tables import read_table
 from tests.builders import tiny_policy
 from tests.rewards.checkpoints import save_classifier
 

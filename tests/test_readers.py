@@ -15,17 +15,17 @@ from rich.console import Console
 
 from rlhf_exp.report.runs import read_runs
 from rlhf_exp.report.samples import encodable
+from rlhf_exp.runs.folder import RunFolder
+from rlhf_exp.runs.status import read_state
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs
 from rlhf_exp.sweeps.jobs import SweepJob, place, read_record, write_record
 from rlhf_exp.sweeps.monitor import problems, summary
-from rlhf_exp.sweeps.state import read_state
 from rlhf_exp.tasks.dataset import PromptDataset
 from rlhf_exp.tasks.labelled_text import LabelledTextFile
 from rlhf_exp.tasks.pairs import read_pairs, write_pairs
 from rlhf_exp.tasks.protocol import Pair
 from rlhf_exp.tasks.tables import read_table
-from rlhf_exp.training.folder import RunFolder
 from tests.damage import NASTY, damaged, mistyped
 from tests.reliability import count_cases
 from tests.report.build_runs import config, rows, write_run

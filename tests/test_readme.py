@@ -13,8 +13,8 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from rlhf_exp.run import ALLOWED_TARGETS, CONF, instantiate, to_container
-from rlhf_exp.steps import read_steps
+from rlhf_exp.app.run import ALLOWED_TARGETS, CONF, instantiate, to_container
+from rlhf_exp.app.steps import read_steps
 from rlhf_exp.tasks.pairs import write_pairs
 from rlhf_exp.tasks.protocol import Pair
 from rlhf_exp.types import Completions, PromptBatch

@@ -12,9 +12,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from rlhf_exp.models.saving import save_policy
+from tests.app.test_run import TINY, Outcome, assert_refused, train, written
 from tests.builders import tiny_policy
 from tests.scripts import SCRIPTS, call_script
-from tests.test_run import TINY, Outcome, assert_refused, train, written
 
 SMALL = [
     *(word for word in TINY if word.startswith(("stage.", "schedule.")) or word == "~experiment"),

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_exp import redaction, run
-from tests.test_run import TINY, Outcome, train
-from tests.training.wandb_runs import own_folders
+from rlhf_exp.app import run
+from rlhf_exp.security import redaction
+from tests.app.test_run import TINY, Outcome, train
+from tests.tracking.wandb_runs import own_folders
 
 COMPARE = Path(run.CONF).parent / "scripts" / "compare.py"
 REWARD = """

@@ -15,9 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
-from rlhf_exp.training.claims import is_claimed
+from rlhf_exp.runs.lock import is_claimed
+from tests.app.test_run import TINY, TRAIN, assert_refused, train, written
 from tests.test_cli import environment
-from tests.test_run import TINY, TRAIN, assert_refused, train, written
 
 SMALL = [*TINY, "logger=local", "hydra.sweep.dir=sweep"]
 TWO_AT_A_TIME = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from rlhf_exp.run import ALLOWED_TARGETS, CONF, instantiate, to_container
-from rlhf_exp.steps import read_steps
-from rlhf_exp.training.metrics import summarize
+from rlhf_exp.app.run import ALLOWED_TARGETS, CONF, instantiate, to_container
+from rlhf_exp.app.steps import read_steps
+from rlhf_exp.runs.summary import summarize
 
 from .test_run import OFFLINE, TINY, TRAIN
 from .training.wandb_runs import inspect, offline_runs

@@ -19,7 +19,7 @@ from rlhf_exp.functional.logprobs import (
     kl_divergence,
     token_logprobs,
 )
-from rlhf_exp.functional.vocab_head import Head, token_statistics, unembed
+from rlhf_exp.kernels.vocab_head import Head, token_statistics, unembed
 from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.types import Layout, Pass, Rollout
 

@@ -18,8 +18,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
-from rlhf_exp.lfs import refuse_lfs_pointer
-from rlhf_exp.network import hub_responds, hub_url
+from rlhf_exp.machine.network import hub_responds, hub_url
+from rlhf_exp.runs.lfs import refuse_lfs_pointer
 from rlhf_exp.settings import ConfigError
 
 # Of these transformers loads the first that is there.

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
+from rlhf_exp.kernels.attention import install_kernels
 from rlhf_exp.models.cache import config_context_len
 from rlhf_exp.models.engines import ENGINES, EngineName
 from rlhf_exp.models.hub import (
@@ -26,7 +27,6 @@ from rlhf_exp.models.hub import (
     model_from_pretrained,
     tokenizer_from_pretrained,
 )
-from rlhf_exp.models.kernels import install_kernels
 from rlhf_exp.models.lora import has_adapter
 from rlhf_exp.models.policy import TransformerWithValueHead, initialise_value_head
 from rlhf_exp.models.probing import check_hooked, probed

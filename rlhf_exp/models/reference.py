@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_exp.functional.vocab_head import Head
+from rlhf_exp.kernels.vocab_head import Head
+from rlhf_exp.kernels.working_weights import round_frozen
 from rlhf_exp.models.lora import adapter_off, plain_name
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.transformer import CausalTransformer
-from rlhf_exp.models.working_weights import round_frozen
 from rlhf_exp.types import Completions, Layout
 
 

@@ -7,8 +7,8 @@ import torch
 from pydantic import model_validator
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
+from rlhf_exp.kernels.attention import install_kernels
 from rlhf_exp.models.engines import EngineName
-from rlhf_exp.models.kernels import install_kernels
 from rlhf_exp.models.loading import LanguageModel, TokenizerFactory, ValueHeadInit
 from rlhf_exp.settings import BelowOne, ConfigError, Count, settings
 

@@ -15,14 +15,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_exp.functional.vocab_head import Head, unembed
 from rlhf_exp.hf import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from rlhf_exp.kernels.attention import ATTENTION
+from rlhf_exp.kernels.vocab_head import Head, unembed
+from rlhf_exp.kernels.working_weights import WorkingWeights
 from rlhf_exp.models.cache import context_len, prompt_cache
 from rlhf_exp.models.editing import Editing, Edits
 from rlhf_exp.models.hooked import HookedView
-from rlhf_exp.models.kernels import ATTENTION
 from rlhf_exp.models.unembedding import measure_unembedding
-from rlhf_exp.models.working_weights import WorkingWeights
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.types import Completions, Layout, PromptBatch
 

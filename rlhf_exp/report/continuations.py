@@ -11,12 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_exp.models.loading import Pretrained, build_policy
-from rlhf_exp.printable import printable
 from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.runs.context import pick_device
+from rlhf_exp.security.printable import printable
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.tasks.protocol import Prompt, PromptRow
-from rlhf_exp.training.context import pick_device
 from rlhf_exp.training.seeding import stream
 
 log = logging.getLogger(__name__)

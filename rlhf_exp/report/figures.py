@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_exp.report.grouping import short_names, show_value
 from rlhf_exp.report.wording import INTERVALS, best_first, front_of
-from rlhf_exp.training.curves import INK, MUTED, SCORE
+from rlhf_exp.tracking.curves import INK, MUTED, SCORE
 
 log = logging.getLogger(__name__)
 

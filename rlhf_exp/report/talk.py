@@ -7,7 +7,7 @@ import torch
 
 from rlhf_exp.models.cache import context_len
 from rlhf_exp.models.loading import load_language_model
-from rlhf_exp.printable import printable
+from rlhf_exp.security.printable import printable
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.encoding import encode, leading_ids
 from rlhf_exp.tasks.prompts import render

@@ -13,8 +13,8 @@ from traceback import extract_tb
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf_exp.machine.background import Background
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
-from rlhf_exp.training.background import Background
 from rlhf_exp.training.memory import is_out_of_memory
 from rlhf_exp.types import Completions
 

@@ -17,9 +17,9 @@ from urllib.parse import urljoin, urlsplit
 import torch
 from pydantic import field_validator
 
-from rlhf_exp.redaction import remember_secret
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
 from rlhf_exp.rewards.samples import Samples, cut, read_samples, read_scores
+from rlhf_exp.security.redaction import remember_secret
 from rlhf_exp.settings import ConfigError, Count, Index, NonNegative, Positive, Text, settings
 from rlhf_exp.types import Completions
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_exp.hf import PreTrainedTokenizerBase
-from rlhf_exp.training.context import TrainingError
+from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.types import Completions
 
 RewardFunction = Callable[[Completions], Float[Tensor, " batch"]]

@@ -16,9 +16,9 @@ from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.models.hub import directory_hash, locate_model
 from rlhf_exp.models.loading import DTYPES, load_classifier
 from rlhf_exp.rewards.protocol import RewardError
+from rlhf_exp.runs.context import pick_device
 from rlhf_exp.settings import ConfigError, Count, Text, settings
 from rlhf_exp.tasks.batches import pad_right
-from rlhf_exp.training.context import pick_device
 from rlhf_exp.types import Completions
 
 Side = Literal["right", "left"]

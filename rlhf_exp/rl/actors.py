@@ -18,11 +18,11 @@ from rlhf_exp.models.reference import Reference, reference_hash
 from rlhf_exp.rewards.protocol import ReadsPrompts, ReadsTokens, Reward, RewardFunction
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.sampler import Sampler, eos_token
+from rlhf_exp.runs.context import Context, TrainingError
 from rlhf_exp.settings import ConfigError, Fingerprinted
 from rlhf_exp.tasks.encoding import leading_ids, tokenizer_factory
 from rlhf_exp.tasks.prompts import encode_prompts, take
 from rlhf_exp.tasks.protocol import AnswerTask, Prompt, ShapesPrompts, Task
-from rlhf_exp.training.context import Context, TrainingError
 from rlhf_exp.training.seeding import stream_seed
 from rlhf_exp.types import PromptBatch
 

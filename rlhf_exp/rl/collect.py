@@ -12,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_exp.hf import PreTrainedTokenizerBase
+from rlhf_exp.machine.background import Background
 from rlhf_exp.rewards.attempts import PatientReward
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
 from rlhf_exp.rl.guards import Guards
 from rlhf_exp.rl.loop import PendingScores
 from rlhf_exp.rollout.sampler import have_ended
-from rlhf_exp.training.background import Background
 from rlhf_exp.training.memory import explaining_memory
 from rlhf_exp.types import Completions, PromptBatch, Rollout
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from rlhf_exp.machine.precision import Dtype, compute_dtype
 from rlhf_exp.models.engines import ENGINES
 from rlhf_exp.models.loading import ModelSettings, Pretrained
 from rlhf_exp.models.reference import compute_reference_in
@@ -13,7 +14,6 @@ from rlhf_exp.rl.actors import Actors
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.settings import Count, settings
-from rlhf_exp.training.precision import Dtype, compute_dtype
 
 
 @settings

@@ -20,8 +20,8 @@ from rlhf_exp.functional.advantages import (
 )
 from rlhf_exp.functional.logprobs import kl_estimate
 from rlhf_exp.functional.masking import masked_fill_zero, masked_whiten
+from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.settings import Fraction, settings
-from rlhf_exp.training.context import TrainingError
 from rlhf_exp.types import Experience, Rollout
 
 

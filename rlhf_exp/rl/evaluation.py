@@ -16,11 +16,11 @@ from rlhf_exp.rl.actors import Actors
 from rlhf_exp.rl.answers import exact_match, judge_answers
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import Sampler
+from rlhf_exp.runs.context import Context, TrainingError
+from rlhf_exp.runs.folder import RunFolder
+from rlhf_exp.runs.summary import describe, distinct_n
 from rlhf_exp.tasks.prompts import take
-from rlhf_exp.training.context import Context, TrainingError
-from rlhf_exp.training.curves import plot_ppo, print_before_after
-from rlhf_exp.training.folder import RunFolder
-from rlhf_exp.training.metrics import describe, distinct_n
+from rlhf_exp.tracking.curves import plot_ppo, print_before_after
 from rlhf_exp.training.seeding import stream
 from rlhf_exp.types import Generation, PromptBatch, Rollout, concatenate
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlhf_exp.training.metrics import Histogram, histogram
+from rlhf_exp.runs.summary import Histogram, histogram
 from rlhf_exp.types import Experience, LossOutput, Pass
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.rl.actors import Actors
 from rlhf_exp.rl.collect import SCORING, Scorer
 from rlhf_exp.rl.evaluation import brief, evaluate
@@ -12,13 +13,12 @@ from rlhf_exp.rl.histograms import HistogramCollector
 from rlhf_exp.rl.kl_coefficient import KLCoefficient
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.sampler import have_ended
-from rlhf_exp.training.context import Context
+from rlhf_exp.runs.context import Context
+from rlhf_exp.runs.summary import rollout_metrics
+from rlhf_exp.tracking.progress import Progress
 from rlhf_exp.training.memory import explaining_memory
-from rlhf_exp.training.metrics import rollout_metrics
 from rlhf_exp.training.optim import learning_rates
-from rlhf_exp.training.progress import Progress
 from rlhf_exp.training.saver import Saver
-from rlhf_exp.training.timing import Stopwatch
 from rlhf_exp.types import Experience
 
 log = logging.getLogger(__name__)

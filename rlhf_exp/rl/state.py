@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.rl.collapse import Watch
 from rlhf_exp.tasks.prompts import PromptStream
-from rlhf_exp.training.collapse import Watch
 from rlhf_exp.training.optim import (
     AdamWSettings,
     Schedule,

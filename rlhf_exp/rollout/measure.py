@@ -2,7 +2,7 @@
 
 import torch
 
-from rlhf_exp.functional.vocab_head import rollout_statistics
+from rlhf_exp.kernels.vocab_head import rollout_statistics
 from rlhf_exp.models.reference import Reference
 from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.types import Generation, Layout, Rollout

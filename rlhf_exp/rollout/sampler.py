@@ -14,12 +14,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf_exp.functional.sampling import draw_tokens, filter_logits
-from rlhf_exp.functional.vocab_head import head_logits
 from rlhf_exp.hf import PreTrainedTokenizerBase
+from rlhf_exp.kernels.vocab_head import head_logits
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.transformer import CausalTransformer
+from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.settings import ConfigError, Count, Temperature, TopP, settings
-from rlhf_exp.training.context import TrainingError
 from rlhf_exp.types import Completions, Generation, PromptBatch
 
 

@@ -13,18 +13,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
+from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.scratch import ScratchClassifier
 from rlhf_exp.rl.actors import fingerprints
+from rlhf_exp.runs.context import Context
 from rlhf_exp.settings import Artifact, Count, Fraction, Upstream, settings
 from rlhf_exp.stages.protocol import Stage, StageResult
 from rlhf_exp.stages.saved import check_saved_classifier
 from rlhf_exp.tasks.batches import BatchStream, length_bucketed, pad_right
 from rlhf_exp.tasks.protocol import LabelledTask, LabelledText
-from rlhf_exp.training.context import Context
 from rlhf_exp.training.optim import AdamWSettings, Schedule
 from rlhf_exp.training.seeding import stream, stream_seed
 from rlhf_exp.training.supervised import Supervised, SupervisedState
-from rlhf_exp.training.timing import Stopwatch
 
 log = logging.getLogger(__name__)
 

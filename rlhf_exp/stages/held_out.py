@@ -10,11 +10,11 @@ from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rl.answers import exact_match
 from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.runs.summary import describe
 from rlhf_exp.tasks.examples import Example, ExampleBatch, pad
 from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.tasks.protocol import AnswerTask
 from rlhf_exp.training.early_stopping import EXACT, LOSS
-from rlhf_exp.training.metrics import describe
 from rlhf_exp.training.seeding import stream
 from rlhf_exp.types import PromptBatch
 

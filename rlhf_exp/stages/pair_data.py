@@ -10,10 +10,10 @@ from rich.text import Text
 from torch import Tensor
 
 from rlhf_exp.functional.losses import pairwise_rank_loss, reward_mse
+from rlhf_exp.machine.precision import Dtype, autocast
 from rlhf_exp.models.reward_model import RewardFeatures, RewardModel
-from rlhf_exp.printable import printable
+from rlhf_exp.security.printable import printable
 from rlhf_exp.tasks.pair_tokens import EncodedPair, collate
-from rlhf_exp.training.precision import Dtype, autocast
 from rlhf_exp.types import concatenate
 
 ROWS = 256  # pairs whose features or scores are computed at once, without gradients

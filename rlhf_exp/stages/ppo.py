@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import model_validator
 from torch import Tensor
 
+from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.finetune import Finetune
 from rlhf_exp.models.hub import locate_model
 from rlhf_exp.models.interventions import NO_INTERVENTION, Intervention
@@ -32,17 +33,16 @@ from rlhf_exp.rl.objectives import Coefficients, Objective, PPOClip
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import Sampler
+from rlhf_exp.runs.context import Context
+from rlhf_exp.runs.summary import read_metrics
 from rlhf_exp.settings import Count, Fingerprinted, NonNegative, OpenFraction, Positive, settings
 from rlhf_exp.stages.protocol import Stage, StageResult
 from rlhf_exp.stages.saved import check_saved_policy
 from rlhf_exp.tasks.protocol import AnswerTask, Task
-from rlhf_exp.training.context import Context
+from rlhf_exp.tracking.progress import Progress
 from rlhf_exp.training.memory import explaining_memory
-from rlhf_exp.training.metrics import read_metrics
 from rlhf_exp.training.optim import AdamWSettings, Schedule, check_schedule
-from rlhf_exp.training.progress import Progress
 from rlhf_exp.training.saver import Saver
-from rlhf_exp.training.timing import Stopwatch
 from rlhf_exp.types import Completions, Experience, Generation, Layout, Pass, PromptBatch, Rollout
 
 log = logging.getLogger(__name__)

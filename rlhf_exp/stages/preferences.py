@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from rlhf_exp.machine.precision import Dtype, autocast
+from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.loading import ModelSettings
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rewards.attempts import PatientReward
@@ -16,19 +18,17 @@ from rlhf_exp.rl.actors import fingerprints, fitting_prompts, load_reward, load_
 from rlhf_exp.rl.collect import SCORING
 from rlhf_exp.rl.evaluation import sample
 from rlhf_exp.rollout.sampler import Sampler, have_ended
+from rlhf_exp.runs.context import Context, TrainingError
 from rlhf_exp.settings import ConfigError, Count, settings
 from rlhf_exp.stages.protocol import Stage, StageResult
 from rlhf_exp.tasks.hashing import hash_fraction
 from rlhf_exp.tasks.pairs import FOLDER, Format, write_pairs
 from rlhf_exp.tasks.prompts import PromptStream
 from rlhf_exp.tasks.protocol import DemonstrationTask, Pair, Prompt, PromptRow, Task
-from rlhf_exp.training.context import Context, TrainingError
+from rlhf_exp.tracking.progress import Progress
 from rlhf_exp.training.memory import explaining_memory
-from rlhf_exp.training.precision import Dtype, autocast
-from rlhf_exp.training.progress import Progress
 from rlhf_exp.training.saver import Saver, check_inputs
 from rlhf_exp.training.seeding import stream
-from rlhf_exp.training.timing import Stopwatch
 from rlhf_exp.types import PromptBatch
 
 log = logging.getLogger(__name__)

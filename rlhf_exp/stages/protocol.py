@@ -12,8 +12,8 @@ from rlhf_exp.models.interventions import Intervention
 from rlhf_exp.models.loading import Pretrained
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rollout.sampler import Sampler
+from rlhf_exp.runs.context import Context
 from rlhf_exp.settings import REFERENCE, Artifact, ChecksUpstream, Upstream, is_reference
-from rlhf_exp.training.context import Context
 
 P = TypeVar("P")
 

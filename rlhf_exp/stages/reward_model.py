@@ -11,11 +11,16 @@ from pydantic import model_validator
 from rich.console import Console
 from torch import Tensor
 
+from rlhf_exp.machine.precision import Dtype
+from rlhf_exp.machine.threads import threads_for
+from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.loading import ModelSettings, must_be_plain
 from rlhf_exp.models.probing import probed
 from rlhf_exp.models.reward_model import HeadKind, HeadShape, RewardModel, save_reward_model
 from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.rl.actors import fingerprints
+from rlhf_exp.runs.context import Context
+from rlhf_exp.runs.summary import describe
 from rlhf_exp.settings import ConfigError, Count, Index, NonNegative, settings
 from rlhf_exp.stages.pair_data import (
     PairData,
@@ -33,16 +38,11 @@ from rlhf_exp.tasks.encoding import leading_ids
 from rlhf_exp.tasks.pair_tokens import EncodedPair, encode_pairs
 from rlhf_exp.tasks.pairs import hold_out, num_shared
 from rlhf_exp.tasks.protocol import PairTask
-from rlhf_exp.training.context import Context
-from rlhf_exp.training.curves import plot_margins, plot_predictions, present_losses
+from rlhf_exp.tracking.curves import plot_margins, plot_predictions, present_losses
 from rlhf_exp.training.early_stopping import LOSS, EarlyStopping
-from rlhf_exp.training.metrics import describe
 from rlhf_exp.training.optim import AdamWSettings, Schedule
-from rlhf_exp.training.precision import Dtype
 from rlhf_exp.training.seeding import stream, stream_seed
 from rlhf_exp.training.supervised import Supervised, SupervisedState
-from rlhf_exp.training.threads import threads_for
-from rlhf_exp.training.timing import Stopwatch
 
 log = logging.getLogger(__name__)
 

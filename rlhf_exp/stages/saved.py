@@ -24,8 +24,8 @@ from rlhf_exp.models.loading import (
 )
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.reward_model import HEAD_FILE, RewardModel
+from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.training.context import TrainingError
 
 ROWS, LENGTH = 4, 16  # of the tokens
 

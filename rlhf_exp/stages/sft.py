@@ -10,11 +10,15 @@ import torch
 from pydantic import model_validator
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
+from rlhf_exp.machine.precision import Dtype, autocast, fp32_logits
+from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.cache import context_len
 from rlhf_exp.models.loading import ModelSettings, must_be_plain
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.probing import packs, probed
 from rlhf_exp.rl.actors import fingerprints
+from rlhf_exp.runs.context import Context
+from rlhf_exp.runs.summary import describe
 from rlhf_exp.settings import ConfigError, Count, OpenFraction, Positive, settings
 from rlhf_exp.stages.held_out import GREEDY_EXACT, PERPLEXITY, HeldOut, next_token_loss
 from rlhf_exp.stages.protocol import Stage, StageResult
@@ -29,15 +33,11 @@ from rlhf_exp.tasks.examples import (
     pad,
 )
 from rlhf_exp.tasks.protocol import AnswerTask, CorpusTask, DemonstrationTask, Split, Task
-from rlhf_exp.training.context import Context
-from rlhf_exp.training.curves import present_losses
+from rlhf_exp.tracking.curves import present_losses
 from rlhf_exp.training.early_stopping import EXACT, LOSS, EarlyStopping
-from rlhf_exp.training.metrics import describe
 from rlhf_exp.training.optim import AdamWSettings, Schedule
-from rlhf_exp.training.precision import Dtype, autocast, fp32_logits
 from rlhf_exp.training.seeding import stream, stream_seed
 from rlhf_exp.training.supervised import Supervised, SupervisedState
-from rlhf_exp.training.timing import Stopwatch
 
 log = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.streams import make_streams_unbreakable
+from rlhf_exp.machine.streams import make_streams_unbreakable
 
 # What nearly every run imports and what takes longest.
 PRELOADED = (
-    "rlhf_exp.environment", "rlhf_exp.experiment", "rlhf_exp.stages.ppo",
+    "rlhf_exp.machine.environment", "rlhf_exp.app.experiment", "rlhf_exp.stages.ppo",
     "transformers.modeling_utils", "transformers.models.auto.modeling_auto",
     "transformers.models.gpt2.modeling_gpt2", "matplotlib.backends.backend_agg",
 )  # fmt: skip

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.redaction import redact_words
+from rlhf_exp.runs.artifacts import content_hash
+from rlhf_exp.runs.files import write_whole
+from rlhf_exp.security.redaction import redact_words
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.training.artifacts import content_hash
-from rlhf_exp.training.files import write_whole
 
 RECORD = "sweep.json"
 # Where results go and on what they are computed, not what they are.

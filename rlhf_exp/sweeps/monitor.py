@@ -12,8 +12,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_exp.runs.status import JobState, read_state
 from rlhf_exp.sweeps.jobs import SweepJob
-from rlhf_exp.sweeps.state import JobState, read_state
 
 POLL_S = 0.5
 COLORS = {"done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow"}

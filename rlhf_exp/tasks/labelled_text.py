@@ -14,7 +14,7 @@ from typing import NamedTuple
 from pydantic import model_validator
 
 from rlhf_exp.hf import PreTrainedTokenizerBase
-from rlhf_exp.lfs import refuse_lfs_pointer
+from rlhf_exp.runs.lfs import refuse_lfs_pointer
 from rlhf_exp.settings import ConfigError, Count, Index, OpenFraction, Text, settings
 from rlhf_exp.tasks.protocol import LabelledText, Split
 

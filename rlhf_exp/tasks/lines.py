@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rlhf_exp.lfs import refuse_lfs_pointer
+from rlhf_exp.runs.lfs import refuse_lfs_pointer
 from rlhf_exp.settings import ConfigError
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from rlhf_exp.lfs import refuse_lfs_pointer
+from rlhf_exp.runs.lfs import refuse_lfs_pointer
 from rlhf_exp.settings import ConfigError, Index, OpenFraction, Text, is_reference, settings
 from rlhf_exp.tasks.hashing import held_out_keys
 from rlhf_exp.tasks.lines import read_lines

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.hf import quiet_datasets
-from rlhf_exp.lfs import refuse_lfs_pointer
-from rlhf_exp.network import hub_responds, hub_url
+from rlhf_exp.machine.network import hub_responds, hub_url
+from rlhf_exp.runs.lfs import refuse_lfs_pointer
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.columns import rows_of, typed_columns
 

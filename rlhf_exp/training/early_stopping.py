@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rlhf_exp.training.context import Context, TrainingError
+from rlhf_exp.runs.context import Context, TrainingError
 from rlhf_exp.training.optim import load_trained_state, trained_state
 
 log = logging.getLogger(__name__)

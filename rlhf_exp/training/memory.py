@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from rlhf_exp.training.context import TrainingError
+from rlhf_exp.runs.context import TrainingError
 
 # What torch's CPU allocator and cuBLAS say, which have no exception of their own.
 SAID = ("DefaultCPUAllocator: ", "CUBLAS_STATUS_ALLOC_FAILED")

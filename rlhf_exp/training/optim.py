@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlhf_exp.functional.schedules import warmup_cosine, warmup_decay
+from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.settings import (
     BelowOne,
     ConfigError,
@@ -18,7 +19,6 @@ from rlhf_exp.settings import (
     Positive,
     settings,
 )
-from rlhf_exp.training.context import TrainingError
 
 
 @settings

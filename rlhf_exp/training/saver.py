@@ -11,9 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from rlhf_exp.runs.checkpoint import CheckpointWriter, read_newest_checkpoint
+from rlhf_exp.runs.context import Context
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.training.checkpoint import CheckpointWriter, read_newest_checkpoint
-from rlhf_exp.training.context import Context
 from rlhf_exp.training.seeding import SharedRandomness
 
 log = logging.getLogger(__name__)

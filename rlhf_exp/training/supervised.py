@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rlhf_exp.runs.context import Context, TrainingError
 from rlhf_exp.settings import Count, Index, Positive, settings
-from rlhf_exp.training.context import Context, TrainingError
+from rlhf_exp.tracking.progress import Progress
 from rlhf_exp.training.early_stopping import EarlyStopping
 from rlhf_exp.training.memory import explaining_memory
 from rlhf_exp.training.optim import (
@@ -25,7 +26,6 @@ from rlhf_exp.training.optim import (
     optimizer_state,
     trained_state,
 )
-from rlhf_exp.training.progress import Progress
 from rlhf_exp.training.saver import Saver, Stateful, check_inputs
 from rlhf_exp.training.seeding import stream_seed
 

@@ -22,6 +22,8 @@ from rlhf_exp.rewards.reward_model import LearnedReward, score_answers
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.sampler import Sampler
+from rlhf_exp.runs.context import Context
+from rlhf_exp.runs.folder import RunFolder
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.stages.preferences import Preferences
 from rlhf_exp.stages.protocol import Stage, StageResult
@@ -30,8 +32,6 @@ from rlhf_exp.stages.sft import SFT
 from rlhf_exp.tasks.arithmetic import Arithmetic
 from rlhf_exp.tasks.pairs import PairsFile
 from rlhf_exp.tasks.prompts import encode_prompts
-from rlhf_exp.training.context import Context
-from rlhf_exp.training.folder import RunFolder
 from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.training.seeding import stream
 from tests.architectures import build, largest_error

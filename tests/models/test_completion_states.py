@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.functional.logprobs import completion_part
-from rlhf_exp.functional.vocab_head import token_statistics
+from rlhf_exp.kernels.vocab_head import token_statistics
 from rlhf_exp.models.cache import prompt_cache
 from rlhf_exp.models.finetune import LastLayers, Lora
 from rlhf_exp.models.policy import TransformerWithValueHead

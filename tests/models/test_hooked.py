@@ -6,8 +6,8 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from rlhf_exp.kernels.attention import ATTENTION
 from rlhf_exp.models.hooked import VALUE_HEAD_HOOK
-from rlhf_exp.models.kernels import ATTENTION
 from rlhf_exp.models.loading import load_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.saving import save_policy

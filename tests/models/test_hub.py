@@ -14,6 +14,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 
+from rlhf_exp.machine.network import reachable, responds
 from rlhf_exp.models.finetune import Lora
 from rlhf_exp.models.hub import (
     directory_hash,
@@ -24,7 +25,6 @@ from rlhf_exp.models.hub import (
 )
 from rlhf_exp.models.loading import load_classifier, load_language_model, load_policy
 from rlhf_exp.models.saving import save_policy
-from rlhf_exp.network import reachable, responds
 from rlhf_exp.settings import ConfigError
 from tests.builders import ragged_tokens, tiny_policy
 
@@ -130,7 +130,7 @@ def test_a_hub_that_breaks_connections_is_named(use_hub: UseHub) -> None:
 def test_a_hub_that_accepts_and_never_answers_counts_as_out_of_reach(
     use_hub: UseHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rlhf_exp.network.PATIENCE_S", 0.2)
+    monkeypatch.setattr("rlhf_exp.machine.network.PATIENCE_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         use_hub(f"http://127.0.0.1:{server.getsockname()[1]}")
         start = time.monotonic()

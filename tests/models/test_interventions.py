@@ -433,7 +433,7 @@ def test_a_compiled_policy_is_not_attached_to(tmp_path: Path) -> None:
 
 # By itself: the checks that tests put around functions cannot be compiled.
 COMPILED = """
-import rlhf_exp.environment, json, sys
+import rlhf_exp.machine.environment, json, sys
 import torch
 from functools import partial
 from pathlib import Path

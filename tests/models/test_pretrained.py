@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 from pydantic import ValidationError
 
-from rlhf_exp.models.kernels import ATTENTION
+from rlhf_exp.kernels.attention import ATTENTION
 from rlhf_exp.models.loading import (
     Pretrained,
     build_policy,

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.app.test_run import TINY, TRAIN, train
 from tests.report.test_page_in_browser import CHROMIUM, browser, column, lines, numbers
-from tests.test_run import TINY, TRAIN, train
 
 __all__ = ["browser"]
 pytestmark = [

@@ -11,9 +11,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from rlhf_exp import redaction
 from rlhf_exp.rewards.http import HttpReward, wait_s
 from rlhf_exp.rewards.protocol import RewardError
+from rlhf_exp.security import redaction
 from rlhf_exp.settings import ConfigError, field_problem
 from tests.builders import completions
 from tests.rewards.test_samples import HELLO, with_rows

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.functional.logprobs import completion_logits, token_logprobs
+from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
 from rlhf_exp.rl.actors import Actors
 from rlhf_exp.rl.collect import Scorer
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.runs.checkpoint import read_newest_checkpoint
 from rlhf_exp.settings import settings
 from rlhf_exp.stages.ppo import PPO, Phases
 from rlhf_exp.stages.protocol import StageResult
-from rlhf_exp.training.checkpoint import read_newest_checkpoint
 from rlhf_exp.training.optim import AdamWSettings
-from rlhf_exp.training.timing import Stopwatch
 from rlhf_exp.types import Completions, Rollout
 
 from ..stages.test_resume import Failing, files, timeless

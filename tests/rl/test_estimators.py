@@ -11,11 +11,11 @@ from rlhf_exp.functional.advantages import leave_one_out
 from rlhf_exp.models.loading import load_policy
 from rlhf_exp.rl.estimators import Estimator, LeaveOneOut
 from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.runs.checkpoint import read_newest_checkpoint
+from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.settings import settings
-from rlhf_exp.training.checkpoint import read_newest_checkpoint
-from rlhf_exp.training.context import TrainingError
 from rlhf_exp.types import Rollout, concatenate
-from tests.test_run import train
+from tests.app.test_run import train
 
 from ..stages.test_resume import Failing, timeless
 from .toy import RAGGED, collect, context, parts, phase, ppo_with, rows, start

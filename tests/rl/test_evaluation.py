@@ -15,8 +15,8 @@ from rlhf_exp.rl.answers import exact_match
 from rlhf_exp.rl.evaluation import Evaluation, evaluate, read_evaluations
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.sampler import Sampler
+from rlhf_exp.runs.folder import RunFolder
 from rlhf_exp.stages.ppo import PPO, Actors
-from rlhf_exp.training.folder import RunFolder
 
 from ..builders import assert_near
 from .toy import RAGGED, Echoed, EchoTask, echo_policy, parts, pass_shape, start

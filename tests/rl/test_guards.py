@@ -13,10 +13,10 @@ from rlhf_exp.models.finetune import Full, LastLayers, Lora
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rewards.protocol import RewardFunction
 from rlhf_exp.rl.actors import check_frozen, frozen_hash
+from rlhf_exp.runs.checkpoint import read_newest_checkpoint
+from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.settings import ConfigError, settings
 from rlhf_exp.stages.ppo import PPO
-from rlhf_exp.training.checkpoint import read_newest_checkpoint
-from rlhf_exp.training.context import TrainingError
 from rlhf_exp.types import Completions
 
 from .toy import RAGGED, context, parts, phase, ppo_with, rows, start
@@ -107,7 +107,7 @@ from tests.rl.toy import context, parts
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rollout.cached import CachedSampler
 from tests.rl.toy import ppo_with
-from rlhf_exp.training.context import TrainingError
+from rlhf_exp.runs.context import TrainingError
 
 given = parts(
     model=Scratch(num_layers=1, d_model=64, num_heads=2, context_len=512),

@@ -8,7 +8,7 @@ import torch
 
 from rlhf_exp.rl.histograms import HistogramCollector
 from rlhf_exp.rollout.cached import CachedSampler
-from rlhf_exp.training.metrics import histogram
+from rlhf_exp.runs.summary import histogram
 from rlhf_exp.training.optim import AdamWSettings
 
 from .fixed import LENGTHS, fixed_completions, fixed_experience

@@ -18,10 +18,10 @@ from rlhf_exp.rl.guards import sum_up
 from rlhf_exp.rl.histograms import HistogramCollector
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.runs.checkpoint import read_newest_checkpoint
+from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.settings import settings
 from rlhf_exp.stages.ppo import PPO
-from rlhf_exp.training.checkpoint import read_newest_checkpoint
-from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.optim import WarmupDecay
 from rlhf_exp.training.saver import split_state
 from rlhf_exp.types import Completions

@@ -14,8 +14,8 @@ from rlhf_exp.rewards.protocol import RewardFunction
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.sampler import Sampler
+from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.settings import settings
-from rlhf_exp.training.context import TrainingError
 from rlhf_exp.types import Completions, Experience
 
 from ..builders import ARCHITECTURES

@@ -188,7 +188,7 @@ def test_a_phase_learns_what_the_textbook_does(
 # By itself: the checks that tests put around functions cannot be compiled.
 COMPILED = """
 import json, sys
-import rlhf_exp.environment
+import rlhf_exp.machine.environment
 import torch
 from dataclasses import replace
 from functools import partial

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
 from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.settings import settings
 from rlhf_exp.stages.protocol import StageResult
-from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
 from rlhf_exp.types import Completions
 

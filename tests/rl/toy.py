@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.hf import PreTrainedTokenizerBase
+from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models import engines
 from rlhf_exp.models.finetune import Full
 from rlhf_exp.models.interventions import NoIntervention
@@ -30,6 +31,8 @@ from rlhf_exp.rl.histograms import HistogramCollector
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.measure import measure
+from rlhf_exp.runs.context import Context
+from rlhf_exp.runs.folder import RunFolder
 from rlhf_exp.settings import settings
 from rlhf_exp.stages.held_out import next_token_loss
 from rlhf_exp.stages.ppo import PPO, Phases, PPOParts, coefficients
@@ -39,10 +42,7 @@ from rlhf_exp.stages.sft import SFT
 from rlhf_exp.tasks.examples import encode_demonstrations, pad
 from rlhf_exp.tasks.protocol import Demonstration, LabelledText, Pair, Split
 from rlhf_exp.tasks.tokenizers import word_tokenizer
-from rlhf_exp.training.context import Context
-from rlhf_exp.training.folder import RunFolder
 from rlhf_exp.training.optim import AdamWSettings, Constant
-from rlhf_exp.training.timing import Stopwatch
 from rlhf_exp.types import Completions, Experience, Layout, LossOutput, Pass, Rollout
 
 from ..builders import stretch

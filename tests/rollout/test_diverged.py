@@ -8,7 +8,7 @@ import torch
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.sampler import check_finite
-from rlhf_exp.training.context import TrainingError
+from rlhf_exp.runs.context import TrainingError
 from tests.builders import prompts, tiny_policy
 from tests.rollout.oracles import RAGGED, SHARED
 

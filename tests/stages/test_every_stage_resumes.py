@@ -14,6 +14,9 @@ from rlhf_exp.models.finetune import LastLayers, Lora
 from rlhf_exp.models.loading import Pretrained
 from rlhf_exp.models.scratch import Scratch, ScratchClassifier
 from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.runs.checkpoint import read_newest_checkpoint
+from rlhf_exp.runs.context import Context
+from rlhf_exp.runs.stopping import Interrupted, StopRequests
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.stages.classifier import TrainClassifier
 from rlhf_exp.stages.preferences import Preferences
@@ -21,11 +24,8 @@ from rlhf_exp.stages.protocol import StageResult
 from rlhf_exp.stages.reward_model import TrainRewardModel
 from rlhf_exp.stages.sft import SFT
 from rlhf_exp.tasks.dataset import PromptDataset
-from rlhf_exp.training.checkpoint import read_newest_checkpoint
-from rlhf_exp.training.context import Context
 from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.training.saver import Saver, join_state
-from rlhf_exp.training.stopping import Interrupted, StopRequests
 
 from ..reliability import count_cases
 from ..rl.toy import (

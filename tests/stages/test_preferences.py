@@ -13,6 +13,7 @@ from rlhf_exp.rewards.keyword import Keyword
 from rlhf_exp.rewards.length import Length
 from rlhf_exp.rewards.protocol import RewardFunction
 from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.settings import ConfigError, settings
 from rlhf_exp.stages import preferences
 from rlhf_exp.stages.preferences import Preferences, as_pair, have_ended, split_prompts
@@ -20,7 +21,6 @@ from rlhf_exp.stages.protocol import StageResult
 from rlhf_exp.tasks.labelled_text import LabelledTextFile
 from rlhf_exp.tasks.pairs import PairsFile
 from rlhf_exp.tasks.protocol import Pair
-from rlhf_exp.training.context import TrainingError
 from rlhf_exp.types import Completions, PromptBatch
 
 from ..rl.toy import WORDS, Echoed, EchoTask, ToyTask, context, echo_policy, parts_of, rows

@@ -13,6 +13,7 @@ from rlhf_exp.rewards.classifier import Classifier
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.sampler import Sampler
+from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.stages.classifier import TrainClassifier
 from rlhf_exp.stages.ppo import PPO
@@ -20,7 +21,6 @@ from rlhf_exp.stages.preferences import Preferences
 from rlhf_exp.stages.protocol import Built, Stage, StageResult, look_up
 from rlhf_exp.stages.reward_model import TrainRewardModel
 from rlhf_exp.stages.sft import SFT
-from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.optim import AdamWSettings, Constant, WarmupDecay
 
 from ..rl.toy import ToyPairs, ToyTask, context, parts, parts_of, ppo_with

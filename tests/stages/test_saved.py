@@ -15,13 +15,13 @@ from rlhf_exp.models.loading import VALUE_HEAD_FILE
 from rlhf_exp.models.reward_model import HEAD_FILE, HeadShape, RewardModel, save_reward_model
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.models.transformer import CausalTransformer
+from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.stages.saved import (
     check_saved_classifier,
     check_saved_language_model,
     check_saved_policy,
     check_saved_reward_model,
 )
-from rlhf_exp.training.context import TrainingError
 
 from ..architectures import build
 from ..builders import build_tokenizer, stretch, tiny_policy

@@ -17,7 +17,7 @@ import pytest
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from pyarrow import parquet
 
-from rlhf_exp.network import reachable, responds
+from rlhf_exp.machine.network import reachable, responds
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.tables import CHUNK, READERS, Table, read_table
 
@@ -612,7 +612,7 @@ os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME
 os.environ["TQDM_POSITION"] = "-1"  # bars even where stderr is no terminal
 logging.basicConfig(level=logging.INFO)
 
-from rlhf_exp.network import reachable, responds
+from rlhf_exp.machine.network import reachable, responds
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.tables import read_table
 

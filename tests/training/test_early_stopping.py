@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_exp.training.context import Context, TrainingError
+from rlhf_exp.runs.context import Context, TrainingError
+from rlhf_exp.runs.folder import RunFolder
 from rlhf_exp.training.early_stopping import EarlyStopping
-from rlhf_exp.training.folder import RunFolder
 
 from ..states import through_a_file
 

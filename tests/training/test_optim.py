@@ -6,8 +6,8 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.training.context import TrainingError
 from rlhf_exp.training.optim import (
     AdamWSettings,
     Constant,

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_exp.runs.checkpoint import read_newest_checkpoint, write_checkpoint
+from rlhf_exp.runs.context import Context
+from rlhf_exp.runs.folder import RunFolder
+from rlhf_exp.runs.stopping import Interrupted, StopRequests
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.training.checkpoint import read_newest_checkpoint, write_checkpoint
-from rlhf_exp.training.context import Context
-from rlhf_exp.training.folder import RunFolder
 from rlhf_exp.training.saver import Saver, check_inputs, join_state, split_state
-from rlhf_exp.training.stopping import Interrupted, StopRequests
 
 from ..states import assert_equal_states
 

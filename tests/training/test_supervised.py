@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from rlhf_exp.runs.context import Context, TrainingError
+from rlhf_exp.runs.folder import RunFolder
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.batches import BatchStream, shuffled
-from rlhf_exp.training.context import Context, TrainingError
 from rlhf_exp.training.early_stopping import EXACT, LOSS, EarlyStopping
-from rlhf_exp.training.folder import RunFolder
 from rlhf_exp.training.optim import AdamWSettings, Constant, WarmupDecay
 from rlhf_exp.training.supervised import Supervised, SupervisedState
 

@@ -1,0 +1,121 @@
+"""How a run ends that does not reach its end: a message of a few lines, a status, an exit code.
+
+It knows nothing of Hydra.
+"""
+
+import errno
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from rlhf_exp.app.overrides import command
+from rlhf_exp.machine.slurm import requeue
+from rlhf_exp.runs.checkpoint import newest_phase
+from rlhf_exp.runs.context import TrainingError
+from rlhf_exp.runs.folder import RunFolder, Status
+from rlhf_exp.runs.status import is_done
+from rlhf_exp.runs.stopping import Interrupted, StopRequests
+from rlhf_exp.settings import ConfigError
+from rlhf_exp.tracking.progress import file_log
+
+log = logging.getLogger(__name__)
+
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+
+
+@contextmanager
+def concluding(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterator[StopRequests]:
+    """A run in the block, which the yielded requests can stop. Whatever ends it early is said,
+    becomes its status, and is raised as SystemExit; a bug in a single run keeps its traceback. The
+    user's mistake in a single run leaves no status: `undo` removes what was written. A run that is
+    done stays done, whatever happens while its result is shown or pushed."""
+    file, folder = file_log(), RunFolder(path)
+    end = partial(_end, folder)
+    try:
+        with StopRequests(abandon=lambda why: end("interrupted", why)).listening() as stop:
+            yield stop
+    except Interrupted as stopped:
+        if is_done(path):
+            log.warning("stopped by %s; the run is done, its figures may be missing", stopped)
+            raise SystemExit(stopped.exit_code) from None
+        log.error("stopped by %s; go on with: %s", stopped, command(f"resume={path}"))
+        end("interrupted", str(stopped))
+        if stopped.to_be_requeued:
+            requeue()
+        raise SystemExit(stopped.exit_code) from None
+    except ConfigError as error:
+        log.error("error: %s", bounded(str(error)))
+        end("failed", str(error)) if sweep else undo()
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        log.error("interrupted; what was logged so far is in %s", path)
+        end("interrupted", "KeyboardInterrupt")
+        raise SystemExit(130) from None
+    except TrainingError as error:
+        left = f"\nwhat was logged so far is in {path}{_how_to_go_on(path)}"
+        log.error("error: %s%s", error, "" if is_done(path) else left)
+        file.exception("traceback")
+        end("failed", str(error))
+        raise SystemExit(error.exit_code) from None
+    except SystemExit as error:
+        file.exception("traceback")
+        log.error(
+            "error: sys.exit(%r) was called; the traceback is in %s/train.log", error.code, path
+        )
+        end("failed", f"sys.exit({error.code!r}) was called")
+        raise SystemExit(error.code if isinstance(error.code, int) and error.code else 1) from None
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            log.error("error: %s: %s: shorten it", error.filename or path, error.strerror)
+            end("failed", str(error)) if sweep else undo()
+            raise SystemExit(2) from None
+        file.exception("traceback")
+        if told := _disk_fault(error, path):
+            log.error("error: %s; mend that, then: %s", told, command(f"resume={path}"))
+            end("failed", told)
+            raise SystemExit(1) from None
+        end("failed", f"{type(error).__name__}: {error}")
+        if sweep:
+            raise SystemExit(1) from None
+        raise
+
+
+def _end(folder: RunFolder, status: Status, why: str) -> None:
+    """Writes the status of a run that is not done."""
+    if is_done(folder.path):
+        return
+    try:
+        folder.write_status(status, why)
+    except OSError as error:
+        log.warning("%s/status.json cannot be written: %s", folder.path, error.strerror)
+
+
+def _how_to_go_on(path: Path) -> str:
+    """The command that goes on from the newest checkpoint, and its phase, if there is one."""
+    newest = newest_phase(path)
+    if newest is None:
+        return ""
+    return f"; mended, it goes on after step {newest}: {command(f'resume={path}')}"
+
+
+def _disk_fault(error: Exception, path: Path) -> str | None:
+    """What is wrong with the disk, None if that is not it. Libraries in Rust, such as safetensors,
+    tell of it in the text of errors of their own."""
+    number, name = getattr(error, "errno", None), getattr(error, "filename", None)
+    if match := re.search(r"\(os error (\d+)\)", str(error)):
+        number = int(match[1])
+    if number not in DISK_FAULTS:
+        return None
+    return f"{name or path} cannot be written: {os.strerror(number)}"
+
+
+def bounded(message: str, limit: int = 9) -> str:
+    """The message's first lines, and how many more there are."""
+    lines = message.splitlines()
+    if len(lines) <= limit:
+        return message
+    return "\n".join([*lines[: limit - 1], f"... and {len(lines) - limit + 1} more"])

@@ -1,0 +1,231 @@
+"""One experiment from a resolved configuration: builds what it stands on, runs its stage, and
+writes what a run leaves behind.
+
+It knows nothing of Hydra: whoever calls hands in what turns configuration into objects.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_exp.app.steps import Instantiate, Prepared, Step, prepare, read_steps
+from rlhf_exp.hf import quieten_transformers
+from rlhf_exp.machine.network import hub_url
+from rlhf_exp.machine.timing import since_process_start
+from rlhf_exp.runs.context import Context
+from rlhf_exp.runs.folder import RunFolder, Sink
+from rlhf_exp.runs.presentation import attempt
+from rlhf_exp.runs.stopping import StopRequests
+from rlhf_exp.security.redaction import redact
+from rlhf_exp.settings import PARTS, ConfigError
+from rlhf_exp.stages.protocol import Built, look_up
+from rlhf_exp.tracking.loggers import Logger, RunInfo
+from rlhf_exp.tracking.model_card import write_model_card
+from rlhf_exp.tracking.push import HubSettings
+from rlhf_exp.training.seeding import seed_shared_generators
+
+log = logging.getLogger(__name__)
+
+ROOM = 384  # bytes of a path that files in a run's folder take, those of W&B and of jobs included
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Where and as what an experiment runs. A job of a sweep shares its parent folder with the
+    others; a resumed one goes on in the folder of the run that ended. `chosen` are the groups that
+    the command line names, `stop` is what asks it to end early, `begun` is called when all is
+    loaded and the work begins, and `metrics` are those that the result must have."""
+
+    path: Path
+    sweep: bool
+    resume: bool
+    device: torch.device
+    seed: int
+    prepare_seed: int
+    artifacts_dir: Path
+    until: str | None
+    chosen: frozenset[str]
+    stop: StopRequests = field(default_factory=StopRequests)
+    begun: Callable[[], None] = lambda: None
+    metrics: Sequence[str] = ()
+
+    @property
+    def group(self) -> str | None:
+        """The name of the sweep that it is a job of."""
+        return self.path.parent.name if self.sweep else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A configuration that is all right: its steps, how many of them are prepared, and the groups
+    that belong to none."""
+
+    steps: Sequence[Step]
+    last: int
+    logger: Logger
+    hub: HubSettings
+
+
+def check_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate) -> Plan:
+    """What a configuration describes. Raises ConfigError with everything that is wrong."""
+    hub_url()  # raises here: the hub's client cannot be imported where its address is malformed
+    longest = os.pathconf("/", "PC_PATH_MAX") - ROOM
+    if (length := len(os.fsencode(job.path.absolute()))) > longest:
+        raise ConfigError(
+            f"{'hydra.sweep.dir' if job.sweep else 'hydra.run.dir'}: its path has {length} bytes,"
+            f" more than the {longest} that leave room for the names of files in it: shorten it"
+        )
+    if job.metrics and job.until is not None:
+        raise ConfigError(f"until={job.until}: a search needs results of whole runs: leave it out")
+    steps = read_steps(config)
+    last = _last_to_prepare(steps, job.until)
+    problems: list[str] = []
+    built: dict[str, Built] = {}
+    for step in steps:
+        try:
+            built[step.name] = stage, parts = step.build(instantiate)
+        except ConfigError as error:
+            problems.append(str(error))
+    if not problems and job.until is None:
+        problems += stage.check_upstream(parts, look_up(built))
+        problems += _missing_metrics(job.metrics, stage.metric_names(parts))
+        problems += [
+            f"{part}: {type(stage).__name__} takes none, so that it would be ignored: leave"
+            f" {part}=... out"
+            for part in sorted(job.chosen & set(PARTS) - stage.parts)
+        ]
+    logger = instantiate(config.get("logger") or {}, "logger", problems)
+    hub = instantiate(config.get("hub") or {}, "hub", problems)
+    for name, part, kind in (("logger", logger, Logger), ("hub", hub, HubSettings)):
+        if part is not None and not isinstance(part, kind):
+            what = type(part).__name__
+            problems.append(f"{name}: {what} is not for this; choose one: {name}=...")
+    problems += _push_problems(hub, job) if isinstance(hub, HubSettings) else []
+    if isinstance(logger, Logger):
+        problems += logger.problems(name=job.path.name, group=job.group)
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    return Plan(steps=steps, last=last, logger=logger, hub=hub)
+
+
+def run_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate) -> None:
+    """Checks the whole configuration, builds what the run stands on, and runs its stage. Raises
+    ConfigError with everything that is wrong, before anything is built."""
+    plan = check_experiment(config, job, instantiate)
+    quieten_transformers()
+    prepared = prepare(
+        plan.steps[: plan.last],
+        instantiate,
+        root=job.artifacts_dir,
+        seed=job.prepare_seed,
+        device=job.device,
+        stop=job.stop,
+    )
+    if job.until is not None:
+        _stop_early(prepared, job.path)
+        return
+    step = plan.steps[-1].resolved(prepared.folders)
+    _run_stage(step, prepared, config, job, plan.logger, instantiate)
+    if (job.path / "model").is_dir():
+        plan.hub.upload(job.path / "model")
+
+
+def _missing_metrics(asked: Sequence[str], names: Sequence[str]) -> list[str]:
+    return [
+        f"hydra.sweeper: {name} is no metric of these runs; they have: {', '.join(sorted(names))}"
+        for name in asked
+        if name not in names
+    ]
+
+
+def _push_problems(hub: HubSettings, job: Job) -> list[str]:
+    if hub.push and (job.sweep or job.until):
+        why = (
+            "the jobs of a sweep would overwrite it"
+            if job.sweep
+            else f"until={job.until} ends before"
+        )
+        return [f"hub.push=true pushes the model of one run, and {why}: set hub.push=false"]
+    return hub.problems()
+
+
+def _last_to_prepare(steps: Sequence[Step], until: str | None) -> int:
+    """How many of the steps are prepared. Raises ConfigError if none has the name `until`."""
+    names = [step.name for step in steps[:-1]]
+    if until is None:
+        return len(names)
+    if until not in names:
+        raise ConfigError(
+            f"until={until}: no step of prepare has that name; there are:"
+            f" {', '.join(names) or 'none'}"
+        )
+    return names.index(until) + 1
+
+
+def _stop_early(prepared: Prepared, path: Path) -> None:
+    with RunFolder(path) as folder:
+        folder.write_json("result.json", {"prepare": prepared.results, "seconds": prepared.seconds})
+        folder.write_status("done")
+    attempt("copying the figures", lambda: prepared.copy_figures(path))
+    for name, made in prepared.folders.items():
+        log.info("%s: %s", name, made)
+    log.info("run folder: %s", path)
+
+
+def _run_stage(
+    step: Step,
+    prepared: Prepared,
+    config: Mapping[str, Any],
+    job: Job,
+    logger: Logger,
+    instantiate: Instantiate,
+) -> None:
+    stage, parts = step.build(instantiate)
+    shown = redact({**config, **step.config})
+    seed_shared_generators(job.seed)
+    info = RunInfo(
+        name=job.path.name,
+        group=job.group,
+        job_type=type(stage).__module__.rpartition(".")[2],
+        config=redact(config),
+        shared_folder=(job.path.parent if job.sweep else job.path).absolute(),
+    )
+
+    @contextmanager
+    def begin() -> Iterator[list[Sink]]:
+        folder.write_json("resolved_config.json", shown)
+        if not job.resume:
+            folder.clear()
+        if wandb_id := not (job.sweep or job.resume) and os.environ.get("WANDB_RUN_ID"):
+            folder.keep_id(wandb_id)  # an agent's; the jobs of a sweep cannot share it
+        job.begun()
+        with logger.open(replace(info, run_id=folder.run_id)) as sinks:
+            yield sinks
+
+    with RunFolder(job.path, begin) as folder:
+        context = Context(
+            folder=folder, seed=job.seed, device=job.device, resume=job.resume, stop=job.stop
+        )
+        with contextlib.chdir("."):  # back to the folder that a reward leaves
+            result = stage.run(context, parts)
+        seconds = {**prepared.seconds, **result.seconds}
+        is_alone = not (job.sweep or job.resume)  # then imports and checks belong to this run
+        seconds["total"] = since_process_start() if is_alone else sum(seconds.values())
+        content = {**replace(result, seconds=seconds).content(), "prepare": prepared.results}
+        folder.write_json("result.json", content)
+        folder.write_status("done")
+        show = context.presentation
+        show.add("copying the figures of prepared steps", lambda: prepared.copy_figures(job.path))
+        if (job.path / "model").is_dir():
+            show.add("the model card", lambda: write_model_card(job.path, shown, content))
+        show.add("telling W&B the result", lambda: folder.log_result(content))
+        show.show()
+    log.info("seconds: %s", "  ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
+    log.info("run folder: %s", job.path)

@@ -1,0 +1,86 @@
+"""From a group's configuration to its object, if it names one that may be built.
+
+Hydra's part of it; what a configuration may name is said in targets.py.
+"""
+
+import contextlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import hydra
+import pydantic
+from hydra.errors import InstantiationException
+from hydra.utils import get_object
+
+from rlhf_exp.app.allowed_targets import forbidden_module, instructions, targets, unusable
+from rlhf_exp.app.overrides import without_interpolations
+from rlhf_exp.settings import ConfigError, field_problem
+
+ALLOWED_TARGETS = ("rlhf_exp.", "torch.optim.")
+
+
+def instantiate(
+    config: Mapping[str, Any], path: str, problems: list[str], *, allowed: Sequence[str]
+) -> Any:
+    """The object that a group's configuration describes, or None with its problems appended. A
+    module of the user's that changes the process's folder when it is imported does not keep it."""
+    with contextlib.chdir("."):
+        return _instantiate(config, path, problems, allowed)
+
+
+def _instantiate(
+    config: Mapping[str, Any], path: str, problems: list[str], allowed: Sequence[str]
+) -> Any:
+    if "_target_" not in config:
+        problems.append(f"{path}: no option is chosen; choose one: {path.rpartition('.')[2]}=...")
+        return None
+    for where, target in targets(config, path):
+        module = forbidden_module(target, tuple(allowed), ALLOWED_TARGETS, find=get_object)
+        if module is not None:
+            problems.append(
+                f"{where}._target_={target} is outside of {', '.join(allowed)}; if you trust that"
+                f" module, add it: allow_targets=[{module}]"
+            )
+            return None
+        if unusable(target, ALLOWED_TARGETS, find=get_object):
+            problems.append(f"{where}._target_={target}: it is no class of settings; see conf/")
+            return None
+    if keys := [*instructions(config, ("rlhf_exp.",))]:
+        problems += [f"{path}: {key} is no key of it; leave it out" for key in keys]
+        return None
+    return _build(_literal(config), path, problems)
+
+
+def _build(config: Mapping[str, Any], path: str, problems: list[str]) -> Any:
+    try:
+        return hydra.utils.instantiate(config, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        # Hydra's message ends with the part that it was building, before what that is a part of.
+        inner = re.search(r"^full_key: (.+)$", str(error), re.MULTILINE)
+        if inner:
+            first = inner[1].partition(".")[0]
+            rest: list[str] = []
+            _build({key: value for key, value in config.items() if key != first}, path, rest)
+            problems += [problem for problem in rest if not problem.startswith(f"{path}.{first}")]
+            path = f"{path}.{inner[1]}"
+        if isinstance(cause, pydantic.ValidationError):
+            problems += [field_problem(path, detail) for detail in cause.errors()]
+        elif isinstance(cause, ConfigError):
+            problems.append(f"{path}: {cause}")
+        else:
+            reason = f" {cause}" if cause else ""
+            problems.append(f"{path}: {str(error).splitlines()[0]}{reason}")
+        return None
+
+
+def _literal(config: Any) -> Any:
+    """A resolved configuration whose texts stay as they are: Hydra resolves them twice again."""
+    if isinstance(config, Mapping):
+        return {key: _literal(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [*map(_literal, config)]
+    if isinstance(config, str):
+        return without_interpolations(without_interpolations(config))
+    return config

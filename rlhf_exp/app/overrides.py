@@ -1,0 +1,89 @@
+"""Overrides, the words `key=value` of a command line: quoting their values as Hydra needs it.
+
+Hydra reads a value without quotes as a number, a list, a sweep or a text of few characters. Paths
+may hold any character, so those of the keys that take one are quoted before Hydra reads them.
+"""
+
+import os
+import re
+import shlex
+from collections.abc import Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from rlhf_exp.security.redaction import redact_words
+from rlhf_exp.settings import ConfigError
+
+# The last part of the keys that take a path; `name` is that of a classifier.
+PATH_KEYS = {
+    "resume", "path", "base_model", "name", "function", "prefix_file", "artifacts_dir", "dir",
+}  # fmt: skip
+
+
+def command(*words: str) -> str:
+    """A command of train.py that can be pasted into a shell."""
+    return f"python train.py {shlex.join(words)}"
+
+
+def quoted(text: str) -> str:
+    """The text in quotes, which Hydra and OmegaConf read as this text."""
+    text = without_interpolations(text)
+    return '"' + re.sub(r'(\\*)"', r"\1\1\\" + '"', text) + "\\" * _backslashes(text) + '"'
+
+
+def without_interpolations(text: str) -> str:
+    """The text as OmegaConf takes it for itself, ${ included."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def unquoted(value: str) -> str:
+    """The text of a value, the inverse of `quoted`; a value without quotes is its own text."""
+    quote = value[:1]
+    if len(value) < 2 or quote not in ("'", '"') or value[-1] != quote:
+        return value
+    text = value[1:-1]
+    text = text[: len(text) - _backslashes(text) // 2]
+    text = re.sub(rf"(\\*)\1\\{quote}", rf"\1{quote}", text)
+    return re.sub(r"(\\*)\1\\\$\{", r"\1${", text)
+
+
+def _backslashes(text: str) -> int:
+    """The number of backslashes at the end."""
+    return len(text) - len(text.rstrip("\\"))
+
+
+def prepared(words: Sequence[str]) -> list[str]:
+    """A command line whose paths are quoted where Hydra would not read them as they are: if it
+    cannot, or if it would take what exists for a number or a list. A leading ~/ becomes the home
+    folder. Raises ConfigError for a word without a key, with bytes that are not UTF-8, or with a
+    carriage return at its end."""
+    for word in words:
+        shown = ascii(redact_words([word])[0])
+        if re.fullmatch(r"[+~]*([@=].*)?", word, re.DOTALL):
+            raise ConfigError(f"{shown} names no key: write key=value, or ~key to leave one out")
+        if re.search("[\ud800-\udfff]", word):
+            raise ConfigError(
+                f"{shown} is not UTF-8, as configuration files are: rename the file, or convert"
+                " the text"
+            )
+        if word.endswith("\r"):
+            raise ConfigError(
+                f"{shown} ends with a carriage return, as lines of Windows do: convert the script"
+                " that holds the command, with: sed -i 's/\\r$//' SCRIPT"
+            )
+    return [_with_quoted_path(word) for word in words]
+
+
+def _with_quoted_path(word: str) -> str:
+    key, equals, value = word.partition("=")
+    if not equals or key.startswith("-") or key.lstrip("+").rpartition(".")[2] not in PATH_KEYS:
+        return word
+    path = os.path.expanduser(value) if value.startswith("~/") else value
+    try:
+        parsed = OverridesParser.create().parse_override(f"path={path}").value()
+    except HydraException:
+        return f"{key}={quoted(path)}"
+    is_itself = parsed == path and "${" not in path
+    exists = os.path.lexists(path) or os.path.lexists(path.rpartition(":")[0])
+    return f"{key}={quoted(path)}" if exists and not is_itself else f"{key}={path}"

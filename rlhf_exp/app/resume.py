@@ -1,0 +1,203 @@
+"""Which run goes on, and with what configuration: its own, but for what it may differ in.
+
+It knows runs' folders and plain configurations, and nothing of Hydra.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_exp.app.overrides import unquoted
+from rlhf_exp.runs.lock import is_claimed
+from rlhf_exp.runs.status import is_done
+from rlhf_exp.security.redaction import REDACTED
+from rlhf_exp.settings import ConfigError
+from rlhf_exp.sweeps.jobs import NOT_RESULTS
+
+AUTO = "auto"
+CONFIG, OVERRIDES = ".hydra/config.yaml", ".hydra/overrides.yaml"
+LONGEST_NAME = 255  # bytes that nearly all file systems allow
+RUNS = Path("outputs")  # where the configuration puts runs
+OF_THE_START = ("resume", "resume_with", "dry_run")  # of one start of a run alone
+# How often what is already determined is saved or shown.
+FREE = ("stage.checkpoint_every", "stage.histograms_every", "stage.log_every")
+MORE = ("stage.total_phases", "stage.epochs", "stage.max_updates", "stage.max_seconds")
+BUDGET = "stage.guards.max_kl_sum"
+ABSENT = object()
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run has begun in the folder."""
+    return os.path.isfile(folder / CONFIG)  # not Path's, which raises for a name that is too long
+
+
+def run_dir(resume: str | None, otherwise: str) -> str:
+    """The folder of a run: that of the run that is resumed, or a new one. Raises ConfigError if
+    there is no such run, and for a new one that is not below the folder of runs or whose name is
+    too long."""
+    if ".." in Path(otherwise).parts:
+        raise ConfigError(f"name: {otherwise} leads elsewhere; use letters, digits, _, - and .")
+    longest = max(len(os.fsencode(part)) for part in Path(otherwise).parts)
+    if longest > LONGEST_NAME:
+        raise ConfigError(
+            f"name: a folder's name has at most {LONGEST_NAME} bytes, not {longest}: shorten it"
+        )
+    return otherwise if not resume else str(find_run(resume, Path(otherwise).parent.parent))
+
+
+def find_run(resume: str, runs: Path) -> Path:
+    """The folder of the run to go on with: the one that is named, or with "auto" the newest below
+    `runs`/NAME/ that is neither done nor still running. Raises ConfigError if there is none."""
+    if resume != AUTO:
+        if not is_run(Path(resume)):
+            raise ConfigError(f"resume={resume}: no run's folder, which has {CONFIG}")
+        return Path(resume)
+    found = [config.parents[1] for config in runs.glob(f"*/*/{CONFIG}")]
+    left = [run for run in found if not is_done(run) and not is_claimed(run)]
+    if not left:
+        raise ConfigError(f"resume={AUTO}: no unfinished run below {runs}: start one, without it")
+    return max(left, key=_last_written)
+
+
+def _last_written(run: Path) -> float:
+    return max(
+        (file.stat().st_mtime for file in (run / "status.json", run / CONFIG) if file.exists()),
+    )
+
+
+def key_of(word: str) -> str:
+    """The key, or the group, that a word of the command line sets."""
+    return word.lstrip("+~").split("=")[0]
+
+
+def recorded_words(run: Path) -> list[str]:
+    """The words of the command line that made a run's configuration, but for those with secrets,
+    which are not recorded. Raises ConfigError if they cannot be read."""
+    try:
+        lines = (run / OVERRIDES).read_text(encoding="utf-8").splitlines()
+        words = yaml.safe_load("\n".join(lines))
+        usable = isinstance(words, list) and all(isinstance(word, str) for word in words)
+    except (OSError, ValueError, yaml.YAMLError):
+        usable = False
+    if not usable:
+        raise ConfigError(f"{run / OVERRIDES} cannot be read: it holds a list of words")
+    return [word for word in words if REDACTED not in word and key_of(word) not in OF_THE_START]
+
+
+def with_recorded_words(words: Sequence[str]) -> list[str]:
+    """A command line that goes on with a run with that run's own words before it, but for keys of
+    an option that is not chosen any more; any other as it is."""
+    given = {key: value for key, _, value in (word.partition("=") for word in words)}
+    resume = unquoted(given.get("resume", ""))
+    folder = unquoted(given.get("hydra.run.dir", ""))
+    if not resume or resume == "null" or {"-m", "--multirun"} & set(words):
+        return [*words]
+    try:
+        run = Path(folder) if resume == AUTO and folder else find_run(resume, RUNS)
+        known = recorded_words(run) if is_run(run) else []
+    except ConfigError:  # as who takes the run will say
+        return [*words]
+    groups = [key_of(w) for w in words if not w.startswith("-") and "." not in key_of(w)]
+    chosen = tuple(f"{group}." for group in groups)
+    again = {key_of(word) for word in words}
+    kept = [w for w in known if key_of(w) not in again and not key_of(w).startswith(chosen)]
+    options = [word for word in words if word.startswith("-")]
+    return [*options, *kept, *(word for word in words if word not in options)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A key that has another value; ABSENT where there is no such key."""
+
+    key: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_shown(self.before)} -> {_shown(self.after)}"
+
+
+def _shown(value: Any) -> str:
+    return "absent" if value is ABSENT else "null" if value is None else str(value)
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """The leaves that differ, in the order of their keys."""
+    old, new = dict(_leaves(before)), dict(_leaves(after))
+    return [
+        Change(key=key, before=old.get(key, ABSENT), after=new.get(key, ABSENT))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, ABSENT) != new.get(key, ABSENT)
+    ]
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def check_changes(found: Sequence[Change], allowed: Sequence[str], *, run: Path) -> None:
+    """Raises ConfigError with the changes that would give other results than the run's own
+    configuration, unless `allowed` names the key or a group above it. More phases or updates are
+    always allowed, and so is what concerns no results."""
+    refused = [change for change in found if not _is_free(change, allowed)]
+    if refused:
+        keys = ",".join(change.key for change in refused)
+        lines = "\n".join(f"  {change}" for change in refused)
+        raise ConfigError(
+            f"resume={run} takes that run's own configuration, which differs:\n{lines}\nleave that"
+            f" out, or allow it with 'resume_with=[{keys}]'"
+        )
+
+
+def check_allowed(allowed: Sequence[str], *configs: Mapping[str, Any]) -> None:
+    """Raises ConfigError if `allowed` names what is neither a key nor a group of them."""
+    keys = [f"{key}." for config in configs for key, _ in _leaves(config)]
+    for name in allowed:
+        if not any(key.startswith(f"{name}.") for key in keys):
+            raise ConfigError(f"resume_with: {name} is no key of the configuration")
+
+
+def _is_free(change: Change, allowed: Sequence[str]) -> bool:
+    if change.key in FREE or change.key.split(".")[0] in NOT_RESULTS - {"device"}:
+        return True
+    if change.key in MORE and _is_more(change):
+        return True
+    return any(change.key == key or change.key.startswith(f"{key}.") for key in allowed)
+
+
+def _is_more(change: Change) -> bool:
+    counts = (change.before, change.after)
+    return all(isinstance(n, int | float) for n in counts) and change.after > change.before
+
+
+def lets_go_on(found: Sequence[Change]) -> bool:
+    """Whether the changes let a run that is done go on: more phases or updates, another KL
+    budget."""
+    more = (change.key in MORE and _is_more(change) for change in found)
+    return any(more) or any(change.key == BUDGET for change in found)
+
+
+def apply(config: dict[str, Any], found: Sequence[Change]) -> dict[str, Any]:
+    """The configuration with the changes, itself left as it is."""
+    result: dict[str, Any] = json.loads(json.dumps(config))
+    for change in found:
+        *groups, last = change.key.split(".")
+        place = result
+        for group in groups:
+            if not isinstance(place.get(group), dict):
+                place[group] = {}
+            place = place[group]
+        if change.after is ABSENT:
+            place.pop(last, None)
+        else:
+            place[last] = change.after
+    return result

@@ -1,0 +1,400 @@
+"""The composition root: from a composed configuration to running stages.
+
+With complaints.py and instantiation.py the only one of the package that knows Hydra and OmegaConf.
+All settings are built and checked first, which takes milliseconds; weights are loaded after that.
+What imports torch is imported inside functions, so that `--help` and `--cfg` answer at once.
+"""
+
+import functools
+import logging
+import os
+import re
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import configure_log, setup_globals
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlhf_exp.app import hydra_errors as complaints
+from rlhf_exp.app.instantiate import ALLOWED_TARGETS, instantiate
+from rlhf_exp.app.overrides import command, prepared
+from rlhf_exp.app.resume import (
+    AUTO,
+    CONFIG,
+    OF_THE_START,
+    OVERRIDES,
+    Change,
+    apply,
+    changes,
+    check_allowed,
+    check_changes,
+    is_run,
+    key_of,
+    lets_go_on,
+    recorded_words,
+    run_dir,
+    with_recorded_words,
+)
+from rlhf_exp.app.run_settings import read_own_keys
+from rlhf_exp.machine.streams import make_streams_unbreakable
+from rlhf_exp.runs.files import write_whole
+from rlhf_exp.runs.lock import LOCK, claimed, is_claimed
+from rlhf_exp.runs.status import is_done, read_state
+from rlhf_exp.security.printable import printable
+from rlhf_exp.security.redaction import (
+    redact,
+    redact_words,
+    redacted_keys,
+    remember,
+    remember_environment,
+    remember_words,
+    scrub,
+    scrub_logs,
+    scrub_tracebacks,
+)
+from rlhf_exp.settings import ConfigError
+from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs
+from rlhf_exp.sweeps.isolation import call_in_process, describe_end
+from rlhf_exp.sweeps.jobs import BadJobs
+from rlhf_exp.tracking.progress import keep_log
+
+if TYPE_CHECKING:
+    from rlhf_exp.app.experiment import Job
+    from rlhf_exp.app.steps import Instantiate
+    from rlhf_exp.runs.stopping import StopRequests
+
+log = logging.getLogger(__name__)
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
+OmegaConf.register_new_resolver(
+    "run_id", lambda: secrets.token_hex(3), use_cache=True, replace=True
+)
+
+
+def execute(cfg: DictConfig, path: Path, stop: "StopRequests | None" = None) -> None:
+    """Checks the whole configuration, builds what the run stands on, and runs its stage. `stop`
+    asks it to end early."""
+    from rlhf_exp.app.experiment import run_experiment
+    from rlhf_exp.machine.processor import use_processor_well
+    from rlhf_exp.machine.timing import PROCESS_BEGAN
+    from rlhf_exp.runs.checkpoint import has_checkpoint
+
+    words = _words()
+    resumed = _resumed(cfg, path) if cfg.get("resume") else None
+    given = resumed.config if resumed else cfg
+    if cfg.get("dry_run"):
+        _say_plan(check(given, path, words, sweep=False), path)
+        return
+    use_processor_well()
+    # A job of a sweep comes back to its folder if it was cut: by a queue or by skip_completed.
+    resume = bool(resumed) or (_is_sweep() and has_checkpoint(path))
+    config = to_container(given)
+    job, instantiate = _read(config, path, words, sweep=_is_sweep(), resume=resume)
+    if stop is not None:
+        job = replace(job, stop=stop)
+        if config["max_minutes"] is not None:
+            began = time.monotonic() if _is_sweep() else PROCESS_BEGAN
+            stop.limit(config["max_minutes"], began=began)
+    if resumed is None or not resumed.changes:
+        run_experiment(config, job, instantiate)
+        return
+    before = {name: (path / name).read_text(encoding="utf-8") for name in (CONFIG, OVERRIDES)}
+
+    def adopt() -> None:
+        write_whole(path / OVERRIDES, to_yaml(OmegaConf.create([*resumed.words])))
+        write_whole(path / CONFIG, to_yaml(given))
+
+    try:
+        run_experiment(config, replace(job, begun=adopt), instantiate)
+    except ConfigError as error:
+        for name, text in before.items():
+            write_whole(path / name, text)
+        changed = ", ".join(str(change) for change in resumed.changes)
+        message = f"{error}\nthe configuration was changed for this start: {changed}"
+        raise ConfigError(message) from error
+
+
+def _say_plan(config: Mapping[str, Any], path: Path) -> None:
+    seconds = expected_seconds(config, finished_runs(path.parent.parent))
+    took = "how long it takes is unknown" if seconds is None else f"it takes about {seconds:.0f} s"
+    stage = str(config["stage"]["_target_"]).rpartition(".")[2]
+    steps = ", ".join([*config["prepare"], stage])
+    log.info("all is well: %s in %s; %s; nothing was started", steps, path, took)
+    if {file.name for file in path.iterdir()} <= {"train.log", LOCK}:  # nobody's but this call's
+        shutil.rmtree(path)
+
+
+def check(
+    cfg: DictConfig,
+    path: Path,
+    words: Sequence[str],
+    *,
+    sweep: bool,
+    here: bool = True,
+    metrics: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The resolved configuration of a job that `words` of the command line describe. `here` says
+    that it is going to run on this machine, `metrics` must be in its result. Raises ConfigError
+    with everything that is wrong."""
+    from rlhf_exp.app.experiment import check_experiment
+
+    config = to_container(cfg)
+    if sweep and config["resume"]:
+        raise ConfigError("resume is for a single run: leave out -m, or use skip_completed=true")
+    device = {} if here else {"device": "cpu"}
+    job, instantiate = _read({**config, **device}, path, words, sweep=sweep, resume=False)
+    check_experiment(config, replace(job, metrics=metrics), instantiate)
+    return config
+
+
+def _read(
+    config: Mapping[str, Any], path: Path, words: Sequence[str], *, sweep: bool, resume: bool
+) -> tuple["Job", "Instantiate"]:
+    from rlhf_exp.app.experiment import Job
+    from rlhf_exp.runs.context import pick_device
+
+    own = read_own_keys(config)
+    if own.skip_completed and not sweep:
+        raise ConfigError("skip_completed=true is for sweeps: add -m")
+    allowed = (*ALLOWED_TARGETS, *(f"{module}." for module in own.allow_targets))
+    job = Job(
+        path=path,
+        sweep=sweep,
+        resume=resume,
+        device=pick_device(own.device),
+        seed=own.seed,
+        prepare_seed=own.prepare_seed,
+        artifacts_dir=Path(own.artifacts_dir),
+        until=own.until,
+        # The groups that the command line sets, wholly or by a key.
+        chosen=frozenset(re.split(r"[.=@]", word.lstrip("+"))[0] for word in words),
+    )
+    return job, functools.partial(instantiate, allowed=allowed)
+
+
+def _words() -> list[str]:
+    """The job's overrides as they were given: Hydra's own list resolves interpolations in them."""
+    if not HydraConfig.initialized():
+        return []
+    return OmegaConf.to_container(HydraConfig.get().overrides.task)  # type: ignore[return-value]
+
+
+def _is_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """The configuration that a run goes on with, what of it is another than before, and the words
+    of the command lines that it comes from."""
+
+    config: DictConfig
+    changes: Sequence[Change]
+    words: Sequence[str]
+
+
+def _resumed(cfg: DictConfig, folder: Path) -> Resumed:
+    """A run's own configuration with what the command line may change in it. Raises ConfigError for
+    what it may not, and for a run that is done and gets no more phases."""
+    plain: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
+    complaints.refuse_old_keys(plain, folder)
+    before = recorded_words(folder)
+    asked = [word for word in _words() if key_of(word) not in OF_THE_START]
+    found: list[Change] = []
+    if asked != before:
+        # Hydra's, since a word may choose another option of a group.
+        old, new = (
+            OmegaConf.to_container(hydra.compose("config", overrides=words))
+            for words in (before, asked)
+        )
+        found = changes(old, new)  # type: ignore[arg-type]
+        check_allowed(cfg.resume_with, old, new)  # type: ignore[arg-type]
+        check_changes(found, [*cfg.resume_with, *redacted_keys(plain)], run=folder)
+    if is_done(folder) and not lets_go_on(found):
+        raise ConfigError(
+            f"resume={folder}: that run is done; give it more phases (or epochs), or another seed"
+        )
+    return Resumed(config=OmegaConf.create(apply(plain, found)), changes=found, words=asked)
+
+
+def to_container(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration resolved to plain Python. Raises ConfigError for a missing value, naming
+    it, and for an interpolation that leads nowhere."""
+    try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            raise ConfigError("\n".join(f"{key} is required: set {key}=..." for key in missing))
+        config = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    remember(config)
+    if hidden := redacted_keys(config):
+        raise ConfigError("\n".join(f"{key} is kept out of files: set {key}=..." for key in hidden))
+    return config  # type: ignore[return-value]
+
+
+class AlreadySaid(Exception):
+    """Ends a job or a sweep that has said what is wrong; its argument is the exit code."""
+
+
+def job(cfg: DictConfig) -> None:
+    """One job of train.py: a single run in this process, a sweep's in one of its own, so that
+    nothing that happens to it takes the others down."""
+    path = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
+    log_file = path / f"{HydraConfig.get().job.name}.log"
+    keep_log(log_file, console=True)
+    scrub_logs()
+    logging.raiseExceptions = False  # a log that the disk does not take would fill the terminal
+    if not _is_sweep():
+        try:
+            _settle_resume(cfg, path)
+        except ConfigError as error:
+            log.error("error: %s", error)
+            raise SystemExit(2) from None
+        with claimed(path):
+            _write_configuration(cfg, path)
+            attempt(cfg, path)
+        return
+    from rlhf_exp.runs.folder import RunFolder
+
+    if read_state(path).status == "done":  # a queue that preempts may start it once more
+        return
+    _write_configuration(cfg, path)
+    # Plain, since the classes of launchers' settings cannot be pickled everywhere.
+    plain: Any = OmegaConf.to_container(HydraConfig.instance().cfg, resolve=True)  # type: ignore[arg-type]
+    plain["hydra"]["overrides"]["task"] = _words()
+    own = OmegaConf.to_container(cfg)
+    code = call_in_process(_isolated, plain, own, path, log=log_file)
+    unsaid = read_state(path).status in ("waiting", "running") and not is_claimed(path)
+    if code and unsaid:
+        RunFolder(path).write_status("failed", describe_end(code))
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
+        raise AlreadySaid(code)
+
+
+def _settle_resume(cfg: DictConfig, path: Path) -> None:
+    """Has resume=auto name the folder if there is a run in it, and nothing if not. Raises
+    ConfigError for a run that is to go on elsewhere, and for a new one where there is one
+    already."""
+    if cfg.resume and str(cfg.resume) == AUTO:
+        cfg.resume = str(path) if is_run(path) else None
+    elif cfg.resume and Path(str(cfg.resume)).resolve() != path.resolve():
+        raise ConfigError(
+            f"resume={cfg.resume} goes on in that folder: leave out hydra.run.dir, or give"
+            " resume=auto with it"
+        )
+    elif not cfg.resume and is_run(path):
+        raise ConfigError(
+            f"hydra.run.dir={path} holds a run already: name another folder, or go on with it:"
+            f" {command(f'resume={path}')}"
+        )
+
+
+def _written_to(cfg: DictConfig, path: Path) -> Path:
+    return path / (".hydra/resumed" if cfg.get("resume") else ".hydra")
+
+
+def _write_configuration(cfg: DictConfig, path: Path) -> None:
+    """What Hydra would write if output_subdir were not null, without secrets, each file whole."""
+    if cfg.get("dry_run"):
+        return
+    of_hydra: Any = HydraConfig.instance().cfg
+    words = of_hydra.hydra.overrides.task
+    # The configuration last: a folder that has it is a run's.
+    for name, part in {"hydra": of_hydra, "overrides": words, "config": cfg}.items():
+        write_whole(_written_to(cfg, path) / f"{name}.yaml", to_yaml(part))
+
+
+def to_yaml(config: DictConfig | ListConfig) -> str:
+    """A configuration as it was given, without secrets."""
+    plain = redact(OmegaConf.to_container(config))
+    if isinstance(plain, list):
+        plain = redact_words(plain)
+    elif "hydra" in plain:
+        job, words = plain["hydra"]["job"], plain["hydra"]["overrides"]
+        job["override_dirname"] = redact_words([job["override_dirname"]])[0]
+        words.update({kind: redact_words(given) for kind, given in words.items()})
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
+
+
+def _isolated(hydra_config: dict[str, Any], config: dict[str, Any], path: Path) -> None:
+    from rlhf_exp.runs.folder import RunFolder
+
+    setup_globals()
+    # What goes to the console is in the file too, which has its own handler.
+    logs = hydra_config["hydra"]["job_logging"]
+    if logs and logs.get("root"):
+        logs["root"]["handlers"] = [*({"file"} & {*logs.get("handlers", {})})]
+    hydra_cfg = OmegaConf.create(hydra_config)
+    HydraConfig.instance().cfg = hydra_cfg  # type: ignore[assignment]
+    configure_log(hydra_cfg.hydra.job_logging, hydra_cfg.hydra.verbose)
+    keep_log(path / f"{hydra_cfg.hydra.job.name}.log", console=False)
+    scrub_logs()
+    with claimed(path):
+        RunFolder(path).write_status("running")
+        attempt(OmegaConf.create(config), path)
+
+
+def attempt(cfg: DictConfig, path: Path) -> None:
+    """Runs a job and turns what goes wrong into a message, a status and an exit code."""
+    from rlhf_exp.app.exit_codes import concluding
+
+    def undo() -> None:  # nothing ran, so nothing but the log is left behind
+        shutil.rmtree(_written_to(cfg, path), ignore_errors=True)
+        (path / LOCK).unlink()
+
+    with concluding(path, sweep=_is_sweep(), undo=undo) as stop:
+        execute(cfg, path, stop)
+
+
+def guard(main: Callable[[], None]) -> None:
+    """Runs Hydra's main; its errors come as a few lines and exit code 2, jobs' as they left them.
+
+    With HYDRA_FULL_ERROR=1 in the environment everything comes with its traceback.
+    """
+    make_streams_unbreakable()
+    remember_words(sys.argv)
+    remember_environment()
+    scrub_tracebacks()
+    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises in place of printing
+    words = ["dry_run=true" if word == "--dry-run" else word for word in sys.argv[1:]]
+    try:
+        # Before Hydra sees them: a word may be of a group that the run itself has chosen.
+        sys.argv = [sys.argv[0], *with_recorded_words(prepared(words))]
+        main()
+    except AlreadySaid as failed:
+        sys.exit(failed.args[0])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        message = None if full else explain(error)
+        if message is None:
+            raise
+        from rlhf_exp.app.exit_codes import bounded
+
+        shown = message if isinstance(error, BadJobs) else bounded(message)
+        print(f"error: {shown}", file=sys.stderr)
+        sys.exit(2)
+
+
+def explain(error: BaseException) -> str | None:
+    """What is wrong with a command line or a file, in a few lines without secrets; None for an
+    error that is not the user's."""
+    message = complaints.explain(error, CONF)
+    return None if message is None else printable(scrub(message))

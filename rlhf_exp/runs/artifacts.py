@@ -1,0 +1,110 @@
+"""Finished pieces of work that later steps and other jobs reuse, kept under the hash of what made
+them.
+
+It knows folders, hashes and locks, not what is built. A build happens in a folder of another name
+that is renamed when it is complete, so whatever has the final name is finished. What an interrupted
+build left there is the next one's to go on from or to remove.
+"""
+
+import ast
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from rlhf_exp.runs.files import move_whole
+from rlhf_exp.settings import ConfigError
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+log = logging.getLogger(__name__)
+
+
+def content_hash(description: Mapping[str, Any]) -> str:
+    """Hash of anything JSON can hold, key order ignored; 12 hex digits."""
+    canonical = json.dumps(description, sort_keys=True, default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+@functools.cache
+def source_hash(*files: Path) -> str:
+    """Hash of the Python files and of everything of this package that they import: the version of
+    the code that builds. Read once a process, since a process goes on with the code it began
+    with."""
+    digest = hashlib.sha256()
+    for file in sorted(source_closure(*files)):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def source_closure(*files: Path, package: Path = PACKAGE) -> set[Path]:
+    """The files with those of the package that they import, wherever in them, and so on."""
+    pending, found = list(files), set(files)
+    while pending:
+        tree = ast.parse(pending.pop().read_text(encoding="utf-8"))
+        for name in _imported_names(tree):
+            file = package.parent.joinpath(*name.split(".")).with_suffix(".py")
+            if name.split(".")[0] == package.name and file.is_file() and file not in found:
+                found.add(file)
+                pending.append(file)
+    return found
+
+
+def _imported_names(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+class ArtifactStore:
+    """Artifacts by name and hash, below one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, name: str, key: str) -> Path:
+        """Where the artifact is once it is finished."""
+        return self.root / f"{name}-{key}"
+
+    def obtain(self, name: str, key: str, build: Callable[[Path], None]) -> Path:
+        """The artifact's folder, built by `build(folder)` if it is not there yet.
+
+        While another process builds it, waits. A build that dies leaves nothing with the final
+        name; the next one is given the folder with what is in it. Raises ConfigError for a link in
+        the artifact's place, since that may lead anywhere.
+        """
+        final = self.folder(name, key)
+        partial = self.root / f".{final.name}.partial"
+        for path in (final, partial):
+            if path.is_symlink():
+                raise ConfigError(f"{path} is a link: remove it, or name another artifacts_dir=...")
+        if final.is_dir():
+            log.info("%s: reusing %s", name, final)
+            return final
+        self.root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.root / f".{final.name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("%s: another job is building it, waiting", name)
+            lock.acquire()
+        try:
+            if final.is_dir():
+                log.info("%s: reusing %s", name, final)
+                return final
+            log.info("%s: building", name)
+            partial.mkdir(exist_ok=True)
+            build(partial)
+            move_whole(partial, final)
+            log.info("%s: built %s", name, final)
+            return final
+        finally:
+            lock.release()

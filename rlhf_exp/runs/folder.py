@@ -1,0 +1,239 @@
+"""A run's folder: metrics.jsonl, samples.jsonl, histograms.jsonl, result.json, status.json,
+environment.txt.
+
+Metrics are flushed line by line: they are the source of truth, whatever happens to other loggers.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from rlhf_exp.runs.files import sync, write_whole
+from rlhf_exp.runs.presentation import attempt
+from rlhf_exp.runs.provenance import environment
+from rlhf_exp.runs.summary import Histogram, summarize
+from rlhf_exp.security.printable import printable
+from rlhf_exp.security.redaction import scrub
+
+log = logging.getLogger(__name__)
+ROWS = ("metrics.jsonl", "samples.jsonl", "histograms.jsonl")
+RUN_ID, ENVIRONMENT = "run_id.txt", "environment{}.txt"
+Status = Literal["running", "done", "failed", "interrupted"]
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Another place that metrics and samples go to, such as W&B."""
+
+    def log(self, phase: int, metrics: Mapping[str, float]) -> None:
+        """The metrics of a phase, or of an update in supervised stages."""
+        ...
+
+    def log_samples(self, phase: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A table of samples."""
+        ...
+
+    def log_histograms(self, phase: int, histograms: Mapping[str, Histogram]) -> None:
+        """Histograms by name."""
+        ...
+
+    def log_summary(self, summary: Mapping[str, float]) -> None:
+        """What the run has come to so far, which replaces what was said before."""
+        ...
+
+    def log_result(self, result: Mapping[str, Any], path: Path) -> None:
+        """The result of a run that is done, and its folder."""
+        ...
+
+
+OpenSinks = Callable[[], AbstractContextManager[list[Sink]]]
+
+
+def local_only() -> AbstractContextManager[list[Sink]]:
+    """No sinks but the folder's own files."""
+    return nullcontext([])
+
+
+class RunFolder:
+    """Writes what a run leaves behind. Nothing is created before the first write. Its path is
+    absolute, so that a reward that changes the process's folder does not scatter the run."""
+
+    def __init__(self, path: Path, open_sinks: OpenSinks = local_only) -> None:
+        self.path = path.absolute()
+        self._open_sinks = open_sinks
+        self._stack = ExitStack()
+        self._sinks: list[Sink] = []
+        self._broken: dict[str, int] = {}
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        if kind is None:
+            attempt("closing W&B", self._stack.close)
+        else:
+            self._stack.__exit__(kind, *error)
+
+    def start(self) -> None:
+        """Says that everything is loaded and the work begins; opens the other sinks."""
+        self._sinks = self._stack.enter_context(self._open_sinks())
+        self.write_status("running")
+        self.write_environment()
+
+    def log(self, phase: int, metrics: Mapping[str, float]) -> None:
+        """Appends a row to metrics.jsonl, flushed, and passes it on. Non-finite numbers become
+        null."""
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self._append("metrics.jsonl", [{"phase": phase, **finite}])
+        for sink in self._sinks:
+            sink.log(phase, metrics)
+        if self._sinks and "eval/score" in metrics:
+            # From the file, which also has what was evaluated before the run was resumed.
+            summary = summarize(self.rows())
+            for sink in self._sinks:
+                sink.log_summary(summary)
+
+    def log_samples(self, phase: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Appends rows to samples.jsonl with their phase, and passes them on."""
+        self._append("samples.jsonl", [{"phase": phase, **row} for row in rows])
+        for sink in self._sinks:
+            sink.log_samples(phase, rows)
+
+    def log_histograms(self, phase: int, histograms: Mapping[str, Histogram]) -> None:
+        """Appends a row for each histogram to histograms.jsonl, and passes them on."""
+        rows = [{"phase": phase, "name": name, **asdict(h)} for name, h in histograms.items()]
+        self._append("histograms.jsonl", rows)
+        for sink in self._sinks:
+            sink.log_histograms(phase, histograms)
+
+    def log_result(self, result: Mapping[str, Any]) -> None:
+        """Passes on the result of a run that is done."""
+        for sink in self._sinks:
+            sink.log_result(result, self.path)
+
+    def rows(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl, or of another such file, so far. Broken lines are left out and
+        warned of."""
+        return [row for _, row in self._lines(name)]
+
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each file of rows so far."""
+        files = {name: self.path / name for name in ROWS}
+        return {name: file.stat().st_size for name, file in files.items() if file.exists()}
+
+    def sync(self) -> None:
+        """Returns when the disk has the rows so far."""
+        for name in self.sizes():
+            sync(self.path / name)
+
+    def rewind(self, sizes: Mapping[str, int]) -> None:
+        """Removes the rows written since the files had those sizes, which a resumed run writes
+        again. A file that is shorter than that has lost rows and is warned of."""
+        for name in ROWS:
+            file, size = self.path / name, sizes.get(name, 0)
+            if not file.exists() and size == 0:
+                continue
+            if not file.exists() or file.stat().st_size < size:
+                log.warning("%s has lost rows: it is shorter than at the checkpoint", file)
+                file.touch()
+            else:
+                os.truncate(file, size)
+            self._end_line(file)
+
+    @staticmethod
+    def _end_line(file: Path) -> None:
+        """Ends a line that was cut off, so that the next row is one of its own."""
+        with file.open("rb+") as content:
+            if content.seek(0, os.SEEK_END) == 0:
+                return
+            content.seek(-1, os.SEEK_END)
+            if content.read(1) != b"\n":
+                content.write(b"\n")
+
+    @property
+    def run_id(self) -> str:
+        """What the run is called in W&B, the same when it is resumed."""
+        file = self.path / RUN_ID
+        try:
+            known = file.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError):
+            known = ""
+        if re.fullmatch(r"[\w.-]{1,64}", known, re.ASCII):
+            return known
+        run_id = secrets.token_hex(4)
+        write_whole(file, f"{run_id}\n")
+        if known:
+            log.warning("%s is no id of a W&B run; this run is %s", known, run_id)
+        return run_id
+
+    def clear(self) -> None:
+        """Removes the rows that an earlier attempt in this folder left."""
+        for file in (*(self.path / name for name in ROWS), *self.path.glob("environment*.txt")):
+            file.unlink(missing_ok=True)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Writes a JSON file."""
+        write_whole(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def write_status(self, status: Status, error: str | None = None) -> None:
+        """Writes status.json, without secrets and with nothing that a terminal obeys."""
+        told = {"status": status, "error": error and printable(scrub(error))}
+        write_whole(self.path / "status.json", json.dumps(told) + "\n")
+
+    def write_environment(self) -> None:
+        """Writes environment.txt: what of code and machine a result may depend on. That of a run
+        that goes on in another one is environment-2.txt and so on, and what is new is warned of."""
+        lines = environment()
+        files = [self.path / ENVIRONMENT.format("")]
+        files += [self.path / ENVIRONMENT.format(f"-{i}") for i in range(2, 99)]
+        known = [file for file in files if file.is_file()]
+        if known:
+            before = known[-1].read_text(encoding="utf-8", errors="replace").splitlines()
+            if before == lines:
+                return
+            new = [line for line in lines if line and line not in before]
+            shown = "; ".join(line for line in new if not line.startswith(("memory", "differs")))
+            log.warning("since this run was begun there is new, so that it may go on with other"
+                        " numbers: %s", shown[:300] or "what differs from the commit")  # fmt: skip
+        write_whole(files[len(known)], "\n".join(lines) + "\n")
+
+    def keep_id(self, run_id: str) -> None:
+        """Gives the run its name in W&B, unless it has one."""
+        if not (self.path / RUN_ID).is_file():
+            write_whole(self.path / RUN_ID, f"{run_id}\n")
+
+    def _lines(self, name: str) -> list[tuple[str, dict[str, Any]]]:
+        """The lines that are rows, each with its row."""
+        path = self.path / name
+        # Not splitlines(), which also splits at characters that JSON leaves in a text. What follows
+        # the last end of a line was being written when the run died.
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        parsed = [(line, row) for line in lines if (row := _parse_row(line)) is not None]
+        broken = len(lines) - len(parsed)
+        if broken > self._broken.get(name, 0):
+            log.warning("%s: %d broken line(s) left out", path, broken)
+        self._broken[name] = broken
+        return parsed
+
+    def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _parse_row(line: str) -> dict[str, Any] | None:
+    """The row; None if a crash or a disk left something else."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    phase = row.get("phase") if isinstance(row, dict) else None
+    return row if isinstance(phase, int) and not isinstance(phase, bool) else None

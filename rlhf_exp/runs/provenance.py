@@ -1,0 +1,107 @@
+"""What a result may depend on beside its configuration: the code, as it was, and the machine."""
+
+import functools
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import psutil
+import torch
+
+from rlhf_exp.security.redaction import redact_source
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_DIFF = 1 << 16  # bytes
+
+
+def environment() -> list[str]:
+    """A line each: the commit, with "+" if files differ from it, Python, CPU, memory, GPUs, torch
+    and all packages; after an empty one what differs from the commit, at most 64 KiB of it and
+    without secrets. Files that git does not know are not among that."""
+    commit = _git("rev-parse", "HEAD").decode().strip() or "unknown"
+    diff = _git("diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD", limit=MAX_DIFF + 1)
+    return [
+        f"commit {commit}{'+' if diff else ''}",
+        f"python {platform.python_version()} on {platform.platform()}",
+        f"cpu {_cpu()}",
+        f"memory {psutil.virtual_memory().total / 2**30:.1f} GiB",
+        *_gpus(),
+        f"build {_build()}",
+        *_packages(),
+        *(["", f"differs from {commit}:", *_shown(diff)] if diff else []),
+    ]
+
+
+def _cpu() -> str:
+    """The processor's name with the cores that it has and that this process may use, and the
+    threads of torch."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = psutil.cpu_count(logical=False) or "unknown"
+    return (
+        f"{_processor()}, {cores} cores, {usable} of {os.cpu_count()} processors,"
+        f" {torch.get_num_threads()} threads"
+    )
+
+
+@functools.cache
+def _processor() -> str:
+    try:
+        # Linux alone has it, and there platform.processor() says nothing.
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    found = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _gpus() -> list[str]:
+    if not torch.cuda.is_available():
+        return ["gpu none"]
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    lines = [f"gpu {gpu.name}, {gpu.total_memory / 2**30:.1f} GiB" for gpu in found]
+    return [*lines, f"driver {_driver()}, CUDA {torch.version.cuda}"]
+
+
+def _driver() -> str:
+    # Not nvidia-smi, which takes a second.
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        return "unknown"
+    return text.partition("\n")[0].removeprefix("NVRM version:").strip()
+
+
+def _build() -> str:
+    version = getattr(torch.version, "git_version", "unknown")
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"torch {torch.__version__} of {version}, {capability}, CUDA {torch.version.cuda}"
+
+
+@functools.cache  # reading the metadata of 200 packages takes longer than a phase of a small model
+def _packages() -> tuple[str, ...]:
+    found = {f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions()}
+    return tuple(sorted(found))
+
+
+def _shown(diff: bytes) -> list[str]:
+    lines = redact_source(diff[:MAX_DIFF].decode(errors="replace")).splitlines()
+    cut = [f"... cut after {MAX_DIFF} bytes"] if len(diff) > MAX_DIFF else []
+    return [*lines, *cut]
+
+
+def _git(*arguments: str, limit: int = 1 << 10) -> bytes:
+    """What git says, at most `limit` bytes of it; nothing if there is no git or no repository."""
+    command = ["git", "-C", str(ROOT), *arguments]
+    try:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
+        ) as process:
+            assert process.stdout is not None
+            said = process.stdout.read(limit)
+            process.kill()  # it may have much more to say
+    except OSError:
+        return b""
+    return said

@@ -1,0 +1,83 @@
+"""Pushing a run's model to the Hugging Face hub, or refusing before anything is trained.
+
+It knows the hub's client and nothing of models.
+"""
+
+import logging
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from rlhf_exp.machine.network import hub_responds, hub_url
+from rlhf_exp.runs.context import TrainingError
+from rlhf_exp.settings import settings
+
+log = logging.getLogger(__name__)
+
+RepoName = Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")]
+
+
+@settings
+class HubSettings:
+    """Whether the final model goes to the hub's repository `repo` (NAME or OWNER/NAME)."""
+
+    push: bool = False
+    """true: after training; needs a token (`hf auth login` or HF_TOKEN)."""
+    repo: RepoName | None = None
+    """Repository there, OWNER/NAME."""
+    private: bool = True
+    """Whether a repository that is made for it is private."""
+
+    @model_validator(mode="after")
+    def _has_repo(self) -> "HubSettings":
+        if self.push and self.repo is None:
+            raise ValueError("push=true needs the repository: hub.repo=OWNER/NAME")
+        return self
+
+    def problems(self) -> list[str]:
+        """Why a push would fail, known before training: no token, or no hub within reach."""
+        if not self.push:
+            return []
+        from huggingface_hub import HfApi, get_token
+
+        found: list[str] = []
+        if get_token() is None:
+            found.append(
+                "hub.push=true: no Hugging Face token; log in with `hf auth login`, set HF_TOKEN,"
+                " or set hub.push=false"
+            )
+        if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0") or not hub_responds():
+            found.append(
+                f"hub.push=true: {hub_url()} is out of reach (or HF_HUB_OFFLINE is set); set"
+                " hub.push=false and push later with `hf upload`"
+            )
+        if not found:
+            try:
+                HfApi(endpoint=hub_url()).whoami()
+            except Exception as error:
+                reason = str(error).strip().splitlines()[0][:300]
+                found.append(f"hub.push=true: {hub_url()} does not take the token ({reason})")
+        return found
+
+    def upload(self, folder: Path) -> None:
+        """Uploads the folder if that is asked for. Raises TrainingError, naming the command that
+        does it by hand, if the hub refuses."""
+        if not self.push:
+            return
+        from huggingface_hub import HfApi
+
+        api = HfApi(endpoint=hub_url())
+        try:
+            url = api.create_repo(str(self.repo), private=self.private, exist_ok=True)
+            api.upload_folder(
+                repo_id=url.repo_id, folder_path=folder, commit_message="Train with rlhf_exp"
+            )
+        except Exception as error:  # the client's, its transport's: the model is on disk anyway
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            raise TrainingError(
+                f"hub.repo={self.repo}: the push failed ({reason}); the model is in {folder}, push"
+                f" it with: hf upload {self.repo} {folder}"
+            ) from error
+        log.info("pushed to %s", url)

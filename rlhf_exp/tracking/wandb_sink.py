@@ -1,0 +1,78 @@
+"""What W&B is told of a run: metrics over phases, tables, histograms, a summary, the model."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_exp.runs.summary import Histogram
+from rlhf_exp.tracking.wandb_run import WandbRun
+
+TABLE_ROWS = 32
+
+
+class WandbSink:
+    """The sink beside the local files. Every row has its phase, which is the axis of all charts."""
+
+    def __init__(self, run: WandbRun, *, log_model: bool) -> None:
+        self._run, self._log_model = run, log_model
+
+    def log(self, phase: int, metrics: Mapping[str, float]) -> None:
+        """A row of metrics."""
+        self._send({"phase": phase, **metrics})
+
+    def log_samples(self, phase: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The first rows as a table of its own under the one key `samples`. Runs on the same
+        prompts have them in the same order, so that their tables can be joined."""
+        shown = [{"phase": phase, **row} for row in rows[:TABLE_ROWS]]
+        if not shown:
+            return
+        columns = list(shown[0])
+
+        def send(run: Any) -> None:
+            import wandb
+
+            # A new one each time: what is added to a table that was logged is not seen.
+            table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in shown])
+            run.log({"phase": phase, "samples": table})
+
+        self._run.call(send)
+
+    def log_histograms(self, phase: int, histograms: Mapping[str, Histogram]) -> None:
+        """The histograms by their names, below `histogram/`."""
+
+        def send(run: Any) -> None:
+            import wandb
+
+            shown = {
+                f"histogram/{name}": wandb.Histogram(np_histogram=(list(h.counts), list(h.edges)))
+                for name, h in histograms.items()
+            }
+            run.log({"phase": phase, **shown})
+
+        self._run.call(send)
+
+    def log_summary(self, summary: Mapping[str, float]) -> None:
+        """The values beside the last ones of the metrics, which W&B takes by itself."""
+        self._run.call(lambda run: run.summary.update(dict(summary)))
+
+    def log_result(self, result: Mapping[str, Any], path: Path) -> None:
+        """The folder `model/` as an artifact with the result, if that is asked for and there is
+        one."""
+        model = path / "model"
+        if not self._log_model or not model.is_dir():
+            return
+
+        def send(run: Any) -> None:
+            import wandb
+
+            artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=dict(result))
+            for file in sorted(file for file in model.absolute().rglob("*") if file.is_file()):
+                name = file.relative_to(model.absolute()).as_posix()
+                # Not copied before it is sent: nothing writes to the folder of a run that is done.
+                artifact.add_file(str(file), name, policy="immutable", skip_cache=True)
+            run.log_artifact(artifact)
+
+        self._run.call(send)
+
+    def _send(self, row: Mapping[str, Any]) -> None:
+        self._run.call(lambda run: run.log(dict(row)))
