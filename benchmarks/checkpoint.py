@@ -20,7 +20,7 @@ from statistics import median
 
 import torch
 
-from ppo_phase import actors_of
+from ppo_phase import setup_of
 from rlhf_exp.rl.compute import warm_up
 from rlhf_exp.stages.ppo import PPO, Phases, start
 from rlhf_exp.runs.checkpoint import CheckpointWriter
@@ -62,16 +62,16 @@ def main() -> None:
     arguments = parser.parse_args()
     shape, device = SHAPES[arguments.shape], pick_device("auto")
     use_processor_well()
-    actors = actors_of(shape, "full", device)
+    setup = setup_of(shape, "full", device)
     ppo = PPO(
         batch_size=shape.batch,
         num_minibatches=shape.minibatches,
         batches_per_learning_phase=shape.epochs,
     )
-    ppo.compute.prepare(actors)
-    state = start(ppo, actors, AdamWSettings(), Constant(), seed=0, inputs={})
-    run = Phases(ppo, actors, state, Stopwatch())
-    warm_up(actors, rows=ppo.minibatch_size)
+    ppo.compute.prepare(setup)
+    state = start(ppo, setup, AdamWSettings(), Constant(), seed=0, inputs={})
+    run = Phases(ppo, setup, state, Stopwatch())
+    warm_up(setup, rows=ppo.minibatch_size)
     run.run(lambda metrics: None)
     rounds: dict[bool, list[float]] = {True: [], False: []}
     calls, waits, written = [], [], Written()

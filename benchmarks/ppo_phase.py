@@ -26,7 +26,7 @@ from rlhf_exp.models.finetune import Full, Lora, LastLayers
 from rlhf_exp.models.reference import reference_hash, resident_memory
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rollout.cached import CachedSampler
-from rlhf_exp.rl.actors import Actors
+from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.compute import Compute, warm_up
 from rlhf_exp.stages.ppo import PPO, Phases, coefficients, start
 from rlhf_exp.tasks.prompts import encode_prompts
@@ -47,7 +47,7 @@ FINETUNE = {
 TIMED, UNTIMED = 5, 1
 
 
-def actors_of(shape: Shape, finetune: str, device: torch.device) -> Actors:
+def setup_of(shape: Shape, finetune: str, device: torch.device) -> Setup:
     """The policy of that shape, its reference, and a reward that costs nothing."""
     words = [f"w{i}" for i in range(shape.vocab - 4)]
     model = Scratch(
@@ -60,7 +60,7 @@ def actors_of(shape: Shape, finetune: str, device: torch.device) -> Actors:
     text = " ".join(words[: shape.prompt])
     prompts = encode_prompts(policy.tokenizer, [text], prepend_bos=False, device=device)
     attached = FINETUNE[finetune].attach(policy, seed=0)
-    return Actors(
+    return Setup(
         policy=policy,
         reference=attached,
         reference_hash=reference_hash(attached, policy),
@@ -75,7 +75,7 @@ def actors_of(shape: Shape, finetune: str, device: torch.device) -> Actors:
 def learning_parts(run: Phases) -> dict[str, float]:
     """Seconds of a learning phase by part, from single minibatches of one further rollout."""
     laps: list[Stopwatch] = []
-    ppo, state, actors = run.ppo, run.state, run.actors
+    ppo, state, setup = run.ppo, run.state, run.setup
     with state.policy.working():
         experience = run.credit(run.collect(state.phase + 1))
         layout = Layout.of(experience.rollout.completions, whole=state.policy.is_compiled)
@@ -88,9 +88,9 @@ def learning_parts(run: Phases) -> dict[str, float]:
             ):
                 with lap("forward"):
                     part = experience[micro]
-                    new = actors.policy.engine.learning_pass(
-                        part.rollout, actors.reference.head, layout[micro],
-                        temperature=actors.sampler.temperature,
+                    new = setup.policy.engine.learning_pass(
+                        part.rollout, setup.reference.head, layout[micro],
+                        temperature=setup.sampler.temperature,
                     )  # fmt: skip
                     loss = ppo.objective(new, part, coefficients(ppo, ppo.kl_coef)).loss
                 with lap("backward"):
@@ -139,7 +139,7 @@ def main() -> None:
     arguments = arguments_given()
     shape, device = SHAPES[arguments.shape], pick_device("auto")
     use_processor_well()
-    actors = actors_of(shape, arguments.finetune, device)
+    setup = setup_of(shape, arguments.finetune, device)
     ppo = PPO(
         total_phases=arguments.phases,
         batch_size=shape.batch,
@@ -152,11 +152,11 @@ def main() -> None:
             gradient_checkpointing=arguments.gradient_checkpointing,
         ),
     )
-    ppo.compute.prepare(actors)
-    run = Phases(ppo, actors, start(ppo, actors, AdamWSettings(), Constant(), seed=0, inputs={}),
+    ppo.compute.prepare(setup)
+    run = Phases(ppo, setup, start(ppo, setup, AdamWSettings(), Constant(), seed=0, inputs={}),
                  Stopwatch())  # fmt: skip
     began = time.perf_counter()
-    warm_up(actors, rows=ppo.compute.micro_batch_size or ppo.minibatch_size)
+    warm_up(setup, rows=ppo.compute.micro_batch_size or ppo.minibatch_size)
     running = phases(run, arguments.phases)
     next(running)
     warm_up_s = time.perf_counter() - began
@@ -171,11 +171,11 @@ def main() -> None:
         "shape": arguments.shape,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "threads": torch.get_num_threads(),
-        "dtype": "fp32" if actors.policy.low is None else "bf16",
-        "compiled": actors.policy.is_compiled,
+        "dtype": "fp32" if setup.policy.low is None else "bf16",
+        "compiled": setup.policy.is_compiled,
         **{f"{part}_s": round(value, 4) for part, value in seconds.items()},
         "optimizer_steps": shape.minibatches * shape.epochs,
-        "resident_mib": round(resident_memory(actors.policy, actors.reference).total / 2**20, 1),
+        "resident_mib": round(resident_memory(setup.policy, setup.reference).total / 2**20, 1),
         "peak_mib": peak,
         "gpu_mib": gpu_peak,
     }

@@ -17,7 +17,7 @@ from functools import partial
 from statistics import median
 
 import torch
-from ppo_phase import actors_of
+from ppo_phase import setup_of
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_exp.models.policy import TransformerWithValueHead
@@ -248,16 +248,16 @@ def main() -> None:
     if shape.prompt + max(arguments.lengths) > shape.context_len:
         parser.error(f"--lengths: at most {shape.context_len - shape.prompt} on this shape")
     use_processor_well()
-    actors = actors_of(shape, "full", device)
-    Compute(dtype=arguments.dtype, compile="off").prepare(actors)
-    policy = actors.policy
+    setup = setup_of(shape, "full", device)
+    Compute(dtype=arguments.dtype, compile="off").prepare(setup)
+    policy = setup.policy
     about: Row = {
         "shape": arguments.shape,
         "device": device.type,
         "threads": torch.get_num_threads(),
         "dtype": "fp32" if policy.low is None else "bf16",
     }
-    rates = compare(policy, actors.train_prompts, arguments)
+    rates = compare(policy, setup.train_prompts, arguments)
     show("Tokens a second", rates, as_json=arguments.json, about=about)
     ends = early_ends(policy, shape, arguments)
     title = "Seconds a batch when half of the rows end at their first token"

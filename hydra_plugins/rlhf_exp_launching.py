@@ -27,7 +27,7 @@ from rich.text import Text
 from rlhf_exp.app import run
 from rlhf_exp.machine.slurm import requeue
 from rlhf_exp.runs.files import write_whole
-from rlhf_exp.runs.lock import claimed, is_claimed
+from rlhf_exp.runs.lock import is_locked, locked
 from rlhf_exp.runs.status import read_state
 from rlhf_exp.security.printable import printable
 from rlhf_exp.security.redaction import redact_words, scrub
@@ -44,7 +44,7 @@ from rlhf_exp.sweeps.jobs import (
     write_record,
 )
 from rlhf_exp.sweeps.monitor import Monitor, problems, summary
-from rlhf_exp.sweeps.reaping import await_end, mark_dead, mark_failed, settle, unsaid
+from rlhf_exp.sweeps.reaping import await_and_mark, await_end, mark_dead, mark_failed, unreported
 
 OWN = ("skip_completed=", "dry_run=")  # of the sweep, not of its jobs
 OF_THE_SWEEP = ("launcher", "sweeper", "sweep")  # parts of Hydra's configuration
@@ -148,14 +148,14 @@ class Launching:
         and while jobs of the sweep are running."""
         if self.skip_completed and not read_record(self.folder):
             self._refuse_new_folder()
-        with claimed(self.folder):
+        with locked(self.folder):
             known = read_record(self.folder)
             if known and not self.skip_completed:
                 raise ConfigError(
                     f"hydra.sweep.dir={self.folder} holds a sweep already: add skip_completed=true"
                     " to run what is missing there, or name another folder"
                 )
-            running = [job for job in known if is_claimed(job.folder)]
+            running = [job for job in known if is_locked(job.folder)]
             if running:
                 raise ConfigError(
                     f"job {running[0].number} in {running[0].folder} is still running: wait for it,"
@@ -192,7 +192,7 @@ class Launching:
                 for begin in range(0, len(jobs), size):
                     self._launch(jobs[begin : begin + size])
         except (KeyboardInterrupt, SystemExit) as stopped:
-            settle(jobs, "interrupted")
+            await_and_mark(jobs, "interrupted")
             self.console.print(summary(jobs))
             self.say_how_to_go_on()
             if stopped.args == (128 + signal.SIGUSR1,):
@@ -215,7 +215,7 @@ class Launching:
                 broken = True
             await_end(jobs)
             # A pool that broke has ended jobs that had nothing to do with it: once more, once.
-            innocent = [j for j in unsaid(jobs) if broken and j.number not in again]
+            innocent = [j for j in unreported(jobs) if broken and j.number not in again]
             if self.kind.keeps:
                 innocent = []
             for job in innocent:

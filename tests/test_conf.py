@@ -19,7 +19,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_exp.app import run
-from rlhf_exp.app.run_settings import GROUPS, read_own_keys
+from rlhf_exp.app.run_settings import GROUPS, read_run_settings
 from rlhf_exp.app.steps import read_steps
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.stages.protocol import Built
@@ -106,7 +106,7 @@ def compose_hydra(*overrides: str) -> DictConfig:
 def build_all(overrides: Sequence[str]) -> dict[str, Built]:
     """Each step's stage and parts, by the step's name."""
     config = run.to_container(compose(*overrides))
-    read_own_keys(config)
+    read_run_settings(config)
     build = functools.partial(run.instantiate, allowed=run.ALLOWED_TARGETS)
     return {step.name: step.build(build) for step in read_steps(config)}
 
@@ -157,7 +157,7 @@ def test_the_default_is_the_reviews_experiment():
 
 def test_the_keys_that_are_not_groups_are_read_and_described():
     config = run.to_container(compose("~experiment"))
-    own = read_own_keys(config)
+    own = read_run_settings(config)
     assert {field.name for field in dataclasses.fields(own)} | GROUPS == config.keys()
     assert (own.seed, own.prepare_seed, own.allow_targets) == (1, 0, ())
 

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from rlhf_exp.runs.lock import is_claimed
+from rlhf_exp.runs.lock import is_locked
 from tests.app.test_run import TINY, TRAIN, assert_refused, train, written
 from tests.test_cli import environment
 
@@ -216,7 +216,7 @@ def test_the_end_of_a_sweep_is_that_of_its_jobs(tmp_path):
     process.kill()
     process.wait()
     deadline = time.monotonic() + 20
-    while any(is_claimed(job) for job in jobs):
+    while any(is_locked(job) for job in jobs):
         assert time.monotonic() < deadline, "a job outlives its sweep"
         time.sleep(0.1)
 

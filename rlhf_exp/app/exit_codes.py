@@ -28,7 +28,7 @@ DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 @contextmanager
-def concluding(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterator[StopRequests]:
+def handle_exit(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterator[StopRequests]:
     """A run in the block, which the yielded requests can stop. Whatever ends it early is said,
     becomes its status, and is raised as SystemExit; a bug in a single run keeps its traceback. The
     user's mistake in a single run leaves no status: `undo` removes what was written. A run that is

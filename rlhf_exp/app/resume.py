@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from rlhf_exp.app.overrides import unquoted
-from rlhf_exp.runs.lock import is_claimed
+from rlhf_exp.runs.lock import is_locked
 from rlhf_exp.runs.status import is_done
 from rlhf_exp.security.redaction import REDACTED
 from rlhf_exp.settings import ConfigError
@@ -58,7 +58,7 @@ def find_run(resume: str, runs: Path) -> Path:
             raise ConfigError(f"resume={resume}: no run's folder, which has {CONFIG}")
         return Path(resume)
     found = [config.parents[1] for config in runs.glob(f"*/*/{CONFIG}")]
-    left = [run for run in found if not is_done(run) and not is_claimed(run)]
+    left = [run for run in found if not is_done(run) and not is_locked(run)]
     if not left:
         raise ConfigError(f"resume={AUTO}: no unfinished run below {runs}: start one, without it")
     return max(left, key=_last_written)

@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_exp.app import hydra_errors as complaints
+from rlhf_exp.app import hydra_errors
 from rlhf_exp.app.instantiate import ALLOWED_TARGETS, instantiate
 from rlhf_exp.app.overrides import command, prepared
 from rlhf_exp.app.resume import (
@@ -45,10 +45,10 @@ from rlhf_exp.app.resume import (
     run_dir,
     with_recorded_words,
 )
-from rlhf_exp.app.run_settings import read_own_keys
+from rlhf_exp.app.run_settings import read_run_settings
 from rlhf_exp.machine.streams import make_streams_unbreakable
 from rlhf_exp.runs.files import write_whole
-from rlhf_exp.runs.lock import LOCK, claimed, is_claimed
+from rlhf_exp.runs.lock import LOCK, is_locked, locked
 from rlhf_exp.runs.status import is_done, read_state
 from rlhf_exp.security.printable import printable
 from rlhf_exp.security.redaction import (
@@ -166,7 +166,7 @@ def _read(
     from rlhf_exp.app.experiment import Job
     from rlhf_exp.runs.context import pick_device
 
-    own = read_own_keys(config)
+    own = read_run_settings(config)
     if own.skip_completed and not sweep:
         raise ConfigError("skip_completed=true is for sweeps: add -m")
     allowed = (*ALLOWED_TARGETS, *(f"{module}." for module in own.allow_targets))
@@ -210,7 +210,7 @@ def _resumed(cfg: DictConfig, folder: Path) -> Resumed:
     """A run's own configuration with what the command line may change in it. Raises ConfigError for
     what it may not, and for a run that is done and gets no more phases."""
     plain: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
-    complaints.refuse_old_keys(plain, folder)
+    hydra_errors.refuse_old_keys(plain, folder)
     before = recorded_words(folder)
     asked = [word for word in _words() if key_of(word) not in OF_THE_START]
     found: list[Change] = []
@@ -264,7 +264,7 @@ def job(cfg: DictConfig) -> None:
         except ConfigError as error:
             log.error("error: %s", error)
             raise SystemExit(2) from None
-        with claimed(path):
+        with locked(path):
             _write_configuration(cfg, path)
             attempt(cfg, path)
         return
@@ -278,8 +278,8 @@ def job(cfg: DictConfig) -> None:
     plain["hydra"]["overrides"]["task"] = _words()
     own = OmegaConf.to_container(cfg)
     code = call_in_process(_isolated, plain, own, path, log=log_file)
-    unsaid = read_state(path).status in ("waiting", "running") and not is_claimed(path)
-    if code and unsaid:
+    unreported = read_state(path).status in ("waiting", "running") and not is_locked(path)
+    if code and unreported:
         RunFolder(path).write_status("failed", describe_end(code))
     if code == 130:
         raise KeyboardInterrupt
@@ -345,20 +345,20 @@ def _isolated(hydra_config: dict[str, Any], config: dict[str, Any], path: Path) 
     configure_log(hydra_cfg.hydra.job_logging, hydra_cfg.hydra.verbose)
     keep_log(path / f"{hydra_cfg.hydra.job.name}.log", console=False)
     scrub_logs()
-    with claimed(path):
+    with locked(path):
         RunFolder(path).write_status("running")
         attempt(OmegaConf.create(config), path)
 
 
 def attempt(cfg: DictConfig, path: Path) -> None:
     """Runs a job and turns what goes wrong into a message, a status and an exit code."""
-    from rlhf_exp.app.exit_codes import concluding
+    from rlhf_exp.app.exit_codes import handle_exit
 
     def undo() -> None:  # nothing ran, so nothing but the log is left behind
         shutil.rmtree(_written_to(cfg, path), ignore_errors=True)
         (path / LOCK).unlink()
 
-    with concluding(path, sweep=_is_sweep(), undo=undo) as stop:
+    with handle_exit(path, sweep=_is_sweep(), undo=undo) as stop:
         execute(cfg, path, stop)
 
 
@@ -396,5 +396,5 @@ def guard(main: Callable[[], None]) -> None:
 def explain(error: BaseException) -> str | None:
     """What is wrong with a command line or a file, in a few lines without secrets; None for an
     error that is not the user's."""
-    message = complaints.explain(error, CONF)
+    message = hydra_errors.explain(error, CONF)
     return None if message is None else printable(scrub(message))

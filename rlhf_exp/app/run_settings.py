@@ -38,7 +38,7 @@ class RunSettings:
     dry_run: bool
 
 
-def read_own_keys(config: Mapping[str, Any]) -> RunSettings:
+def read_run_settings(config: Mapping[str, Any]) -> RunSettings:
     """The configuration's keys that are not groups. Raises ConfigError with everything that is
     wrong with them, keys that there are not included."""
     try:

@@ -25,15 +25,15 @@ Sign = tuple[bool, str]
 
 
 @dataclass(kw_only=True)
-class Watch:
-    """What warnings are held against, and which of them are up: a warning is logged when it comes
-    up, and again only after a phase without it."""
+class CollapseMonitor:
+    """Compares each phase with the first ones. A warning is logged when it comes up, and again only
+    after a phase without it."""
 
     first_distinct: list[float] = field(default_factory=list)
     first_entropy: list[float] = field(default_factory=list)
     up: list[str] = field(default_factory=list)
 
-    def look(
+    def update(
         self,
         phase: int,
         metrics: Mapping[str, float],

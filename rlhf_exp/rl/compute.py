@@ -10,7 +10,7 @@ from rlhf_exp.models.engines import ENGINES
 from rlhf_exp.models.loading import ModelSettings, Pretrained
 from rlhf_exp.models.reference import compute_reference_in
 from rlhf_exp.models.transformer import CausalTransformer
-from rlhf_exp.rl.actors import Actors
+from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.settings import Count, settings
@@ -72,28 +72,28 @@ class Compute:
             whole = f"the minibatch of {minibatch} (batch_size / num_minibatches)"
             yield above.format("micro_batch_size", size, whole)
 
-    def less_memory(self, actors: Actors, *, minibatch: int) -> list[str]:
+    def less_memory(self, setup: Setup, *, minibatch: int) -> list[str]:
         """Settings that reduce the memory of learning, as advice."""
         size, knobs = self.micro_batch_size or minibatch, []
         if size > 1:
             knobs.append(f"set stage.compute.micro_batch_size below {size}")
-        if actors.policy.engine.is_plain and not self.gradient_checkpointing:
+        if setup.policy.engine.is_plain and not self.gradient_checkpointing:
             knobs.append("set stage.compute.gradient_checkpointing=true")
-        if isinstance(actors.reference, CausalTransformer):
+        if isinstance(setup.reference, CausalTransformer):
             knobs.append("train less, with finetune=last_layers or finetune=lora")
         return [*knobs, "lower sampler.gen_len"]
 
-    def prepare(self, actors: Actors) -> None:
+    def prepare(self, setup: Setup) -> None:
         """Applies dtype, checkpointing and compilation to the policy and its reference."""
-        policy = actors.policy
+        policy = setup.policy
         dtype, base = torch.float32, policy.language_model.dtype
         fast = policy.engine.is_plain
         # TransformerLens samples in fp32, and fp16 weights do not mix with bf16.
-        if fast and base != torch.float16 and not isinstance(actors.sampler, BridgeSampler):
+        if fast and base != torch.float16 and not isinstance(setup.sampler, BridgeSampler):
             width = policy.head.weight.shape[1]
             dtype = compute_dtype(self.dtype, policy.device, width=width)
         policy.compute_in(dtype)
-        compute_reference_in(actors.reference, policy, dtype)
+        compute_reference_in(setup.reference, policy, dtype)
         if self.gradient_checkpointing:
             policy.checkpoint_gradients()
         if self.compile == "on" or (
@@ -101,21 +101,21 @@ class Compute:
             and fast
             and policy.device.type == "cuda"
             and not self.gradient_checkpointing
-            and bool(actors.train_prompts.mask.all())  # else widths vary, and each is compiled
+            and bool(setup.train_prompts.mask.all())  # else widths vary, and each is compiled
         ):
             policy.compile_passes()
 
 
-def warm_up(actors: Actors, *, rows: int) -> None:
+def warm_up(setup: Setup, *, rows: int) -> None:
     """Compiles what learning runs, `rows` completions a pass, so that no phase's time includes it.
     Does nothing for a policy that is not compiled."""
-    policy, width = actors.policy, actors.train_prompts.tokens.shape[1]
+    policy, width = setup.policy, setup.train_prompts.tokens.shape[1]
     if not policy.is_compiled:
         return
-    shape = (rows, width + actors.sampler.gen_len - 1)
+    shape = (rows, width + setup.sampler.gen_len - 1)
     tokens = torch.zeros(shape, dtype=torch.long, device=policy.device)
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    padded = not bool(actors.train_prompts.mask.all())
+    padded = not bool(setup.train_prompts.mask.all())
     with policy.working():
         states = policy.hidden_states(tokens, mask if padded else None, prompt_len=width)
         states.sum().backward()

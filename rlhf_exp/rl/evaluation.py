@@ -12,8 +12,8 @@ from rich.console import Console
 from rlhf_exp.functional.masking import masked_mean
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rewards.attempts import PatientReward
-from rlhf_exp.rl.actors import Actors
 from rlhf_exp.rl.answers import exact_match, judge_answers
+from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.runs.context import Context, TrainingError
@@ -57,7 +57,7 @@ def read_evaluations(folder: RunFolder) -> tuple[Evaluation, Evaluation]:
 
 
 def evaluate(
-    actors: Actors, reward: PatientReward, *, num_samples: int, seed: int, phase: int
+    setup: Setup, reward: PatientReward, *, num_samples: int, seed: int, phase: int
 ) -> Evaluation:
     """Scores, exact KL and diversity of `num_samples` completions of the held-out prompts; with a
     task that knows exact answers also exact-match rates, sampled and greedy, and the true reward.
@@ -67,17 +67,17 @@ def evaluate(
     makes their differences less noisy. Rollouts draw from other streams. Raises TrainingError
     naming the phase for logits that are not finite, and RewardError as the reward does.
     """
-    policy, prompts, answers = actors.policy, actors.eval_prompts, actors.answers
+    policy, prompts, answers = setup.policy, setup.eval_prompts, setup.answers
     device = policy.device
     order = torch.randperm(len(prompts.rows), generator=stream(seed, "evaluation prompts"))
     index = order.repeat(-(-num_samples // len(order)))[:num_samples]
     generator = stream(seed, "evaluation", device)
-    full = actors.sampler.full_distribution
+    full = setup.sampler.full_distribution
     chunks = []
     for rows in index.split(ROWS):
         generation = sample(full, policy, take(prompts, rows.to(device)), generator, phase=phase)
         scores = reward(generation.completions, phase=phase)
-        chunks.append(measure(policy, actors.reference, generation, scores, temperature=1.0))
+        chunks.append(measure(policy, setup.reference, generation, scores, temperature=1.0))
     metrics, samples = _metrics(chunks), sample_rows(chunks)
     if answers is not None:
         judged = [judge_answers(answers, policy.tokenizer, chunk.completions) for chunk in chunks]

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf_exp.machine.timing import Stopwatch
-from rlhf_exp.rl.actors import Actors
 from rlhf_exp.rl.collect import SCORING, Scorer
 from rlhf_exp.rl.evaluation import brief, evaluate
 from rlhf_exp.rl.guards import Guards, check_kl_sum, sum_up
 from rlhf_exp.rl.histograms import HistogramCollector
 from rlhf_exp.rl.kl_coefficient import KLCoefficient
+from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.sampler import have_ended
 from rlhf_exp.runs.context import Context
@@ -27,7 +27,7 @@ EVALUATING = ("lower sampler.gen_len", "lower stage.eval_samples", *SCORING)
 
 def phase_metrics(
     state: TrainState,
-    actors: Actors,
+    setup: Setup,
     guards: Guards,
     kl_coefficient: KLCoefficient,
     lap: Stopwatch,
@@ -40,12 +40,14 @@ def phase_metrics(
     rates, kl_coef = learning_rates(state.optimizer), kl_coefficient.now(state)
     names = (*loss_metrics, *(f"grad_norm/{name}" for name in rates))
     learned = sum_up(guards, state, updates, names)
-    rollout, sampler = experience.rollout, actors.sampler
+    rollout, sampler = experience.rollout, setup.sampler
     metrics = rollout_metrics(experience, truncates=sampler.truncates)
     ended = None
     if sampler.stop_at_eos:
-        ended = have_ended(rollout.completions, actors.policy.tokenizer)
-    metrics |= state.watch.look(state.phase, metrics, rollout, gen_len=sampler.gen_len, ended=ended)
+        ended = have_ended(rollout.completions, setup.policy.tokenizer)
+    metrics |= state.collapse.update(
+        state.phase, metrics, rollout, gen_len=sampler.gen_len, ended=ended
+    )
     seconds = lap.take()
     return {
         **metrics,
@@ -76,7 +78,7 @@ class Keeper:
     """Logs each phase; evaluates and saves when it is due. Counts `*_every` are in phases."""
 
     context: Context
-    actors: Actors
+    setup: Setup
     state: TrainState
     scorer: Scorer
     saver: Saver
@@ -119,11 +121,11 @@ class Keeper:
     def _evaluate(self) -> float:
         """Evaluates, logs, and returns the mean score."""
         self.scorer.wait()
-        actors, phase, folder = self.actors, self.state.phase, self.context.folder
+        setup, phase, folder = self.setup, self.state.phase, self.context.folder
         explaining = explaining_memory(f"phase {phase}: evaluating", EVALUATING)
-        with self.clock("evaluate"), actors.policy.working(), explaining:
+        with self.clock("evaluate"), setup.policy.working(), explaining:
             result = evaluate(
-                actors,
+                setup,
                 self.scorer.reward,
                 num_samples=self.eval_samples,
                 seed=self.context.seed,

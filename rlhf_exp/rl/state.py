@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.rl.collapse import Watch
+from rlhf_exp.rl.collapse import CollapseMonitor
 from rlhf_exp.tasks.prompts import PromptStream
 from rlhf_exp.training.optim import (
     AdamWSettings,
@@ -46,7 +46,7 @@ class TrainState:
     """Why the run ended before its last phase."""
     kl_sum_at_stop: float | None = None
     """objective/kl_sum (nats a completion) when it passed max_kl_sum."""
-    watch: Watch = field(default_factory=Watch)
+    collapse: CollapseMonitor = field(default_factory=CollapseMonitor)
     seconds: dict[str, float] = field(default_factory=dict)
     """What the run has taken so far, by part."""
 
@@ -91,7 +91,7 @@ class TrainState:
             "skipped_rewards": self.skipped_rewards,
             "stopped": self.stopped,
             "kl_sum_at_stop": self.kl_sum_at_stop,
-            "watch": asdict(self.watch),
+            "collapse": asdict(self.collapse),
             "seconds": dict(self.seconds),
         }
 
@@ -109,7 +109,7 @@ class TrainState:
         self.skipped_steps = state["skipped_steps"]
         self.skipped_rewards = state["skipped_rewards"]
         self.stopped, self.kl_sum_at_stop = state["stopped"], state["kl_sum_at_stop"]
-        self.watch = Watch(**state["watch"])
+        self.collapse = CollapseMonitor(**state["collapse"])
         self.seconds.update(state["seconds"])
 
     def record_evaluation(self, score: float) -> bool:

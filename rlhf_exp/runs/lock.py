@@ -13,7 +13,7 @@ PATIENCE_S = 2.0  # who asks whether a folder is claimed holds the lock for a mo
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """The folder is this process's own within the block. Raises ConfigError if it is another's."""
     path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.absolute() / LOCK)
@@ -27,7 +27,7 @@ def claimed(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def is_claimed(path: Path) -> bool:
+def is_locked(path: Path) -> bool:
     """Whether a living process has claimed the folder."""
     if not (path / LOCK).is_file():
         return False

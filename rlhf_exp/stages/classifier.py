@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.scratch import ScratchClassifier
-from rlhf_exp.rl.actors import fingerprints
+from rlhf_exp.rl.setup import fingerprints
 from rlhf_exp.runs.context import Context
 from rlhf_exp.settings import Artifact, Count, Fraction, Upstream, settings
 from rlhf_exp.stages.protocol import Stage, StageResult

@@ -19,7 +19,6 @@ from rlhf_exp.models.reference import resident_memory
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.rewards.protocol import Reward
 from rlhf_exp.rl import loop
-from rlhf_exp.rl.actors import Actors, check_frozen, fingerprints, frozen_hash, load_actors
 from rlhf_exp.rl.collect import Rollouts, Scorer, missing_eos_penalty
 from rlhf_exp.rl.compute import Compute, warm_up
 from rlhf_exp.rl.estimators import GAE, Estimator, credit, token_rewards
@@ -30,6 +29,7 @@ from rlhf_exp.rl.keep import Keeper, advance, phase_metrics
 from rlhf_exp.rl.kl_coefficient import KLCoefficient
 from rlhf_exp.rl.learn import Minibatch, micro_batches, minibatches, optimizer_step
 from rlhf_exp.rl.objectives import Coefficients, Objective, PPOClip
+from rlhf_exp.rl.setup import Setup, check_frozen, fingerprints, frozen_hash, load_setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import Sampler
@@ -169,18 +169,18 @@ class PPO(Stage[PPOParts]):
         """
         clock = Stopwatch()
         with clock("load"), explaining_memory("loading", LOADING):
-            actors = load_actors(
+            setup = load_setup(
                 context, parts.task, parts.model, parts.reward, parts.sampler, parts.finetune,
                 intervention=parts.intervention, value_head=self.estimator.needs_values,
             )  # fmt: skip
-            self.compute.prepare(actors)
-            frozen = frozen_hash(actors)
+            self.compute.prepare(setup)
+            frozen = frozen_hash(setup)
             files = {"task": parts.task, "model": parts.model, "intervention": parts.intervention}
-            inputs = fingerprints(actors.policy.language_model, **files)
-            inputs["finetune"] = actors.reference_hash
-            state = start(self, actors, parts.optimizer, parts.schedule, context.seed, inputs)
+            inputs = fingerprints(setup.policy.language_model, **files)
+            inputs["finetune"] = setup.reference_hash
+            state = start(self, setup, parts.optimizer, parts.schedule, context.seed, inputs)
             clock.seconds = state.seconds  # those of a resumed run go on
-            phases = Phases(self, actors, state, clock)
+            phases = Phases(self, setup, state, clock)
             saver = Saver(
                 context, {"loop": state, "ahead": phases.rollouts},
                 every=self.checkpoint_every, optimizer=state.optimizer,
@@ -189,24 +189,24 @@ class PPO(Stage[PPOParts]):
                 log.info("going on after phase %d", state.phase)
                 clear_stop_if_allowed(self.guards, state)
         context.folder.start()
-        memory = resident_memory(actors.policy, actors.reference)
+        memory = resident_memory(setup.policy, setup.reference)
         log.info("%s", memory)
         with clock("compile"):
-            warm_up(actors, rows=self.compute.micro_batch_size or self.minibatch_size)
+            warm_up(setup, rows=self.compute.micro_batch_size or self.minibatch_size)
         if parts.sampler.truncates:
             log.info(TRUNCATION_NOTE)
         train(self, context, phases, saver)
         with clock("save"):
-            check_frozen(actors, frozen)
-            path = save_policy(actors.policy, context.folder.path / "model")
-            check_saved_policy(actors.policy, path)
+            check_frozen(setup, frozen)
+            path = save_policy(setup.policy, context.folder.path / "model")
+            check_saved_policy(setup.policy, path)
         before, after = read_evaluations(context.folder)
         present(context, before, after)
         return StageResult(
             before=before.metrics,
             after=after.metrics,
             seconds=clock.seconds,
-            extra={"stopped": state.stopped, "reference_sha256": actors.reference_hash,
+            extra={"stopped": state.stopped, "reference_sha256": setup.reference_hash,
                    "memory": asdict(memory)},
         )  # fmt: skip
 
@@ -233,12 +233,12 @@ def _kl_coefficient(ppo: PPO) -> KLCoefficient:
 
 
 def start(
-    ppo: PPO, actors: Actors, optimizer: AdamWSettings, schedule: Schedule, seed: int,
+    ppo: PPO, setup: Setup, optimizer: AdamWSettings, schedule: Schedule, seed: int,
     inputs: Mapping[str, str],
 ) -> TrainState:  # fmt: skip
     """The state before the first phase."""
     return TrainState.start(
-        actors.policy, optimizer, schedule, actors.train_prompts,
+        setup.policy, optimizer, schedule, setup.train_prompts,
         num_prompts=ppo.batch_size // ppo.samples_per_prompt, total_phases=ppo.total_phases,
         seed=seed, inputs=inputs,
     )  # fmt: skip
@@ -248,7 +248,7 @@ def train(ppo: PPO, context: Context, phases: "Phases", saver: Saver) -> None:
     """Runs phases until they are all done or a guard ends the run."""
     with saver.steps(), Progress(ppo.total_phases, unit="phase") as progress:
         keeper = Keeper(
-            context=context, actors=phases.actors, state=phases.state, scorer=phases.scorer,
+            context=context, setup=phases.setup, state=phases.state, scorer=phases.scorer,
             saver=saver, progress=progress, histograms=phases.histograms, clock=phases.clock,
             total_phases=ppo.total_phases, eval_every=ppo.eval_every,
             eval_samples=ppo.eval_samples, histograms_every=ppo.histograms_every,
@@ -263,23 +263,23 @@ class Phases:
     clock of the run and the lap of the phase, explanations of memory, rewards on a thread, skipped
     phases, histograms and guards."""
 
-    def __init__(self, ppo: PPO, actors: Actors, state: TrainState, clock: Stopwatch) -> None:
-        self.ppo, self.actors, self.state, self.clock = ppo, actors, state, clock
+    def __init__(self, ppo: PPO, setup: Setup, state: TrainState, clock: Stopwatch) -> None:
+        self.ppo, self.setup, self.state, self.clock = ppo, setup, state, clock
         self.lap = Stopwatch()
         self.histograms = HistogramCollector(ppo.batch_size)
         self.kl_coefficient = _kl_coefficient(ppo)
         # Worth a thread where reward and reference compute on different devices. Without a timeout
         # the reward runs on the main thread, so nothing overlaps.
-        overlaps = actors.policy.device.type == "cuda" and ppo.guards.reward_timeout_s is not None
+        overlaps = setup.policy.device.type == "cuda" and ppo.guards.reward_timeout_s is not None
         self.scorer = Scorer(
-            actors.score, ppo.guards, on_thread=overlaps or ppo.compute.async_reward,
-            penalty=missing_eos_penalty(actors.policy.tokenizer, ppo.missing_eos_penalty),
+            setup.score, ppo.guards, on_thread=overlaps or ppo.compute.async_reward,
+            penalty=missing_eos_penalty(setup.policy.tokenizer, ppo.missing_eos_penalty),
         )  # fmt: skip
         collect = partial(
             loop.collect_rollout, state, sample=self.sample, score=self.score, measure=self.measure
         )
         self.rollouts = Rollouts(
-            collect, actors.train_prompts,
+            collect, setup.train_prompts,
             ahead=ppo.compute.async_reward, total_phases=ppo.total_phases,
         )  # fmt: skip
         self._rows = ppo.compute.rollout_batch_size or ppo.batch_size
@@ -298,7 +298,7 @@ class Phases:
         """Step 1."""
         with self.lap("sample"), explaining_memory(f"phase {phase}: sampling", self._less):
             return sample(
-                self.actors.sampler, self.actors.policy,
+                self.setup.sampler, self.setup.policy,
                 prompts.repeated(self.ppo.samples_per_prompt), self.state.sample_generator,
                 phase=phase, rows=self._rows,
             )  # fmt: skip
@@ -320,8 +320,8 @@ class Phases:
         unscored = generation.logprobs.new_full(generation.logprobs.shape[:1], math.nan)
         with self.lap("measure"), explaining_memory(doing, self._less):
             return measure(
-                self.actors.policy, self.actors.reference, generation, unscored,
-                temperature=self.actors.sampler.temperature, rows=self._rows,
+                self.setup.policy, self.setup.reference, generation, unscored,
+                temperature=self.setup.sampler.temperature, rows=self._rows,
             )  # fmt: skip
 
     def collect(self, phase: int) -> Rollout:
@@ -343,7 +343,7 @@ class Phases:
     def learn(self, experience: Experience) -> list[dict[str, float]]:
         """Step 5; nothing is learned from a batch without scores."""
         guards, phase = self.ppo.guards, self.state.phase
-        less = self.ppo.compute.less_memory(self.actors, minibatch=self.ppo.minibatch_size)
+        less = self.ppo.compute.less_memory(self.setup, minibatch=self.ppo.minibatch_size)
         explaining = explaining_memory(f"phase {phase}: learning", less)
         with self.clock("learn"), self.lap("learn"), explaining:
             if guards.on_reward_error == "skip" and bool(experience.rollout.scores.isnan().any()):
@@ -358,9 +358,9 @@ class Phases:
         layout = Layout.of(experience.rollout.completions, whole=state.policy.is_compiled)
 
         def policy_pass(part: Minibatch) -> Pass:
-            return self.actors.policy.engine.learning_pass(
-                part.experience.rollout, self.actors.reference.head, part.layout,
-                temperature=self.actors.sampler.temperature,
+            return self.setup.policy.engine.learning_pass(
+                part.experience.rollout, self.setup.reference.head, part.layout,
+                temperature=self.setup.sampler.temperature,
             )  # fmt: skip
 
         return loop.update_policy(
@@ -385,7 +385,7 @@ class Phases:
         """The metrics of the phase; see `phase_metrics`."""
         with_values = experience.returns is not None
         return phase_metrics(
-            self.state, self.actors, self.ppo.guards, self.kl_coefficient, self.lap, experience,
+            self.state, self.setup, self.ppo.guards, self.kl_coefficient, self.lap, experience,
             updates, loss_metrics=self.ppo.objective.metric_names(with_values=with_values),
         )  # fmt: skip
 

@@ -18,7 +18,7 @@ from rlhf_exp.models.loading import ModelSettings, must_be_plain
 from rlhf_exp.models.probing import probed
 from rlhf_exp.models.reward_model import HeadKind, HeadShape, RewardModel, save_reward_model
 from rlhf_exp.models.transformer import CausalTransformer
-from rlhf_exp.rl.actors import fingerprints
+from rlhf_exp.rl.setup import fingerprints
 from rlhf_exp.runs.context import Context
 from rlhf_exp.runs.summary import describe
 from rlhf_exp.settings import ConfigError, Count, Index, NonNegative, settings

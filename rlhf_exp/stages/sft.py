@@ -16,7 +16,7 @@ from rlhf_exp.models.cache import context_len
 from rlhf_exp.models.loading import ModelSettings, must_be_plain
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.probing import packs, probed
-from rlhf_exp.rl.actors import fingerprints
+from rlhf_exp.rl.setup import fingerprints
 from rlhf_exp.runs.context import Context
 from rlhf_exp.runs.summary import describe
 from rlhf_exp.settings import ConfigError, Count, OpenFraction, Positive, settings

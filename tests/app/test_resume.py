@@ -16,7 +16,7 @@ from rlhf_exp.app.resume import (
     recorded_words,
     with_recorded_words,
 )
-from rlhf_exp.runs.lock import claimed
+from rlhf_exp.runs.lock import locked
 from rlhf_exp.settings import ConfigError
 
 CONFIG = {
@@ -61,7 +61,7 @@ def test_auto_is_the_newest_that_is_neither_done_nor_running(tmp_path):
     broken = run(tmp_path / "b" / "3", '{"sta', age=5)
     assert find_run("auto", tmp_path) == broken
     alive = run(tmp_path / "b" / "4", said("running"))
-    with claimed(alive):
+    with locked(alive):
         assert find_run("auto", tmp_path) == broken
     assert find_run("auto", tmp_path) == alive
     # Folders of artifacts, and jobs of sweeps, which are completed as sweeps are, are none.

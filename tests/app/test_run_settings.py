@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_exp.app.run_settings import GROUPS, read_own_keys
+from rlhf_exp.app.run_settings import GROUPS, read_run_settings
 from rlhf_exp.settings import ConfigError
 
 CONFIG = {
@@ -23,16 +23,16 @@ CONFIG = {
 
 
 def test_groups_are_left_to_others():
-    own = read_own_keys({**CONFIG, **dict.fromkeys(GROUPS, "anything")})
+    own = read_run_settings({**CONFIG, **dict.fromkeys(GROUPS, "anything")})
     assert (own.name, own.seed, own.allow_targets, own.dry_run) == ("run", 1, ("mine",), True)
-    assert own == read_own_keys(CONFIG)
+    assert own == read_run_settings(CONFIG)
 
 
 @pytest.mark.parametrize("key", sorted(CONFIG))
 def test_every_key_is_required(key):
     rest = {name: value for name, value in CONFIG.items() if name != key}
     with pytest.raises(ConfigError, match=rf"^{key}: is required$"):
-        read_own_keys(rest)
+        read_run_settings(rest)
 
 
 @pytest.mark.parametrize(
@@ -57,12 +57,12 @@ def test_every_key_is_required(key):
 )
 def test_a_bad_value_is_refused_by_its_key(key, value):
     with pytest.raises(ConfigError, match=rf"^{key}[.\w]*="):
-        read_own_keys({**CONFIG, key: value})
+        read_run_settings({**CONFIG, key: value})
 
 
 def test_everything_that_is_wrong_is_told_at_once():
     with pytest.raises(ConfigError) as caught:
-        read_own_keys({**CONFIG, "seed": -1, "name": "", "sead": 2})
+        read_run_settings({**CONFIG, "seed": -1, "name": "", "sead": 2})
     lines = str(caught.value).splitlines()
     assert [line.partition("=")[0].partition(":")[0] for line in lines] == ["name", "sead", "seed"]
     assert "sead: no such key" in lines

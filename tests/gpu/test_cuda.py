@@ -225,10 +225,10 @@ def test_a_phase_learns_what_the_textbook_does(task: str, kind: str, tmp_path: P
 
 def test_auto_is_bf16_and_compiled(tmp_path: Path) -> None:
     model = Scratch(d_model=32, num_heads=4, context_len=16)
-    actors, _ = start(PPO(), tmp_path, device=DEVICE, model=model)
-    PPO().prepare(actors)
-    assert actors.policy.low == torch.bfloat16
-    assert actors.policy.is_compiled
+    setup, _ = start(PPO(), tmp_path, device=DEVICE, model=model)
+    PPO().prepare(setup)
+    assert setup.policy.low == torch.bfloat16
+    assert setup.policy.is_compiled
 
 
 def test_a_compiled_phase_learns_the_same(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from rlhf_exp.models.loading import Pretrained, load_language_model, load_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.probing import find_fast_paths, packs, probed
 from rlhf_exp.models.transformer import FastPaths
-from rlhf_exp.rl.actors import fitting_prompts, load_sampled_policy
+from rlhf_exp.rl.setup import fitting_prompts, load_sampled_policy
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rlhf_exp.functional.losses import clipped_surrogate, value_loss
 from rlhf_exp.functional.masking import masked_mean
 from rlhf_exp.models.lora import adapter_off, has_adapter
-from rlhf_exp.rl.actors import Actors
+from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.stages.ppo import PPO
@@ -32,29 +32,29 @@ def perturb(model: nn.Module, *, scale: float, seed: int, trained: bool = True) 
 
 
 def fixed_completions(
-    actors: Actors, *, lengths: Sequence[int] = LENGTHS, width: int = 7
+    setup: Setup, *, lengths: Sequence[int] = LENGTHS, width: int = 7
 ) -> Completions:
     """Random words of these lengths after the training prompts in turn."""
-    batch, device = len(lengths), actors.policy.device
-    rows = torch.arange(batch, device=device) % len(actors.train_prompts.rows)
+    batch, device = len(lengths), setup.policy.device
+    rows = torch.arange(batch, device=device) % len(setup.train_prompts.rows)
     mask = torch.arange(width) < torch.tensor(lengths)[:, None]
     generator = torch.Generator().manual_seed(0)
-    vocab = actors.policy.head.weight.shape[0]
+    vocab = setup.policy.head.weight.shape[0]
     tokens = torch.randint(4, vocab, (batch, width), generator=generator) * mask
     return Completions(
-        prompts=take(actors.train_prompts, rows),
+        prompts=take(setup.train_prompts, rows),
         tokens=tokens.to(device),
         mask=mask.to(device),
         texts=("",) * batch,
     )
 
 
-def fixed_experience(ppo: PPO, actors: Actors, completions: Completions) -> Experience:
+def fixed_experience(ppo: PPO, setup: Setup, completions: Completions) -> Experience:
     """What a policy near the present one would have measured of the completions."""
-    old = copy.deepcopy(actors.policy)
+    old = copy.deepcopy(setup.policy)
     perturb(old, scale=0.02, seed=5)
     mask, start = completions.mask, completions.prompt_len
-    temperature = actors.sampler.temperature
+    temperature = setup.sampler.temperature
     with torch.no_grad():
         hidden = old.hidden_states(*completions.sequences)[:, start - 1 : -1]
         logprobs = (old.unembed(hidden) / temperature).log_softmax(dim=-1)
@@ -66,38 +66,38 @@ def fixed_experience(ppo: PPO, actors: Actors, completions: Completions) -> Expe
             kept_mass=mask.float(),
         )
     scores = torch.arange(len(mask), device=mask.device) % 3.0
-    rollout = measure(old, actors.reference, generation, scores, temperature=temperature)
+    rollout = measure(old, setup.reference, generation, scores, temperature=temperature)
     return experience_of(ppo, rollout)
 
 
-def off_the_reference(actors: Actors, *, scale: float) -> None:
+def off_the_reference(setup: Setup, *, scale: float) -> None:
     """Makes the reference's weights so large that an error shows, and the policy's others. What
     both share stays shared."""
-    perturb(actors.policy.language_model, scale=scale, seed=1, trained=False)
-    reference = actors.reference
+    perturb(setup.policy.language_model, scale=scale, seed=1, trained=False)
+    reference = setup.reference
     if isinstance(reference, nn.Module):
         theirs = dict(reference.named_parameters())
         with torch.no_grad():
-            for name, parameter in actors.policy.named_parameters():
+            for name, parameter in setup.policy.named_parameters():
                 if name in theirs:
                     theirs[name].copy_(parameter)
-    perturb(actors.policy, scale=0.05, seed=2)
+    perturb(setup.policy, scale=0.05, seed=2)
 
 
-def reference_states(actors: Actors, completions: Completions) -> Tensor:
+def reference_states(setup: Setup, completions: Completions) -> Tensor:
     """The reference's hidden states by a plain pass over whole sequences."""
     start = completions.prompt_len
     with torch.no_grad():
-        if has_adapter(actors.policy.language_model):
-            with adapter_off(actors.policy.language_model):
-                hidden = actors.policy.hidden_states(*completions.sequences)
+        if has_adapter(setup.policy.language_model):
+            with adapter_off(setup.policy.language_model):
+                hidden = setup.policy.hidden_states(*completions.sequences)
         else:
-            hidden = actors.reference.hidden_states(*completions.sequences)
+            hidden = setup.reference.hidden_states(*completions.sequences)
     return hidden[:, start - 1 : -1]
 
 
 def textbook_phase(
-    ppo: PPO, actors: Actors, state: TrainState, experience: Experience
+    ppo: PPO, setup: Setup, state: TrainState, experience: Experience
 ) -> list[Mapping[str, Tensor]]:
     """The steps of one phase, by the textbook pass and an AdamW that is not fused."""
     adamw = torch.optim.AdamW(
@@ -106,7 +106,7 @@ def textbook_phase(
         eps=state.optimizer.defaults["eps"],
         foreach=False,
     )
-    trained = [p for p in actors.policy.parameters() if p.requires_grad]
+    trained = [p for p in setup.policy.parameters() if p.requires_grad]
     seen = []
     for _ in range(ppo.batches_per_learning_phase):
         order = torch.randperm(ppo.batch_size, generator=state.minibatch_generator)
@@ -114,10 +114,10 @@ def textbook_phase(
             batch = experience[index]
             mask, old = batch.rollout.completions.mask, batch.rollout.logprobs
             new = textbook_pass(
-                actors.policy,
-                actors.reference,
+                setup.policy,
+                setup.reference,
                 batch.rollout,
-                temperature=actors.sampler.temperature,
+                temperature=setup.sampler.temperature,
             )
             surrogate = clipped_surrogate(
                 new.logprobs, old, batch.advantages, mask, clip_coef=ppo.clip_coef

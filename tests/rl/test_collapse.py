@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from rlhf_exp.rl.collapse import Watch
+from rlhf_exp.rl.collapse import CollapseMonitor
 from rlhf_exp.types import Completions, PromptBatch, Rollout
 
 WELL = {
@@ -44,7 +44,7 @@ def rollout(scores: tuple[float, ...] = SCORES, lengths: tuple[int, ...] = LENGT
 
 
 def look(
-    watch: Watch,
+    monitor: CollapseMonitor,
     phase: int,
     given: Rollout | None = None,
     ended: tuple[bool, ...] | None = (True, False, True),
@@ -53,7 +53,7 @@ def look(
 ) -> set[str]:
     """The warnings that are up."""
     seen: Mapping[str, float] = {**WELL, **{k.replace("__", "/"): v for k, v in metrics.items()}}
-    found = watch.look(
+    found = monitor.update(
         phase, seen, given or rollout(), gen_len=gen_len,
         ended=None if ended is None else torch.tensor(ended),
     )  # fmt: skip
@@ -62,12 +62,12 @@ def look(
     return {name for name, value in found.items() if value}
 
 
-def settled() -> Watch:
+def settled() -> CollapseMonitor:
     """One that has seen ten healthy phases."""
-    watch = Watch()
+    monitor = CollapseMonitor()
     for phase in range(1, 11):
-        assert look(watch, phase) == set()
-    return watch
+        assert look(monitor, phase) == set()
+    return monitor
 
 
 @pytest.mark.parametrize(
@@ -83,13 +83,13 @@ def settled() -> Watch:
     ],
 )
 def test_each_sign_is_told_once_until_it_is_gone(given, name, caplog):
-    watch = settled()
+    monitor = settled()
     for phase in (11, 12):
-        assert look(watch, phase, **given) == {name}
+        assert look(monitor, phase, **given) == {name}
     told = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert [r.message.partition(": ")[0] for r in told] == [f"phase 11, {name}"]
-    assert look(watch, 13) == set()
-    assert look(watch, 14, **given) == {name}
+    assert look(monitor, 13) == set()
+    assert look(monitor, 14, **given) == {name}
     assert len(caplog.records) == 2
 
 
@@ -114,27 +114,27 @@ def test_what_is_short_of_it_is_no_sign(given):
 
 
 def test_what_was_so_from_the_first_is_no_sign():
-    watch = Watch()
+    monitor = CollapseMonitor()
     low = {"sample__distinct_3": 0.3, "objective__entropy": 0.05, "val__explained_variance": -5.0}
     for phase in range(1, 9):
-        assert look(watch, phase, **low) == set()
-    assert look(watch, 9, **low) == {"warn/bad_values"}
+        assert look(monitor, phase, **low) == set()
+    assert look(monitor, 9, **low) == {"warn/bad_values"}
 
 
 def test_it_is_the_mean_of_the_first_five_phases_that_counts():
-    watch = Watch()
+    monitor = CollapseMonitor()
     for phase, distinct in enumerate((0.9, 0.8, 0.7, 0.6, 0.5, 0.1, 0.1, 0.1), 1):
-        found = look(watch, phase, sample__distinct_3=distinct)
+        found = look(monitor, phase, sample__distinct_3=distinct)
         assert found == ({"warn/repeats"} if phase > 5 else set())
-    assert look(watch, 9, sample__distinct_3=0.36) == set()
-    assert look(watch, 10, sample__distinct_3=0.34) == {"warn/repeats"}
+    assert look(monitor, 9, sample__distinct_3=0.36) == set()
+    assert look(monitor, 10, sample__distinct_3=0.34) == {"warn/repeats"}
 
 
 def test_a_watch_goes_on_from_what_is_saved_of_it(caplog):
-    watch = settled()
-    look(watch, 11, objective__kl=2.0)
+    monitor = settled()
+    look(monitor, 11, objective__kl=2.0)
     caplog.clear()
-    again = Watch(**asdict(watch))
+    again = CollapseMonitor(**asdict(monitor))
     assert look(again, 12, objective__kl=2.0) == {"warn/high_kl"}
     assert caplog.records == []
     assert look(again, 13, sample__distinct_3=0.3) == {"warn/repeats"}

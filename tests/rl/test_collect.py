@@ -14,8 +14,8 @@ from torch import Tensor
 from rlhf_exp.functional.logprobs import completion_logits, token_logprobs
 from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
-from rlhf_exp.rl.actors import Actors
 from rlhf_exp.rl.collect import Scorer
+from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.runs.checkpoint import read_newest_checkpoint
@@ -80,7 +80,7 @@ class Noting:
         return score
 
 
-def started(path: Path, ppo: PPO, **replaced: object) -> tuple[Actors, TrainState]:
+def started(path: Path, ppo: PPO, **replaced: object) -> tuple[Setup, TrainState]:
     given = {"task": RAGGED, "sampler": SAMPLER, "reward": Failing(), "optimizer": OPTIMIZER}
     return start(ppo, path, **{**given, **replaced})
 
@@ -89,12 +89,12 @@ def phases(
     path: Path, ppo: PPO, another: list[bool], **replaced: object
 ) -> tuple[list[dict[str, float]], TrainState]:
     """The metrics of phases, times left out."""
-    actors, state = started(path, ppo, **replaced)
-    run = Phases(ppo, actors, state, Stopwatch())
+    setup, state = started(path, ppo, **replaced)
+    run = Phases(ppo, setup, state, Stopwatch())
     metrics = []
     for more in another:
         run.rollouts.total_phases = state.phase + 1 + more
-        metrics.append(phase(ppo, actors, state, run))
+        metrics.append(phase(ppo, setup, state, run))
     return [{k: v for k, v in m.items() if not k.startswith("time/")} for m in metrics], state
 
 
@@ -168,11 +168,11 @@ class Waiting:
 
 def test_the_next_batch_is_sampled_while_the_reward_works(tmp_path: Path) -> None:
     CLOCK.passes = 0
-    actors, state = started(tmp_path, AHEAD, reward=Waiting())
-    actors.policy.language_model.base_model.register_forward_pre_hook(
+    setup, state = started(tmp_path, AHEAD, reward=Waiting())
+    setup.policy.language_model.base_model.register_forward_pre_hook(
         lambda module, args: setattr(CLOCK, "passes", CLOCK.passes + 1)
     )
-    assert phase(AHEAD, actors, state)["objective/scores"] == 1
+    assert phase(AHEAD, setup, state)["objective/scores"] == 1
 
 
 def collected(run: Phases, *, another: bool) -> Rollout:
@@ -189,19 +189,19 @@ def logprobs_of(policy: Any, rollout: Rollout) -> Tensor:
 
 
 def test_a_batch_ahead_is_the_earlier_policys_and_keeps_its_scores(tmp_path: Path) -> None:
-    actors, state = started(tmp_path, AHEAD)
-    run = Phases(AHEAD, actors, state, Stopwatch())
-    first = copy.deepcopy(actors.policy)
+    setup, state = started(tmp_path, AHEAD)
+    run = Phases(AHEAD, setup, state, Stopwatch())
+    first = copy.deepcopy(setup.policy)
     rollouts, since = [], []
     for more in (True, False, False):
         rollout = collected(run, another=more)
-        expected = actors.score(rollout.completions)
+        expected = setup.score(rollout.completions)
         assert torch.equal(rollout.scores, expected)
         assert len(set(expected.tolist())) > 1
         rollouts.append(rollout)
-        since.append(copy.deepcopy(actors.policy))
+        since.append(copy.deepcopy(setup.policy))
         experience = experience_of(AHEAD, rollout)
-        list(learn(AHEAD, actors, state, experience))
+        list(learn(AHEAD, setup, state, experience))
     # The second batch comes from before the first update, the third is fresh again.
     for rollout, policy in zip(rollouts, (first, first, since[2]), strict=True):
         torch.testing.assert_close(logprobs_of(policy, rollout), rollout.logprobs)
@@ -231,10 +231,10 @@ def test_the_penalty_of_a_missing_end_is_charged_on_the_thread(tmp_path: Path) -
 def test_scores_beside_the_reference_change_nothing(tmp_path: Path) -> None:
     seen = []
     for name, overlap in (("plain", False), ("overlap", True)):
-        actors, state = started(tmp_path, SYNC, reward=Noting(name=name))
-        run = Phases(SYNC, actors, state, Stopwatch())
+        setup, state = started(tmp_path, SYNC, reward=Noting(name=name))
+        run = Phases(SYNC, setup, state, Stopwatch())
         if overlap:
-            run.scorer = Scorer(actors.score, SYNC.guards, on_thread=True, penalty=None)
+            run.scorer = Scorer(setup.score, SYNC.guards, on_thread=True, penalty=None)
         seen.append([collected(run, another=True) for _ in range(2)])
     assert "MainThread" not in SEEN["overlap"].threads
     assert SEEN["overlap"].texts == SEEN["plain"].texts

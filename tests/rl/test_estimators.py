@@ -25,8 +25,8 @@ LOO = {"estimator": LeaveOneOut(), "samples_per_prompt": 4}
 
 def test_samples_of_a_prompt_are_a_group(tmp_path: Path) -> None:
     ppo = ppo_with(batch_size=12, **LOO)
-    actors, state = start(ppo, tmp_path, task=RAGGED)
-    rollout = collect(ppo, actors, state).rollout
+    setup, state = start(ppo, tmp_path, task=RAGGED)
+    rollout = collect(ppo, setup, state).rollout
     assert rollout.groups.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     prompts = rollout.completions.prompts.texts
     assert [prompts[i] for i in (0, 4, 8)] == list(prompts[::4])
@@ -40,8 +40,8 @@ def test_samples_of_a_prompt_are_a_group(tmp_path: Path) -> None:
 
 def test_without_samples_per_prompt_each_row_is_its_own_group(tmp_path: Path) -> None:
     ppo = ppo_with(batch_size=8)
-    actors, state = start(ppo, tmp_path, task=RAGGED)
-    assert collect(ppo, actors, state).rollout.groups.tolist() == list(range(8))
+    setup, state = start(ppo, tmp_path, task=RAGGED)
+    assert collect(ppo, setup, state).rollout.groups.tolist() == list(range(8))
 
 
 @pytest.mark.parametrize("kl_penalty", ["loss", "reward"])
@@ -50,9 +50,9 @@ def test_leave_one_out_gives_each_token_its_completions_advantage(
 ) -> None:
     ppo = ppo_with(batch_size=12, kl_penalty=kl_penalty, normalize_reward=False, **LOO)
     sampler = CachedSampler(gen_len=5, stop_at_eos=True, temperature=2.0)
-    actors, state = start(ppo, tmp_path, task=RAGGED, sampler=sampler)
-    phase(ppo, actors, state)  # away from the reference
-    experience = collect(ppo, actors, state)
+    setup, state = start(ppo, tmp_path, task=RAGGED, sampler=sampler)
+    phase(ppo, setup, state)  # away from the reference
+    experience = collect(ppo, setup, state)
     rollout, mask = experience.rollout, experience.rollout.completions.mask
     assert not mask.all()
     charge = 0.2 * (rollout.logprobs - rollout.ref_logprobs).sum(dim=1)
@@ -70,9 +70,9 @@ def test_without_values_there_is_no_head_anywhere(tmp_path: Path) -> None:
     ppo = ppo_with(
         total_phases=2, batch_size=8, num_minibatches=2, eval_samples=4, checkpoint_every=1, **LOO
     )
-    actors, state = start(ppo, tmp_path / "other", task=RAGGED)
-    assert actors.policy.value_head is None
-    assert not any("value_head" in name for name in actors.policy.state_dict())
+    setup, state = start(ppo, tmp_path / "other", task=RAGGED)
+    assert setup.policy.value_head is None
+    assert not any("value_head" in name for name in setup.policy.state_dict())
     assert not any("value_head" in name for name in state.state_dict()["policy"])
     assert [group["name"] for group in state.optimizer.param_groups] == ["base", "base"]
 

@@ -16,25 +16,25 @@ from rlhf_exp.rl.evaluation import Evaluation, evaluate, read_evaluations
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.runs.folder import RunFolder
-from rlhf_exp.stages.ppo import PPO, Actors
+from rlhf_exp.stages.ppo import PPO, Setup
 
 from ..builders import assert_near
 from .toy import RAGGED, Echoed, EchoTask, echo_policy, parts, pass_shape, start
 
 
-def run(actors: Actors, *, num_samples: int = 6, seed: int = 1) -> Evaluation:
-    reward = PatientReward(actors.score)
-    return evaluate(actors, reward, num_samples=num_samples, seed=seed, phase=0)
+def run(setup: Setup, *, num_samples: int = 6, seed: int = 1) -> Evaluation:
+    reward = PatientReward(setup.score)
+    return evaluate(setup, reward, num_samples=num_samples, seed=seed, phase=0)
 
 
 def test_metrics_by_hand(tmp_path: Path) -> None:
     sampler = CachedSampler(gen_len=5, stop_at_eos=True)
-    actors, _ = start(PPO(), tmp_path, task=RAGGED, sampler=sampler)
+    setup, _ = start(PPO(), tmp_path, task=RAGGED, sampler=sampler)
     with torch.no_grad():
-        for p in actors.policy.parameters():
+        for p in setup.policy.parameters():
             p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-    result = run(actors, num_samples=400)
-    tokenizer = actors.policy.tokenizer
+    result = run(setup, num_samples=400)
+    tokenizer = setup.policy.tokenizer
     kls: list[float] = []
     entropies: list[float] = []
     for sample in result.samples:
@@ -45,10 +45,10 @@ def test_metrics_by_hand(tmp_path: Path) -> None:
             continue
         ids = torch.tensor([prompt + words])
         with torch.no_grad():
-            p = actors.policy(ids)[0][0].double().log_softmax(-1)
+            p = setup.policy(ids)[0][0].double().log_softmax(-1)
             q = (
-                actors.reference.unembed(
-                    actors.reference.hidden_states(ids, torch.ones_like(ids, dtype=torch.bool))
+                setup.reference.unembed(
+                    setup.reference.hidden_states(ids, torch.ones_like(ids, dtype=torch.bool))
                 )[0]
                 .double()
                 .log_softmax(-1)
@@ -78,17 +78,17 @@ def test_metrics_by_hand(tmp_path: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_samples_whatever_was_sampled_before(tmp_path: Path) -> None:
-    actors, state = start(PPO(), tmp_path, task=RAGGED)
-    first = run(actors)
-    actors.sampler(actors.policy, actors.train_prompts, state.sample_generator)
+    setup, state = start(PPO(), tmp_path, task=RAGGED)
+    first = run(setup)
+    setup.sampler(setup.policy, setup.train_prompts, state.sample_generator)
     torch.rand(3)
-    assert run(actors).samples == first.samples
-    assert run(actors, seed=2).samples != first.samples
+    assert run(setup).samples == first.samples
+    assert run(setup, seed=2).samples != first.samples
 
 
 def test_prompts_are_repeated_evenly(tmp_path: Path) -> None:
-    actors, _ = start(PPO(), tmp_path, task=RAGGED)
-    prompts = [s["prompt"] for s in run(actors, num_samples=10).samples]
+    setup, _ = start(PPO(), tmp_path, task=RAGGED)
+    prompts = [s["prompt"] for s in run(setup, num_samples=10).samples]
     counts = sorted(prompts.count(p) for p in RAGGED.prompts)
     assert counts == [2, 2, 3, 3]
 
@@ -102,8 +102,8 @@ def test_filters_and_temperature_of_the_sampler_are_left_out(tmp_path: Path) -> 
 
 
 def test_an_untouched_policy_has_no_kl(tmp_path: Path) -> None:
-    actors, _ = start(PPO(), tmp_path)
-    assert abs(run(actors).metrics["eval/kl"]) < 1e-6
+    setup, _ = start(PPO(), tmp_path)
+    assert abs(run(setup).metrics["eval/kl"]) < 1e-6
 
 
 def test_the_first_and_the_last_evaluation_are_read_back(tmp_path: Path) -> None:
@@ -124,15 +124,15 @@ def test_the_first_and_the_last_evaluation_are_read_back(tmp_path: Path) -> None
 def test_so_many_prompts_are_sampled_at_once(
     tmp_path: Path, rows: int | None, sizes: list[int]
 ) -> None:
-    actors, _ = start(PPO(), tmp_path, task=RAGGED)
-    prompts = actors.train_prompts[torch.tensor([0, 1, 2, 3, 1, 2, 0, 3])]
-    whole = actors.sampler.greedy(actors.policy, prompts, torch.Generator())
+    setup, _ = start(PPO(), tmp_path, task=RAGGED)
+    prompts = setup.train_prompts[torch.tensor([0, 1, 2, 3, 1, 2, 0, 3])]
+    whole = setup.sampler.greedy(setup.policy, prompts, torch.Generator())
     seen: list[tuple[int, int]] = []
-    hook = actors.policy.language_model.base_model.register_forward_pre_hook(
+    hook = setup.policy.language_model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(pass_shape(kwargs)), with_kwargs=True
     )
     parts = evaluation.sample(
-        actors.sampler.greedy, actors.policy, prompts, torch.Generator(), phase=1, rows=rows
+        setup.sampler.greedy, setup.policy, prompts, torch.Generator(), phase=1, rows=rows
     )
     hook.remove()
     assert [batch for batch, columns in seen if columns > 1] == sizes
@@ -144,30 +144,30 @@ def test_so_many_prompts_are_sampled_at_once(
 
 
 def test_parts_of_a_batch_are_drawn_one_after_the_other(tmp_path: Path) -> None:
-    actors, _ = start(PPO(), tmp_path)
-    prompts = actors.train_prompts[torch.zeros(8, dtype=torch.long)]
+    setup, _ = start(PPO(), tmp_path)
+    prompts = setup.train_prompts[torch.zeros(8, dtype=torch.long)]
     generator = torch.Generator().manual_seed(0)
-    drawn = evaluation.sample(actors.sampler, actors.policy, prompts, generator, phase=1, rows=4)
+    drawn = evaluation.sample(setup.sampler, setup.policy, prompts, generator, phase=1, rows=4)
     tokens = drawn.completions.tokens
     assert not torch.equal(tokens[:4], tokens[4:])
 
 
-def echo_actors(path: Path, *, reward: object, sampler: Sampler) -> Actors:
-    """Actors of EchoTask whose policy gives some answers right."""
-    actors, _ = start(PPO(), path, task=EchoTask(), reward=reward, sampler=sampler)
+def echo_actors(path: Path, *, reward: object, sampler: Sampler) -> Setup:
+    """Setup of EchoTask whose policy gives some answers right."""
+    setup, _ = start(PPO(), path, task=EchoTask(), reward=reward, sampler=sampler)
     policy = copy.deepcopy(echo_policy())
     with torch.no_grad():  # else there would be no KL
         for parameter in policy.parameters():
             parameter.mul_(1.05)
-    return replace(actors, policy=policy, reference=echo_policy().frozen_reference())
+    return replace(setup, policy=policy, reference=echo_policy().frozen_reference())
 
 
 @pytest.mark.parametrize("stop_at_eos", [True, False])
 def test_answers_are_measured_beside_the_score(tmp_path: Path, stop_at_eos: bool) -> None:
     sampler = CachedSampler(gen_len=3, stop_at_eos=stop_at_eos, temperature=0.4)
     reward = Length(target_tokens=2)
-    actors = echo_actors(tmp_path, reward=reward, sampler=sampler)
-    result = run(actors, num_samples=200)
+    setup = echo_actors(tmp_path, reward=reward, sampler=sampler)
+    result = run(setup, num_samples=200)
     metrics, task = result.metrics, EchoTask()
     assert {*metrics} == {*PPO().metric_names(parts(task=task))}
     true = [task.true_reward(s["prompt"], s["completion"]) for s in result.samples]
@@ -191,21 +191,21 @@ def test_answers_are_measured_beside_the_score(tmp_path: Path, stop_at_eos: bool
 
 def test_each_prompt_is_answered_greedily_once(tmp_path: Path) -> None:
     sampler = CachedSampler(gen_len=3, stop_at_eos=True, top_k=7)
-    actors = echo_actors(tmp_path, reward=Echoed(), sampler=sampler)
+    setup = echo_actors(tmp_path, reward=Echoed(), sampler=sampler)
     everything = exact_match(
-        actors.policy, EchoTask(), actors.eval_prompts, sampler.greedy, torch.Generator()
+        setup.policy, EchoTask(), setup.eval_prompts, sampler.greedy, torch.Generator()
     )
     assert 0 < everything < 1
     for num_samples in (24, 100):
-        metrics = run(actors, num_samples=num_samples).metrics
+        metrics = run(setup, num_samples=num_samples).metrics
         assert metrics["eval/greedy_exact_match"] == pytest.approx(everything)
-    some = run(actors, num_samples=6)
+    some = run(setup, num_samples=6)
     prompts = [s["prompt"] for s in some.samples]
-    chosen = [actors.eval_prompts.texts.index(prompt) for prompt in prompts]
+    chosen = [setup.eval_prompts.texts.index(prompt) for prompt in prompts]
     greedily = exact_match(
-        actors.policy,
+        setup.policy,
         EchoTask(),
-        actors.eval_prompts[torch.tensor(chosen)],
+        setup.eval_prompts[torch.tensor(chosen)],
         sampler.greedy,
         torch.Generator(),
     )
@@ -214,17 +214,17 @@ def test_each_prompt_is_answered_greedily_once(tmp_path: Path) -> None:
 
 def test_the_true_reward_as_reward_leaves_no_gap(tmp_path: Path) -> None:
     sampler = CachedSampler(gen_len=3, stop_at_eos=True)
-    actors = echo_actors(tmp_path, reward=Echoed(), sampler=sampler)
-    result = run(actors, num_samples=30)
+    setup = echo_actors(tmp_path, reward=Echoed(), sampler=sampler)
+    result = run(setup, num_samples=30)
     assert result.metrics["eval/reward_gap"] == pytest.approx(0, abs=1e-6)
     assert [s["score"] for s in result.samples] == [s["true_reward"] for s in result.samples]
 
 
 def test_answers_change_no_sample_and_no_other_metric(tmp_path: Path) -> None:
     sampler = CachedSampler(gen_len=3, stop_at_eos=True)
-    actors = echo_actors(tmp_path, reward=Echoed(), sampler=sampler)
-    plain = run(replace(actors, answers=None))
-    judged = run(actors)
+    setup = echo_actors(tmp_path, reward=Echoed(), sampler=sampler)
+    plain = run(replace(setup, answers=None))
+    judged = run(setup)
     assert plain.metrics == {name: judged.metrics[name] for name in plain.metrics}
     assert set(judged.metrics) - set(plain.metrics) == {
         "eval/true_reward", "eval/reward_gap", "eval/exact_match", "eval/greedy_exact_match",
@@ -235,11 +235,11 @@ def test_answers_change_no_sample_and_no_other_metric(tmp_path: Path) -> None:
 
 
 def test_what_comes_after_eos_costs_nothing(tmp_path: Path) -> None:
-    actors = echo_actors(
+    setup = echo_actors(
         tmp_path, reward=Echoed(), sampler=CachedSampler(gen_len=9, stop_at_eos=True)
     )
-    result = run(actors, num_samples=80)
-    tokenizer = actors.policy.tokenizer
+    result = run(setup, num_samples=80)
+    tokenizer = setup.policy.tokenizer
     # Only of an exact answer all tokens are known: its words, then EOS.
     exact = [sample for sample in result.samples if sample["exact"]]
     assert len(exact) > 20
@@ -249,7 +249,7 @@ def test_what_comes_after_eos_costs_nothing(tmp_path: Path) -> None:
         ids = torch.tensor([[*prompt, *words, 2]])
         with torch.no_grad():
             p, q = (m.language_model(input_ids=ids).logits[0].double().log_softmax(-1)
-                    for m in (actors.policy, actors.reference))  # fmt: skip
+                    for m in (setup.policy, setup.reference))  # fmt: skip
         kl = (p.exp() * (p - q)).sum(dim=-1)[len(prompt) - 1 : -1].sum().item()
         assert sample["kl_sum"] == pytest.approx(kl, abs=1e-5)
     assert max(sample["kl_sum"] for sample in exact) > 1e-3

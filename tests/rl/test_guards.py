@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rlhf_exp.models.finetune import Full, LastLayers, Lora
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rewards.protocol import RewardFunction
-from rlhf_exp.rl.actors import check_frozen, frozen_hash
+from rlhf_exp.rl.setup import check_frozen, frozen_hash
 from rlhf_exp.runs.checkpoint import read_newest_checkpoint
 from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.settings import ConfigError, settings
@@ -55,10 +55,10 @@ def allocate_when(learning: bool, policy: TransformerWithValueHead) -> None:
 def test_memory_that_runs_out_is_told_with_the_knob(
     tmp_path: Path, learning: bool, first: str, knobs: str
 ) -> None:
-    actors, state = start(SMALL, tmp_path)
-    allocate_when(learning, actors.policy)
+    setup, state = start(SMALL, tmp_path)
+    allocate_when(learning, setup.policy)
     with pytest.raises(TrainingError) as raised:
-        phase(SMALL, actors, state)
+        phase(SMALL, setup, state)
     said = str(raised.value).splitlines()
     assert said[0] == first
     assert "can't allocate memory" in said[1]
@@ -68,8 +68,8 @@ def test_memory_that_runs_out_is_told_with_the_knob(
 
 def test_knobs_that_are_turned_already_are_not_named(tmp_path: Path) -> None:
     def knobs(ppo: PPO, kind: str) -> str:
-        actors, _ = start(ppo, tmp_path, finetune=KINDS[kind])
-        return " ".join(ppo.compute.less_memory(actors, minibatch=ppo.minibatch_size))
+        setup, _ = start(ppo, tmp_path, finetune=KINDS[kind])
+        return " ".join(ppo.compute.less_memory(setup, minibatch=ppo.minibatch_size))
 
     plain = knobs(SMALL, "full")
     for word in ("micro_batch_size", "gradient_checkpointing", "finetune=lora", "gen_len"):
@@ -153,8 +153,8 @@ def test_a_run_names_its_reference_and_a_resumed_one_has_the_same(
 
 
 def test_a_run_does_not_go_on_with_another_reference(tmp_path: Path) -> None:
-    actors, state = start(SMALL, tmp_path, task=RAGGED)
-    state.inputs = {"finetune": actors.reference_hash}
+    setup, state = start(SMALL, tmp_path, task=RAGGED)
+    state.inputs = {"finetune": setup.reference_hash}
     saved = state.state_dict()
     _, other = start(SMALL, tmp_path, task=RAGGED)
     other.inputs = {"finetune": "of others"}
@@ -186,8 +186,8 @@ def test_a_reference_that_has_changed_ends_the_run_before_it_is_saved(tmp_path: 
 @pytest.mark.parametrize("kind", KINDS)
 def test_learning_leaves_every_reference_alone(tmp_path: Path, kind: str) -> None:
     ppo = ppo_with(batch_size=8, dtype="bf16")
-    actors, state = start(ppo, tmp_path, finetune=KINDS[kind])
-    ppo.compute.prepare(actors)
-    before = frozen_hash(actors)
-    phase(ppo, actors, state)
-    check_frozen(actors, before)
+    setup, state = start(ppo, tmp_path, finetune=KINDS[kind])
+    ppo.compute.prepare(setup)
+    before = frozen_hash(setup)
+    phase(ppo, setup, state)
+    check_frozen(setup, before)

@@ -33,17 +33,17 @@ def test_the_last_pass_is_seen_whole_and_once(tmp_path: Path, micro_batch_size: 
         batch_size=8, num_minibatches=2, batches_per_learning_phase=3, dtype="fp32",
         micro_batch_size=micro_batch_size,
     )  # fmt: skip
-    actors, state = start(ppo, tmp_path, task=RAGGED, optimizer=STILL)
-    experience = fixed_experience(ppo, actors, fixed_completions(actors))
+    setup, state = start(ppo, tmp_path, task=RAGGED, optimizer=STILL)
+    experience = fixed_experience(ppo, setup, fixed_completions(setup))
     seen, real = watching(), experience.rollout.completions.mask
-    list(learn(ppo, actors, state, experience, seen))
+    list(learn(ppo, setup, state, experience, seen))
     found = seen.histograms()
     assert found.keys() == {"advantages", "ratio", "token_kl"}
     assert found["advantages"] == histogram(experience.advantages[real])
     assert found["token_kl"] == histogram(experience.rollout.kl[real])
 
     # The policy stands still, so that its ratios are the same at every update.
-    new = textbook_pass(actors.policy, actors.reference, experience.rollout, temperature=1.0)
+    new = textbook_pass(setup.policy, setup.reference, experience.rollout, temperature=1.0)
     ratios = (new.logprobs - experience.rollout.logprobs)[real].exp().tolist()
     ratio = found["ratio"]
     assert sum(ratio.counts) == sum(LENGTHS)
@@ -58,10 +58,10 @@ def test_ratios_are_those_of_the_last_pass(tmp_path: Path) -> None:
     found = {}
     for passes in (1, 2):
         ppo = ppo_with(SMALL, num_minibatches=1, batches_per_learning_phase=passes)
-        actors, state = start(ppo, tmp_path)
+        setup, state = start(ppo, tmp_path)
         seen = watching()
-        experience = collect(ppo, actors, state)
-        list(learn(ppo, actors, state, experience, seen))
+        experience = collect(ppo, setup, state)
+        list(learn(ppo, setup, state, experience, seen))
         found[passes] = seen.histograms()["ratio"]
     assert (found[1].edges[0], found[1].edges[-1]) == pytest.approx((1, 1), abs=1e-4)
     assert found[2].edges[-1] - found[2].edges[0] > 1e-3
@@ -70,10 +70,10 @@ def test_ratios_are_those_of_the_last_pass(tmp_path: Path) -> None:
 def test_learning_is_the_same_bit_by_bit_whether_it_is_seen_or_not(tmp_path: Path) -> None:
     weights = []
     for seen in (None, watching()):
-        actors, state = start(SMALL, tmp_path, task=RAGGED)
-        experience = collect(SMALL, actors, state)
-        list(learn(SMALL, actors, state, experience, seen))
-        weights.append([p.detach() for p in actors.policy.parameters()])
+        setup, state = start(SMALL, tmp_path, task=RAGGED)
+        experience = collect(SMALL, setup, state)
+        list(learn(SMALL, setup, state, experience, seen))
+        weights.append([p.detach() for p in setup.policy.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 

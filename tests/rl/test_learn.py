@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rlhf_exp.rewards.protocol import RewardFunction
-from rlhf_exp.rl.actors import Actors
 from rlhf_exp.rl.guards import sum_up
 from rlhf_exp.rl.histograms import HistogramCollector
+from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.runs.checkpoint import read_newest_checkpoint
@@ -65,14 +65,14 @@ class OneOfFour:
         return score
 
 
-def spoil(actors: Actors, value: float, *steps: int) -> None:
+def spoil(setup: Setup, value: float, *steps: int) -> None:
     """Has the gradient of those backward passes, counted from 1, hold the value."""
     calls = iter(range(1, 1000))
 
     def put(gradient: Tensor) -> Tensor | None:
         return torch.full_like(gradient, value) if next(calls) in steps else None
 
-    actors.policy.value_head[0].bias.register_hook(put)
+    setup.policy.value_head[0].bias.register_hook(put)
 
 
 def weights(state: TrainState) -> Tensor:
@@ -93,10 +93,10 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_stops_before_its_step(tmp_path: Path, value: float) -> None:
     ppo = ppo_of()
-    actors, state = start(ppo, tmp_path, task=RAGGED)
-    spoil(actors, value, 2)
-    experience = collect(ppo, actors, state)
-    steps = learn(ppo, actors, state, experience)
+    setup, state = start(ppo, tmp_path, task=RAGGED)
+    spoil(setup, value, 2)
+    experience = collect(ppo, setup, state)
+    steps = learn(ppo, setup, state, experience)
     first = next(steps)
     after_one = learned(state)
     second = next(steps)
@@ -106,13 +106,13 @@ def test_a_gradient_that_is_not_finite_stops_before_its_step(tmp_path: Path, val
     assert first["loss/total"].isfinite()
     assert second["loss/total"].isfinite()
 
-    actors, state = start(ppo, tmp_path, task=RAGGED)
-    spoil(actors, value, 2)
+    setup, state = start(ppo, tmp_path, task=RAGGED)
+    spoil(setup, value, 2)
     message = (
         r"^phase 1, step 2: the gradient is not finite \(loss/total .*grad_norm/head (nan|inf)"
     )
     with pytest.raises(TrainingError, match=message):
-        phase(ppo, actors, state)
+        phase(ppo, setup, state)
     assert weights(state).isfinite().all()
 
 
@@ -120,11 +120,11 @@ def test_a_skipped_step_changes_neither_weights_nor_moments(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ppo = ppo_of(on_nonfinite="skip")
-    actors, state = start(ppo, tmp_path, task=RAGGED)
-    phase(ppo, actors, state)
+    setup, state = start(ppo, tmp_path, task=RAGGED)
+    phase(ppo, setup, state)
     before = learned(state)
-    spoil(actors, math.nan, 1, 2)
-    row = phase(ppo, actors, state)
+    spoil(setup, math.nan, 1, 2)
+    row = phase(ppo, setup, state)
     assert equal(learned(state), before)
     assert (row["policy/steps"], row["train/skipped_steps"], state.skipped_steps) == (0, 2, 2)
     for name in ("loss/total", "policy/approxkl", "grad_norm/base", "grad_norm/head"):
@@ -133,7 +133,7 @@ def test_a_skipped_step_changes_neither_weights_nor_moments(
     told = [r.message for r in caplog.records if r.levelno == logging.WARNING]
     assert sum(text.startswith("phase 2, step") for text in told) == 2
     assert "phase 2, step 1 is skipped: the gradient is not finite" in told[0]
-    after = phase(ppo, actors, state)
+    after = phase(ppo, setup, state)
     assert (after["policy/steps"], after["train/skipped_steps"]) == (2, 2)
     assert math.isfinite(after["loss/total"])
     assert after.keys() == row.keys()
@@ -142,42 +142,42 @@ def test_a_skipped_step_changes_neither_weights_nor_moments(
 
 def test_means_leave_skipped_steps_out(tmp_path: Path) -> None:
     ppo = ppo_of(on_nonfinite="skip")
-    actors, state = start(ppo, tmp_path, task=RAGGED)
-    experience = collect(ppo, actors, state)
+    setup, state = start(ppo, tmp_path, task=RAGGED)
+    experience = collect(ppo, setup, state)
     twin = copy.deepcopy(state.policy)
     order = torch.Generator()
     order.set_state(state.minibatch_generator.get_state())
     index = torch.randperm(8, generator=order)
-    spoil(actors, math.inf, 1)
-    minibatches = [*learn(ppo, actors, state, experience)]
+    spoil(setup, math.inf, 1)
+    minibatches = [*learn(ppo, setup, state, experience)]
     numbers = [{k: v.item() for k, v in m.items()} for m in minibatches]
     summed = sum_up(ppo.guards, state, numbers, ())
     # The second minibatch met the policy as it was at first.
-    expected = loss(ppo, actors, experience[index[4:]], policy=twin).loss.item()
+    expected = loss(ppo, setup, experience[index[4:]], policy=twin).loss.item()
     assert summed["loss/total"] == pytest.approx(expected, abs=1e-6)
     assert (summed["policy/steps"], state.skipped_steps) == (1, 1)
 
 
 def test_so_many_are_skipped_and_no_more(tmp_path: Path) -> None:
     ppo = ppo_of(on_nonfinite="skip", max_skipped=3)
-    actors, state = start(ppo, tmp_path, task=RAGGED)
-    spoil(actors, math.nan, 1, 4, 5, 8)
+    setup, state = start(ppo, tmp_path, task=RAGGED)
+    spoil(setup, math.nan, 1, 4, 5, 8)
     state.skipped_rewards = 1
-    assert phase(ppo, actors, state)["train/skipped_steps"] == 1
-    assert phase(ppo, actors, state)["train/skipped_steps"] == 2
+    assert phase(ppo, setup, state)["train/skipped_steps"] == 1
+    assert phase(ppo, setup, state)["train/skipped_steps"] == 2
     message = (
         r"^phase 3: 3 steps .* and 1 phases without scores .* than stage\.guards\.max_skipped=3"
     )
     with pytest.raises(TrainingError, match=message):
-        phase(ppo, actors, state)
+        phase(ppo, setup, state)
 
 
 def test_nothing_changes_where_all_is_finite(tmp_path: Path) -> None:
     seen = []
     for options in ({}, {"on_nonfinite": "skip"}, {"max_approx_kl": 1e9}):
         ppo = ppo_of(**options)
-        actors, state = start(ppo, tmp_path, task=RAGGED)
-        metrics = [phase(ppo, actors, state) for _ in range(2)]
+        setup, state = start(ppo, tmp_path, task=RAGGED)
+        metrics = [phase(ppo, setup, state) for _ in range(2)]
         assert [row["policy/steps"] for row in metrics] == [2, 2]
         seen.append(learned(state))
     assert equal(seen[0], seen[1])
@@ -188,8 +188,8 @@ def test_learning_ends_before_the_step_that_is_too_far(tmp_path: Path) -> None:
     seen = []
     for passes, target in ((1, None), (3, 1e-8), (3, None)):
         ppo = ppo_of(num_minibatches=1, batches_per_learning_phase=passes, max_approx_kl=target)
-        actors, state = start(ppo, tmp_path, task=RAGGED)
-        row = phase(ppo, actors, state)
+        setup, state = start(ppo, tmp_path, task=RAGGED)
+        row = phase(ppo, setup, state)
         seen.append((learned(state), row["policy/steps"], row["policy/approxkl"]))
     assert [steps for _, steps, _ in seen] == [1, 1, 3]
     assert equal(seen[0][0], seen[1][0])
@@ -199,11 +199,11 @@ def test_learning_ends_before_the_step_that_is_too_far(tmp_path: Path) -> None:
 
 def test_histograms_are_of_the_pass_that_was_ended(tmp_path: Path) -> None:
     ppo = ppo_of(batches_per_learning_phase=3, max_approx_kl=1e-8)
-    actors, state = start(ppo, tmp_path)
+    setup, state = start(ppo, tmp_path)
     seen = HistogramCollector(batch_size=8)
     seen.start(active=True)
-    experience = collect(ppo, actors, state)
-    steps = [*learn(ppo, actors, state, experience, seen)]
+    experience = collect(ppo, setup, state)
+    steps = [*learn(ppo, setup, state, experience, seen)]
     assert [step["policy/steps"] for step in steps] == [1, 0]
     assert sum(seen.histograms()["ratio"].counts) == 8 * 4
     assert HistogramCollector(batch_size=8).histograms() == {}
@@ -240,10 +240,10 @@ def test_the_coefficient_of_the_state_is_what_is_learned_with(
         ("other", 0.1, None),
     ):
         ppo = ppo_of(kl_coef=kl_coef, kl_penalty=kl_penalty, normalize_reward=False)
-        actors, state = start(ppo, tmp_path, task=RAGGED)
-        phase(ppo_of(kl_coef=0.0), actors, state)  # away from the reference
+        setup, state = start(ppo, tmp_path, task=RAGGED)
+        phase(ppo_of(kl_coef=0.0), setup, state)  # away from the reference
         state.kl_coef = of_state
-        assert phase(ppo, actors, state)["objective/kl_coef"] == (of_state or kl_coef)
+        assert phase(ppo, setup, state)["objective/kl_coef"] == (of_state or kl_coef)
         seen[name] = learned(state)
     assert equal(seen["own"], seen["adapted"])
     assert not equal(seen["own"], seen["other"])
@@ -299,25 +299,25 @@ ALONE = {"vf_coef": 0.0, "ent_coef": 0.0, "kl_coef": 0.0}  # nothing but the pol
 @pytest.mark.parametrize("normalize", [True, False])
 def test_equal_scores_move_no_policy(tmp_path: Path, whiten: str, normalize: bool) -> None:
     ppo = ppo_of(whiten_advantages=whiten, normalize_reward=normalize, **ALONE)
-    actors, state = start(ppo, tmp_path, task=RAGGED, reward=Constant())
+    setup, state = start(ppo, tmp_path, task=RAGGED, reward=Constant())
     before = weights(state)
-    row = phase(ppo, actors, state)
+    row = phase(ppo, setup, state)
     assert torch.equal(weights(state), before)
     assert (row["loss/policy"], row["warn/equal_scores"], row["policy/steps"]) == (0, 1, 2)
 
 
 def test_values_learn_from_equal_scores(tmp_path: Path) -> None:
     ppo = ppo_of(normalize_reward=False, vf_coef=1.0)
-    actors, state = start(ppo, tmp_path, task=RAGGED, reward=Constant())
-    losses = [phase(ppo, actors, state)["loss/value"] for _ in range(12)]
+    setup, state = start(ppo, tmp_path, task=RAGGED, reward=Constant())
+    losses = [phase(ppo, setup, state)["loss/value"] for _ in range(12)]
     assert losses[-1] < losses[0] / 2
 
 
 def test_a_reward_that_says_nothing_leaves_the_policy_at_the_reference(tmp_path: Path) -> None:
     # The error of the values, whitened, drove it .1 nats a completion away.
     ppo = ppo_of(batch_size=16, batches_per_learning_phase=2)
-    actors, state = start(ppo, tmp_path, task=RAGGED, reward=Constant())
-    rows = [phase(ppo, actors, state) for _ in range(10)]
+    setup, state = start(ppo, tmp_path, task=RAGGED, reward=Constant())
+    rows = [phase(ppo, setup, state) for _ in range(10)]
     assert rows[-1]["objective/kl_sum"] < 0.01
 
 
@@ -325,9 +325,9 @@ def test_a_reward_that_says_nothing_leaves_the_policy_at_the_reference(tmp_path:
 def test_kl_in_the_reward_is_a_signal_where_scores_are_equal(tmp_path: Path, whiten: str) -> None:
     charged = ppo_of(kl_penalty="reward", normalize_reward=False, whiten_advantages=whiten)
     free = replace(charged, kl_coef=0.0)
-    actors, state = start(charged, tmp_path, task=RAGGED, reward=Constant())
-    phase(ppo_of(), actors, state)  # away from the reference, by the entropy and the values
-    rollout = collect(charged, actors, state).rollout
+    setup, state = start(charged, tmp_path, task=RAGGED, reward=Constant())
+    phase(ppo_of(), setup, state)  # away from the reference, by the entropy and the values
+    rollout = collect(charged, setup, state).rollout
     assert experience_of(charged, rollout).advantages.any()
     assert not experience_of(free, rollout).advantages.any()
 
@@ -336,19 +336,19 @@ def test_kl_in_the_reward_is_a_signal_where_scores_are_equal(tmp_path: Path, whi
 def test_a_penalty_for_a_missing_eos_is_a_signal(tmp_path: Path, penalty: float | None) -> None:
     ppo = ppo_of(batch_size=32, missing_eos_penalty=penalty, **ALONE)
     sampler = CachedSampler(gen_len=4, stop_at_eos=True)
-    actors, state = start(ppo, tmp_path, task=RAGGED, reward=Constant(), sampler=sampler)
-    row = phase(ppo, actors, state)
+    setup, state = start(ppo, tmp_path, task=RAGGED, reward=Constant(), sampler=sampler)
+    row = phase(ppo, setup, state)
     assert (row["warn/equal_scores"] == 0) is (row["grad_norm/base"] > 0) is (penalty is not None)
 
 
 def test_a_whitened_minibatch_with_equal_scores_moves_no_policy(tmp_path: Path) -> None:
     ppo = ppo_of(num_minibatches=4, whiten_advantages="minibatch", **ALONE)
-    actors, state = start(ppo, tmp_path, task=RAGGED, reward=OneOfFour())
-    experience = collect(ppo, actors, state)
+    setup, state = start(ppo, tmp_path, task=RAGGED, reward=OneOfFour())
+    experience = collect(ppo, setup, state)
     order = torch.Generator()
     order.set_state(state.minibatch_generator.get_state())
     pairs = torch.randperm(8, generator=order).split(2)
     differ = [bool((a % 4 == 0) != (b % 4 == 0)) for a, b in pairs]
-    steps = learn(ppo, actors, state, experience)
+    steps = learn(ppo, setup, state, experience)
     assert [bool(step["grad_norm/base"] > 0) for step in steps] == differ
     assert 0 < sum(differ) < 4

@@ -40,26 +40,26 @@ def test_first_ratio_of_a_phase_is_one(
         dropout=0.3, engine=engine,
     )  # fmt: skip
     ppo = ppo_with(batch_size=16)
-    actors, state = start(ppo, tmp_path, model=model, sampler=sampler, task=RAGGED)
+    setup, state = start(ppo, tmp_path, model=model, sampler=sampler, task=RAGGED)
     for _ in range(2):  # a phase that has learned must satisfy it as well
-        experience = collect(ppo, actors, state)
+        experience = collect(ppo, setup, state)
         rollout, completions = experience.rollout, experience.rollout.completions
         with torch.no_grad():
-            logits, values = actors.policy(*completions.sequences)
+            logits, values = setup.policy(*completions.sequences)
         logits = completion_logits(logits, completions.prompt_len) / sampler.temperature
         ratio = (token_logprobs(logits, completions.tokens) - rollout.logprobs).exp()
         seen_values = values[:, completions.prompt_len - 1 : -1]
         mask = completions.mask
         assert (ratio[mask] - 1).abs().max() < 1e-5
         assert (seen_values - rollout.values)[mask].abs().max() < 1e-5
-        list(learn(ppo, actors, state, experience))
+        list(learn(ppo, setup, state, experience))
 
 
 def test_approxkl_and_clipfrac_of_the_first_update_are_zero(tmp_path: Path) -> None:
     ppo = ppo_with(batch_size=16, num_minibatches=2)
-    actors, state = start(ppo, tmp_path, task=RAGGED)
-    experience = collect(ppo, actors, state)
-    updates = list(learn(ppo, actors, state, experience))
+    setup, state = start(ppo, tmp_path, task=RAGGED)
+    experience = collect(ppo, setup, state)
+    updates = list(learn(ppo, setup, state, experience))
     assert updates[0]["policy/approxkl"] < 1e-10
     assert updates[0]["policy/clipfrac"] == 0
     assert updates[-1]["policy/approxkl"] > 1e-6
@@ -76,17 +76,17 @@ def test_loss_equals_a_loop_over_tokens(
     )  # fmt: skip
     temperature = 0.8
     sampler = CachedSampler(gen_len=5, temperature=temperature, stop_at_eos=True)
-    actors, state = start(ppo, tmp_path, task=RAGGED, sampler=sampler)
-    list(learn(ppo, actors, state, collect(ppo, actors, state)))
-    experience = collect(ppo, actors, state)
-    list(learn(ppo, actors, state, experience))
-    output = loss(ppo, actors, experience)
+    setup, state = start(ppo, tmp_path, task=RAGGED, sampler=sampler)
+    list(learn(ppo, setup, state, collect(ppo, setup, state)))
+    experience = collect(ppo, setup, state)
+    list(learn(ppo, setup, state, experience))
+    output = loss(ppo, setup, experience)
 
     rollout, completions = experience.rollout, experience.rollout.completions
     tokens, mask = completions.sequences
     with torch.no_grad():
-        logits, values = actors.policy(tokens, mask)
-        ref_logits = actors.reference.unembed(actors.reference.hidden_states(tokens, mask))
+        logits, values = setup.policy(tokens, mask)
+        ref_logits = setup.reference.unembed(setup.reference.hidden_states(tokens, mask))
     total, count, start_at = 0.0, 0, completions.prompt_len - 1
     for row in range(8):
         for t in range(int(completions.mask[row].sum())):
@@ -112,9 +112,9 @@ def test_loss_equals_a_loop_over_tokens(
 
 def test_reward_penalty_charges_each_token_its_log_ratio(tmp_path: Path) -> None:
     ppo = ppo_with(batch_size=8, kl_coef=0.5, kl_penalty="reward", normalize_reward=False)
-    actors, state = start(ppo, tmp_path, task=RAGGED, sampler=CachedSampler(gen_len=5))
-    list(learn(ppo, actors, state, collect(ppo, actors, state)))
-    experience = collect(ppo, actors, state)
+    setup, state = start(ppo, tmp_path, task=RAGGED, sampler=CachedSampler(gen_len=5))
+    list(learn(ppo, setup, state, collect(ppo, setup, state)))
+    experience = collect(ppo, setup, state)
     rollout = experience.rollout
     for row in range(8):
         for t in range(5):
@@ -126,8 +126,8 @@ def test_reward_penalty_charges_each_token_its_log_ratio(tmp_path: Path) -> None
 
 def test_lambda_zero_without_whitening_is_one_step(tmp_path: Path) -> None:
     ppo = ppo_with(batch_size=8, gae_lambda=0.0, whiten_advantages="none", normalize_reward=False)
-    actors, state = start(ppo, tmp_path)
-    experience = collect(ppo, actors, state)
+    setup, state = start(ppo, tmp_path)
+    experience = collect(ppo, setup, state)
     values, scores = experience.rollout.values, experience.rollout.scores
     one_step = torch.cat([values[:, 1:], scores[:, None]], dim=1)
     assert torch.equal(experience.advantages, one_step - values)
@@ -136,8 +136,8 @@ def test_lambda_zero_without_whitening_is_one_step(tmp_path: Path) -> None:
 
 def test_scores_are_normalised_over_the_batch_when_asked(tmp_path: Path) -> None:
     ppo, raw = ppo_with(batch_size=16), ppo_with(batch_size=16, normalize_reward=False)
-    actors, state = start(ppo, tmp_path, reward=Length(target_tokens=3), sampler=SAMPLERS[1])
-    experience = collect(ppo, actors, state)
+    setup, state = start(ppo, tmp_path, reward=Length(target_tokens=3), sampler=SAMPLERS[1])
+    experience = collect(ppo, setup, state)
     scores, mask = experience.rollout.scores, experience.rollout.completions.mask
     last = mask.sum(dim=1) - 1
     rows = torch.arange(16)
@@ -150,8 +150,8 @@ def test_scores_are_normalised_over_the_batch_when_asked(tmp_path: Path) -> None
 
 def test_advantages_are_whitened_once_over_the_batch_and_returns_are_not(tmp_path: Path) -> None:
     plain, white = ppo_with(batch_size=16, whiten_advantages="none"), ppo_with(batch_size=16)
-    actors, state = start(plain, tmp_path, task=RAGGED)
-    experience = collect(plain, actors, state)
+    setup, state = start(plain, tmp_path, task=RAGGED)
+    experience = collect(plain, setup, state)
     whitened = experience_of(white, experience.rollout)
     flat = experience.advantages[experience.rollout.completions.mask]
     expected = (flat - flat.mean()) / flat.std()
@@ -167,8 +167,8 @@ def test_minibatch_whitening_whitens_each_minibatch(tmp_path: Path) -> None:
     sampler = CachedSampler(gen_len=6, stop_at_eos=True)
     weights, seen = [], []
     for ppo, by_hand in ((each, False), (none, True), (none, False)):
-        actors, state = start(ppo, tmp_path, task=RAGGED, sampler=sampler)
-        experience = collect(ppo, actors, state)
+        setup, state = start(ppo, tmp_path, task=RAGGED, sampler=sampler)
+        experience = collect(ppo, setup, state)
         assert not experience.rollout.completions.mask.all()
         if by_hand:
             order = torch.randperm(16, generator=copy_of(state.minibatch_generator))
@@ -178,9 +178,9 @@ def test_minibatch_whitening_whitens_each_minibatch(tmp_path: Path) -> None:
                 real = advantages[index][mask]
                 advantages[index] = (advantages[index] - real.mean()) / real.std()
             experience = replace(experience, advantages=advantages)
-        learned = learn(ppo, actors, state, experience)
+        learned = learn(ppo, setup, state, experience)
         seen.append([update["loss/policy"].item() for update in learned])
-        weights.append(torch.cat([p.detach().flatten() for p in actors.policy.parameters()]))
+        weights.append(torch.cat([p.detach().flatten() for p in setup.policy.parameters()]))
     assert seen[0] == pytest.approx(seen[1], abs=1e-5)
     # Adam makes a step of a gradient of any size, one that is 0 but for rounding included.
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-4)
@@ -197,15 +197,15 @@ def copy_of(generator: torch.Generator) -> torch.Generator:
 def test_garbage_in_the_padding_changes_no_gradient(tmp_path: Path) -> None:
     ppo = ppo_with(batch_size=8)
     sampler = CachedSampler(gen_len=6, stop_at_eos=True)
-    actors, state = start(ppo, tmp_path, task=RAGGED, sampler=sampler)
-    clean = collect(ppo, actors, state)
+    setup, state = start(ppo, tmp_path, task=RAGGED, sampler=sampler)
+    clean = collect(ppo, setup, state)
     mask = clean.rollout.completions.mask
     assert not mask.all()
 
     def gradients(experience: Experience) -> list[torch.Tensor]:
-        actors.policy.zero_grad()
-        loss(ppo, actors, experience).loss.backward()
-        return [p.grad.clone() for p in actors.policy.parameters() if p.grad is not None]
+        setup.policy.zero_grad()
+        loss(ppo, setup, experience).loss.backward()
+        return [p.grad.clone() for p in setup.policy.parameters() if p.grad is not None]
 
     def dirty(x: torch.Tensor) -> torch.Tensor:
         return torch.where(mask, x, torch.full_like(x, torch.nan))
@@ -241,8 +241,8 @@ def test_a_phase_measures_at_the_samplers_temperature(tmp_path: Path) -> None:
     sampler = CachedSampler(gen_len=6, temperature=0.3, stop_at_eos=True)
     twins = [start(ppo, tmp_path, sampler=sampler, task=RAGGED) for _ in range(2)]
     rollout = collect(ppo, *twins[0]).rollout
-    actors, state = twins[1]
-    metrics = phase(ppo, actors, state)
+    setup, state = twins[1]
+    metrics = phase(ppo, setup, state)
     entropy = rollout.entropy[rollout.completions.mask].mean().item()
     assert metrics["objective/entropy"] == pytest.approx(entropy, abs=1e-6)
     assert entropy < 2.75  # at temperature 1 it is 2.770
@@ -252,11 +252,11 @@ def test_gradients_are_clipped_and_logged_as_they_were(tmp_path: Path) -> None:
     moves, norms = [], []
     for max_grad_norm in (1e9, 1e-9):
         ppo = ppo_with(batch_size=16, num_minibatches=1, max_grad_norm=max_grad_norm)
-        actors, state = start(ppo, tmp_path)
-        experience = collect(ppo, actors, state)
-        before = [p.clone() for p in actors.policy.parameters()]
-        norms.append(next(learn(ppo, actors, state, experience)))
-        pairs = zip(before, actors.policy.parameters(), strict=True)
+        setup, state = start(ppo, tmp_path)
+        experience = collect(ppo, setup, state)
+        before = [p.clone() for p in setup.policy.parameters()]
+        norms.append(next(learn(ppo, setup, state, experience)))
+        pairs = zip(before, setup.policy.parameters(), strict=True)
         moves.append(max((a - b).abs().max().item() for a, b in pairs))
     assert norms[0]["grad_norm/base"] == norms[1]["grad_norm/base"] > 1e-3
     # Adam divides by the gradient's own size, but not below its eps of 1e-5.
@@ -265,26 +265,24 @@ def test_gradients_are_clipped_and_logged_as_they_were(tmp_path: Path) -> None:
 
 def test_the_reference_is_the_same_after_a_run(tmp_path: Path) -> None:
     ppo = ppo_with(total_phases=2)
-    actors, state = start(ppo, tmp_path)
-    before = [p.clone() for p in actors.reference.parameters()]
-    phase(ppo, actors, state)
-    assert all(
-        torch.equal(a, b) for a, b in zip(before, actors.reference.parameters(), strict=True)
-    )
-    assert all(p.grad is None for p in actors.reference.parameters())
-    trained = actors.policy.language_model.parameters()
+    setup, state = start(ppo, tmp_path)
+    before = [p.clone() for p in setup.reference.parameters()]
+    phase(ppo, setup, state)
+    assert all(torch.equal(a, b) for a, b in zip(before, setup.reference.parameters(), strict=True))
+    assert all(p.grad is None for p in setup.reference.parameters())
+    trained = setup.policy.language_model.parameters()
     assert not all(torch.equal(a, b) for a, b in zip(before, trained, strict=True))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     ppo = ppo_with(total_phases=2)
-    actors, state = start(ppo, tmp_path)
+    setup, state = start(ppo, tmp_path)
     state.phase = 6
     with torch.no_grad():
-        actors.policy.value_head[2].bias.fill_(math.nan)
+        setup.policy.value_head[2].bias.fill_(math.nan)
     message = r"phase 7, step 1: the loss is not finite .*loss/value nan"
     with pytest.raises(TrainingError, match=message):
-        phase(ppo, actors, state)
+        phase(ppo, setup, state)
 
 
 @settings
@@ -309,13 +307,13 @@ def test_an_answer_that_does_not_end_is_charged(tmp_path: Path, penalty: float |
         "sampler": CachedSampler(gen_len=6, stop_at_eos=True, temperature=3.0),
         "reward": Fixed(),
     }
-    actors, state = start(ppo, tmp_path, **given)
-    tokens = collect(ppo, actors, state).rollout.completions.tokens
+    setup, state = start(ppo, tmp_path, **given)
+    tokens = collect(ppo, setup, state).rollout.completions.tokens
     # 2 is EOS; what follows it is 0, so that it is nowhere in a row that was cut off.
     cut_off = sum(2 not in row for row in tokens.tolist())
     assert 0 < cut_off < 8
-    actors, state = start(ppo, tmp_path, **given)
-    metrics = phase(ppo, actors, state)
+    setup, state = start(ppo, tmp_path, **given)
+    metrics = phase(ppo, setup, state)
     assert metrics["objective/scores"] == pytest.approx(4.5 - (penalty or 0.0) * cut_off / 8)
 
 
@@ -325,8 +323,8 @@ def test_the_penalty_is_as_if_the_reward_had_charged_it(tmp_path: Path) -> None:
         ppo = ppo_with(batch_size=8, missing_eos_penalty=penalty)
         sampler = CachedSampler(gen_len=6, stop_at_eos=True, temperature=3.0)
         reward = Fixed(charge=charge)
-        actors, state = start(ppo, tmp_path, task=RAGGED, sampler=sampler, reward=reward)
-        phase(ppo, actors, state)
-        weights.append(torch.cat([p.flatten() for p in actors.policy.parameters()]))
+        setup, state = start(ppo, tmp_path, task=RAGGED, sampler=sampler, reward=reward)
+        phase(ppo, setup, state)
+        weights.append(torch.cat([p.flatten() for p in setup.policy.parameters()]))
     assert torch.equal(weights[0], weights[1])
     assert (weights[0] - weights[2]).abs().max() > 1e-3

@@ -51,17 +51,17 @@ def moved(
     path: Path, ppo: PPO, task: str, kind: str, architecture: str, device: torch.device = CPU
 ) -> dict[str, Tensor]:
     """How far a phase on the fixed samples moves each trained parameter."""
-    actors, state = started(
+    setup, state = started(
         path, task, REFERENCES[kind], ppo, SMALL_STEPS, scale=0.1, device=device,
         architecture=architecture, d_model=32,
     )  # fmt: skip
-    experience = fixed_experience(ppo, actors, fixed_completions(actors))
-    trained = {n: p for n, p in actors.policy.named_parameters() if p.requires_grad}
+    experience = fixed_experience(ppo, setup, fixed_completions(setup))
+    trained = {n: p for n, p in setup.policy.named_parameters() if p.requires_grad}
     before = {n: p.detach().clone() for n, p in trained.items()}
-    with actors.policy.working():
-        list(learn(ppo, actors, state, experience))
+    with setup.policy.working():
+        list(learn(ppo, setup, state, experience))
     assert all(p.dtype == torch.float32 for p in trained.values())
-    assert all(p is trained[n] for n, p in actors.policy.named_parameters() if n in trained)
+    assert all(p is trained[n] for n, p in setup.policy.named_parameters() if n in trained)
     return {n: (p - before[n]).detach().cpu() for n, p in trained.items()}
 
 
@@ -98,21 +98,21 @@ def test_a_phase_begins_at_ratio_1_and_at_its_reference(
 ) -> None:
     """Sampling by a cache, measuring and learning round in different places."""
     ppo = small("bf16", batch_size=16)
-    actors, state = start(
+    setup, state = start(
         ppo, tmp_path, task=RAGGED, finetune=REFERENCES[kind], sampler=SAMPLER,
         model=Scratch(architecture=architecture, num_layers=2, d_model=32, num_heads=2),
         optimizer=AdamWSettings(base_lr=3e-3, head_lr=3e-3),
     )  # fmt: skip
-    ppo.compute.prepare(actors)
+    ppo.compute.prepare(setup)
     for number in range(2):
-        with actors.policy.working():
-            experience = collect(ppo, actors, state)
+        with setup.policy.working():
+            experience = collect(ppo, setup, state)
             rollout, mask = experience.rollout, experience.rollout.completions.mask
             layout = Layout.of(rollout.completions)
-            given = (actors.policy, actors.reference, experience.rollout)
+            given = (setup.policy, setup.reference, experience.rollout)
             with torch.no_grad():
                 seen = fast_pass(*given, layout, temperature=SAMPLER.temperature)
-            steps = [*learn(ppo, actors, state, experience)]
+            steps = [*learn(ppo, setup, state, experience)]
         assert not mask.all()
         assert (seen.logprobs - rollout.logprobs)[mask].abs().max() < 0.02
         assert (seen.values - rollout.values)[mask].abs().max() < 0.02
@@ -124,19 +124,19 @@ def test_a_phase_begins_at_ratio_1_and_at_its_reference(
 
 def test_the_blocks_compute_in_bf16_and_the_rest_does_not(tmp_path: Path) -> None:
     ppo = small("bf16")
-    actors, state = start(ppo, tmp_path, task=RAGGED, sampler=SAMPLER)
-    ppo.compute.prepare(actors)
+    setup, state = start(ppo, tmp_path, task=RAGGED, sampler=SAMPLER)
+    ppo.compute.prepare(setup)
     seen: dict[str, set[torch.dtype]] = {}
 
     def note(kind: str, module: nn.Module, args: object, out: Tensor) -> None:
         seen.setdefault(kind, set()).add(out.dtype)
 
-    for owner, model in (("policy", actors.policy), ("reference", actors.reference)):
+    for owner, model in (("policy", setup.policy), ("reference", setup.reference)):
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear | Conv1D | nn.LayerNorm):
                 kind = f"{owner} {name.rpartition('.')[-1]}"
                 module.register_forward_hook(partial(note, kind))
-    metrics = phase(ppo, actors, state)
+    metrics = phase(ppo, setup, state)
     low, exact = {torch.bfloat16}, {torch.float32}
     for owner in ("policy", "reference"):
         for name in ("c_attn", "c_fc", "c_proj"):
@@ -144,7 +144,7 @@ def test_the_blocks_compute_in_bf16_and_the_rest_does_not(tmp_path: Path) -> Non
         assert seen[f"{owner} ln_f"] == exact
     assert seen["policy 0"] == seen["policy 2"] == exact  # the value head
     assert all(math.isfinite(value) for value in metrics.values())
-    experience = collect(ppo, actors, state)
+    experience = collect(ppo, setup, state)
     for name in ("logprobs", "values", "kl", "entropy", "ref_logprobs"):
         assert getattr(experience.rollout, name).dtype == torch.float32
 

@@ -46,14 +46,14 @@ def of_a_step(path: Path, *, vocab: int, rows: int, dtype: str, tied: bool) -> t
     model = Scratch(
         num_layers=1, d_model=16, num_heads=2, context_len=32, tie_embeddings=tied,
     )  # fmt: skip
-    actors, state = start(ppo, path, task=ManyWords(count=vocab), model=model)
-    ppo.compute.prepare(actors)
-    completions = fixed_completions(actors, lengths=[GEN_LEN] * rows, width=GEN_LEN)
-    experience = fixed_experience(ppo, actors, completions)
-    policy, reference = actors.policy, actors.reference
+    setup, state = start(ppo, path, task=ManyWords(count=vocab), model=model)
+    ppo.compute.prepare(setup)
+    completions = fixed_completions(setup, lengths=[GEN_LEN] * rows, width=GEN_LEN)
+    experience = fixed_experience(ppo, setup, completions)
+    policy, reference = setup.policy, setup.reference
 
     def step() -> None:
-        list(learn(ppo, actors, state, experience))
+        list(learn(ppo, setup, state, experience))
 
     def by_the_book() -> None:
         textbook_pass(policy, reference, experience.rollout, temperature=1.0).kl.sum().backward()

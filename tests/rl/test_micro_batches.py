@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from rlhf_exp.rewards.length import Length
-from rlhf_exp.rl.actors import Actors
 from rlhf_exp.rl.learn import Minibatch, add_share, micro_batches
+from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.stages.ppo import PPO
@@ -30,21 +30,21 @@ WHITEN = ("batch", "minibatch", "none")
 SMOOTH = AdamWSettings(base_lr=1e-2, head_lr=1e-2, eps=1e-2)
 
 
-def started(path: Path, **options: object) -> tuple[PPO, Actors, TrainState]:
+def started(path: Path, **options: object) -> tuple[PPO, Setup, TrainState]:
     """A policy off its reference, whose completions have lengths of their own."""
     ppo = ppo_with(**{"batch_size": 12, "num_minibatches": 2, **options})
-    actors, state = start(
+    setup, state = start(
         ppo, path, task=RAGGED, sampler=SAMPLER, reward=Length(target_tokens=3), optimizer=SMOOTH
     )
-    stretch(actors.policy.language_model, seed=5)
-    return ppo, actors, state
+    stretch(setup.policy.language_model, seed=5)
+    return ppo, setup, state
 
 
 def backward(path: Path, **options: object) -> tuple[list[Tensor], dict[str, float]]:
     """Gradients and metrics of one minibatch, after a phase, so that no ratio is 1."""
-    ppo, actors, state = started(path)
-    experience = collect(ppo, actors, state)
-    list(learn(ppo, actors, state, experience))
+    ppo, setup, state = started(path)
+    experience = collect(ppo, setup, state)
+    list(learn(ppo, setup, state, experience))
     lengths = experience.rollout.completions.mask[:6].sum(dim=1).tolist()
     assert len(set(lengths)) > 2
     state.optimizer.zero_grad()
@@ -53,10 +53,10 @@ def backward(path: Path, **options: object) -> tuple[list[Tensor], dict[str, flo
     metrics: dict[str, Tensor] = {}
     whole = Minibatch(minibatch, Layout.of(minibatch.rollout.completions))
     for part in micro_batches(whole, micro.compute.micro_batch_size):
-        output = loss(micro, actors, part.experience, layout=part.layout)
+        output = loss(micro, setup, part.experience, layout=part.layout)
         (part.share * output.loss).backward()
         metrics = add_share(metrics, output.metrics, part.share)
-    gradients = [p.grad.clone() for p in actors.policy.parameters() if p.grad is not None]
+    gradients = [p.grad.clone() for p in setup.policy.parameters() if p.grad is not None]
     return gradients, {name: value.item() for name, value in metrics.items()}
 
 
@@ -75,17 +75,17 @@ def test_gradients_and_metrics_are_those_of_the_minibatch(size: int, tmp_path: P
 
 def passes(path: Path, **options: object) -> tuple[list[int], list[Tensor], list[dict]]:
     """Rows of each forward pass with gradients, weights and metrics after two phases."""
-    ppo, actors, state = started(path, **options)
+    ppo, setup, state = started(path, **options)
     sizes: list[int] = []
 
     def note(module: object, args: object, kwargs: dict) -> None:
         if torch.is_grad_enabled():
             sizes.append(pass_shape(kwargs)[0])
 
-    hook = actors.policy.language_model.base_model.register_forward_pre_hook(note, with_kwargs=True)
-    metrics = [phase(ppo, actors, state) for _ in range(2)]
+    hook = setup.policy.language_model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    metrics = [phase(ppo, setup, state) for _ in range(2)]
     hook.remove()
-    return sizes, [p.detach() for p in actors.policy.parameters()], metrics
+    return sizes, [p.detach() for p in setup.policy.parameters()], metrics
 
 
 @pytest.mark.parametrize("whiten", WHITEN)
@@ -109,17 +109,17 @@ def test_rollouts_in_parts_learn_the_same(size: int, tmp_path: Path) -> None:
     # Greedy: which numbers are drawn for which row depends on the parts.
     seen = []
     for options in ({}, {"rollout_batch_size": size}):
-        ppo, actors, state = started(tmp_path, **options)
-        actors = replace(actors, sampler=replace(SAMPLER, top_k=1))
+        ppo, setup, state = started(tmp_path, **options)
+        setup = replace(setup, sampler=replace(SAMPLER, top_k=1))
         rows_of: list[tuple[int, int]] = []
-        hook = actors.policy.language_model.base_model.register_forward_pre_hook(
+        hook = setup.policy.language_model.base_model.register_forward_pre_hook(
             lambda module, args, kwargs, rows=rows_of: rows.append(pass_shape(kwargs)),
             with_kwargs=True,
         )
-        metrics = phase(ppo, actors, state)
+        metrics = phase(ppo, setup, state)
         hook.remove()
         prefills = [batch for batch, columns in rows_of if columns > 1][: -(-12 // size)]
-        weights = torch.cat([p.detach().flatten() for p in actors.policy.parameters()])
+        weights = torch.cat([p.detach().flatten() for p in setup.policy.parameters()])
         seen.append((metrics["objective/kl"], weights, prefills))
     assert seen[0][0] == pytest.approx(seen[1][0], rel=1e-5)
     torch.testing.assert_close(seen[0][1], seen[1][1], rtol=0, atol=1e-5)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf_exp.models.finetune import Finetune, Full, LastLayers, Lora
 from rlhf_exp.models.scratch import Scratch
-from rlhf_exp.rl.actors import Actors
+from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.stages.ppo import PPO
@@ -62,31 +62,31 @@ def started(
     path: Path, task: str, reference: Finetune, ppo: PPO = SMALL,
     optimizer: AdamWSettings = SMOOTH, scale: float = 0.3, device: torch.device = CPU,
     **shape: object,
-) -> tuple[Actors, TrainState]:  # fmt: skip
+) -> tuple[Setup, TrainState]:  # fmt: skip
     """A policy off its reference, both with weights far from their small initial ones."""
     given = {"num_layers": 2, "d_model": 16, "num_heads": 2, "context_len": 24, **shape}
-    actors, state = start(
+    setup, state = start(
         ppo, path, task=TASKS[task], model=Scratch(**given), finetune=reference,
         sampler=CachedSampler(gen_len=7, temperature=TEMPERATURE), optimizer=optimizer,
         device=device,
     )  # fmt: skip
-    off_the_reference(actors, scale=scale)
-    ppo.compute.prepare(actors)
-    return actors, state
+    off_the_reference(setup, scale=scale)
+    ppo.compute.prepare(setup)
+    return setup, state
 
 
 def columns_of(given: Pass, mask: Tensor) -> dict[str, Tensor]:
     return {name: column[mask] for name, column in given._asdict().items()}
 
 
-def gradients(actors: Actors, given: Pass, mask: Tensor) -> dict[str, Tensor]:
+def gradients(setup: Setup, given: Pass, mask: Tensor) -> dict[str, Tensor]:
     """Of a sum of everything, each entry with a weight of its own; they are taken away."""
     generator = torch.Generator().manual_seed(7)
     weights = (torch.randn(mask.shape, generator=generator) for _ in given)
     torch.stack([(c * w)[mask].sum() for c, w in zip(given, weights, strict=True)]).sum().backward()
-    named = actors.policy.named_parameters()
+    named = setup.policy.named_parameters()
     seen = {n: p.grad.clone() for n, p in named if p.grad is not None}
-    actors.policy.zero_grad()
+    setup.policy.zero_grad()
     return seen
 
 
@@ -98,11 +98,11 @@ def test_the_fast_pass_is_the_textbooks(
     architecture: str, tied: bool, kind: str, task: str, tmp_path: Path
 ) -> None:
     shape = {"architecture": architecture, "tie_embeddings": tied}
-    actors, _ = started(tmp_path, task, REFERENCES[kind], **shape)
-    policy, completions = actors.policy, fixed_completions(actors)
-    experience, mask = fixed_experience(SMALL, actors, completions), completions.mask
+    setup, _ = started(tmp_path, task, REFERENCES[kind], **shape)
+    policy, completions = setup.policy, fixed_completions(setup)
+    experience, mask = fixed_experience(SMALL, setup, completions), completions.mask
     assert_near(
-        experience.rollout.ref_hidden[mask], reference_states(actors, completions)[mask]
+        experience.rollout.ref_hidden[mask], reference_states(setup, completions)[mask]
     )  # what both are given
 
     rows = []
@@ -111,7 +111,7 @@ def test_the_fast_pass_is_the_textbooks(
     )
     fast = fast_pass(
         policy,
-        actors.reference,
+        setup.reference,
         experience.rollout,
         layout_of(completions),
         temperature=TEMPERATURE,
@@ -119,14 +119,14 @@ def test_the_fast_pass_is_the_textbooks(
     hook.remove()
     width = completions.prompt_len
     assert rows == ([(1, width), (8, 4)] if task == "shared" else [(8, width + 4)])
-    fast_columns, seen = columns_of(fast, mask), gradients(actors, fast, mask)
-    book = textbook_pass(policy, actors.reference, experience.rollout, temperature=TEMPERATURE)
+    fast_columns, seen = columns_of(fast, mask), gradients(setup, fast, mask)
+    book = textbook_pass(policy, setup.reference, experience.rollout, temperature=TEMPERATURE)
     assert book.kl[mask].mean() > 1e-3
     for name, column in columns_of(book, mask).items():
         assert_near(fast_columns[name], column)
         assert not getattr(fast, name)[~mask].any()
 
-    expected = gradients(actors, book, mask)
+    expected = gradients(setup, book, mask)
     assert seen.keys() == expected.keys()
     trained = {n for n, p in policy.named_parameters() if p.requires_grad}
     assert expected.keys() == trained
@@ -137,14 +137,14 @@ def test_the_fast_pass_is_the_textbooks(
 
 def test_gradients_add_up_over_passes(tmp_path: Path) -> None:
     # The head adds its own to the weights' as it goes, and so does an embedding tied to it.
-    actors, _ = started(tmp_path, "ragged", Full(), tie_embeddings=True)
-    experience = fixed_experience(SMALL, actors, fixed_completions(actors))
+    setup, _ = started(tmp_path, "ragged", Full(), tie_embeddings=True)
+    experience = fixed_experience(SMALL, setup, fixed_completions(setup))
     for passes in (1, 2):
         for _ in range(passes):
             layout = Layout.of(experience.rollout.completions)
-            loss(SMALL, actors, experience, layout=layout).loss.backward()
-        grads = [p.grad.clone() for p in actors.policy.parameters()]
-        actors.policy.zero_grad(set_to_none=False)
+            loss(SMALL, setup, experience, layout=layout).loss.backward()
+        grads = [p.grad.clone() for p in setup.policy.parameters()]
+        setup.policy.zero_grad(set_to_none=False)
         if passes == 1:
             once = grads
     for a, b in zip(once, grads, strict=True):
@@ -153,14 +153,14 @@ def test_gradients_add_up_over_passes(tmp_path: Path) -> None:
 
 def learned(path: Path, ppo: PPO, *given: object, by_the_book: bool) -> tuple[list, list]:
     """The trained parameters after a phase on the fixed samples, and the losses of its steps."""
-    actors, state = started(path, *given[:2], ppo, **given[2])
-    experience = fixed_experience(ppo, actors, fixed_completions(actors))
-    before = [p.clone() for p in actors.policy.parameters()]
+    setup, state = started(path, *given[:2], ppo, **given[2])
+    experience = fixed_experience(ppo, setup, fixed_completions(setup))
+    before = [p.clone() for p in setup.policy.parameters()]
     if by_the_book:
-        steps = textbook_phase(ppo, actors, state, experience)
+        steps = textbook_phase(ppo, setup, state, experience)
     else:
-        steps = [*learn(ppo, actors, state, experience)]
-    after = [p.detach() for p in actors.policy.parameters()]
+        steps = [*learn(ppo, setup, state, experience)]
+    after = [p.detach() for p in setup.policy.parameters()]
     moves = [(a - b).abs().max().item() for a, b in zip(before, after, strict=True)]
     assert max(moves) > 1e-2
     return after, [[s["loss/total"].item(), s["loss/kl"].item()] for s in steps]

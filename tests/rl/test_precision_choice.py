@@ -17,13 +17,13 @@ from .toy import ppo_with
 
 
 def chosen(path: Path, ppo: PPO, *, bridge: bool = False, fp16: bool = False) -> torch.dtype | None:
-    actors, _ = started(path, "ragged", Full(), SMALL)
+    setup, _ = started(path, "ragged", Full(), SMALL)
     if bridge:
-        actors = replace(actors, sampler=BridgeSampler(gen_len=3))
+        setup = replace(setup, sampler=BridgeSampler(gen_len=3))
     if fp16:
-        actors.policy.language_model.to(torch.float16)
-    ppo.compute.prepare(actors)
-    return actors.policy.low
+        setup.policy.language_model.to(torch.float16)
+    ppo.compute.prepare(setup)
+    return setup.policy.low
 
 
 def test_bf16_is_for_the_cached_sampler_and_for_weights_it_mixes_with(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_exp.models.engines import ENGINES
 from rlhf_exp.models.finetune import Finetune, Full, LastLayers, Lora
-from rlhf_exp.rl.actors import Actors
+from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.measure import measure
@@ -39,7 +39,7 @@ SAMPLER = CachedSampler(gen_len=4, stop_at_eos=True, temperature=1.2)
 
 def actors_of(
     path: Path, architecture: str, reference: Finetune, **model: str
-) -> tuple[Actors, TrainState]:
+) -> tuple[Setup, TrainState]:
     return start(
         SMALL,
         path,
@@ -51,12 +51,12 @@ def actors_of(
     )
 
 
-def against(actors: Actors, reference: object) -> Rollout:
+def against(setup: Setup, reference: object) -> Rollout:
     """A rollout of the current weights, measured."""
     rows = torch.arange(4).repeat(2)
-    prompts = actors.train_prompts[rows]
-    generation = SAMPLER(actors.policy, prompts, torch.Generator().manual_seed(3))
-    return measure(actors.policy, reference, generation, torch.zeros(8), temperature=1.2)
+    prompts = setup.train_prompts[rows]
+    generation = SAMPLER(setup.policy, prompts, torch.Generator().manual_seed(3))
+    return measure(setup.policy, reference, generation, torch.zeros(8), temperature=1.2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,19 +65,19 @@ def test_kl_is_that_to_a_full_copy_taken_before(
     architecture: str, kind: str, tmp_path: Path
 ) -> None:
     reference = KINDS[kind]
-    actors, state = actors_of(tmp_path, architecture, reference)
+    setup, state = actors_of(tmp_path, architecture, reference)
     other, _ = actors_of(tmp_path, architecture, Full())
     full_copy = other.policy  # the same model, loaded again
-    assert against(actors, actors.reference).kl.abs().max() < 1e-6
-    before = copy.deepcopy(actors.policy.state_dict())
+    assert against(setup, setup.reference).kl.abs().max() < 1e-6
+    before = copy.deepcopy(setup.policy.state_dict())
     for _ in range(2):
-        phase(SMALL, actors, state)
-    ours, expected = against(actors, actors.reference), against(actors, full_copy)
+        phase(SMALL, setup, state)
+    ours, expected = against(setup, setup.reference), against(setup, full_copy)
     assert ours.kl.max() > 0.05
     for name in ("kl", "ref_logprobs", "ref_hidden"):
         assert_near(getattr(ours, name), getattr(expected, name))
 
-    for name, parameter in actors.policy.named_parameters():
+    for name, parameter in setup.policy.named_parameters():
         rest = name.removeprefix("language_model.")
         trained = (
             kind == "full"
@@ -88,13 +88,13 @@ def test_kl_is_that_to_a_full_copy_taken_before(
         assert torch.equal(parameter, before[name]) != trained, name
 
 
-def gradients(actors: Actors, state: TrainState) -> dict[str, Tensor]:
+def gradients(setup: Setup, state: TrainState) -> dict[str, Tensor]:
     """Of the loss on a rollout after a phase has moved the policy away from its reference."""
-    phase(SMALL, actors, state)
-    experience = collect(SMALL, actors, state)
+    phase(SMALL, setup, state)
+    experience = collect(SMALL, setup, state)
     state.optimizer.zero_grad()
-    loss(SMALL, actors, experience).loss.backward()
-    return {n: p.grad.clone() for n, p in actors.policy.named_parameters() if p.grad is not None}
+    loss(SMALL, setup, experience).loss.backward()
+    return {n: p.grad.clone() for n, p in setup.policy.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -126,14 +126,14 @@ def test_adapters_train_on_a_base_in_bf16(architecture: str, tmp_path: Path) -> 
     model = saved_model(tmp_path / "model", architecture=architecture)
     low = type(model)(base_model=model.base_model, dtype="bf16")
     assert SMALL.check(parts(model=low, finetune=KINDS["lora"])) == []
-    actors, state = start(
+    setup, state = start(
         SMALL, tmp_path, task=RAGGED, model=low, finetune=KINDS["lora"], optimizer=QUICK
     )
-    before = copy.deepcopy(actors.policy.state_dict())
+    before = copy.deepcopy(setup.policy.state_dict())
     for _ in range(2):
-        metrics = phase(SMALL, actors, state)
+        metrics = phase(SMALL, setup, state)
         assert all(math.isfinite(value) for value in metrics.values())
-    for name, parameter in actors.policy.named_parameters():
+    for name, parameter in setup.policy.named_parameters():
         trained = "lora_" in name or name.startswith("value_head.")
         assert parameter.dtype == (torch.float32 if trained else torch.bfloat16), name
         assert torch.equal(parameter, before[name]) != trained, name
@@ -151,8 +151,8 @@ def test_weights_in_bf16_are_trained_by_adapters_alone(kind: str, tmp_path: Path
 
 def test_the_adapters_are_drawn_from_the_runs_seed(tmp_path: Path) -> None:
     def drawn() -> list[Tensor]:
-        actors, _ = actors_of(tmp_path, "gpt2", KINDS["lora"])
-        return [p for n, p in actors.policy.named_parameters() if "lora_A" in n]
+        setup, _ = actors_of(tmp_path, "gpt2", KINDS["lora"])
+        return [p for n, p in setup.policy.named_parameters() if "lora_A" in n]
 
     torch.manual_seed(5)
     first = drawn()

@@ -111,12 +111,12 @@ def test_a_phase_without_scores_is_logged_and_nothing_is_learned(
 
 def test_a_skipped_phase_leaves_weights_and_coefficient(tmp_path: Path) -> None:
     ppo = ppo_with(**SMALL, on_reward_error="skip", reward_retries=0, adaptive_kl_target=1.0)
-    actors, state = start(ppo, tmp_path, task=RAGGED, reward=Faulty(at=(2,)))
+    setup, state = start(ppo, tmp_path, task=RAGGED, reward=Faulty(at=(2,)))
     seen = []
     for _ in range(3):
-        phase(ppo, actors, state)
+        phase(ppo, setup, state)
         seen.append(
-            (torch.cat([p.detach().flatten() for p in actors.policy.parameters()]), state.kl_coef)
+            (torch.cat([p.detach().flatten() for p in setup.policy.parameters()]), state.kl_coef)
         )
     assert torch.equal(seen[0][0], seen[1][0])
     assert seen[0][1] == seen[1][1] is not None

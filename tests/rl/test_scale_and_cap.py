@@ -80,13 +80,13 @@ def weighted_gradients(policy: TransformerWithValueHead, of: Pass, mask: Tensor)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_ppo_learns_from_the_models_own_logits(name: str, tmp_path: Path) -> None:
     model = saved(name, tmp_path / "model")
-    actors, _ = start(SMALL, tmp_path / "run", task=RAGGED, model=model, sampler=SAMPLER)
-    off_the_reference(actors, scale=0.1)
-    policy, completions = actors.policy, fixed_completions(actors)
-    experience, mask = fixed_experience(SMALL, actors, completions), completions.mask
+    setup, _ = start(SMALL, tmp_path / "run", task=RAGGED, model=model, sampler=SAMPLER)
+    off_the_reference(setup, scale=0.1)
+    policy, completions = setup.policy, fixed_completions(setup)
+    experience, mask = fixed_experience(SMALL, setup, completions), completions.mask
     fast = fast_pass(
         policy,
-        actors.reference,
+        setup.reference,
         experience.rollout,
         layout_of(completions),
         temperature=TEMPERATURE,
@@ -95,7 +95,7 @@ def test_ppo_learns_from_the_models_own_logits(name: str, tmp_path: Path) -> Non
     logits, ref_logits = (
         completion_logits(model_logits(of, *completions.sequences), completions.prompt_len)
         / TEMPERATURE
-        for of in (policy, actors.reference)
+        for of in (policy, setup.reference)
     )
     book = Pass(
         logprobs=token_logprobs(logits, completions.tokens),
@@ -117,20 +117,20 @@ def test_ppo_learns_from_the_models_own_logits(name: str, tmp_path: Path) -> Non
 def test_a_rollout_has_the_models_own_log_probs(
     name: str, reference: object, tmp_path: Path
 ) -> None:
-    actors, state = start(
+    setup, state = start(
         SMALL, tmp_path / "run", task=RAGGED, model=saved(name, tmp_path / "model"),
         sampler=SAMPLER, finetune=reference,
     )  # fmt: skip
-    rollout = collect(SMALL, actors, state).rollout
+    rollout = collect(SMALL, setup, state).rollout
     completions, mask = rollout.completions, rollout.completions.mask
     with torch.no_grad():
-        logits = model_logits(actors.policy, *completions.sequences) / TEMPERATURE
+        logits = model_logits(setup.policy, *completions.sequences) / TEMPERATURE
     logits = completion_logits(logits, completions.prompt_len)
     expected = token_logprobs(logits, completions.tokens)
     assert_near(rollout.logprobs[mask], expected[mask])
     assert_near(rollout.ref_logprobs[mask], expected[mask])
     assert rollout.kl.abs().max() < 1e-6
-    metrics = phase(SMALL, actors, state)
+    metrics = phase(SMALL, setup, state)
     assert metrics["policy/approxkl"] < 1
     assert metrics["loss/kl"] > 0
 

@@ -8,7 +8,7 @@ import torch
 
 from rlhf_exp.models.finetune import Finetune, Full, LastLayers, Lora
 from rlhf_exp.models.scratch import Scratch
-from rlhf_exp.rl.actors import Actors
+from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
@@ -25,7 +25,7 @@ KINDS = {
 }
 
 
-def started(path: Path, reference: Finetune, *, d_model: int = 16) -> tuple[Actors, TrainState]:
+def started(path: Path, reference: Finetune, *, d_model: int = 16) -> tuple[Setup, TrainState]:
     model = Scratch(num_layers=2, d_model=d_model, num_heads=2, context_len=16)
     optimizer = AdamWSettings(base_lr=1e-2, head_lr=2e-2, weight_decay=0.1)
     return start(
@@ -34,19 +34,19 @@ def started(path: Path, reference: Finetune, *, d_model: int = 16) -> tuple[Acto
     )  # fmt: skip
 
 
-def advance(actors: Actors, state: TrainState, phases: int) -> list[dict[str, float]]:
-    metrics = [phase(SMALL, actors, state) for _ in range(phases)]
+def advance(setup: Setup, state: TrainState, phases: int) -> list[dict[str, float]]:
+    metrics = [phase(SMALL, setup, state) for _ in range(phases)]
     return [{k: v for k, v in m.items() if not k.startswith("time/")} for m in metrics]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_everything_comes_back(kind: str, tmp_path: Path) -> None:
-    actors, state = started(tmp_path, KINDS[kind])
-    advance(actors, state, 1)
+    setup, state = started(tmp_path, KINDS[kind])
+    advance(setup, state, 1)
     saved = through_a_file(state.state_dict(), tmp_path)
     assert_equal_states(saved, state.state_dict())
     assert len(saved["prompts"]["pending"]) > 0
-    expected = advance(actors, state, 2)
+    expected = advance(setup, state, 2)
 
     others, other = started(tmp_path, KINDS[kind])
     advance(others, other, 2)  # it stood elsewhere
@@ -62,25 +62,25 @@ def test_everything_comes_back(kind: str, tmp_path: Path) -> None:
 
 
 def test_what_guards_a_run_comes_back_too(tmp_path: Path) -> None:
-    actors, state = started(tmp_path, KINDS["full"])
-    advance(actors, state, 1)
+    setup, state = started(tmp_path, KINDS["full"])
+    advance(setup, state, 1)
     state.kl_coef, state.skipped_steps, state.skipped_rewards = 0.1 + 0.2, 3, 2
-    state.stopped, state.watch.up = "phase 1: enough", ["warn/high_kl"]
+    state.stopped, state.collapse.up = "phase 1: enough", ["warn/high_kl"]
     _, other = started(tmp_path, KINDS["full"])
     other.load_state_dict(through_a_file(state.state_dict(), tmp_path))
-    for name in ("kl_coef", "skipped_steps", "skipped_rewards", "stopped", "watch"):
+    for name in ("kl_coef", "skipped_steps", "skipped_rewards", "stopped", "collapse"):
         assert getattr(other, name) == getattr(state, name)
-    assert len(other.watch.first_distinct) == 1
+    assert len(other.collapse.first_distinct) == 1
     assert_equal_states(other.state_dict(), state.state_dict())
 
 
 def test_the_state_holds_what_is_trained_and_no_more(tmp_path: Path) -> None:
     sizes = {}
     for kind, reference in KINDS.items():
-        actors, state = started(tmp_path, reference)
-        advance(actors, state, 1)
+        setup, state = started(tmp_path, reference)
+        advance(setup, state, 1)
         saved = state.state_dict()
-        trained = {n for n, p in actors.policy.named_parameters() if p.requires_grad}
+        trained = {n for n, p in setup.policy.named_parameters() if p.requires_grad}
         assert saved["policy"].keys() == trained
         # Adam's two moments and its step of each.
         assert len(split_state(saved["optimizer"])[0]) == 3 * len(trained)
@@ -90,8 +90,8 @@ def test_the_state_holds_what_is_trained_and_no_more(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["full", "last_layers", "lora"])
 def test_another_shape_is_refused_and_nothing_is_changed(kind: str, tmp_path: Path) -> None:
-    actors, state = started(tmp_path, KINDS["full"])
-    advance(actors, state, 1)
+    setup, state = started(tmp_path, KINDS["full"])
+    advance(setup, state, 1)
     saved = state.state_dict()
     width = 8 if kind == "full" else 16
     _, other = started(tmp_path, KINDS[kind], d_model=width)
@@ -104,7 +104,7 @@ def test_another_shape_is_refused_and_nothing_is_changed(kind: str, tmp_path: Pa
 def test_each_stream_of_randomness_is_of_the_seed_and_its_own(tmp_path: Path) -> None:
     def draws(seed: int) -> list[list[float]]:
         state = TrainState.start(
-            actors.policy, AdamWSettings(), WarmupDecay(), actors.train_prompts,
+            setup.policy, AdamWSettings(), WarmupDecay(), setup.train_prompts,
             num_prompts=6, total_phases=9, seed=seed,
             inputs={},
         )  # fmt: skip
@@ -113,7 +113,7 @@ def test_each_stream_of_randomness_is_of_the_seed_and_its_own(tmp_path: Path) ->
         generators = (order, state.sample_generator, state.minibatch_generator)
         return [torch.rand(3, generator=generator).tolist() for generator in generators]
 
-    actors, _ = started(tmp_path, KINDS["full"])
+    setup, _ = started(tmp_path, KINDS["full"])
     assert draws(1) == draws(1)
     seen = [*draws(1), *draws(2)]
     assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
@@ -133,8 +133,8 @@ def test_the_best_evaluation_is_known_the_first_of_equals(tmp_path: Path) -> Non
 
 def test_rates_are_those_that_it_is_built_with(tmp_path: Path) -> None:
     """Also where they have been changed since: a checkpoint knows moments and the phase alone."""
-    actors, state = started(tmp_path, KINDS["full"])
-    advance(actors, state, 2)
+    setup, state = started(tmp_path, KINDS["full"])
+    advance(setup, state, 2)
     _, other = start(
         SMALL, tmp_path, task=RAGGED, model=Scratch(num_layers=2, d_model=16, num_heads=2,
         context_len=16), optimizer=AdamWSettings(base_lr=5e-3, head_lr=2e-2, weight_decay=0.1),

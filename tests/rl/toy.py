@@ -23,11 +23,11 @@ from rlhf_exp.models.reference import Reference
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rewards.keyword import Keyword
 from rlhf_exp.rewards.protocol import RewardFunction
-from rlhf_exp.rl.actors import Actors, load_actors
 from rlhf_exp.rl.compute import Compute
 from rlhf_exp.rl.estimators import GAE, token_rewards
 from rlhf_exp.rl.guards import Guards
 from rlhf_exp.rl.histograms import HistogramCollector
+from rlhf_exp.rl.setup import Setup, load_setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.measure import measure
@@ -207,10 +207,10 @@ def ppo_with(base: PPO | None = None, **options: Any) -> PPO:
 
 def start(
     ppo: PPO, path: Path, *, device: torch.device = CPU, **replaced: Any
-) -> tuple[Actors, TrainState]:
-    """Actors and state before the first phase."""
+) -> tuple[Setup, TrainState]:
+    """Setup and state before the first phase."""
     p = parts(**replaced)
-    actors = load_actors(
+    setup = load_setup(
         context(path, device=device),
         p.task,
         p.model,
@@ -220,19 +220,19 @@ def start(
         intervention=p.intervention,
         value_head=ppo.estimator.needs_values,
     )
-    return actors, start_state(ppo, actors, p.optimizer, p.schedule, seed=1, inputs={})
+    return setup, start_state(ppo, setup, p.optimizer, p.schedule, seed=1, inputs={})
 
 
-def collect(ppo: PPO, actors: Actors, state: TrainState) -> Experience:
+def collect(ppo: PPO, setup: Setup, state: TrainState) -> Experience:
     """The experience of a rollout of the current weights."""
     prompts = next(state.prompts).repeated(ppo.samples_per_prompt)
-    generation = actors.sampler(actors.policy, prompts, state.sample_generator)
+    generation = setup.sampler(setup.policy, prompts, state.sample_generator)
     rollout = measure(
-        actors.policy,
-        actors.reference,
+        setup.policy,
+        setup.reference,
         generation,
-        actors.score(generation.completions),
-        temperature=actors.sampler.temperature,
+        setup.score(generation.completions),
+        temperature=setup.sampler.temperature,
     )
     return experience_of(ppo, rollout)
 
@@ -246,30 +246,30 @@ def experience_of(ppo: PPO, rollout: Rollout) -> Experience:
 
 def learn(
     ppo: PPO,
-    actors: Actors,
+    setup: Setup,
     state: TrainState,
     experience: Experience,
     histograms: HistogramCollector | None = None,
 ) -> Iterator[Mapping[str, Tensor]]:
     """The optimizer steps of a phase; yields the metrics of each minibatch."""
-    phases = Phases(ppo, actors, state, Stopwatch())
+    phases = Phases(ppo, setup, state, Stopwatch())
     phases.histograms = histograms or phases.histograms
     yield from phases.updates(experience)
 
 
 def loss(
     ppo: PPO,
-    actors: Actors,
+    setup: Setup,
     experience: Experience,
     *,
     policy: TransformerWithValueHead | None = None,
     layout: Layout | None = None,
 ) -> LossOutput:
-    """The stage's loss of a minibatch, by the policy of the actors or another one."""
-    engine = (policy or actors.policy).engine
+    """The stage's loss of a minibatch, by the policy of the setup or another one."""
+    engine = (policy or setup.policy).engine
     layout = layout or Layout.of(experience.rollout.completions)
     new = engine.learning_pass(
-        experience.rollout, actors.reference.head, layout, temperature=actors.sampler.temperature
+        experience.rollout, setup.reference.head, layout, temperature=setup.sampler.temperature
     )
     return ppo.objective(new, experience, coefficients(ppo, ppo.kl_coef))
 
@@ -303,10 +303,10 @@ def pass_shape(kwargs: dict[str, Any]) -> tuple[int, int]:
 
 
 def phase(
-    ppo: PPO, actors: Actors, state: TrainState, phases: Phases | None = None
+    ppo: PPO, setup: Setup, state: TrainState, phases: Phases | None = None
 ) -> dict[str, float]:
     """The metrics of a phase by itself."""
-    phases = phases or Phases(ppo, actors, state, Stopwatch())
+    phases = phases or Phases(ppo, setup, state, Stopwatch())
     metrics: dict[str, float] = {}
     phases.run(metrics.update)
     return metrics

@@ -42,12 +42,12 @@ def test_both_engines_and_samplers_learn_alike(
     learned = []
     for engine, sampler in (("fast", CachedSampler), ("hooked", BridgeSampler)):
         shape = given(tmp_path, architecture, sampler=sampler(gen_len=4, top_k=1))
-        actors, state = start(SMALL, tmp_path / engine, **shape)
-        actors.policy.engine = ENGINES[engine](actors.policy)
-        settings(case, tmp_path, positions=positions).attach(actors.policy)
-        before = [p.detach().clone() for p in actors.policy.parameters()]
-        metrics = phase(SMALL, actors, state)
-        learned.append(([p.detach() for p in actors.policy.parameters()], metrics))
+        setup, state = start(SMALL, tmp_path / engine, **shape)
+        setup.policy.engine = ENGINES[engine](setup.policy)
+        settings(case, tmp_path, positions=positions).attach(setup.policy)
+        before = [p.detach().clone() for p in setup.policy.parameters()]
+        metrics = phase(SMALL, setup, state)
+        learned.append(([p.detach() for p in setup.policy.parameters()], metrics))
     (fast, fast_metrics), (hooked, hooked_metrics) = learned
     for one, other in zip(fast, hooked, strict=True):
         assert_near(one, other, tolerance=1e-4)
@@ -74,15 +74,15 @@ def test_a_run_under_an_intervention(kind: str, tmp_path: Path) -> None:
     intervention.attach(policy)
     assert (policy(tokens)[0] - before).abs().max() > 0.1
     saved = Pretrained(base_model=str(tmp_path / "edited"))
-    actors, _ = start(SMALL, tmp_path / "saved", **{**shape, "model": saved, "finetune": Full()})
-    intervention.attach(actors.policy)
-    reward = PatientReward(actors.score)
-    again = evaluate(actors, reward, num_samples=8, seed=context(tmp_path / "x").seed, phase=2)
+    setup, _ = start(SMALL, tmp_path / "saved", **{**shape, "model": saved, "finetune": Full()})
+    intervention.attach(setup.policy)
+    reward = PatientReward(setup.score)
+    again = evaluate(setup, reward, num_samples=8, seed=context(tmp_path / "x").seed, phase=2)
     last = [row for row in rows(tmp_path / "edited", "samples.jsonl") if row["phase"] == 2]
     texts = [row["completion"] for row in last]
     assert [row["completion"] for row in again.samples] == texts
-    actors.policy.edits = Edits()
-    plain = evaluate(actors, reward, num_samples=8, seed=context(tmp_path / "x").seed, phase=2)
+    setup.policy.edits = Edits()
+    plain = evaluate(setup, reward, num_samples=8, seed=context(tmp_path / "x").seed, phase=2)
     assert [row["completion"] for row in plain.samples] != texts
 
 

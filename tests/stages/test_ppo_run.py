@@ -191,8 +191,8 @@ def test_a_reward_that_is_not_finite_stops_the_run(
 
 
 def test_a_reward_must_give_one_score_each(tmp_path: Path) -> None:
-    actors, _ = start(PPO(), tmp_path)
-    generation = actors.sampler(actors.policy, actors.train_prompts, torch.Generator())
+    setup, _ = start(PPO(), tmp_path)
+    generation = setup.sampler(setup.policy, setup.train_prompts, torch.Generator())
     with pytest.raises(RewardError, match=r"phase 3: .* shape \(2,\) for 1 samples"):
         PatientReward(lambda _: torch.zeros(2))(generation.completions, phase=3)
 

@@ -124,7 +124,7 @@ def test_a_model_from_elsewhere_is_not_judged() -> None:
     unknown = {"reward": Classifier(name="somewhere", label="low")}
     assert problems(unknown) == []
     with_long = {"model": Scratch(context_len=4), "sampler": CachedSampler(gen_len=99)}
-    assert problems(with_long) == []  # load_actors says it
+    assert problems(with_long) == []  # load_setup says it
 
 
 def test_a_stage_names_the_parts_of_its_dataclass_and_refuses_other_kinds() -> None:

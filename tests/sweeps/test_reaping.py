@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from rlhf_exp.runs.lock import is_claimed
+from rlhf_exp.runs.lock import is_locked
 from rlhf_exp.runs.status import read_state
 from rlhf_exp.sweeps import settling
-from rlhf_exp.sweeps.reaping import mark_failed, settle
+from rlhf_exp.sweeps.reaping import await_and_mark, mark_failed
 from tests.runs.test_lock import holder
 from tests.sweeps.build_jobs import placed_jobs, write_status
 
@@ -25,7 +25,7 @@ def test_those_that_died_without_a_word_get_the_status_and_no_others(tmp_path, s
     said = {0: "done", 1: "failed", 2: "interrupted", 3: "running"}
     for number, own in said.items():
         write_status(jobs[number].folder, own, f"error of {number}")
-    settle(jobs, status)
+    await_and_mark(jobs, status)
     states = [read_state(job.folder) for job in jobs]
     assert [s.status for s in states] == ["done", "failed", "interrupted", status, "waiting"]
     assert [s.error for s in states] == [
@@ -39,7 +39,7 @@ def test_a_job_with_a_living_process_is_waited_for(tmp_path):
     write_status(job.folder, "running")
     write_status(jobs[1].folder, "running")
     with holder(job.folder) as process:
-        thread = threading.Thread(target=settle, args=(jobs, "failed"))
+        thread = threading.Thread(target=await_and_mark, args=(jobs, "failed"))
         thread.start()
         time.sleep(0.3)
         assert thread.is_alive()
@@ -57,9 +57,9 @@ def test_a_process_that_was_killed_holds_nobody_up(tmp_path):
     with holder(job.folder) as process:
         process.kill()
         process.wait()
-        settle([job], "failed")
+        await_and_mark([job], "failed")
     assert read_state(job.folder).status == "failed"
-    assert not is_claimed(job.folder)
+    assert not is_locked(job.folder)
 
 
 @pytest.mark.parametrize("before", [None, "running"])

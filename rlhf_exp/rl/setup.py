@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Actors:
+class Setup:
     """The policy, its reference, the reward, the sampler and the prompts of a run. `answers` is the
     task if it knows exact answers, `reference_hash` the hash of the reference at its loading."""
 
@@ -44,7 +44,7 @@ class Actors:
     answers: AnswerTask | None
 
 
-def load_actors(
+def load_setup(
     context: Context,
     task: Task,
     model: ModelSettings,
@@ -54,7 +54,7 @@ def load_actors(
     *,
     intervention: Intervention = NO_INTERVENTION,
     value_head: bool = True,
-) -> Actors:
+) -> Setup:
     """The policy, what of it is trained, its reference, the reward and the prompts, on the
     context's device. Raises ConfigError for what cannot be loaded or does not fit."""
     policy = load_sampled_policy(context, task, model, sampler, value_head=value_head)
@@ -67,7 +67,7 @@ def load_actors(
     score = load_reward(context, reward, policy, task, sampler, (train, held_out))
     reference = finetune.attach(policy, seed=stream_seed(context.seed, "reference"))
     intervention.attach(policy)
-    return Actors(
+    return Setup(
         policy=policy,
         reference=reference,
         reference_hash=reference_hash(reference, policy),
@@ -89,14 +89,14 @@ def fingerprints(network: PreTrainedModel, **parts: Any) -> dict[str, str]:
     return hashes | {"model": f"{hashes['model']} {vars(network.config).get('_commit_hash')}"}
 
 
-def frozen_hash(actors: Actors) -> str:
+def frozen_hash(setup: Setup) -> str:
     """The hash of the reference's weights as passes use them."""
-    return reference_hash(actors.reference, actors.policy)
+    return reference_hash(setup.reference, setup.policy)
 
 
-def check_frozen(actors: Actors, expected: str) -> None:
+def check_frozen(setup: Setup, expected: str) -> None:
     """Raises TrainingError if the reference's weights are not those of that hash any more."""
-    if frozen_hash(actors) != expected:
+    if frozen_hash(setup) != expected:
         raise TrainingError(
             "the reference's weights changed during the run, so its KL is wrong: some code wrote"
             " to frozen weights, such as a reward that shares them"

@@ -10,7 +10,7 @@ import torch
 from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rewards.protocol import RewardFunction
-from rlhf_exp.rl.actors import Actors, load_actors, load_sampled_policy, without
+from rlhf_exp.rl.setup import Setup, load_sampled_policy, load_setup, without
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError, settings
 from rlhf_exp.tasks.protocol import PromptRow
@@ -20,17 +20,17 @@ from ..builders import prompts
 from .toy import RAGGED, EchoTask, ToyTask, context, parts
 
 
-def loaded(path: Path, **replaced: object) -> Actors:
+def loaded(path: Path, **replaced: object) -> Setup:
     p = parts(**replaced)
-    return load_actors(context(path), p.task, p.model, p.reward, p.sampler, p.finetune)
+    return load_setup(context(path), p.task, p.model, p.reward, p.sampler, p.finetune)
 
 
 def test_prompts_are_the_tasks_and_answers_are_where_it_knows_them(tmp_path: Path) -> None:
-    actors = loaded(tmp_path, task=EchoTask())
-    assert actors.answers == EchoTask()
-    assert actors.train_prompts.texts == EchoTask().train_prompts()
-    assert actors.eval_prompts.texts == EchoTask().eval_prompts()
-    assert set(actors.train_prompts.tokens[:, 0].tolist()) == {1}
+    setup = loaded(tmp_path, task=EchoTask())
+    assert setup.answers == EchoTask()
+    assert setup.train_prompts.texts == EchoTask().train_prompts()
+    assert setup.eval_prompts.texts == EchoTask().eval_prompts()
+    assert set(setup.train_prompts.tokens[:, 0].tolist()) == {1}
     without = loaded(tmp_path, task=ToyTask(prepend_bos=False))
     assert without.answers is None
     assert without.train_prompts.tokens.tolist() == [[4, 5]]
@@ -52,12 +52,12 @@ class FirstWords(ToyTask):
 def test_prompts_that_are_one_when_cut_are_on_one_side(tmp_path: Path) -> None:
     texts = ("w0 w1", "w2 w3")
     evaluated = ("w4 w5", "w2 w7", "w6", "w0 w1 w2")
-    actors = loaded(tmp_path, task=FirstWords(prompts=texts, evaluated=evaluated))
-    assert actors.train_prompts.texts == ("w0", "w2")
-    assert actors.eval_prompts.texts == ("w4", "w6")
+    setup = loaded(tmp_path, task=FirstWords(prompts=texts, evaluated=evaluated))
+    assert setup.train_prompts.texts == ("w0", "w2")
+    assert setup.eval_prompts.texts == ("w4", "w6")
     # All of them, if nothing else would be left.
-    actors = loaded(tmp_path, task=FirstWords(prompts=texts, evaluated=evaluated[1:2]))
-    assert actors.eval_prompts.texts == ("w2",)
+    setup = loaded(tmp_path, task=FirstWords(prompts=texts, evaluated=evaluated[1:2]))
+    assert setup.eval_prompts.texts == ("w2",)
     # Prompts that nobody cuts are as the task gives them.
     assert loaded(tmp_path).train_prompts.texts == loaded(tmp_path).eval_prompts.texts
 
@@ -71,9 +71,9 @@ def test_prompts_are_compared_without_their_padding(tmp_path: Path) -> None:
 
 
 def test_the_reference_is_a_frozen_copy(tmp_path: Path) -> None:
-    actors = loaded(tmp_path)
-    own = dict(actors.policy.language_model.named_parameters())
-    for name, parameter in actors.reference.language_model.named_parameters():
+    setup = loaded(tmp_path)
+    own = dict(setup.policy.language_model.named_parameters())
+    for name, parameter in setup.reference.language_model.named_parameters():
         assert torch.equal(parameter, own[name])
         assert not parameter.requires_grad
         assert parameter.data_ptr() != own[name].data_ptr()
@@ -117,10 +117,10 @@ def test_a_reward_that_reads_tokens_is_asked_whether_it_can(
     task = ToyTask(prepend_bos=prepend_bos)
     with pytest.raises(ConfigError, match=f"reward: BOS {prepend_bos}, <eos>"):
         loaded(tmp_path, task=task, reward=Reads(refused=prepend_bos))
-    actors = loaded(tmp_path, task=task, reward=Reads(refused=not prepend_bos))
-    generation = actors.sampler(actors.policy, actors.train_prompts, torch.Generator())
+    setup = loaded(tmp_path, task=task, reward=Reads(refused=not prepend_bos))
+    generation = setup.sampler(setup.policy, setup.train_prompts, torch.Generator())
     first = generation.completions.tokens[:, 0]
-    assert actors.score(generation.completions).tolist() == first.tolist()
+    assert setup.score(generation.completions).tolist() == first.tolist()
 
 
 @pytest.mark.parametrize("gen_len", [11, 12])
