@@ -13,12 +13,13 @@ from rlhf_exp.functional.masking import masked_mean
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rewards.attempts import PatientReward
 from rlhf_exp.rl.answers import exact_match, judge_answers
+from rlhf_exp.rl.metrics import distinct_n
 from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.runs.context import Context, TrainingError
 from rlhf_exp.runs.folder import RunFolder
-from rlhf_exp.runs.summary import describe, distinct_n
+from rlhf_exp.runs.summary import describe
 from rlhf_exp.tasks.prompts import take
 from rlhf_exp.tracking.curves import plot_ppo, print_before_after
 from rlhf_exp.training.seeding import stream

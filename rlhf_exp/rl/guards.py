@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.rewards.attempts import Patience
+from rlhf_exp.rl.metrics import mean_metrics
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.runs.context import TrainingError
-from rlhf_exp.runs.summary import mean_metrics
 from rlhf_exp.settings import Index, NonNegative, Positive, settings
 from rlhf_exp.training.optim import check_finite, nonfinite, tells_finite
 

@@ -10,11 +10,11 @@ from rlhf_exp.rl.evaluation import brief, evaluate
 from rlhf_exp.rl.guards import Guards, check_kl_sum, sum_up
 from rlhf_exp.rl.histograms import HistogramCollector
 from rlhf_exp.rl.kl_coefficient import KLCoefficient
+from rlhf_exp.rl.metrics import rollout_metrics
 from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.sampler import have_ended
 from rlhf_exp.runs.context import Context
-from rlhf_exp.runs.summary import rollout_metrics
 from rlhf_exp.tracking.progress import Progress
 from rlhf_exp.training.memory import explaining_memory
 from rlhf_exp.training.optim import learning_rates

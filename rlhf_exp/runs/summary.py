@@ -1,15 +1,12 @@
 """Numbers computed from samples for people to read; nothing is trained on them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
-
-from rlhf_exp.functional.masking import masked_mean, masked_var
-from rlhf_exp.types import Experience
 
 NUM_BINS = 64
 TAIL = 0.005  # the share of the values that lie beyond the equal bins, on each side
@@ -82,63 +79,3 @@ def show_number(value: float | None) -> str:
         return "not finite"
     # An exact KL of 0 may come out as -1e-8; + 0.0 takes the sign off the rounded one.
     return f"{round(value, 3) + 0.0:.3f}" if abs(value) < 1e9 else f"{value:.3e}"
-
-
-def distinct_n(tokens: Int[Tensor, "batch completion"], mask: Bool[Tensor, "batch completion"],
-               *, n: int) -> float:  # fmt: skip
-    """Distinct n-grams of tokens divided by all of them, over the whole batch; 0 if there are none.
-
-    It falls with the number of samples, so compare it at equal numbers only.
-    """
-    grams = [
-        tuple(row[i : i + n])
-        for row, real in zip(tokens.tolist(), mask.sum(dim=1).tolist(), strict=True)
-        for i in range(real - n + 1)
-    ]
-    return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def explained_variance(
-    values: Float[Tensor, "batch completion"],
-    returns: Float[Tensor, "batch completion"],
-    mask: Bool[Tensor, "batch completion"],
-) -> float:
-    """1 - Var(returns - values) / Var(returns) over real tokens: 1 is perfect, 0 no better than a
-    constant. 0 if the returns do not vary."""
-    variance = masked_var(returns, mask)
-    if variance == 0:
-        return 0.0
-    return float(1 - masked_var(returns - values, mask) / variance)
-
-
-def read_metrics(rows: Iterable[Mapping[str, Tensor]]) -> list[dict[str, float]]:
-    """The numbers of rows that all have the same metrics, brought over from a GPU at once."""
-    rows = list(rows)
-    names = list(rows[0])
-    numbers = torch.stack([torch.stack([row[name] for name in names]) for row in rows]).tolist()
-    return [dict(zip(names, row, strict=True)) for row in numbers]
-
-
-def mean_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each metric over rows that all have the same ones."""
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-
-
-def rollout_metrics(experience: Experience, *, truncates: bool) -> dict[str, float]:
-    """What a rollout was like, before learning from it. KL is exact, of the policy that sampled."""
-    rollout, mask = experience.rollout, experience.rollout.completions.mask
-    metrics = {
-        "objective/scores": rollout.scores.mean().item(),
-        "objective/scores_std": rollout.scores.std(correction=0).item(),
-        "objective/kl": masked_mean(rollout.kl, mask).item(),
-        "objective/kl_sum": rollout.kl.sum(dim=1).mean().item(),
-        "objective/entropy": masked_mean(rollout.entropy, mask).item(),
-        "sample/len_mean": mask.sum(dim=1).float().mean().item(),
-        "sample/distinct_3": distinct_n(rollout.completions.tokens, mask, n=3),
-    }
-    if rollout.values is not None and experience.returns is not None:
-        explained = explained_variance(rollout.values, experience.returns, mask)
-        metrics["val/explained_variance"] = explained
-    if truncates:
-        metrics["sample/kept_mass"] = masked_mean(rollout.kept_mass, mask).item()
-    return metrics

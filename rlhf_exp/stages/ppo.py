@@ -28,13 +28,13 @@ from rlhf_exp.rl.histograms import HistogramCollector
 from rlhf_exp.rl.keep import Keeper, advance, phase_metrics
 from rlhf_exp.rl.kl_coefficient import KLCoefficient
 from rlhf_exp.rl.learn import Minibatch, micro_batches, minibatches, optimizer_step
+from rlhf_exp.rl.metrics import read_metrics
 from rlhf_exp.rl.objectives import Coefficients, Objective, PPOClip
 from rlhf_exp.rl.setup import Setup, check_frozen, fingerprints, frozen_hash, load_setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.runs.context import Context
-from rlhf_exp.runs.summary import read_metrics
 from rlhf_exp.settings import Count, Fingerprinted, NonNegative, OpenFraction, Positive, settings
 from rlhf_exp.stages.protocol import Stage, StageResult
 from rlhf_exp.stages.saved import check_saved_policy
