@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from rlhf_exp.app.run import ALLOWED_TARGETS, CONF, instantiate, to_container
 from rlhf_exp.app.steps import read_steps
 from rlhf_exp.runs.summary import summarize
+from tests.app.test_run import OFFLINE, TINY, TRAIN
 
-from .test_run import OFFLINE, TINY, TRAIN
 from .training.wandb_runs import inspect, offline_runs
 
 SWEEP = yaml.safe_load((CONF / "wandb_sweep.yaml").read_text(encoding="utf-8"))

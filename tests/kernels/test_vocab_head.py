@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlhf_exp.functional import vocab_head
 from rlhf_exp.functional.logprobs import entropy, kl_divergence, token_logprobs
+from rlhf_exp.kernels import vocab_head
 from rlhf_exp.kernels.vocab_head import (
     Head,
     head_logits,

@@ -9,7 +9,7 @@ from rlhf_exp.report.runs import read_runs
 from rlhf_exp.report.wandb_report import log_report, tabulate_runs
 from rlhf_exp.settings import ConfigError
 
-from ..training.wandb_runs import inspect, offline_runs, own_folders
+from ..tracking.wandb_runs import inspect, offline_runs, own_folders
 
 PICTURE = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010806000000"

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from rlhf_exp.runs import checkpoint as module
 from rlhf_exp.runs.checkpoint import (
     CheckpointWriter,
     DamagedError,
@@ -26,7 +27,6 @@ from rlhf_exp.runs.checkpoint import (
     write_checkpoint,
 )
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.training import checkpoint as module
 from tests.reliability import count_cases
 
 TENSORS = {

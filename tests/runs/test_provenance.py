@@ -10,8 +10,8 @@ import psutil
 import pytest
 import torch
 
+from rlhf_exp.runs import provenance
 from rlhf_exp.runs.provenance import MAX_DIFF, environment
-from rlhf_exp.training import provenance
 
 
 @pytest.fixture

@@ -28,8 +28,8 @@ from pydantic import ValidationError
 from rlhf_exp.machine.network import reachable
 from rlhf_exp.runs.folder import RunFolder, Sink
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.tracking import loggers, wandb_run
 from rlhf_exp.tracking.loggers import LocalLogger, Logger, WandbLogger
-from rlhf_exp.training import loggers, wandb_run
 
 from .wandb_runs import info, inspect, offline_runs, own_folders
 

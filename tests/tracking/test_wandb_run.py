@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_exp.tracking import wandb_run
 from rlhf_exp.tracking.wandb_run import WandbRun
-from rlhf_exp.training import wandb_run
 
 
 class Run:
