@@ -18,7 +18,7 @@ from rlhf_exp.app.steps import read_steps
 from rlhf_exp.runs.summary import summarize
 from tests.app.test_run import OFFLINE, TINY, TRAIN
 
-from .training.wandb_runs import inspect, offline_runs
+from .tracking.wandb_runs import inspect, offline_runs
 
 SWEEP = yaml.safe_load((CONF / "wandb_sweep.yaml").read_text(encoding="utf-8"))
 
