@@ -27,6 +27,7 @@ from rich.text import Text
 from rlhf_exp.app import run
 from rlhf_exp.machine.slurm import requeue
 from rlhf_exp.runs.files import write_whole
+from rlhf_exp.runs.keys import use_of
 from rlhf_exp.runs.lock import is_locked, locked
 from rlhf_exp.runs.status import read_state
 from rlhf_exp.security.printable import printable
@@ -35,7 +36,6 @@ from rlhf_exp.settings import ConfigError
 from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs
 from rlhf_exp.sweeps.isolation import SWEEP_PID
 from rlhf_exp.sweeps.jobs import (
-    NOT_RESULTS,
     RECORD,
     BadJobs,
     SweepJob,
@@ -88,7 +88,7 @@ class Launching:
         overrides = parser.parse_overrides([w for w in words if not w.lstrip("+").startswith(OWN)])
         for override in overrides:
             key = override.get_key_element().lstrip("+~")
-            if override.is_sweep_override() and key.split(".")[0] in NOT_RESULTS:
+            if override.is_sweep_override() and not use_of(key, {}).results:
                 raise ConfigError(f"{key}: the jobs would be the same; give it one value")
         return overrides
 

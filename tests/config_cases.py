@@ -17,9 +17,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from rlhf_exp.app.run_settings import RunSettings
 from rlhf_exp.rl.compute import Compute
 from rlhf_exp.rl.guards import Guards
+from rlhf_exp.runs.keys import RunSettings
 from rlhf_exp.settings import PARTS
 
 # Keys that another key or a file bounds as well, by class. They are drawn one by one only to be

@@ -19,9 +19,9 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_exp.app import run
-from rlhf_exp.app.run_settings import GROUPS, read_run_settings
 from rlhf_exp.app.steps import read_steps
 from rlhf_exp.rollout.bridge import BridgeSampler
+from rlhf_exp.runs.keys import GROUPS, read_run_settings
 from rlhf_exp.stages.protocol import Built
 from rlhf_exp.tasks.reviews import Reviews
 

@@ -13,21 +13,16 @@ from typing import Any
 import yaml
 
 from rlhf_exp.app.overrides import unquoted
+from rlhf_exp.runs.keys import MAX_KL_SUM, OF_ONE_START, use_of
 from rlhf_exp.runs.lock import is_locked
 from rlhf_exp.runs.status import is_done
 from rlhf_exp.security.redaction import REDACTED
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.sweeps.jobs import NOT_RESULTS
 
 AUTO = "auto"
 CONFIG, OVERRIDES = ".hydra/config.yaml", ".hydra/overrides.yaml"
 LONGEST_NAME = 255  # bytes that nearly all file systems allow
 RUNS = Path("outputs")  # where the configuration puts runs
-OF_THE_START = ("resume", "resume_with", "dry_run")  # of one start of a run alone
-# How often what is already determined is saved or shown.
-FREE = ("stage.checkpoint_every", "stage.histograms_every", "stage.log_every")
-MORE = ("stage.total_phases", "stage.epochs", "stage.max_updates", "stage.max_seconds")
-BUDGET = "stage.guards.max_kl_sum"
 ABSENT = object()
 
 
@@ -86,7 +81,7 @@ def recorded_words(run: Path) -> list[str]:
         usable = False
     if not usable:
         raise ConfigError(f"{run / OVERRIDES} cannot be read: it holds a list of words")
-    return [word for word in words if REDACTED not in word and key_of(word) not in OF_THE_START]
+    return [word for word in words if REDACTED not in word and key_of(word) not in OF_ONE_START]
 
 
 def with_recorded_words(words: Sequence[str]) -> list[str]:
@@ -167,14 +162,13 @@ def check_allowed(allowed: Sequence[str], *configs: Mapping[str, Any]) -> None:
 
 
 def _is_free(change: Change, allowed: Sequence[str]) -> bool:
-    if change.key in FREE or change.key.split(".")[0] in NOT_RESULTS - {"device"}:
-        return True
-    if change.key in MORE and _is_more(change):
+    may = use_of(change.key, {}).resume
+    if may == "free" or (may == "larger" and _is_larger(change)):
         return True
     return any(change.key == key or change.key.startswith(f"{key}.") for key in allowed)
 
 
-def _is_more(change: Change) -> bool:
+def _is_larger(change: Change) -> bool:
     counts = (change.before, change.after)
     return all(isinstance(n, int | float) for n in counts) and change.after > change.before
 
@@ -182,8 +176,11 @@ def _is_more(change: Change) -> bool:
 def lets_go_on(found: Sequence[Change]) -> bool:
     """Whether the changes let a run that is done go on: more phases or updates, another KL
     budget."""
-    more = (change.key in MORE and _is_more(change) for change in found)
-    return any(more) or any(change.key == BUDGET for change in found)
+    return any(
+        change.key == MAX_KL_SUM
+        or (use_of(change.key, {}).resume == "larger" and _is_larger(change))
+        for change in found
+    )
 
 
 def apply(config: dict[str, Any], found: Sequence[Change]) -> dict[str, Any]:

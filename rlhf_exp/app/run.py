@@ -31,7 +31,6 @@ from rlhf_exp.app.overrides import command, prepared
 from rlhf_exp.app.resume import (
     AUTO,
     CONFIG,
-    OF_THE_START,
     OVERRIDES,
     Change,
     apply,
@@ -45,9 +44,9 @@ from rlhf_exp.app.resume import (
     run_dir,
     with_recorded_words,
 )
-from rlhf_exp.app.run_settings import read_run_settings
 from rlhf_exp.machine.streams import make_streams_unbreakable
 from rlhf_exp.runs.files import write_whole
+from rlhf_exp.runs.keys import OF_ONE_START, read_run_settings
 from rlhf_exp.runs.lock import LOCK, is_locked, locked
 from rlhf_exp.runs.status import is_done, read_state
 from rlhf_exp.security.printable import printable
@@ -212,7 +211,7 @@ def _resumed(cfg: DictConfig, folder: Path) -> Resumed:
     plain: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
     hydra_errors.refuse_old_keys(plain, folder)
     before = recorded_words(folder)
-    asked = [word for word in _words() if key_of(word) not in OF_THE_START]
+    asked = [word for word in _words() if key_of(word) not in OF_ONE_START]
     found: list[Change] = []
     if asked != before:
         # Hydra's, since a word may choose another option of a group.

@@ -4,22 +4,13 @@ It knows configurations, not metrics.
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf_exp.report.runs import Run
+from rlhf_exp.runs.keys import SEEDS, use_of
 
-SEEDS = {"seed", "prepare_seed"}
-# Where things are written and on what they are computed; no part of the experiment.
-ELSEWHERE = {"name", "artifacts_dir", "resume", "until", "device", "allow_targets"}
-ELSEWHERE |= {"skip_completed", "dry_run", "resume_with", "max_minutes"}
-# How often a stage logs, saves and measures. Of stages that keep the weights that measure best,
-# eval_every is part of the experiment.
-REPORTING = re.compile(r"(prepare\.[^.]+\.)?stage\.(?P<what>\w+)_every")
-PPO = "rlhf_exp.stages.ppo.PPO"  # keeps the last weights
-ELSEWHERE_GROUPS = ("logger.", "hub.")
 TARGET = "._target_"  # ends the key of what a group of the configuration chose
 STAGE = "stage"
 MANY = 8  # of more parameters, those that only ever change together are shown as one
@@ -100,7 +91,7 @@ def repeated(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
     for group in groups:
         seen: dict[str, Run] = {}
         for run in (runs[i] for i in group.runs if runs[i].config):
-            seeds = _key([run.config.get(name) for name in sorted(SEEDS)])
+            seeds = _key([run.config.get(name) for name in SEEDS])
             if seeds in seen:
                 same = f"the same parameters and seed as {seen[seeds].folder}"
                 lines.append(f"{run.folder}: {same}; both count")
@@ -154,7 +145,7 @@ def _differing(runs: Sequence[Run]) -> list[str]:
 
 
 def _parameters_within(kind: Sequence[Run]) -> list[str]:
-    differing = [key for key in _differing(kind) if not _is_elsewhere(key, kind[0])]
+    differing = [key for key in _differing(kind) if use_of(key, kind[0].config).compared]
     chosen = [key.removesuffix(TARGET) for key in differing if key.endswith(TARGET)]
     kept = [
         key
@@ -174,14 +165,6 @@ def _follows(runs: Sequence[Run], key: str, groups: Sequence[str]) -> bool:
 
 def _value(run: Run, name: str) -> Any:
     return run.config.get(f"{name}{TARGET}", run.config.get(name))
-
-
-def _is_elsewhere(key: str, run: Run) -> bool:
-    reporting = REPORTING.fullmatch(key)
-    if reporting:
-        stage = key.rpartition(".")[0]
-        return reporting["what"] != "eval" or run.config.get(f"{stage}{TARGET}") == PPO
-    return key in SEEDS | ELSEWHERE or f"{key}.".startswith(ELSEWHERE_GROUPS)
 
 
 def _partition(runs: Sequence[Run], name: str) -> tuple[int | str, ...]:

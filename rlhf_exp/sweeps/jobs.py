@@ -16,15 +16,11 @@ from typing import Any
 
 from rlhf_exp.runs.artifacts import content_hash
 from rlhf_exp.runs.files import write_whole
+from rlhf_exp.runs.keys import use_of
 from rlhf_exp.security.redaction import redact_words
 from rlhf_exp.settings import ConfigError
 
 RECORD = "sweep.json"
-# Where results go and on what they are computed, not what they are.
-NOT_RESULTS = {
-    "name", "skip_completed", "dry_run", "resume", "resume_with", "max_minutes", "logger", "hub",
-    "artifacts_dir", "allow_targets", "device",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +56,7 @@ class BadJobs(ConfigError):
 
 def identity(config: Mapping[str, Any]) -> str:
     """A hash of everything in a resolved configuration that determines a run's results."""
-    return content_hash({k: v for k, v in config.items() if k not in NOT_RESULTS})
+    return content_hash({k: v for k, v in config.items() if use_of(k, config).results})
 
 
 def slug(text: str, limit: int = 80) -> str:

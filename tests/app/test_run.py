@@ -336,7 +336,7 @@ REFUSED = {
         " task._target_=rlhf_exp.app.run.sys.modules.clear"
         " stage._target_=rlhf_exp.app.run.__builtins__.get"
         " sampler._target_=rlhf_exp.settings.ConfigError",
-        [r"reward\._target_=rlhf_exp\.training\.files\.write_whole: it is no class of settings",
+        [r"reward\._target_=rlhf_exp\.runs\.files\.write_whole: it is no class of settings",
          r"modules\.clear: it is no", r"__builtins__\.get: it is no", r"ConfigError: it is no"],
     ),
     "a foreign target in a list, in a step, below a mapping": (

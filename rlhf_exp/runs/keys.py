@@ -1,0 +1,97 @@
+"""The keys of a configuration: the values of those that are not groups, and what each key is for.
+
+It knows names of keys, not the classes of stages: reading a command line must not import torch.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_type_hints
+
+import pydantic
+
+from rlhf_exp.settings import (
+    PARTS,
+    ConfigError,
+    FolderName,
+    Index,
+    Positive,
+    Text,
+    field_problem,
+    settings,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """What a key is for. `results`: it is part of what determines a job's results, by which a sweep
+    knows its jobs. `resume`: whether a resumed run may have another value, or a larger one.
+    `compared`: the report may name it as a parameter that runs differ in."""
+
+    results: bool = True
+    resume: Literal["fixed", "larger", "free"] = "fixed"
+    compared: bool = True
+
+
+PLACE = Use(results=False, resume="free", compared=False)  # where results go, and who shows them
+LENGTH = Use(resume="larger")
+REPORTING = Use(resume="free", compared=False)  # how often training saves or shows itself
+
+
+@settings
+class RunSettings:
+    """The keys that are not groups; conf/config.yaml says what they mean."""
+
+    name: Annotated[FolderName, PLACE]
+    seed: Annotated[Index, Use(compared=False)]
+    prepare_seed: Annotated[Index, Use(compared=False)]
+    device: Annotated[Text, Use(results=False, compared=False)]
+    artifacts_dir: Annotated[Text, PLACE]
+    allow_targets: Annotated[tuple[Text, ...], PLACE]
+    prepare: Annotated[dict[str, dict[str, Any]], Use()]
+    until: Annotated[Text | None, Use(compared=False)]
+    resume: Annotated[Text | None, PLACE]
+    resume_with: Annotated[tuple[Text, ...], PLACE]
+    max_minutes: Annotated[Positive | None, PLACE]
+    skip_completed: Annotated[bool, PLACE]
+    dry_run: Annotated[bool, PLACE]
+
+
+GROUPS = {"stage", *PARTS, "logger", "hub"}
+# Of one start of a run: a resumed run does not take them over.
+OF_ONE_START = ("resume", "resume_with", "dry_run")
+SEEDS = ("seed", "prepare_seed")
+MAX_KL_SUM = "stage.guards.max_kl_sum"  # a run that it ended may be given more
+PPO = "rlhf_exp.stages.ppo.PPO"  # evaluations choose none of its weights
+USES = {
+    **{key: hint.__metadata__[-1]
+       for key, hint in get_type_hints(RunSettings, include_extras=True).items()},
+    "logger": PLACE,
+    "hub": PLACE,
+    **dict.fromkeys(("stage.checkpoint_every", "stage.histograms_every", "stage.log_every"),
+                    REPORTING),
+    **dict.fromkeys(("stage.total_phases", "stage.epochs", "stage.max_updates",
+                     "stage.max_seconds"), LENGTH),
+}  # fmt: skip
+
+
+def use_of(key: str, config: Mapping[str, Any]) -> Use:
+    """What a dotted key is for in a configuration of dotted keys. A step of `prepare` is never
+    resumed with another value."""
+    step = re.match(r"prepare\.[^.]+\.", key)
+    place = step[0] if step else ""
+    name = key.removeprefix(place)
+    if name == "stage.eval_every" and config.get(f"{place}stage._target_") == PPO:
+        return Use(compared=False)
+    use = USES.get(name) or (Use() if step else USES.get(key.partition(".")[0], Use()))
+    return Use(results=use.results, compared=use.compared) if step else use
+
+
+def read_run_settings(config: Mapping[str, Any]) -> RunSettings:
+    """The configuration's keys that are not groups. Raises ConfigError with everything that is
+    wrong with them, unknown keys included."""
+    try:
+        return RunSettings(**{key: config[key] for key in config.keys() - GROUPS})
+    except pydantic.ValidationError as error:
+        problems = sorted(field_problem("", detail) for detail in error.errors())
+        raise ConfigError("\n".join(problems)) from error
