@@ -29,6 +29,7 @@ from rlhf_exp.machine.slurm import requeue
 from rlhf_exp.runs.files import write_whole
 from rlhf_exp.runs.keys import use_of
 from rlhf_exp.runs.lock import is_locked, locked
+from rlhf_exp.runs.paths import forget_status
 from rlhf_exp.runs.status import read_state
 from rlhf_exp.security.printable import printable
 from rlhf_exp.security.redaction import redact_words, scrub
@@ -179,7 +180,7 @@ class Launching:
         write_record(self.folder, jobs, command=sys.argv)
         write_whole(self.folder / "multirun.yaml", run.to_yaml(self._config))
         for job in jobs:
-            (job.folder / "status.json").unlink(missing_ok=True)
+            forget_status(job.folder)
         size = batch_size or max(1, len(jobs))
         if not self.kind.counts:
             size = batch_size or self.kind.at_once
@@ -220,7 +221,7 @@ class Launching:
                 innocent = []
             for job in innocent:
                 again.add(job.number)
-                (job.folder / "status.json").unlink()
+                forget_status(job.folder)
             mark_dead(jobs, "failed")
             left = [job for job in jobs if read_state(job.folder).status == "waiting"]
             if self.kind.keeps or (len(left) == len(jobs) and not innocent):

@@ -4,12 +4,11 @@ python scripts/judge.py RUN_FOLDER"""
 import argparse
 from pathlib import Path
 
-import yaml
-
 from rlhf_exp.app.run import ALLOWED_TARGETS, instantiate
 from rlhf_exp.machine.streams import make_streams_unbreakable
 from rlhf_exp.report.judge import judge, read_samples
 from rlhf_exp.rewards.classifier import Classifier
+from rlhf_exp.runs.paths import SAMPLES, read_hydra_config
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.protocol import LabelledTask
 
@@ -20,9 +19,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     run = parser.parse_args().run
-    if not (run / "samples.jsonl").is_file():
-        parser.error(f"{run} holds no samples.jsonl: name the folder of a finished run")
-    config = yaml.safe_load((run / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
+    if not (run / SAMPLES).is_file():
+        parser.error(f"{run} holds no {SAMPLES}: name the folder of a finished run")
+    config = read_hydra_config(run)
     problems: list[str] = []
     task, reward = (
         instantiate(config[part], part, problems, allowed=ALLOWED_TARGETS)

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rlhf_exp.report.runs import read_runs
-from rlhf_exp.report.samples import encodable
 from rlhf_exp.runs.folder import RunFolder
+from rlhf_exp.runs.reading import read_runs
+from rlhf_exp.runs.samples import encodable
 from rlhf_exp.runs.status import read_state
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs

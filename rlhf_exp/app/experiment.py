@@ -21,6 +21,7 @@ from rlhf_exp.machine.network import hub_url
 from rlhf_exp.machine.timing import since_process_start
 from rlhf_exp.runs.context import Context
 from rlhf_exp.runs.folder import RunFolder, Sink
+from rlhf_exp.runs.paths import MODEL
 from rlhf_exp.runs.presentation import attempt
 from rlhf_exp.runs.stopping import StopRequests
 from rlhf_exp.security.redaction import redact
@@ -133,8 +134,8 @@ def run_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate
         return
     step = plan.steps[-1].resolved(prepared.folders)
     _run_stage(step, prepared, config, job, plan.logger, instantiate)
-    if (job.path / "model").is_dir():
-        plan.hub.upload(job.path / "model")
+    if (job.path / MODEL).is_dir():
+        plan.hub.upload(job.path / MODEL)
 
 
 def _missing_metrics(asked: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -171,7 +172,7 @@ def _last_to_prepare(steps: Sequence[Step], until: str | None) -> int:
 
 def _stop_early(prepared: Prepared, path: Path) -> None:
     with RunFolder(path) as folder:
-        folder.write_json("result.json", {"prepare": prepared.results, "seconds": prepared.seconds})
+        folder.write_result({"prepare": prepared.results, "seconds": prepared.seconds})
         folder.write_status("done")
     attempt("copying the figures", lambda: prepared.copy_figures(path))
     for name, made in prepared.folders.items():
@@ -200,7 +201,7 @@ def _run_stage(
 
     @contextmanager
     def begin() -> Iterator[list[Sink]]:
-        folder.write_json("resolved_config.json", shown)
+        folder.write_config(shown)
         if not job.resume:
             folder.clear()
         if wandb_id := not (job.sweep or job.resume) and os.environ.get("WANDB_RUN_ID"):
@@ -219,11 +220,11 @@ def _run_stage(
         is_alone = not (job.sweep or job.resume)  # then imports and checks belong to this run
         seconds["total"] = since_process_start() if is_alone else sum(seconds.values())
         content = {**replace(result, seconds=seconds).content(), "prepare": prepared.results}
-        folder.write_json("result.json", content)
+        folder.write_result(content)
         folder.write_status("done")
         show = context.presentation
         show.add("copying the figures of prepared steps", lambda: prepared.copy_figures(job.path))
-        if (job.path / "model").is_dir():
+        if folder.model.is_dir():
             show.add("the model card", lambda: write_model_card(job.path, shown, content))
         show.add("telling W&B the result", lambda: folder.log_result(content))
         show.show()

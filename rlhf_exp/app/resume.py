@@ -10,25 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlhf_exp.app.overrides import unquoted
 from rlhf_exp.runs.keys import MAX_KL_SUM, OF_ONE_START, use_of
 from rlhf_exp.runs.lock import is_locked
+from rlhf_exp.runs.paths import CONFIG, is_run, last_written, read_overrides, runs_below
 from rlhf_exp.runs.status import is_done
 from rlhf_exp.security.redaction import REDACTED
 from rlhf_exp.settings import ConfigError
 
 AUTO = "auto"
-CONFIG, OVERRIDES = ".hydra/config.yaml", ".hydra/overrides.yaml"
 LONGEST_NAME = 255  # bytes that nearly all file systems allow
 RUNS = Path("outputs")  # where the configuration puts runs
 ABSENT = object()
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a run has begun in the folder."""
-    return os.path.isfile(folder / CONFIG)  # not Path's, which raises for a name that is too long
 
 
 def run_dir(resume: str | None, otherwise: str) -> str:
@@ -52,17 +45,10 @@ def find_run(resume: str, runs: Path) -> Path:
         if not is_run(Path(resume)):
             raise ConfigError(f"resume={resume}: no run's folder, which has {CONFIG}")
         return Path(resume)
-    found = [config.parents[1] for config in runs.glob(f"*/*/{CONFIG}")]
-    left = [run for run in found if not is_done(run) and not is_locked(run)]
+    left = [run for run in runs_below(runs) if not is_done(run) and not is_locked(run)]
     if not left:
         raise ConfigError(f"resume={AUTO}: no unfinished run below {runs}: start one, without it")
-    return max(left, key=_last_written)
-
-
-def _last_written(run: Path) -> float:
-    return max(
-        (file.stat().st_mtime for file in (run / "status.json", run / CONFIG) if file.exists()),
-    )
+    return max(left, key=last_written)
 
 
 def key_of(word: str) -> str:
@@ -73,14 +59,7 @@ def key_of(word: str) -> str:
 def recorded_words(run: Path) -> list[str]:
     """The words of the command line that made a run's configuration, but for those with secrets,
     which are not recorded. Raises ConfigError if they cannot be read."""
-    try:
-        lines = (run / OVERRIDES).read_text(encoding="utf-8").splitlines()
-        words = yaml.safe_load("\n".join(lines))
-        usable = isinstance(words, list) and all(isinstance(word, str) for word in words)
-    except (OSError, ValueError, yaml.YAMLError):
-        usable = False
-    if not usable:
-        raise ConfigError(f"{run / OVERRIDES} cannot be read: it holds a list of words")
+    words = read_overrides(run)
     return [word for word in words if REDACTED not in word and key_of(word) not in OF_ONE_START]
 
 

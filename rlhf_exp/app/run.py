@@ -30,14 +30,11 @@ from rlhf_exp.app.instantiate import ALLOWED_TARGETS, instantiate
 from rlhf_exp.app.overrides import command, prepared
 from rlhf_exp.app.resume import (
     AUTO,
-    CONFIG,
-    OVERRIDES,
     Change,
     apply,
     changes,
     check_allowed,
     check_changes,
-    is_run,
     key_of,
     lets_go_on,
     recorded_words,
@@ -47,7 +44,8 @@ from rlhf_exp.app.resume import (
 from rlhf_exp.machine.streams import make_streams_unbreakable
 from rlhf_exp.runs.files import write_whole
 from rlhf_exp.runs.keys import OF_ONE_START, read_run_settings
-from rlhf_exp.runs.lock import LOCK, is_locked, locked
+from rlhf_exp.runs.lock import is_locked, locked
+from rlhf_exp.runs.paths import CONFIG, HYDRA, LOCK, OVERRIDES, RESUMED, is_run, is_unused
 from rlhf_exp.runs.status import is_done, read_state
 from rlhf_exp.security.printable import printable
 from rlhf_exp.security.redaction import (
@@ -132,7 +130,7 @@ def _say_plan(config: Mapping[str, Any], path: Path) -> None:
     stage = str(config["stage"]["_target_"]).rpartition(".")[2]
     steps = ", ".join([*config["prepare"], stage])
     log.info("all is well: %s in %s; %s; nothing was started", steps, path, took)
-    if {file.name for file in path.iterdir()} <= {"train.log", LOCK}:  # nobody's but this call's
+    if is_unused(path):  # nobody's but this call's
         shutil.rmtree(path)
 
 
@@ -305,7 +303,7 @@ def _settle_resume(cfg: DictConfig, path: Path) -> None:
 
 
 def _written_to(cfg: DictConfig, path: Path) -> Path:
-    return path / (".hydra/resumed" if cfg.get("resume") else ".hydra")
+    return path / (RESUMED if cfg.get("resume") else HYDRA)
 
 
 def _write_configuration(cfg: DictConfig, path: Path) -> None:

@@ -6,7 +6,6 @@ hands in what turns configuration into objects.
 
 import contextlib
 import inspect
-import json
 import logging
 import re
 import shutil
@@ -23,6 +22,7 @@ from rlhf_exp.runs.artifacts import ArtifactStore, content_hash, source_hash
 from rlhf_exp.runs.checkpoint import has_checkpoint, remove_checkpoints
 from rlhf_exp.runs.context import Context
 from rlhf_exp.runs.folder import RunFolder
+from rlhf_exp.runs.paths import read_result
 from rlhf_exp.runs.presentation import attempt
 from rlhf_exp.runs.stopping import StopRequests
 from rlhf_exp.runs.summary import describe
@@ -179,7 +179,7 @@ def prepare(
                 shutil.rmtree(path)
             seed_shared_generators(seed)
             with RunFolder(path) as folder:
-                folder.write_json("made_of.json", redact(descriptions[step.name]))
+                folder.write_made_of(redact(descriptions[step.name]))
                 context = Context(
                     folder=folder,
                     seed=seed,
@@ -192,7 +192,7 @@ def prepare(
         with clock(f"prepare.{step.name}"):
             folder = store.obtain(step.name, keys[step.name], build)
         folders[step.name] = str(folder)
-        results[step.name] = json.loads((folder / "result.json").read_text())["after"]
+        results[step.name] = read_result(folder)["after"]
         if step not in missing:  # else its stage has just said so
             log.info("%s: %s", step.name, describe(results[step.name]))
     return Prepared(folders=folders, results=results, seconds=clock.seconds)
@@ -204,7 +204,7 @@ def _run(step: Step, instantiate: Instantiate, context: Context) -> None:
     folder = context.folder
     with contextlib.chdir("."):  # back to the folder that a reward leaves
         result = stage.run(context, parts)
-    folder.write_json("result.json", result.content())
+    folder.write_result(result.content())
     folder.write_status("done")
     context.presentation.show()
     # A step that is built never has to go on.

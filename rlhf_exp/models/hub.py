@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.machine.network import hub_responds, hub_url
 from rlhf_exp.runs.lfs import refuse_lfs_pointer
+from rlhf_exp.runs.paths import MODEL
 from rlhf_exp.settings import ConfigError
 
 # Of these transformers loads the first that is there.
@@ -41,7 +42,7 @@ def locate_model(name: str, *, field: str = "model.base_model") -> str:
     # Absolute, since tokenizers read some of their files again when they are saved.
     path = Path(name).expanduser().absolute()
     if path.is_dir():
-        for candidate in (path, path / "model"):
+        for candidate in (path, path / MODEL):
             if os.path.lexists(candidate / "config.json"):
                 _refuse_placeholders(candidate, field, name)
                 return str(candidate)

@@ -1,6 +1,5 @@
 """Completions of a finished run's policy, beside those of the model that it began as."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from rich.text import Text
 from rlhf_exp.models.loading import Pretrained, build_policy
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.runs.context import pick_device
+from rlhf_exp.runs.paths import read_resolved_config
 from rlhf_exp.security.printable import printable
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.prompts import encode_prompts
@@ -43,9 +43,7 @@ def read_run(folder: str | Path, *, trust_remote_code: bool = False) -> RunOnDis
     caller do: a folder may be another's. Raises ConfigError if it is none or did not finish."""
     path = Path(folder).expanduser()
     try:
-        config: dict[str, Any] = json.loads(
-            (path / "resolved_config.json").read_text(encoding="utf-8")
-        )
+        config: dict[str, Any] = read_resolved_config(path)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{folder} is not the folder of a finished run: resolved_config.json is not in it, or"

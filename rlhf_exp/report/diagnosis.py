@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rlhf_exp.report.runs import Run
 from rlhf_exp.rl.collapse import COLLAPSED, LOW_ENTROPY
+from rlhf_exp.runs.reading import Run
 
 MIN_PHASES = 8  # fewer tell no trend
 KL_RISE, KL_FACTOR = 0.01, 1.5  # nats a token

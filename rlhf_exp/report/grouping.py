@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_exp.report.runs import Run
 from rlhf_exp.runs.keys import SEEDS, use_of
+from rlhf_exp.runs.reading import Run
 
 TARGET = "._target_"  # ends the key of what a group of the configuration chose
 STAGE = "stage"

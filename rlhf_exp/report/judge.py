@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_exp.runs.paths import SAMPLES
 from rlhf_exp.tasks.protocol import LabelledText, Split
 
 CONTAINED = 10  # a word is listed if at least so many samples hold it, before or after
@@ -33,7 +34,7 @@ class Verdict:
 def read_samples(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The samples of the first and of the last evaluation in a run's samples.jsonl."""
     # Not splitlines(), which also splits at what JSON leaves in texts, such as U+2028.
-    lines = (run / "samples.jsonl").read_text(encoding="utf-8").split("\n")
+    lines = (run / SAMPLES).read_text(encoding="utf-8").split("\n")
     rows = [json.loads(line) for line in lines if line]
     first, last = rows[0]["phase"], rows[-1]["phase"]
     return [r for r in rows if r["phase"] == first], [r for r in rows if r["phase"] == last]

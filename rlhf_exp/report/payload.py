@@ -24,9 +24,9 @@ from rlhf_exp.report.grouping import (
     varied_parameters,
 )
 from rlhf_exp.report.importance import Importance, measure_importance
-from rlhf_exp.report.runs import Curves, Run, read_runs
-from rlhf_exp.report.samples import Sample, encodable
 from rlhf_exp.report.statistics import mean_interval, pareto_front
+from rlhf_exp.runs.reading import Curves, Run, read_runs
+from rlhf_exp.runs.samples import Sample, encodable
 
 MAX_NUMBERS = 1_000_000  # in curves: 7 MB of JSON beside Plotly's 5 in a page of 15
 ENOUGH_PHASES = 100  # thinned to no fewer, while there are metrics a report can do without

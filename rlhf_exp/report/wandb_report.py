@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.report.grouping import settings_of, varied_parameters
-from rlhf_exp.report.runs import Run, read_runs
+from rlhf_exp.runs.reading import Run, read_runs
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tracking.loggers import MAX_NAME, RunInfo, WandbLogger
 

@@ -19,6 +19,7 @@ from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.runs.context import Context, TrainingError
 from rlhf_exp.runs.folder import RunFolder
+from rlhf_exp.runs.paths import CURVES
 from rlhf_exp.runs.summary import describe
 from rlhf_exp.tasks.prompts import take
 from rlhf_exp.tracking.curves import plot_ppo, print_before_after
@@ -46,7 +47,7 @@ class Evaluation:
 def read_evaluations(folder: RunFolder) -> tuple[Evaluation, Evaluation]:
     """The first and the last evaluation that a run has logged."""
     evaluated = [row for row in folder.rows() if "eval/score" in row]
-    samples = folder.rows("samples.jsonl")
+    samples = folder.samples()
     first, last = (
         Evaluation(
             metrics={name: value for name, value in row.items() if name != "phase"},
@@ -167,9 +168,9 @@ def present(context: Context, before: Evaluation, after: Evaluation) -> None:
         log.info("after:  %s", brief(after.metrics))
 
     def draw_curves() -> None:
-        picture = plot_ppo(folder.rows(), folder.path / "curves.png", title="PPO by phase")
+        picture = plot_ppo(folder.rows(), folder.path / CURVES, title="PPO by phase")
         log.info("curves: %s", os.path.relpath(picture))
 
     add("the table of samples", show_samples)
     add("the summary", show_metrics)
-    add("curves.png", draw_curves)
+    add(CURVES, draw_curves)

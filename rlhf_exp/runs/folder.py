@@ -17,6 +17,18 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from rlhf_exp.runs.files import sync, write_whole
+from rlhf_exp.runs.paths import (
+    ENVIRONMENT,
+    HISTOGRAMS,
+    MADE_OF,
+    METRICS,
+    MODEL,
+    RESOLVED_CONFIG,
+    RESULT,
+    RUN_ID,
+    SAMPLES,
+    STATUS,
+)
 from rlhf_exp.runs.presentation import attempt
 from rlhf_exp.runs.provenance import environment
 from rlhf_exp.runs.summary import Histogram, summarize
@@ -24,8 +36,7 @@ from rlhf_exp.security.printable import printable
 from rlhf_exp.security.redaction import scrub
 
 log = logging.getLogger(__name__)
-ROWS = ("metrics.jsonl", "samples.jsonl", "histograms.jsonl")
-RUN_ID, ENVIRONMENT = "run_id.txt", "environment{}.txt"
+ROWS = (METRICS, SAMPLES, HISTOGRAMS)
 Status = Literal["running", "done", "failed", "interrupted"]
 
 
@@ -92,7 +103,7 @@ class RunFolder:
         """Appends a row to metrics.jsonl, flushed, and passes it on. Non-finite numbers become
         null."""
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        self._append("metrics.jsonl", [{"phase": phase, **finite}])
+        self._append(METRICS, [{"phase": phase, **finite}])
         for sink in self._sinks:
             sink.log(phase, metrics)
         if self._sinks and "eval/score" in metrics:
@@ -103,14 +114,14 @@ class RunFolder:
 
     def log_samples(self, phase: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends rows to samples.jsonl with their phase, and passes them on."""
-        self._append("samples.jsonl", [{"phase": phase, **row} for row in rows])
+        self._append(SAMPLES, [{"phase": phase, **row} for row in rows])
         for sink in self._sinks:
             sink.log_samples(phase, rows)
 
     def log_histograms(self, phase: int, histograms: Mapping[str, Histogram]) -> None:
         """Appends a row for each histogram to histograms.jsonl, and passes them on."""
         rows = [{"phase": phase, "name": name, **asdict(h)} for name, h in histograms.items()]
-        self._append("histograms.jsonl", rows)
+        self._append(HISTOGRAMS, rows)
         for sink in self._sinks:
             sink.log_histograms(phase, histograms)
 
@@ -119,7 +130,7 @@ class RunFolder:
         for sink in self._sinks:
             sink.log_result(result, self.path)
 
-    def rows(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    def rows(self, name: str = METRICS) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, or of another such file, so far. Broken lines are left out and
         warned of."""
         return [row for _, row in self._lines(name)]
@@ -179,21 +190,41 @@ class RunFolder:
         for file in (*(self.path / name for name in ROWS), *self.path.glob("environment*.txt")):
             file.unlink(missing_ok=True)
 
-    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Writes a JSON file."""
+    @property
+    def model(self) -> Path:
+        """Where a stage saves its model."""
+        return self.path / MODEL
+
+    def samples(self) -> list[dict[str, Any]]:
+        """The rows of samples.jsonl so far."""
+        return self.rows(SAMPLES)
+
+    def write_result(self, content: Mapping[str, Any]) -> None:
+        """Writes result.json."""
+        self._write_json(RESULT, content)
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Writes resolved_config.json."""
+        self._write_json(RESOLVED_CONFIG, config)
+
+    def write_made_of(self, description: Mapping[str, Any]) -> None:
+        """Writes what an artifact is made of."""
+        self._write_json(MADE_OF, description)
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         write_whole(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def write_status(self, status: Status, error: str | None = None) -> None:
         """Writes status.json, without secrets and with nothing that a terminal obeys."""
         told = {"status": status, "error": error and printable(scrub(error))}
-        write_whole(self.path / "status.json", json.dumps(told) + "\n")
+        write_whole(self.path / STATUS, json.dumps(told) + "\n")
 
     def write_environment(self) -> None:
         """Writes environment.txt: what of code and machine a result may depend on. That of a run
         that goes on in another one is environment-2.txt and so on, and what is new is warned of."""
         lines = environment()
-        files = [self.path / ENVIRONMENT.format("")]
-        files += [self.path / ENVIRONMENT.format(f"-{i}") for i in range(2, 99)]
+        file = self.path / ENVIRONMENT
+        files = [file, *(file.with_stem(f"{file.stem}-{i}") for i in range(2, 99))]
         known = [file for file in files if file.is_file()]
         if known:
             before = known[-1].read_text(encoding="utf-8", errors="replace").splitlines()

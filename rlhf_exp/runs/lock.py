@@ -6,9 +6,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from rlhf_exp.runs.paths import LOCK
 from rlhf_exp.settings import ConfigError
 
-LOCK = ".lock"
 PATIENCE_S = 2.0  # who asks whether a folder is claimed holds the lock for a moment
 
 

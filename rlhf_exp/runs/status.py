@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_exp.runs.paths import METRICS, STATUS
+
 KNOWN = ("running", "done", "failed", "interrupted")
 TAIL = 1 << 14  # bytes; a row of metrics.jsonl has about 1 kB
 
@@ -25,10 +27,10 @@ class JobState:
 
 def read_state(folder: Path) -> JobState:
     """The state of a job; what cannot be read counts as not there yet."""
-    status = _read_json(folder / "status.json")
+    status = _read_json(folder / STATUS)
     newest: dict[str, Any] = {}
     evaluated: dict[str, Any] = {}
-    for row in _last_rows(folder / "metrics.jsonl"):
+    for row in _last_rows(folder / METRICS):
         newest.update(row)
         if "eval/score" in row:
             evaluated = row
@@ -49,7 +51,7 @@ def read_state(folder: Path) -> JobState:
 
 def is_done(run: Path) -> bool:
     """Returns True if the run's status says that it is done; a run that died may have left none."""
-    return bool(_read_json(run / "status.json").get("status") == "done")
+    return bool(_read_json(run / STATUS).get("status") == "done")
 
 
 def _number(value: Any) -> float | None:

@@ -112,9 +112,9 @@ class TrainClassifier(Supervised, Stage[ClassifierParts]):
         context.folder.log(num_updates, metrics)
         log.info("held-out accuracy %.3f, loss %.3f", *metrics.values())
         with clock("save"):
-            network.save_pretrained(context.folder.path / "model")
-            tokenizer.save_pretrained(context.folder.path / "model")
-            check_saved_classifier(network, context.folder.path / "model")
+            network.save_pretrained(context.folder.model)
+            tokenizer.save_pretrained(context.folder.model)
+            check_saved_classifier(network, context.folder.model)
         return StageResult(after=metrics, seconds=clock.seconds)
 
     def _losses(

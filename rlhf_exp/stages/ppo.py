@@ -198,7 +198,7 @@ class PPO(Stage[PPOParts]):
         train(self, context, phases, saver)
         with clock("save"):
             check_frozen(setup, frozen)
-            path = save_policy(setup.policy, context.folder.path / "model")
+            path = save_policy(setup.policy, context.folder.model)
             check_saved_policy(setup.policy, path)
         before, after = read_evaluations(context.folder)
         present(context, before, after)

@@ -162,7 +162,7 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
                 metrics |= error_metrics(scores, report.rewards)
         context.folder.log(last, metrics)
         with clock("save"):
-            path = save_reward_model(scorer, context.folder.path / "model")
+            path = save_reward_model(scorer, context.folder.model)
             check_saved_reward_model(scorer, path)
         rows = score_rows(report, scores)
         context.folder.log_samples(0, rows)

@@ -161,9 +161,9 @@ class SFT(Supervised, Stage[SFTParts]):
         context.folder.log(state.update, metrics)
         log.info("%s", describe(metrics))
         with clock("save"):
-            network.save_pretrained(context.folder.path / "model")
-            tokenizer.save_pretrained(context.folder.path / "model")
-            check_saved_language_model(network, context.folder.path / "model")
+            network.save_pretrained(context.folder.model)
+            tokenizer.save_pretrained(context.folder.model)
+            check_saved_language_model(network, context.folder.model)
         present_losses(context, title="language model")
         return StageResult(after=metrics, seconds=clock.seconds)
 

@@ -1,10 +1,11 @@
 """How long a job will take, judged by finished runs of the same shape."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from rlhf_exp.runs.paths import newest_finished, read_resolved_config, read_result
 
 NEWEST = 50
 # What a phase's time depends on, apart from coefficients and rates.
@@ -26,13 +27,11 @@ UNREADABLE = (
 def finished_runs(*roots: Path) -> list[tuple[dict[str, Any], dict[str, float]]]:
     """Configuration and seconds by part of the newest finished runs below the folders, also those
     of sweeps, the newest first."""
-    patterns = ("*/result.json", "*/*/result.json", "*/sweeps/*/*/result.json")
-    paths = {p.resolve() for root in roots for pattern in patterns for p in root.glob(pattern)}
     found = []
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)[:NEWEST]:
+    for folder in newest_finished(roots)[:NEWEST]:
         try:
-            seconds = json.loads(path.read_text(encoding="utf-8"))["seconds"]
-            config = json.loads((path.parent / "resolved_config.json").read_text(encoding="utf-8"))
+            seconds = read_result(folder)["seconds"]
+            config = read_resolved_config(folder)
             own = {
                 part: float(spent)
                 for part, spent in seconds.items()

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_exp.runs.paths import LOG
 from rlhf_exp.runs.status import JobState, read_state
 from rlhf_exp.sweeps.jobs import SweepJob
 
@@ -173,7 +174,7 @@ def problems(jobs: Sequence[SweepJob]) -> list[str]:
     for job in jobs:
         state = read_state(job.folder)
         if state.status != "done":
-            log = job.folder / "train.log"
+            log = job.folder / LOG
             where = f"; see {log}" if log.is_file() else ""
             found.append(f"job {job.number} ({job.label}) {_word(state)}{where}")
     return found

@@ -4,7 +4,6 @@ cut and go on: <https://optuna.readthedocs.io>, its ask-and-tell interface.
 It knows intervals, choices and results, not how jobs are run.
 """
 
-import json
 import logging
 import math
 import os
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_exp.runs.paths import read_result
 from rlhf_exp.settings import ConfigError
 
 log = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ class Search:
 def read_metrics(folder: Path, names: Sequence[str]) -> list[float] | None:
     """Metrics of the last evaluation of a run that is done; None if one of them was not finite.
     Raises ConfigError for one that the run does not have."""
-    after = json.loads((folder / "result.json").read_text(encoding="utf-8"))["after"]
+    after = read_result(folder)["after"]
     for name in names:
         if name not in after:
             raise ConfigError(

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-CURVES = "curves.png"
+from rlhf_exp.runs.paths import CURVES, MODEL, read_environment
+
 VERSIONS = ("python", "torch", "transformers", "transformer-lens", "peft", "rlhf_exp")
 
 
@@ -24,7 +25,7 @@ def write_model_card(run: Path, config: Mapping[str, Any], result: Mapping[str, 
         tags=["rlhf_exp", _stage(config)],
         base_model=base if on_hub else None,
     )
-    model = run / "model"
+    model = run / MODEL
     if (run / CURVES).is_file():
         shutil.copyfile(run / CURVES, model / CURVES)
     text = f"---\n{data.to_yaml()}\n---\n\n{_body(run, config, result, base)}"
@@ -46,14 +47,14 @@ def _body(run: Path, config: Mapping[str, Any], result: Mapping[str, Any], base:
     ]
     if (run / CURVES).is_file():
         parts += ["## Curves", f"![metrics by phase]({CURVES})"]
-    if (run / "model" / "value_head.safetensors").is_file():
+    if (run / MODEL / "value_head.safetensors").is_file():
         parts += [
             "## Files",
             "`value_head.safetensors` is the value head that PPO trained beside the model; the"
             " model itself opens without it in `AutoModelForCausalLM`."
             + (
                 " `adapter/` holds the adapters alone, for PEFT."
-                if (run / "model" / "adapter").is_dir()
+                if (run / MODEL / "adapter").is_dir()
                 else ""
             ),
         ]
@@ -98,6 +99,6 @@ def _listing(part: Mapping[str, Any]) -> str:
 
 
 def _versions(run: Path) -> str:
-    lines = (run / "environment.txt").read_text(encoding="utf-8").splitlines()
+    lines = read_environment(run)
     wanted = ("commit", "cpu", "gpu", *VERSIONS)
     return "\n".join(line for line in lines if line.split("==")[0].split(" ")[0] in wanted)

@@ -1,7 +1,7 @@
 import pytest
 
 from rlhf_exp.report.diagnosis import diagnose
-from rlhf_exp.report.runs import read_runs
+from rlhf_exp.runs.reading import read_runs
 from tests.report.build_runs import config, rows, supervised_rows, write_run
 
 

@@ -12,7 +12,7 @@ from rlhf_exp.report.grouping import (
     split_configs,
     varied_parameters,
 )
-from rlhf_exp.report.runs import read_runs
+from rlhf_exp.runs.reading import read_runs
 from tests.report.build_runs import config, write_run
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_exp.report.runs import read_runs
 from rlhf_exp.report.wandb_report import log_report, tabulate_runs
+from rlhf_exp.runs.reading import read_runs
 from rlhf_exp.settings import ConfigError
 
 from ..tracking.wandb_runs import inspect, offline_runs, own_folders

@@ -296,15 +296,15 @@ def test_a_text_with_bytes_that_are_no_characters_is_read(tmp_path, caplog):
 
 def test_json_is_replaced_whole(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    folder.write_json("result.json", {"score": "¡sí!"})
+    folder.write_result({"score": "¡sí!"})
     path = folder.path / "result.json"
     assert path.read_text(encoding="utf-8") == '{\n  "score": "¡sí!"\n}\n'
     with path.open(encoding="utf-8") as reader:
-        folder.write_json("result.json", {"score": 2})
+        folder.write_result({"score": 2})
         # Whoever has the old file open goes on reading the old one.
         assert json.load(reader) == {"score": "¡sí!"}
     with pytest.raises(TypeError, match="not JSON serializable"):
-        folder.write_json("result.json", {"score": object()})
+        folder.write_result({"score": object()})
     assert json.loads(path.read_text()) == {"score": 2}
     assert os.listdir(folder.path) == ["result.json"]
 

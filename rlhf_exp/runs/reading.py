@@ -15,10 +15,23 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_exp.report.samples import Sample, encodable, read_samples
+from rlhf_exp.runs.paths import (
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    HYDRA,
+    METRICS,
+    MODEL,
+    RESOLVED_CONFIG,
+    RESULT,
+    SAMPLES,
+    STATUS,
+)
+from rlhf_exp.runs.samples import Sample, encodable, read_samples
+from rlhf_exp.settings import ConfigError
 
 # Folders in sweeps and runs that hold no runs of their own.
-NO_RUNS = {"wandb", "checkpoints", "model", "report", "artifacts", "__pycache__"}
+NO_RUNS = {"wandb", CHECKPOINTS, MODEL, "report", "artifacts", "__pycache__"}
 SWEEP_FILES = {"multirun.yaml", "sweep.json"}
 MAX_DEPTH = 4  # outputs/NAME/sweeps/STAMP/JOB is four below outputs
 EVALUATED = ("eval/", "heldout/")
@@ -98,16 +111,26 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     return runs, [encodable(problem) for problem in problems]
 
 
+def read_run(path: Path) -> Run:
+    """The run in a folder. Raises ConfigError, with what could not be read, if there is not exactly
+    one."""
+    runs, problems = read_runs([path])
+    if len(runs) != 1:
+        reason = "; ".join(problems) or f"{len(runs)} runs are below it: name one"
+        raise ConfigError(f"{path} is not the folder of a run: {reason}")
+    return runs[0]
+
+
 def _find(path: Path, depth: int, problems: list[str], seen: set[Path]) -> Iterator[Path]:
     try:
         inside = set(os.listdir(path))
     except OSError as error:
         problems.append(f"{path}: {error.strerror}")
         return
-    if "status.json" in inside or "metrics.jsonl" in inside:
+    if STATUS in inside or METRICS in inside:
         yield path
         return
-    if ".hydra" in inside:
+    if HYDRA in inside:
         problems.append(f"{path}: a job that has not begun, or was killed before it did")
         return
     if _resolved(path) in seen or not depth:
@@ -148,12 +171,12 @@ def _distinct_names(folders: Sequence[Path]) -> dict[Path, str]:
 
 
 def _read_run(folder: Path, name: str, problems: list[str]) -> Run:
-    status = _read_json(folder / "status.json", problems)
-    result = _read_json(folder / "result.json", problems)
+    status = _read_json(folder / STATUS, problems)
+    result = _read_json(folder / RESULT, problems)
     state = status.get("status")
     if not isinstance(state, str):
         state = "done" if "after" in result else "unknown"
-    rows = read_rows(folder / "metrics.jsonl", problems, growing=state == "running")
+    rows = read_rows(folder / METRICS, problems, growing=state == "running")
     if not rows and state == "done":
         problems.append(f"{folder}: no metrics, though its status is done")
     train, evaluated = _curves(rows)
@@ -168,7 +191,7 @@ def _read_run(folder: Path, name: str, problems: list[str]) -> Run:
         evaluated=evaluated,
         after=_numbers(after) if isinstance(after, Mapping) else {},
         seconds=_numbers(seconds).get("total") if isinstance(seconds, Mapping) else None,
-        samples=read_samples(folder / "samples.jsonl", problems),
+        samples=read_samples(folder / SAMPLES, problems),
         commits=_read_commits(folder, problems),
     )
 
@@ -286,7 +309,7 @@ def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
 
 def _read_commits(folder: Path, problems: list[str]) -> tuple[str, ...]:
     """What the first line of each environment file says; a resumed run may have several."""
-    files = [folder / "environment.txt"]
+    files = [folder / ENVIRONMENT]
     if os.path.isfile(files[0]):
         files += sorted(folder.glob("environment-*.txt"))
     words = (_read_bytes(file, problems).partition(b"\n")[0].split() for file in files)
@@ -296,8 +319,8 @@ def _read_commits(folder: Path, problems: list[str]) -> tuple[str, ...]:
 
 def _read_config(folder: Path, problems: list[str]) -> dict[str, Any]:
     """The resolved configuration, dotted; else Hydra's, in which ${...} stays text."""
-    config = _read_json(folder / "resolved_config.json", problems)
-    path = folder / ".hydra" / "config.yaml"
+    config = _read_json(folder / RESOLVED_CONFIG, problems)
+    path = folder / CONFIG
     if not config and os.path.isfile(path):
         import yaml  # type: ignore[import-untyped]
 

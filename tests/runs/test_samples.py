@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from rlhf_exp.report.samples import encodable, read_samples
+from rlhf_exp.runs.samples import encodable, read_samples
 from tests.report.build_runs import samples, write_lines
 
 

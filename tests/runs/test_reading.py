@@ -3,7 +3,8 @@ import os
 
 import pytest
 
-from rlhf_exp.report.runs import read_rows, read_runs
+from rlhf_exp.runs.reading import read_rows, read_run, read_runs
+from rlhf_exp.settings import ConfigError
 from tests.report.build_runs import config, rows, samples, supervised_rows, write_run, write_sweep
 
 
@@ -28,6 +29,17 @@ def test_a_run_is_read_with_its_curves_and_its_end(tmp_path):
     assert run.train.values["objective/kl"].tolist() == [
         row["objective/kl"] for row in written if "objective/kl" in row
     ]
+
+
+def test_one_run_is_read(tmp_path):
+    folder = write_run(tmp_path / "run", config(seed=3), rows(config(), phases=1))
+    run = read_run(folder)
+    assert (run.folder, run.seed, run.status) == (folder, 3, "done")
+    with pytest.raises(ConfigError, match=r"nowhere is not the folder of a run: .*No such file"):
+        read_run(tmp_path / "nowhere")
+    write_run(tmp_path / "other", config(seed=4), [])
+    with pytest.raises(ConfigError, match="2 runs are below it: name one"):
+        read_run(tmp_path)
 
 
 def test_runs_are_found_in_sweeps_and_folders_of_sweeps_each_once_and_in_the_jobs_order(tmp_path):

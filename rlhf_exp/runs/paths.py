@@ -1,0 +1,96 @@
+"""The names of a run's files, which no other package knows, and the smallest of them read.
+
+It imports nothing that takes time, so that a command line is read at once.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from rlhf_exp.settings import ConfigError
+
+STATUS, RESULT, RESOLVED_CONFIG = "status.json", "result.json", "resolved_config.json"
+METRICS, SAMPLES, HISTOGRAMS = "metrics.jsonl", "samples.jsonl", "histograms.jsonl"
+ENVIRONMENT, LOG, RUN_ID, LOCK = "environment.txt", "train.log", "run_id.txt", ".lock"
+HYDRA, CONFIG, OVERRIDES = ".hydra", ".hydra/config.yaml", ".hydra/overrides.yaml"
+RESUMED = ".hydra/resumed"  # what the last resume was started with
+MODEL, CHECKPOINTS, CURVES = "model", "checkpoints", "curves.png"
+MADE_OF = "made_of.json"  # of an artifact: what its hash stands for
+
+
+def read_result(folder: Path) -> Any:
+    """The content of result.json. Raises OSError or ValueError if it cannot be read."""
+    return json.loads((folder / RESULT).read_text(encoding="utf-8"))
+
+
+def read_resolved_config(folder: Path) -> Any:
+    """The configuration that a run began with, without secrets. Raises OSError or ValueError if it
+    cannot be read."""
+    return json.loads((folder / RESOLVED_CONFIG).read_text(encoding="utf-8"))
+
+
+def read_environment(folder: Path) -> list[str]:
+    """The lines of environment.txt. Raises OSError if it cannot be read."""
+    return (folder / ENVIRONMENT).read_text(encoding="utf-8").splitlines()
+
+
+def read_hydra_config(folder: Path) -> Any:
+    """The configuration as it was composed, interpolations included. Raises OSError or
+    yaml.YAMLError if it cannot be read."""
+    return yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+
+
+def read_overrides(folder: Path) -> list[str]:
+    """The words of the command line that made a run's configuration. Raises ConfigError if they
+    cannot be read."""
+    try:
+        lines = (folder / OVERRIDES).read_text(encoding="utf-8").splitlines()
+        words = yaml.safe_load("\n".join(lines))
+        usable = isinstance(words, list) and all(isinstance(word, str) for word in words)
+    except (OSError, ValueError, yaml.YAMLError):
+        usable = False
+    if not usable:
+        raise ConfigError(f"{folder / OVERRIDES} cannot be read: it holds a list of words")
+    return words
+
+
+def is_run(folder: Path) -> bool:
+    """Returns True if a run has begun in the folder."""
+    return os.path.isfile(folder / CONFIG)  # not Path's, which raises for a name that is too long
+
+
+def is_unused(folder: Path) -> bool:
+    """Returns True if the folder holds nothing but a log and a lock."""
+    return {file.name for file in folder.iterdir()} <= {LOG, LOCK}
+
+
+def last_written(run: Path) -> float:
+    """When the run's status, or its configuration, was last written: seconds since the epoch."""
+    files = (run / STATUS, run / CONFIG)
+    return max(file.stat().st_mtime for file in files if file.exists())
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """The folders of the runs at FOLDER/NAME/RUN."""
+    return [config.parents[1] for config in folder.glob(f"*/*/{CONFIG}")]
+
+
+def newest_finished(roots: Sequence[Path]) -> list[Path]:
+    """The folders with a result below the roots, those of sweeps included, the newest first."""
+    patterns = ("*", "*/*", "*/sweeps/*/*")
+    files = {
+        file.resolve()
+        for root in roots
+        for pattern in patterns
+        for file in root.glob(f"{pattern}/{RESULT}")
+    }
+    return [f.parent for f in sorted(files, key=lambda f: f.stat().st_mtime, reverse=True)]
+
+
+def forget_status(run: Path) -> None:
+    """Makes a job look as if it had not begun."""
+    (run / STATUS).unlink(missing_ok=True)
