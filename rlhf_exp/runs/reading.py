@@ -116,7 +116,7 @@ def read_run(path: Path) -> Run:
     one."""
     runs, problems = read_runs([path])
     if len(runs) != 1:
-        reason = "; ".join(problems) or f"{len(runs)} runs are below it: name one"
+        reason = f"{len(runs)} runs are below it: name one" if runs else "; ".join(problems)
         raise ConfigError(f"{path} is not the folder of a run: {reason}")
     return runs[0]
 
