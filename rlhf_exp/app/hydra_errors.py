@@ -70,7 +70,7 @@ def explain(error: BaseException, conf: Path) -> str | None:
             return _unreadable(link)
     for link in chain:
         if isinstance(link, ConfigAttributeError | ConfigKeyError) and link.full_key:
-            return f"{link.full_key}: no such key.{_suggestion(link.full_key, conf)}"
+            return "\n".join(_unknown_keys(str(link.full_key), conf))
         if isinstance(link, GrammarParseError) and link.full_key:
             reason = str(link).splitlines()[0]
             return f"{link.full_key}: {reason}; in a text write \\${{ in place of ${{"
@@ -129,6 +129,19 @@ def _missing_option(error: MissingConfigException) -> str:
     if group == "hydra/launcher" and option in LAUNCHERS:
         hint = f" It is there after: pip install 'rlhf_exp[{LAUNCHERS[option]}]'"
     return f"{group}={option}: no such option.{hint}\navailable: {', '.join(options)}"
+
+
+def _unknown_keys(first: str, conf: Path) -> list[str]:
+    """A line for each key on the command line that there is not. Hydra ends at the `first`."""
+    known = _known_keys(conf)
+    keys = [first]
+    for word in sys.argv[1:]:
+        key, equals, _ = word.partition("=")
+        is_key = bool(equals) and "." in key and re.fullmatch(r"[\w.]+", key)
+        elsewhere = ("hydra.", "prepare.", *(f"{key}." for key in keys))
+        if is_key and key not in known and not key.startswith(elsewhere):
+            keys.append(key)
+    return [f"{key}: no such key.{_suggestion(key, conf)}" for key in dict.fromkeys(keys)]
 
 
 def _suggestion(key: str, conf: Path) -> str:

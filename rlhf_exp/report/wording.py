@@ -12,8 +12,8 @@ INTERVALS = "95 % t-intervals of the mean"  # what page, Markdown and terminal c
 
 
 def show_number(value: float | None) -> str:
-    """The number with four digits; "-" where it is unknown."""
-    return "-" if value is None else f"{value:.4g}"
+    """The number with four digits, 0 for an exact 0 that was rounded; "-" where it is unknown."""
+    return "-" if value is None else f"{value if abs(value) > 1e-7 else 0:.4g}"
 
 
 def show_interval(interval: Mapping[str, float | None]) -> str:

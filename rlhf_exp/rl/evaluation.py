@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from rlhf_exp.types import Generation, PromptBatch, Rollout, concatenate
 log = logging.getLogger(__name__)
 
 ROWS, TABLE_ROWS = 64, 6
+SAID_S = 10  # an evaluation that takes longer says so
 METRICS = ("eval/score", "eval/kl", "eval/kl_sum", "eval/entropy", "eval/distinct_3",
            "eval/len_mean")  # fmt: skip
 # Of a task that knows exact answers, too.
@@ -76,10 +78,14 @@ def evaluate(
     generator = stream(seed, "evaluation", device)
     full = setup.sampler.full_distribution
     chunks = []
+    began = time.monotonic()
     for rows in index.split(ROWS):
         generation = sample(full, policy, take(prompts, rows.to(device)), generator, phase=phase)
         scores = reward(generation.completions, phase=phase)
         chunks.append(measure(policy, setup.reference, generation, scores, temperature=1.0))
+        seconds = (time.monotonic() - began) * len(index) / len(rows)
+        if len(chunks) == 1 and seconds > SAID_S:
+            log.info("evaluating %d completions takes about %.0f s", len(index), seconds)
     metrics, samples = _metrics(chunks), sample_rows(chunks)
     if answers is not None:
         judged = [judge_answers(answers, policy.tokenizer, chunk.completions) for chunk in chunks]

@@ -64,6 +64,9 @@ def load_setup(
     )
     if isinstance(task, ShapesPrompts):
         held_out = without(held_out, train)
+    first = policy.tokenizer.decode(train.tokens[0][train.mask[0]])  # with special tokens
+    log.info("%d prompts to train on, %d held out; the first: %r",
+             len(train.rows), len(held_out.rows), first)  # fmt: skip
     score = load_reward(context, reward, policy, task, sampler, (train, held_out))
     reference = finetune.attach(policy, seed=stream_seed(context.seed, "reference"))
     intervention.attach(policy)

@@ -90,7 +90,7 @@ def _intervention(config: Mapping[str, Any]) -> list[str]:
 
 
 def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4g}"
+    return "not finite" if value is None else f"{value if abs(value) > 1e-6 else 0:.4g}"
 
 
 def _listing(part: Mapping[str, Any]) -> str:

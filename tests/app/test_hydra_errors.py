@@ -116,6 +116,12 @@ def test_half_an_interpolation_is_told_how_to_be_text():
             "reference: no such key. It is finetune=full, last_layers or lora now",
         ),
         (
+            ["stage.kl_target=6", "seed=2", "stage.gamma=1", "optimizer.bose_lr=1"],
+            "stage.kl_target: no such key. It is stage.adaptive_kl_target now\n"
+            "stage.gamma: no such key. It is stage.estimator.gamma now\n"
+            "optimizer.bose_lr: no such key. Did you mean optimizer.base_lr?",
+        ),
+        (
             ["stage=classifier", "stage.dtype=bf16"],
             "stage.dtype: no such key. It is stage.compute.dtype now. The chosen stage does not "
             "have it; these do: stage=ppo",
