@@ -1,6 +1,5 @@
 """The composition root: from a composed configuration to running stages.
 
-With complaints.py and instantiation.py the only one of the package that knows Hydra and OmegaConf.
 All settings are built and checked first, which takes milliseconds; weights are loaded after that.
 What imports torch is imported inside functions, so that `--help` and `--cfg` answer at once.
 """
@@ -27,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_exp.app import hydra_errors
 from rlhf_exp.app.instantiate import ALLOWED_TARGETS, instantiate
-from rlhf_exp.app.overrides import command, prepared
+from rlhf_exp.app.overrides import command, prepared, program
 from rlhf_exp.app.resume import (
     AUTO,
     Change,
@@ -74,6 +73,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+OmegaConf.register_new_resolver("program", program, replace=True)
 OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
 OmegaConf.register_new_resolver(
     "run_id", lambda: secrets.token_hex(3), use_cache=True, replace=True
