@@ -25,6 +25,8 @@ from rich.console import Console
 from rich.text import Text
 
 from rlhf_exp.app import run
+from rlhf_exp.app.user_modules import import_from_config_folders
+from rlhf_exp.machine.installation import REPOSITORY, SCRIPTS
 from rlhf_exp.machine.slurm import requeue
 from rlhf_exp.runs.files import write_whole
 from rlhf_exp.runs.keys import use_of
@@ -70,6 +72,7 @@ class Launching:
     def __init__(self, context: HydraContext, function: TaskFunction, config: DictConfig) -> None:
         self._context, self._config = context, config
         self.kind = _kind(config)
+        import_from_config_folders(config.hydra)  # the jobs are checked in this process
         self._launcher = Plugins.instance().instantiate_launcher(
             hydra_context=context, task_function=function, config=config
         )
@@ -234,8 +237,10 @@ class Launching:
         found = problems(jobs)
         for line in found:
             self.say(line)
-        script = Path(sys.argv[0]).parent / "scripts" / "compare.py"
-        self.say(f"compare them: python {shlex.join([str(script), str(self.folder)])}")
+        script = ["python", os.path.relpath(SCRIPTS / "compare.py")]
+        if not REPOSITORY:
+            script = [sys.executable, "-m", "rlhf_exp.scripts.compare"]
+        self.say(f"compare them: {shlex.join([*script, str(self.folder)])}")
         if found:
             self.say_how_to_go_on()
             raise run.AlreadySaid(1)
@@ -245,7 +250,8 @@ class Launching:
         given = ("hydra.sweep.dir=", "skip_completed=")
         words = [word for word in sys.argv if not word.startswith(given)]
         words += [f"hydra.sweep.dir={self.folder}", "skip_completed=true"]
-        self.say(f"run what is missing: python {shlex.join(redact_words(words))}")
+        python = ["python"] if sys.argv[0].endswith(".py") else []  # else it is the console script
+        self.say(f"run what is missing: {shlex.join([*python, *redact_words(words)])}")
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from rlhf_exp.app.steps import read_steps
 from rlhf_exp.tasks.pairs import write_pairs
 from rlhf_exp.tasks.protocol import Pair
 from rlhf_exp.types import Completions, PromptBatch
+from tests.app.test_run import train
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,7 +34,8 @@ TRAIN = [
     for line in block.splitlines()
     if "train.py" in line and not line.startswith("make")
 ] + re.findall(r"`((?:\.venv/bin/)?python train\.py[^`]*)`", README)
-TRAIN = [c for c in TRAIN if "exclamations" not in c]  # not in conf/: its own test is below
+# Not in conf/: their own tests are below.
+TRAIN = [c for c in TRAIN if "exclamations" not in c and "--config-dir" not in c]
 MAKE = re.findall(r"^make (\w+)", "\n".join(blocks("bash")), flags=re.M)
 
 
@@ -116,6 +118,28 @@ def test_the_example_of_a_reward_scores(tmp_path: Path, monkeypatch: pytest.Monk
     )
     assert reward.load(torch.device("cpu"))(completions).tolist() == [2.0, 0.0]
     sys.modules.pop("exclamations")
+
+
+def test_the_commands_with_a_folder_of_ones_own_find_its_reward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    [block] = [block for block in blocks("bash") if "--config-dir" in block]
+    comment, *commands = block.splitlines()
+    code, name, option, target = re.fullmatch(
+        r"# (\S+) holds a class (\w+) as above, (\S+) the line (_target_: .+)", comment
+    ).groups()
+    [source] = [block for block in blocks("python") if "(TextReward)" in block]
+    (tmp_path / option).parent.mkdir(parents=True)
+    (tmp_path / option).write_text(target)
+    (tmp_path / code).write_text(re.sub(r"class \w+", f"class {name}", source))
+    programs = [shlex.split(command.partition("#")[0]) for command in commands]
+    assert [words[:-4] for words in programs] == [[".venv/bin/python", "train.py"], ["rlhf-exp"]]
+    for words in programs:
+        outcome = train(tmp_path, *words[-4:], "--dry-run")
+        assert outcome.code == 0, outcome.err
+        assert "all is well" in outcome.out
+    del sys.modules["praise"]
 
 
 def test_every_metric_that_is_logged_is_in_the_glossary() -> None:

@@ -24,7 +24,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from rlhf_exp.app.overrides import quoted
+from rlhf_exp.app.overrides import command, quoted
 from rlhf_exp.security.redaction import redact_words
 from rlhf_exp.settings import ConfigError
 
@@ -110,7 +110,7 @@ def _unreadable(error: OverrideParseException) -> str:
     else:
         reason = (lines[1:] or [last])[0].partition(" expecting ")[0]
     if place < len(key) or not re.fullmatch(r"[+~]*[\w./@:$-]+", key, re.ASCII):
-        return f"{key!r} is not the name of a key; see: python train.py --cfg job"
+        return f"{key!r} is not the name of a key; see: {command('--cfg', 'job')}"
     text = f"{key}={quoted(value)}"
     fix = shlex.quote(text) if text.isprintable() else f"${text!r}"
     return f"{word} cannot be read: {reason}\nif the value is a text, quote it: {fix}"
@@ -161,7 +161,7 @@ def _suggestion(key: str, conf: Path) -> str:
         by_last[name]
         for name in difflib.get_close_matches(key.rpartition(".")[2], by_last, n=1, cutoff=0.7)
     ]
-    return f" Did you mean {close[0]}?" if close else " See: python train.py --cfg job"
+    return f" Did you mean {close[0]}?" if close else f" See: {command('--cfg', 'job')}"
 
 
 def _known_keys(conf: Path) -> list[str]:

@@ -15,6 +15,7 @@ from hydra.utils import get_object
 
 from rlhf_exp.app.allowed_targets import forbidden_module, instructions, targets, unusable
 from rlhf_exp.app.overrides import without_interpolations
+from rlhf_exp.app.user_modules import import_problem
 from rlhf_exp.settings import ConfigError, field_problem
 
 ALLOWED_TARGETS = ("rlhf_exp.", "torch.optim.")
@@ -69,6 +70,8 @@ def _build(config: Mapping[str, Any], path: str, problems: list[str]) -> Any:
             problems += [field_problem(path, detail) for detail in cause.errors()]
         elif isinstance(cause, ConfigError):
             problems.append(f"{path}: {cause}")
+        elif target := re.match(r"Error locating target '(.*?)', set env var", str(error)):
+            problems.append(f"{path}._target_={target[1]}: {import_problem(target[1], cause)}")
         else:
             reason = f" {cause}" if cause else ""
             problems.append(f"{path}: {str(error).splitlines()[0]}{reason}")

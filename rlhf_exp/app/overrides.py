@@ -7,14 +7,20 @@ may hold any character, so those of the keys that take one are quoted before Hyd
 import os
 import re
 import shlex
+import shutil
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from rlhf_exp.machine.installation import REPOSITORY
 from rlhf_exp.security.redaction import redact_words
 from rlhf_exp.settings import ConfigError
 
+SCRIPT = "rlhf-exp"  # the console script that pyproject.toml names
 # The last part of the keys that take a path; `name` is that of a classifier.
 PATH_KEYS = {
     "resume", "path", "base_model", "name", "function", "prefix_file", "artifacts_dir", "dir",
@@ -22,8 +28,26 @@ PATH_KEYS = {
 
 
 def command(*words: str) -> str:
-    """A command of train.py that can be pasted into a shell."""
-    return f"python train.py {shlex.join(words)}"
+    """A command that can be pasted into a shell and finds the groups that this one finds."""
+    return f"{program()} {shlex.join([*_search_words(), *words])}"
+
+
+def program() -> str:
+    """What starts a run here: train.py of a clone, or the console script."""
+    if REPOSITORY and Path(sys.argv[0]).name != SCRIPT:
+        return "python train.py"
+    return SCRIPT if shutil.which(SCRIPT) else str(Path(sys.executable).with_name(SCRIPT))
+
+
+def _search_words() -> list[str]:
+    """The words of this command line that name the user's folders of groups."""
+    if not HydraConfig.initialized():
+        return []
+    config = HydraConfig.get()
+    sources = config.runtime.config_sources
+    folders = [source.path for source in sources if source.provider == "command-line"]
+    words = [word for word in config.overrides.hydra if word.startswith("hydra.searchpath=")]
+    return [*(word for folder in folders for word in ("--config-dir", folder)), *words]
 
 
 def quoted(text: str) -> str:

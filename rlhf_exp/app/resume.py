@@ -21,6 +21,11 @@ from rlhf_exp.settings import ConfigError
 AUTO = "auto"
 LONGEST_NAME = 255  # bytes that nearly all file systems allow
 RUNS = Path("outputs")  # where the configuration puts runs
+# Hydra's options whose value may be the next word.
+WITH_A_VALUE = {
+    "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn",
+    "--config-dir", "-cd", "--info", "-i",
+}  # fmt: skip
 ABSENT = object()
 
 
@@ -66,22 +71,25 @@ def recorded_words(run: Path) -> list[str]:
 def with_recorded_words(words: Sequence[str]) -> list[str]:
     """A command line that goes on with a run with that run's own words before it, but for keys of
     an option that is not chosen any more; any other as it is."""
+    before = ("", *words)
+    first = next((i for i, word in enumerate(words)
+                  if not word.startswith("-") and before[i] not in WITH_A_VALUE), 0)  # fmt: skip
+    options, words = words[:first], words[first:]
     given = {key: value for key, _, value in (word.partition("=") for word in words)}
     resume = unquoted(given.get("resume", ""))
     folder = unquoted(given.get("hydra.run.dir", ""))
-    if not resume or resume == "null" or {"-m", "--multirun"} & set(words):
-        return [*words]
+    if not resume or resume == "null" or {"-m", "--multirun"} & {*options, *words}:
+        return [*options, *words]
     try:
         run = Path(folder) if resume == AUTO and folder else find_run(resume, RUNS)
         known = recorded_words(run) if is_run(run) else []
     except ConfigError:  # as who takes the run will say
-        return [*words]
+        return [*options, *words]
     groups = [key_of(w) for w in words if not w.startswith("-") and "." not in key_of(w)]
     chosen = tuple(f"{group}." for group in groups)
     again = {key_of(word) for word in words}
     kept = [w for w in known if key_of(w) not in again and not key_of(w).startswith(chosen)]
-    options = [word for word in words if word.startswith("-")]
-    return [*options, *kept, *(word for word in words if word not in options)]
+    return [*options, *kept, *words]
 
 
 @dataclass(frozen=True, kw_only=True)

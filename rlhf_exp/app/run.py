@@ -1,6 +1,5 @@
 """The composition root: from a composed configuration to running stages.
 
-With complaints.py and instantiation.py the only one of the package that knows Hydra and OmegaConf.
 All settings are built and checked first, which takes milliseconds; weights are loaded after that.
 What imports torch is imported inside functions, so that `--help` and `--cfg` answer at once.
 """
@@ -27,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_exp.app import hydra_errors
 from rlhf_exp.app.instantiate import ALLOWED_TARGETS, instantiate
-from rlhf_exp.app.overrides import command, prepared
+from rlhf_exp.app.overrides import command, prepared, program
 from rlhf_exp.app.resume import (
     AUTO,
     Change,
@@ -41,6 +40,8 @@ from rlhf_exp.app.resume import (
     run_dir,
     with_recorded_words,
 )
+from rlhf_exp.app.user_modules import import_from_config_folders
+from rlhf_exp.machine.installation import CONF
 from rlhf_exp.machine.streams import make_streams_unbreakable
 from rlhf_exp.runs.files import write_whole
 from rlhf_exp.runs.keys import OF_ONE_START, read_run_settings
@@ -72,9 +73,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
-
-
+OmegaConf.register_new_resolver("program", program, replace=True)
 OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
 OmegaConf.register_new_resolver(
     "run_id", lambda: secrets.token_hex(3), use_cache=True, replace=True
@@ -250,6 +249,7 @@ class AlreadySaid(Exception):
 def job(cfg: DictConfig) -> None:
     """One job of train.py: a single run in this process, a sweep's in one of its own, so that
     nothing that happens to it takes the others down."""
+    import_from_config_folders(HydraConfig.get())  # in whatever process a launcher runs this
     path = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     log_file = path / f"{HydraConfig.get().job.name}.log"
     keep_log(log_file, console=True)

@@ -1,6 +1,7 @@
 """What a result may depend on beside its configuration: the code, as it was, and the machine."""
 
 import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -11,20 +12,23 @@ from pathlib import Path
 import psutil
 import torch
 
+from rlhf_exp.machine.installation import PACKAGE, REPOSITORY
 from rlhf_exp.security.redaction import redact_source
 
-ROOT = Path(__file__).resolve().parents[2]
 MAX_DIFF = 1 << 16  # bytes
 
 
 def environment() -> list[str]:
     """A line each: the commit, with "+" if files differ from it, Python, CPU, memory, GPUs, torch
     and all packages; after an empty one what differs from the commit, at most 64 KiB of it and
-    without secrets. Files that git does not know are not among that."""
-    commit = _git("rev-parse", "HEAD").decode().strip() or "unknown"
+    without secrets. Files that git does not know are not among that. An installed package has no
+    commit, but a hash of its code."""
+    missing = "unknown" if REPOSITORY else "none"
+    commit = _git("rev-parse", "HEAD").decode().strip() or missing
     diff = _git("diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD", limit=MAX_DIFF + 1)
     return [
         f"commit {commit}{'+' if diff else ''}",
+        *_installed(),
         f"python {platform.python_version()} on {platform.platform()}",
         f"cpu {_cpu()}",
         f"memory {psutil.virtual_memory().total / 2**30:.1f} GiB",
@@ -92,9 +96,28 @@ def _shown(diff: bytes) -> list[str]:
     return [*lines, *cut]
 
 
+def _installed() -> list[str]:
+    if REPOSITORY:
+        return []
+    version = importlib.metadata.version("rlhf_exp")
+    return [f"code {_code_hash()} of rlhf_exp {version}, installed without its repository"]
+
+
+@functools.cache
+def _code_hash() -> str:
+    """Hash of the package's Python files and their names; 12 hex digits."""
+    digest = hashlib.sha256()
+    for file in sorted(PACKAGE.rglob("*.py")):
+        name = file.relative_to(PACKAGE).as_posix()
+        digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
 def _git(*arguments: str, limit: int = 1 << 10) -> bytes:
     """What git says, at most `limit` bytes of it; nothing if there is no git or no repository."""
-    command = ["git", "-C", str(ROOT), *arguments]
+    if not REPOSITORY:  # the folder of an environment may lie in another repository
+        return b""
+    command = ["git", "-C", str(REPOSITORY), *arguments]
     try:
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL

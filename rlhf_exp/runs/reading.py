@@ -7,6 +7,7 @@ It knows files and their faults, not what the numbers mean. What cannot be read 
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -308,13 +309,15 @@ def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _read_commits(folder: Path, problems: list[str]) -> tuple[str, ...]:
-    """What the first line of each environment file says; a resumed run may have several."""
+    """The commit in each environment file, or the hash of the code if the package was installed
+    without its repository; a resumed run may have several."""
     files = [folder / ENVIRONMENT]
     if os.path.isfile(files[0]):
         files += sorted(folder.glob("environment-*.txt"))
-    words = (_read_bytes(file, problems).partition(b"\n")[0].split() for file in files)
-    known = [w[1].decode(errors="replace") for w in words if len(w) == 2 and w[0] == b"commit"]
-    return tuple(dict.fromkeys(encodable(commit) for commit in known))
+    lines = [line for f in files for line in _read_bytes(f, problems).splitlines()[:2]]
+    matches = [re.match(rb"commit (\S+)$|code (\S+) of ", line) for line in lines]
+    names = [(m[1] or m[2]).decode(errors="replace") for m in matches if m]
+    return tuple(dict.fromkeys(encodable(name) for name in names if name != "none"))
 
 
 def _read_config(folder: Path, problems: list[str]) -> dict[str, Any]:

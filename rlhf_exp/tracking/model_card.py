@@ -100,5 +100,5 @@ def _listing(part: Mapping[str, Any]) -> str:
 
 def _versions(run: Path) -> str:
     lines = read_environment(run)
-    wanted = ("commit", "cpu", "gpu", *VERSIONS)
+    wanted = ("commit", "code", "cpu", "gpu", *VERSIONS)
     return "\n".join(line for line in lines if line.split("==")[0].split(" ")[0] in wanted)

@@ -351,7 +351,10 @@ REFUSED = {
         [r"stage: _partial_ is no key of it", r"reward: _args_ is", r"task: _recursive_ is",
          r"optimizer: _convert_ is", r"sampler: _partial_ is"],
     ),
-    "no such target": ("stage._target_=rlhf_exp.stages.ppo.Foo", [r"stage: Error locating target"]),
+    "no such target": (
+        "stage._target_=rlhf_exp.stages.ppo.Foo",
+        [r"stage\._target_=rlhf_exp.stages.ppo.Foo: .*ppo\.py\) has no Foo$"],
+    ),
     "an interpolation that is a text": (
         r"~experiment reward.character='a\${b}'", [r"character='a\$\{b\}': .* at most 1 char"],
     ),

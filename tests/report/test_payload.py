@@ -246,3 +246,6 @@ def test_runs_from_different_commits_are_told(sweep):
     assert not any(told in problem for problem in report(sweep)["problems"])
     (jobs[0] / "environment-2.txt").write_text(f"commit {'c' * 40}\n")  # a resumed run
     assert f"{told}aaaaaaa (2 runs), ccccccc (1 run)" in report(sweep)["problems"]
+    installed = f"commit none\ncode {'d' * 12} of rlhf_exp 1, installed without its repository\n"
+    (jobs[0] / "environment-2.txt").write_text(installed)
+    assert f"{told}aaaaaaa (2 runs), ddddddd (1 run)" in report(sweep)["problems"]

@@ -17,7 +17,7 @@ from rlhf_exp.runs.provenance import MAX_DIFF, environment
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with one committed file, in place of this project's own."""
-    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    monkeypatch.setattr(provenance, "REPOSITORY", tmp_path)
     (tmp_path / "file.py").write_text("a = 1\n")
     identity = ["-c", "user.name=a", "-c", "user.email=a"]
     for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "first"]):
@@ -76,7 +76,28 @@ def test_a_large_difference_is_cut_and_it_is_said(repository: Path) -> None:
 
 
 def test_without_a_repository_the_commit_is_unknown(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    monkeypatch.setattr(provenance, "REPOSITORY", tmp_path)
     assert environment()[0] == "commit unknown"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment()[0] == "commit unknown"
+
+
+def test_an_installed_package_names_its_code_and_not_the_repository_around_it(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = repository / ".venv" / "site-packages" / "rlhf_exp"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(provenance, "REPOSITORY", None)
+    monkeypatch.setattr(provenance, "PACKAGE", package)
+
+    def code(source: str) -> str:
+        provenance._code_hash.cache_clear()
+        (package / "module.py").write_text(source)
+        lines = environment()
+        assert lines[0] == "commit none"
+        assert "" not in lines, "what differs from a commit"
+        [digest] = re.findall("^code ([0-9a-f]{12}) of rlhf_exp [0-9.]+, installed", lines[1])
+        return digest
+
+    assert code("a = 1") == code("a = 1") != code("a = 2")
+    provenance._code_hash.cache_clear()

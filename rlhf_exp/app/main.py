@@ -1,0 +1,20 @@
+"""What `python train.py` and the console script `rlhf-exp` do: Hydra's main over one job."""
+
+import rlhf_exp.machine.environment  # noqa: F401, I001  first: it must precede the import of torch
+
+import hydra
+from omegaconf import DictConfig
+
+from rlhf_exp.app import run
+from rlhf_exp.machine.installation import CONF
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def hydra_main(cfg: DictConfig) -> None:
+    """One job."""
+    run.job(cfg)
+
+
+def main() -> None:
+    """Runs the command line of this process, and exits as it says."""
+    run.guard(hydra_main)
