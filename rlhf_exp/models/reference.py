@@ -71,7 +71,7 @@ def compute_reference_in(
         round_frozen(
             reference.language_model,
             dtype,
-            besides=reference.head.weight,
+            excluded=reference.head.weight,
             shared={id(p) for p in policy.parameters()},
         )
         reference.low = dtype

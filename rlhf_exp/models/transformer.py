@@ -76,7 +76,9 @@ class CausalTransformer(nn.Module):
         low = dtype != torch.float32
         self.low = dtype if low else None
         besides = self.head.weight
-        self._working = WorkingWeights(self.language_model, dtype, besides=besides) if low else None
+        self._working = (
+            WorkingWeights(self.language_model, dtype, excluded=besides) if low else None
+        )
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context of this model's passes."""
