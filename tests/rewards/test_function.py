@@ -406,7 +406,7 @@ async def f(completions):
     refused(
         source,
         r"raised RuntimeError: no more than one at .*scores\.py:4\nit fails for none of the"
-        r" 3 samples alone; the first is " + SHOWN.format(0, "a") + "$",
+        r" 3 samples by itself; the first is " + SHOWN.format(0, "a") + "$",
     )
 
 
