@@ -247,7 +247,7 @@ def test_in_fp32_nothing_changes() -> None:
     expected = states(policy)
     policy.compute_in(BF16)
     policy.compute_in(torch.float32)
-    assert policy.low is None
+    assert policy.autocast_dtype is None
     with policy.working():
         assert not policy.is_working
         assert in_bf16(policy) == []
@@ -332,4 +332,4 @@ def test_a_reference_in_fp32_stays(architecture: str) -> None:
     reference = Full().attach(policy, seed=0)
     compute_reference_in(reference, policy, torch.float32)
     assert in_bf16(reference) == []
-    assert reference.low is None
+    assert reference.autocast_dtype is None
