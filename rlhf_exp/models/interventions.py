@@ -43,8 +43,8 @@ class Intervention(ABC):
         policy.edits = self.edits(policy.language_model)
 
     def check(self, model: ModelSettings) -> list[str]:
-        """Messages about an intervention that does not fit the model, as far as they can be known
-        without its weights."""
+        """Messages about an intervention that does not fit the model; problems that need its
+        weights are found at load."""
         skeleton = model.skeleton()
         if skeleton is None:
             return []

@@ -250,8 +250,8 @@ def load_language_model(
 
 
 def _text_part(model: PreTrainedModel, field: str, name: str) -> PreTrainedModel:
-    """The text part of a multimodal model as a causal language model, which shares its modules; any
-    other model itself."""
+    """The text part of a multimodal model, as a causal language model that shares its modules; any
+    other model unchanged."""
     from transformers import AutoModelForCausalLM
 
     config = model.config.get_text_config()

@@ -93,7 +93,7 @@ def find_fast_paths(model: CausalTransformer, *, static: bool | None = None) -> 
         raise ConfigError(f"model: {name} is not supported: {reason}")
     cache = model.language_model.config.model_type not in UNTRUSTED and probe.holds(decoded)
     one_prompt = cache and probe.holds(after_one_prompt)
-    if not one_prompt:  # else this check has passed: after_one_prompt decodes without a mask too
+    if not one_prompt:  # after_one_prompt also shows that decoding needs no mask
         cache = cache and probe.holds(decoded_without_mask)
     if not cache:
         if not probe.holds(by_prefixes):
@@ -174,10 +174,10 @@ def _decode(
     hidden = model.hidden_states(probe.tokens[rows, :width], before, cache)
     yield States(hidden[:, -1:], rows, width - 1)
     for column in range(width, probe.tokens.shape[1]):
-        going_on = probe.mask[rows, column]
-        if not bool(going_on.all()):
-            cache.reorder_cache(going_on.nonzero().flatten())
-            rows = [row for row, goes_on in zip(rows, going_on.tolist(), strict=True) if goes_on]
+        unfinished = probe.mask[rows, column]
+        if not bool(unfinished.all()):
+            cache.reorder_cache(unfinished.nonzero().flatten())
+            rows = [row for row, real in zip(rows, unfinished.tolist(), strict=True) if real]
         attended = None if mask is None else mask[rows, : column + 1]
         hidden = model.hidden_states(probe.tokens[rows, column : column + 1], attended, cache)
         yield States(hidden, rows, column)

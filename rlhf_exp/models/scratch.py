@@ -34,7 +34,7 @@ class Scratch:
     """Tokens."""
     dropout: BelowOne = 0.0
     """Dropout in pretraining, 0-0.3; PPO uses none."""
-    tie_embeddings: bool | None = None  # None: as the architecture does, GPT-2 yes, the others no
+    tie_embeddings: bool | None = None
     """Whether input and output embedding share a matrix; null: the architecture's default."""
     engine: EngineName = "fast"
     """fast: the Hugging Face module; hooked: TransformerBridge."""

@@ -118,8 +118,8 @@ class HttpReward:
         return token
 
     def _check_listening(self) -> None:
-        """Raises ConfigError unless a server accepts connections. Behind a proxy only a request can
-        show it, so this checks nothing."""
+        """Raises ConfigError unless a server accepts connections. Checks nothing behind a proxy,
+        where only a request can tell."""
         if self._uses_proxy():
             return
         parts = urlsplit(self.url)

@@ -61,25 +61,29 @@ class CachedSampler(Sampler):
     ) -> Generation:
         active = torch.arange(len(hidden), device=hidden.device)
         steps = _Steps(len(hidden), self.gen_len)
-        before = prompts.tokens  # of the active rows; without a cache, all tokens so far
+        sequences = prompts.tokens  # of the active rows; without a cache, all tokens so far
         for t in range(self.gen_len):
             drawn = draw(self, policy, hidden, uniforms[:, t])
             steps.add(active, hidden, drawn)
             tokens = drawn.tokens
             if eos is not None and bool((ended := tokens == eos).any()):
-                going_on = (~ended).nonzero().squeeze(-1)
-                active, tokens, uniforms = active[going_on], tokens[going_on], uniforms[going_on]
-                attended = None if attended is None else attended[going_on]
-                before = before[going_on]
+                unfinished = (~ended).nonzero().squeeze(-1)
+                active, tokens, uniforms = (
+                    active[unfinished],
+                    tokens[unfinished],
+                    uniforms[unfinished],
+                )
+                attended = None if attended is None else attended[unfinished]
+                sequences = sequences[unfinished]
                 if cache is not None:
-                    cache.reorder_cache(going_on)
+                    cache.reorder_cache(unfinished)
             if t + 1 == self.gen_len or not len(active):
                 break
             if attended is not None:
                 attended = torch.cat([attended, torch.ones_like(attended[:, :1])], dim=1)
             new, prompt_len = tokens[:, None], 0
             if cache is None:
-                new = before = torch.cat([before, new], dim=1)
+                new = sequences = torch.cat([sequences, new], dim=1)
                 prompt_len = prompts.tokens.shape[1]
             hidden = policy.hidden_states(new, attended, cache, prompt_len=prompt_len)[:, -1]
         return steps.generation(policy, prompts)

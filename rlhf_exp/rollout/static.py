@@ -37,16 +37,16 @@ class StaticDecoders:
 
     def __init__(self, sampler: Sampler) -> None:
         self._sampler = sampler
-        self._made: dict[Any, StaticDecoder] = {}
+        self._decoders: dict[Any, StaticDecoder] = {}
 
     def get(self, policy: TransformerWithValueHead, batch: int, prompt_len: int) -> "StaticDecoder":
         """The decoder for `batch` rows and prompts of `prompt_len` tokens."""
         key = (policy, batch, prompt_len, policy.is_working, policy.edits)
-        if key not in self._made:
-            if len(self._made) == MAX_SHAPES:
-                self._made.clear()
-            self._made[key] = StaticDecoder(policy, self._sampler, batch, prompt_len)
-        return self._made[key]
+        if key not in self._decoders:
+            if len(self._decoders) == MAX_SHAPES:
+                self._decoders.clear()
+            self._decoders[key] = StaticDecoder(policy, self._sampler, batch, prompt_len)
+        return self._decoders[key]
 
 
 class StaticDecoder:

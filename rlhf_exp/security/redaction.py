@@ -174,9 +174,9 @@ def scrub_tracebacks() -> None:
     sys.excepthook = show
 
 
-def _passes_on(key: str, config: Mapping[Any, Any], within: bool) -> bool:
-    """Whether everything in a mapping is secret. Under api_keys it is; a mapping with a _target_,
-    or with one further down, holds a part, whose keys are judged one by one."""
+def _holds_only_secrets(key: str, config: Mapping[Any, Any], within: bool) -> bool:
+    """Whether everything in a mapping is secret, as under api_keys. If it or a nested mapping has a
+    _target_, it describes parts, whose keys are judged one by one."""
     named_secret = bool(_SECRETS_END.search(key)) and is_secret(key)
     return (within or named_secret) and not _has_target(config)
 
@@ -188,7 +188,7 @@ def _has_target(config: Mapping[Any, Any]) -> bool:
 
 def _replaced(value: Any, key: str, *, within: bool) -> Any:
     if isinstance(value, Mapping):
-        inside = _passes_on(key, value, within)
+        inside = _holds_only_secrets(key, value, within)
         return {k: _replaced(v, str(k), within=inside) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_replaced(v, key, within=within) for v in value]
@@ -218,7 +218,7 @@ def _is_secret_value(key: str, value: Any, *, within: bool) -> bool:
 def _secrets(value: Any, key: str, *, within: bool) -> Iterator[tuple[str, str]]:
     """Pairs of key and secret, for every secret of a configuration."""
     if isinstance(value, Mapping):
-        inside = _passes_on(key, value, within)
+        inside = _holds_only_secrets(key, value, within)
         for k, v in value.items():
             yield from _secrets(v, key if inside else str(k), within=inside)
     elif isinstance(value, list | tuple):

@@ -53,11 +53,11 @@ class Arithmetic:
     """9,000 problems in three wordings each. A `held_out_fraction` of the problems is held out for
     tuning (`demonstration_split`), and as many others for evaluation (`eval_prompts`)."""
 
-    held_out_fraction: Share = 0.1  # of the problems, for each of the two held-out sets
+    held_out_fraction: Share = 0.1
     """Fraction of the 9,000 problems, once to tune on and once to evaluate on; 0.05 to 0.25."""
-    num_series: Count = 8000  # texts of series alone, for pretraining
+    num_series: Count = 8000
     """Texts of three series each, without prompts, for pretraining."""
-    data_seed: Index = 0  # other seeds hold out other problems
+    data_seed: Index = 0
     """Draws the split; any integer from 0."""
 
     @property

@@ -36,19 +36,19 @@ class LabelledTextFile:
     Each instance reads the file once.
     """
 
-    path: Text  # the file, relative to the working directory or absolute
+    path: Text
     """UTF-8 file of tab-separated lines with a header that names the columns label and text."""
-    prepend_bos: bool = True  # whether a prompt begins with <bos>
+    prepend_bos: bool = True
     """Whether a prompt begins with <bos>; true, as in the corpus."""
-    vocab_size: Count = 3000  # tokens of the byte-pair tokenizer, at most
+    vocab_size: Count = 3000
     """Tokens of the byte-pair tokenizer, at most; 1000 to 8000."""
-    held_out_fraction: OpenFraction = 0.1  # texts kept from training; prompts come from them
+    held_out_fraction: OpenFraction = 0.1
     """Fraction of texts that are held out; prompts come from these; 0.05 to 0.5."""
-    prompt_words_min: Count = 2  # words in the shortest prompt
+    prompt_words_min: Count = 2
     """Words in the shortest prompt; 1 to 4."""
-    prompt_words_max: Count = 4  # words in the longest prompt
+    prompt_words_max: Count = 4
     """Words in the longest prompt; 2 to 8."""
-    data_seed: Index = 0  # other seeds give other splits and prompt lengths
+    data_seed: Index = 0
     """Draws the split and the prompts' lengths; any integer from 0."""
 
     @model_validator(mode="after")

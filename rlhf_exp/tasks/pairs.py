@@ -51,14 +51,14 @@ class PairsFile:
     ignored. An answer ends with EOS unless chosen_ended or rejected_ended is false.
     """
 
-    path: Text  # the file or folder, relative to the working directory or absolute
+    path: Text
     """.jsonl or .parquet file, folder with train and test files, run folder of stage=preferences,
     or artifact:NAME."""
-    prepend_bos: bool = False  # whether a prompt begins with BOS
+    prepend_bos: bool = False
     """Whether a prompt begins with BOS; as in the policy's task."""
-    held_out_fraction: OpenFraction = 0.1  # of the prompts of a single file
+    held_out_fraction: OpenFraction = 0.1
     """Fraction of the prompts of a single file, 0.05 to 0.5."""
-    data_seed: Index = 0  # other seeds hold out other prompts
+    data_seed: Index = 0
     """Draws the prompts held out of a single file; any integer from 0."""
 
     def fingerprint(self) -> str:

@@ -24,19 +24,19 @@ class Reviews:
     Held-out reviews are drawn first, so they do not depend on the counts.
     """
 
-    prefix: Text = "this movie was really"  # words of the grammar with single spaces between
+    prefix: Text = "this movie was really"
     """Text that PPO's completions continue; 1 to 8 words of the grammar."""
-    prepend_bos: bool = True  # whether a prompt begins with <bos>
+    prepend_bos: bool = True
     """Whether a prompt begins with <bos>; true, as in the corpus."""
-    num_reviews: Count = 32000  # reviews to train a language model on
+    num_reviews: Count = 32000
     """Reviews to train the language model on; 10000 to 100000."""
-    num_labelled: Count = 6000  # positive and negative reviews to train a classifier on
+    num_labelled: Count = 6000
     """Pos and neg reviews to train the classifier on; 1000 to 20000."""
-    num_held_out: Count = 1000  # reviews held out for each of the two
+    num_held_out: Count = 1000
     """Reviews held out for each of the two; 200 to 5000."""
-    label_noise: Fraction = 0.02  # probability that a classifier's training label is flipped
+    label_noise: Fraction = 0.02
     """Probability that a training label is flipped; 0 to 0.1, caps P(pos) at 1 - it."""
-    data_seed: Index = 0  # other seeds give other reviews
+    data_seed: Index = 0
     """Draws the reviews; any integer from 0."""
 
     @field_validator("prefix")

@@ -241,6 +241,6 @@ def check_finite(steps: Sequence[Mapping[str, float]], phase: int) -> None:
         if (fault := nonfinite(step)) is not None:
             raise TrainingError(
                 f"phase {phase}, step {number}: {fault}; lower optimizer.base_lr and"
-                " optimizer.head_lr, raise stage.kl_coef, or leave such steps out with"
+                " optimizer.head_lr, raise stage.kl_coef, or skip such steps with"
                 " stage.guards.on_nonfinite=skip"
             )
