@@ -171,7 +171,7 @@ def main() -> None:
         "shape": arguments.shape,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "threads": torch.get_num_threads(),
-        "dtype": "fp32" if setup.policy.low is None else "bf16",
+        "dtype": "fp32" if setup.policy.autocast_dtype is None else "bf16",
         "compiled": setup.policy.is_compiled,
         **{f"{part}_s": round(value, 4) for part, value in seconds.items()},
         "optimizer_steps": shape.minibatches * shape.epochs,

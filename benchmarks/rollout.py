@@ -100,7 +100,9 @@ def compare(
 ) -> Iterator[Row]:
     """Tokens a second of all contenders by batch and length, and how many times the others' those
     of the cached sampler are."""
-    plain = plain_copy(policy, torch.float32 if policy.low is None else policy.low)
+    plain = plain_copy(
+        policy, torch.float32 if policy.autocast_dtype is None else policy.autocast_dtype
+    )
     for gen_len in arguments.lengths:
         for batch in arguments.batches:
             prompts = prompt[torch.zeros(batch, dtype=torch.long)]
@@ -255,7 +257,7 @@ def main() -> None:
         "shape": arguments.shape,
         "device": device.type,
         "threads": torch.get_num_threads(),
-        "dtype": "fp32" if policy.low is None else "bf16",
+        "dtype": "fp32" if policy.autocast_dtype is None else "bf16",
     }
     rates = compare(policy, setup.train_prompts, arguments)
     show("Tokens a second", rates, as_json=arguments.json, about=about)

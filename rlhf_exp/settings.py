@@ -17,7 +17,7 @@ T = TypeVar("T")
 # A value artifact:NAME stands for what the step NAME of `prepare` will make.
 REFERENCE = "artifact:"
 
-# The groups that a stage is handed, of which its `Parts` names those that it takes.
+# The groups that a stage may use; its `Parts` names those that it does.
 PARTS = (
     "task", "model", "finetune", "reward", "sampler", "optimizer", "schedule", "intervention",
 )  # fmt: skip
@@ -37,7 +37,7 @@ class Fingerprinted(Protocol):
 
 
 def is_reference(text: str) -> bool:
-    """Whether a value stands for what an earlier step makes, which may not be there yet."""
+    """Whether a value refers to an artifact of an earlier step, which may not exist yet."""
     return text.startswith(REFERENCE)
 
 
@@ -69,8 +69,7 @@ Text = Annotated[str, Field(min_length=1)]
 def settings(cls: type[T]) -> type[T]:
     """The class as a frozen keyword-only dataclass that checks types and ranges when it is built.
 
-    Raises pydantic.ValidationError with every bad field of the class at once, unknown ones
-    included.
+    Raises pydantic.ValidationError that lists every invalid or unknown field at once.
     """
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
     return dataclass(frozen=True, kw_only=True, config=config)(cls)  # type: ignore[return-value]
@@ -78,8 +77,8 @@ def settings(cls: type[T]) -> type[T]:
 
 @settings
 class Artifact:
-    """What is known of a step's artifact before it is made: the labels of a classifier; of a
-    language model its settings, its context in tokens and the key that sets that."""
+    """Description of an artifact before its step has run: the labels of a classifier, or the
+    settings of a language model, its context in tokens and the key that sets the context."""
 
     labels: tuple[str, ...] | None = None
     context_len: int | None = None
@@ -87,28 +86,28 @@ class Artifact:
     model: Any = None
 
 
-# Returns what is known of the artifact that a value artifact:NAME stands for, else None.
+# Returns the description of the artifact that a value artifact:NAME refers to, or None.
 Upstream = Callable[[str], Artifact | None]
 
 
 @runtime_checkable
 class ChecksUpstream(Protocol):
-    """A part that can tell whether an artifact will do before it is made."""
+    """A part that can check an artifact before the artifact exists."""
 
     def check_upstream(self, upstream: Upstream) -> list[str]:
-        """What is wrong between the part and the artifacts that it refers to."""
+        """Messages, one for each artifact that the part refers to but cannot use."""
         ...
 
 
 def field_problem(path: str, detail: Any) -> str:
-    """One of pydantic's complaints as a line that names the field below `path`, without secrets."""
+    """One error of pydantic as a line that names the field under `path`, secrets redacted."""
     where = ".".join(filter(None, (path, *map(str, detail["loc"]))))
     if detail["type"] == "missing":
         return f"{where}: is required"
     if detail["type"] == "unexpected_keyword_argument":
         return f"{where}: no such key" + (f" of {path}" if path else "")
     if isinstance(detail.get("ctx", {}).get("error"), ConfigError):
-        return str(detail["ctx"]["error"])  # which names its field itself
+        return str(detail["ctx"]["error"])  # the message names the field already
     if detail["type"] == "dataclass_type" and isinstance(detail["input"], str):
         return f"{where} is a group: write {where.replace('.', '/')}={detail['input']}"
     message = detail["msg"].removeprefix("Value error, ")
@@ -116,5 +115,5 @@ def field_problem(path: str, detail: Any) -> str:
         message = "Input should be a list, as [a,b]"
     if not detail["loc"]:
         return f"{path}: {message}"
-    [shown] = redact_words([f"{where}={detail['input']!r}"])
-    return f"{shown}: {message}"
+    [assignment] = redact_words([f"{where}={detail['input']!r}"])
+    return f"{assignment}: {message}"

@@ -1,6 +1,6 @@
 """The records that flow through a phase: prompts, completions, rollout, experience.
 
-Frozen, complete when built, their shapes checked when they are. One index convention: position t
+Frozen, complete when built; the shapes are checked then. One index convention: position t
 concerns completion token y_t: logprobs[:, t] = log p(y_t | x, y_<t), values[:, t] = V(x, y_<t),
 rewards[:, t] is received for emitting y_t.
 """
@@ -26,13 +26,13 @@ def record(cls: type[T]) -> type[T]:
 
 
 class Record:
-    """A record whose every tensor, tuple and nested record has the batch as its first axis; a field
-    that may be absent is None."""
+    """A record in which the first axis of every tensor, tuple and nested record is the batch; an
+    absent field is None."""
 
     def __getitem__(self: R, index: Tensor) -> R:
         """The rows at `index` [rows], as a record of the same kind."""
-        # Not through __init__: rows of what was checked need no check, which takes half as long as
-        # an optimizer step of a small model.
+        # Not through __init__: the shapes were checked before, and checking them again takes half
+        # as long as an optimizer step of a small model.
         rows = object.__new__(type(self))
         for field in fields(self):  # type: ignore[arg-type]
             object.__setattr__(rows, field.name, _rows(getattr(self, field.name), index))
@@ -50,7 +50,7 @@ def _rows(value: Any, index: Tensor) -> Any:
 
 
 def concatenate(records: Sequence[R]) -> R:
-    """Records of one kind as one, their rows in order; all have equally many columns."""
+    """One record of the rows of all records, in order; all have the same number of columns."""
     if len(records) == 1:
         return records[0]
     return type(records[0])(
@@ -73,10 +73,10 @@ def _joined(values: list[Any]) -> Any:
 
 @record
 class PromptBatch(Record):
-    """Left-padded prompts. `rows` keep the task's own data for each: `rows[i]["prompt"]` is its
-    text, `rows[i]["messages"]` the conversation that the text renders if it is one, and the others
-    are further columns of a dataset. `groups` numbers the prompts of which several completions are
-    sampled; None if each row is a prompt of its own."""
+    """Left-padded prompts. `rows` holds the task's data for each prompt: `rows[i]["prompt"]` is the
+    text, `rows[i]["messages"]` the conversation if the text renders one, and other keys are further
+    columns of a dataset. Rows with the same number in `groups` hold the same prompt; None if every
+    row is a different prompt."""
 
     tokens: Int[Tensor, "batch prompt"]
     mask: Bool[Tensor, "batch prompt"]
@@ -84,7 +84,7 @@ class PromptBatch(Record):
     groups: Int[Tensor, " batch"] | None = None
 
     def repeated(self, samples_per_prompt: int) -> "PromptBatch":
-        """Each prompt so many times, side by side, as one group."""
+        """Each prompt `samples_per_prompt` times in adjacent rows, which form one group."""
         if samples_per_prompt == 1:
             return self
         index = torch.arange(len(self.rows), device=self.tokens.device)
@@ -105,8 +105,8 @@ class PromptBatch(Record):
 
 @record
 class Completions(Record):
-    """Prompts and what was sampled after them. `mask` is True through the first end-of-sequence
-    token; padding holds 0. `texts` are the completions alone, special tokens left out."""
+    """Prompts and their sampled completions. `mask` is True through the first end-of-sequence
+    token; padding holds 0. `texts` are the completions without prompts and special tokens."""
 
     prompts: PromptBatch
     tokens: Int[Tensor, "batch completion"]
@@ -115,7 +115,7 @@ class Completions(Record):
 
     @property
     def full_texts(self) -> tuple[str, ...]:
-        """Each prompt with its completion, the text that a reward on whole samples reads."""
+        """Each prompt followed by its completion: the text that a reward on whole samples reads."""
         return tuple(a + b for a, b in zip(self.prompts.texts, self.texts, strict=True))
 
     @property
@@ -134,11 +134,11 @@ class Completions(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What of completions has to be computed, asked of their tensors once: on a GPU each question
-    makes the host wait. `mask` is theirs, on the CPU."""
+    """Which positions of completions have to be computed. It is read from the tensors once,
+    because each read makes the host wait for the GPU. `mask` is the completions', on the CPU."""
 
     mask: Bool[Tensor, "batch completion"]
-    one_prompt: bool  # all rows have the same one
+    one_prompt: bool  # all rows have the same prompt
     padded_prompts: bool
     device: torch.device
     whole: bool = False  # all columns are computed, so that shapes stay the same
@@ -156,7 +156,7 @@ class Layout:
         )
 
     def __getitem__(self, index: Tensor) -> "Layout":
-        """The layout of the rows at `index` [rows], which is on the CPU."""
+        """The layout of the rows at `index` [rows] (on the CPU)."""
         return replace(self, mask=self.mask[index])
 
     @cached_property
@@ -168,12 +168,12 @@ class Layout:
 
     @cached_property
     def positions(self) -> Int[Tensor, " token"] | None:
-        """Where the real tokens are in [batch * num_columns], None if all are real."""
+        """Indices of the real tokens in [batch * num_columns], None if all are real."""
         real = self.mask[:, : self.num_columns].flatten()
         return None if bool(real.all()) else real.nonzero().flatten().to(self.device)
 
     def pick(self, x: Shaped[Tensor, "batch _ *rest"]) -> Shaped[Tensor, " token *rest"]:
-        """The entries of the real tokens, of a tensor with at least num_columns columns."""
+        """The entries of `x` at the real tokens; `x` has at least num_columns columns."""
         flat = x[:, : self.num_columns].flatten(0, 1)
         return flat if self.positions is None else flat.index_select(0, self.positions)
 
@@ -184,16 +184,16 @@ class Layout:
             whole = x.new_zeros(batch * self.num_columns, *x.shape[1:])
             x = whole.index_copy(0, self.positions, x)
         columns = x.unflatten(0, (batch, self.num_columns))
-        missing = x.new_zeros(batch, length - self.num_columns, *x.shape[1:])
-        return torch.cat([columns, missing], dim=1)
+        padding = x.new_zeros(batch, length - self.num_columns, *x.shape[1:])
+        return torch.cat([columns, padding], dim=1)
 
 
 @record
 class Generation(Record):
-    """Completions with what the policy computed while it sampled them. `hidden` are the final
-    hidden states from which each token was sampled; `kept_mass` is the policy's own probability
-    of the tokens that the sampling filter kept (1 without a filter). A policy without a value head
-    has no `values`."""
+    """Completions with the policy's log-probs, values and hidden states. `hidden` are the final
+    hidden states from which each token was sampled; `kept_mass` is the probability that the policy
+    gives to all tokens that pass the sampling filter (1 without a filter). `values` is None for a
+    policy without a value head."""
 
     completions: Completions
     logprobs: Float[Tensor, "batch completion"]
@@ -205,7 +205,7 @@ class Generation(Record):
 @record
 class Rollout(Record):
     """A generation measured against the reference and scored. `kl` is the exact
-    D(policy || reference) and `entropy` the policy's, both of the distribution of each token."""
+    D(policy || reference) and `entropy` the policy's entropy, in nats at each token."""
 
     completions: Completions
     logprobs: Float[Tensor, "batch completion"]
@@ -219,7 +219,7 @@ class Rollout(Record):
 
     @property
     def groups(self) -> Int[Tensor, " batch"]:
-        """The number of each row's prompt: rows of one number are samples of one prompt."""
+        """The prompt's number for each row: rows with the same number sample the same prompt."""
         groups = self.completions.prompts.groups
         if groups is None:
             return torch.arange(len(self.scores), device=self.scores.device)
@@ -228,8 +228,8 @@ class Rollout(Record):
 
 @record
 class Experience(Record):
-    """What a learning phase trains on; a minibatch is `experience[index]`. `returns` are what the
-    values learn, None without values."""
+    """What a learning phase trains on; a minibatch is `experience[index]`. `returns` are the
+    targets of the values, None without values."""
 
     rollout: Rollout
     rewards: Float[Tensor, "batch completion"]
@@ -238,9 +238,9 @@ class Experience(Record):
 
 
 class Pass(NamedTuple):
-    """What a pass of the policy over a minibatch computes, with gradients: exact KL to the
-    reference and entropy of each token's distribution, None for the values of a policy that has no
-    value head. The padding holds arbitrary numbers."""
+    """Output of the policy on a minibatch, with gradients: log-probs, entropy and exact KL to the
+    reference at each token; `values` is None for a policy without a value head. The padding holds
+    arbitrary numbers."""
 
     logprobs: Float[Tensor, "batch completion"]
     entropy: Float[Tensor, "batch completion"]

@@ -17,7 +17,7 @@ from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.models.finetune import Lora
 from rlhf_exp.models.loading import load_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.models.probing import find_fast_paths, packs
+from rlhf_exp.models.probing import find_fast_paths, supports_packing
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.rollout.cached import CachedSampler, decode_static, prefill
 from rlhf_exp.rollout.measure import measure
@@ -280,7 +280,7 @@ def examine(name: str, folder: Path) -> Row:
     assert_saved(policy, folder / "saved")
     row = Row(
         name, cache=paths.cache, one_prompt=paths.one_prompt, static=paths.static,
-        packs=packs(policy), hooked=is_hooked(folder / "base"),
+        packs=supports_packing(policy), hooked=is_hooked(folder / "base"),
     )  # fmt: skip
     try:
         without = Lora(rank=2).attach(policy, seed=0)

@@ -138,7 +138,7 @@ def test_each_step_runs_alone_on_what_the_others_left(chain: Path, tmp_path: Pat
     [
         (
             ("task=reviews", "reward=arithmetic"),
-            "'this movie was really' is no prompt of task=arit",
+            "'this movie was really' is not a prompt of task=arit",
         ),
         (("task=arithmetic", "reward=arithmetic"), "set sampler.stop_at_eos=true"),
     ],

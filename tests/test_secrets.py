@@ -53,7 +53,7 @@ def words(tmp_path, monkeypatch) -> list[str]:
     (tmp_path / "modules" / f"{name}.py").write_text(REWARD)
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     monkeypatch.setenv("JUDGES", SECRETS[1])
-    monkeypatch.setattr(redaction, "_known", set())
+    monkeypatch.setattr(redaction, "_secret_texts", set())
     return [
         *TINY, f"allow_targets=[{name}]", "~reward.character", f"reward._target_={name}.Judge",
         f"+reward.{ACCESS}", "+reward.password=${oc.env:JUDGES}",

@@ -1,4 +1,4 @@
-"""From scores to rewards, advantages and returns. Knows time, not models.
+"""Rewards, advantages and returns from scores. Knows time, not models.
 
 Position t is the t-th completion token: rewards[:, t] is received for emitting it, values[:, t]
 is the value of the state before it. After the last real token the value is 0.
@@ -23,10 +23,10 @@ def normalize_reward(scores: Float[Tensor, " batch"], *, eps: float = 1e-5) -> T
 def terminal_rewards(
     scores: Float[Tensor, " batch"], mask: Bool[Tensor, "batch completion"]
 ) -> Float[Tensor, "batch completion"]:
-    """Rewards that are 0 but for the score at each row's last real token.
+    """The score at each row's last real token, 0 elsewhere.
 
-    A row without real tokens gets none. TRL puts the score one position later on padded rows
-    (`sequence_lengths_p1`); equal on full ones.
+    A row without real tokens is all 0. On padded rows TRL puts the score one position later
+    (`sequence_lengths_p1`).
     """
     last = mask & (mask.flip(1).cumsum(dim=1).flip(1) == 1)
     spread = einops.repeat(scores, "batch -> batch completion", completion=mask.shape[1])
@@ -62,11 +62,11 @@ def gae(
 def leave_one_out(
     scores: Float[Tensor, " batch"], groups: Int[Tensor, " batch"]
 ) -> Float[Tensor, " batch"]:
-    """Each score minus the mean score of the others of its group, for groups of any sizes.
+    """Each score minus the mean of the other scores in its group; groups may differ in size.
 
-    Exactly 0 in a group of equal scores. Raises ValueError if a group has one sample, which has no
-    others. Source: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free", the
-    estimator of RLOO (Ahmadian et al. 2024, arXiv 2402.14740, equation 4).
+    Exactly 0 in a group of equal scores. Raises ValueError if a group has only one sample. Source:
+    Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free"; the estimator of RLOO
+    (Ahmadian et al. 2024, arXiv 2402.14740, equation 4).
     """
     _, index, counts = groups.unique(return_inverse=True, return_counts=True)
     if bool((counts == 1).any()):
@@ -74,7 +74,7 @@ def leave_one_out(
     highest = scores.new_zeros(len(counts)).scatter_reduce(
         0, index, scores, "amax", include_self=False
     )
-    scores = scores - highest[index]  # 0 for equal scores, so that no sum of them is rounded
+    scores = scores - highest[index]  # equal scores become 0, whose sum is not rounded
     sums = scores.new_zeros(len(counts)).index_add(0, index, scores)
     return scores - (sums[index] - scores) / (counts[index] - 1)
 
@@ -84,9 +84,9 @@ def zero_without_signal(
 ) -> Float[Tensor, "batch completion"]:
     """The advantages, or 0 everywhere if every completion gets the same total reward.
 
-    Such rewards do not say which completion is better. What remains of the advantages is the error
-    of the values, which whitening would scale up to standard deviation 1. A single completion is
-    compared with a total of 0.
+    Equal rewards do not say which completion is better: the advantages are then only the error of
+    the values, which whitening would scale up to standard deviation 1. A single completion has no
+    signal if its total is 0.
     """
     totals = rewards.sum(dim=1)
     has_signal = (totals != (totals[0] if len(totals) > 1 else 0)).any()

@@ -1,7 +1,7 @@
 """Log-probabilities, entropy and KL divergence from logits.
 
-Knows vocabularies and tokens, not prompts: callers cut the completion out with
-`completion_part`, the one place that knows the shift by one.
+Knows vocabularies and tokens, not prompts: callers select the completion with `completion_part`,
+the only place that shifts by one.
 """
 
 import warnings
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rlhf_exp.functional.masking import masked_fill_zero
 
-# eindex 0.1.2 indexes with a list where torch wants a tuple, and torch warns thrice a process. Can
-# go with an eindex that does not; that torch still reads it as meant is tested against gather.
+# eindex 0.1.2 indexes with a list instead of a tuple, which torch warns of; a test compares the
+# result with gather. Remove this with an eindex that uses a tuple.
 warnings.filterwarnings("ignore", message="Using a non-tuple sequence", module="eindex")
 
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -24,8 +24,8 @@ KLEstimator = Literal["k1", "k2", "k3"]
 def completion_part(
     x: Shaped[Tensor, "batch seq *rest"], prompt_len: int
 ) -> Shaped[Tensor, "batch completion *rest"]:
-    """What belongs to the completion of anything computed at every position of prompt and
-    completion: position p - 1 concerns the token at position p, so the cut is [p - 1 : -1].
+    """The positions of `x` that predict the completion's tokens: x[:, prompt_len - 1 : -1], since
+    position p - 1 predicts the token at position p.
 
     Raises ValueError if prompt_len is not in 1 .. seq.
     """
@@ -62,8 +62,8 @@ def kl_divergence(
 ) -> Float[Tensor, "batch completion"]:
     """Exact D(policy || reference) = sum_v p(v) (log p(v) - log q(v)) at each position, in nats.
 
-    Tokens of policy probability 0 contribute 0; one that the policy can emit and the reference
-    can not makes it infinite.
+    Tokens of policy probability 0 contribute 0. It is infinite if the policy can emit a token that
+    the reference cannot.
     """
     logprobs = logits.log_softmax(dim=-1)
     return _expectation(logprobs, logprobs - ref_logits.log_softmax(dim=-1))
@@ -74,7 +74,7 @@ def kl_estimate(
     ref_logprobs: Float[Tensor, "batch completion"],
     estimator: KLEstimator,
 ) -> Float[Tensor, "batch completion"]:
-    """An estimate of D(policy || reference) from the sampled tokens alone, in nats.
+    """An estimate of D(policy || reference) from the sampled tokens only, in nats.
 
     With d = log p - log q: k1 = d, unbiased and of either sign; k2 = d^2 / 2, biased; k3 =
     exp(-d) - 1 + d, unbiased and never negative. Source: J. Schulman, "Approximating KL
@@ -93,26 +93,26 @@ def kl_estimate(
 def _expectation(
     logprobs: Float[Tensor, "batch completion vocab"], x: Float[Tensor, "batch completion vocab"]
 ) -> Float[Tensor, "batch completion"]:
-    # Tokens of probability 0 come as 0 * inf; zeroing x there keeps value and gradient finite.
-    # They are found by the probability, which underflows where its logarithm is still finite.
+    # A token of probability 0 gives 0 * inf; zeroing x there keeps value and gradient finite. The
+    # test is on the probability, which underflows while its logarithm is still finite.
     probs = logprobs.exp()
     return (probs * masked_fill_zero(x, probs != 0)).sum(dim=-1)
 
 
-# The largest difference of logits, relative to them, that rounding explains.
+# The largest relative difference of logits that rounding explains.
 ROUNDING = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def logits_agree(
-    found: Float[Tensor, "*axes vocab"],
+    logits: Float[Tensor, "*axes vocab"],
     expected: Float[Tensor, "*axes vocab"],
     *,
     dtype: torch.dtype,
 ) -> bool:
-    """Whether logits give the expected distributions but for the rounding of a model in `dtype`:
-    |found - expected| <= tolerance |expected| at each position, both centred over the vocabulary,
+    """Whether logits equal the expected ones up to the rounding of a model in `dtype`:
+    |logits - expected| <= tolerance |expected| at each position, both centred over the vocabulary,
     since a constant added to all logits changes no probability."""
     tolerance = ROUNDING[dtype]
-    found, expected = (x.float() - x.float().mean(dim=-1, keepdim=True) for x in (found, expected))
-    error = (found - expected).norm(dim=-1)
+    logits, expected = (x.float() - x.float().mean(-1, keepdim=True) for x in (logits, expected))
+    error = (logits - expected).norm(dim=-1)
     return bool((error <= tolerance * expected.norm(dim=-1)).all())

@@ -1,7 +1,6 @@
-"""The terms of the objectives, one function each. Knows equations, not coefficients' values.
+"""The terms of the objectives, one function each. Knows equations, not the coefficients' values.
 
-Padding is zeroed before anything is done to it, so that what it holds reaches neither a value nor
-a gradient.
+Padding is zeroed first, so that its content changes neither values nor gradients.
 """
 
 import torch
@@ -76,6 +75,6 @@ def reward_mse(pred: Float[Tensor, " batch"], target: Float[Tensor, " batch"]) -
 def pairwise_rank_loss(
     chosen: Float[Tensor, " batch"], rejected: Float[Tensor, " batch"]
 ) -> Float[Tensor, ""]:
-    """Mean of -log sigmoid(chosen - rejected), finite for any finite difference. Source:
-    Bradley-Terry; Ouyang et al. 2022, arXiv 2203.02155, equation 1."""
+    """Mean of -log sigmoid(chosen - rejected), computed without overflow. Source: Bradley-Terry;
+    Ouyang et al. 2022, arXiv 2203.02155, equation 1."""
     return F.softplus(rejected - chosen).mean()

@@ -1,7 +1,7 @@
 """Statistics over the real positions of padded tensors. Knows masks, not what they stand for.
 
-What padding holds never reaches a result, NaN and infinity included. With no real position a
-statistic is 0.
+The content of padding never changes a result, even NaN or infinity. A statistic over no real
+position is 0.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def masked_fill_zero(x: Float[Tensor, "*axes"], mask: Bool[Tensor, "*axes"]) -> Tensor:
-    """`x` with 0 where the mask is False; gradients there are 0, never NaN."""
+    """`x` with 0 where the mask is False; there the gradient is 0 too, never NaN."""
     return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
@@ -20,7 +20,7 @@ def masked_sum(x: Float[Tensor, "*axes"], mask: Bool[Tensor, "*axes"]) -> Float[
 
 
 def masked_mean(x: Float[Tensor, "*axes"], mask: Bool[Tensor, "*axes"]) -> Float[Tensor, ""]:
-    """Mean of `x` over the mask, each real position weighing the same."""
+    """Mean of `x` over the mask; every real position has the same weight."""
     return masked_sum(x, mask) / mask.sum().clamp(min=1)
 
 
@@ -52,7 +52,7 @@ def masked_rescale(
 
 
 def _deviation(x: Float[Tensor, "*axes"], mask: Bool[Tensor, "*axes"]) -> Tensor:
-    # The mean of a constant rounds to something else, and whitening would blow the difference up.
-    # Measured from one of its own values a constant is exactly 0.
+    # The mean of a constant may round to another number, and whitening would magnify the
+    # difference. After subtracting its first value a constant is exactly 0.
     from_first = x - x[mask][:1].sum().detach()
     return masked_fill_zero(from_first - masked_mean(from_first, mask), mask)

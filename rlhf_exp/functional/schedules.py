@@ -6,9 +6,9 @@ import math
 def warmup_decay(step: int, *, warmup_steps: int, total_steps: int, final_scale: float) -> float:
     """Multiplier of step 0, 1, 2, ...: a linear rise to 1, then a linear fall to final_scale.
 
-    (step + 1) / warmup_steps while warming up, so that step 0 is never exactly 0; 1 at step
-    warmup_steps; final_scale at total_steps and past it. Raises
-    ValueError unless 0 <= warmup_steps < total_steps and step >= 0.
+    (step + 1) / warmup_steps during warm-up, so that step 0 is above 0; 1 at step warmup_steps;
+    final_scale from total_steps on. Raises ValueError unless 0 <= warmup_steps < total_steps and
+    step >= 0.
     """
     _check(step, warmup_steps=warmup_steps, total_steps=total_steps)
     if step < warmup_steps:
@@ -17,7 +17,7 @@ def warmup_decay(step: int, *, warmup_steps: int, total_steps: int, final_scale:
 
 
 def warmup_cosine(step: int, *, warmup_steps: int, total_steps: int, final_scale: float) -> float:
-    """As `warmup_decay`, with half a cosine in place of the linear fall."""
+    """As `warmup_decay`, with half a cosine instead of the linear fall."""
     _check(step, warmup_steps=warmup_steps, total_steps=total_steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps

@@ -1,7 +1,7 @@
-"""Faster ways to compute what a Hugging Face model computes, put into the model in memory.
+"""Faster activation and attention for a Hugging Face model in memory, with the same results.
 
-Knows transformers' activation and attention interfaces, not architectures. Weights, configuration
-and what is saved stay as they are.
+Knows transformers' activation and attention interfaces, not architectures. Does not change weights
+or the configuration, nor what is saved.
 """
 
 from functools import lru_cache
@@ -15,18 +15,17 @@ from rlhf_exp.hf import PreTrainedModel
 
 ATTENTION = "matmul_if_short"
 
-# Keys up to which a CPU attends faster by matrix products than by torch's flash kernel, whose
-# backward pass takes up to ten times as long there (measured at 28 to 45 keys), and up to which
-# the scores' memory does not matter.
+# With at most this many keys, matrix products are faster on a CPU than torch's flash kernel, whose
+# backward pass takes up to ten times as long (at 28 to 45 keys), and the scores need little memory.
 SHORT = 512
 
-# What transformers' SDPA attention knows, or refuses, and this one does not.
-UNKNOWN = {"position_bias", "softcap", "s_aux"}
+# Options of transformers' SDPA attention that this attention does not implement.
+UNSUPPORTED = {"position_bias", "softcap", "s_aux"}
 
 
 def install_kernels(model: PreTrainedModel) -> None:
-    """Gives the model one kernel for GPT-2's GELU, which transformers computes in eight steps, and,
-    if its attention is transformers' "sdpa", that of `attention`."""
+    """Replaces GPT-2's GELU, which transformers computes in eight steps, by one kernel, and
+    transformers' "sdpa" attention by `attention`."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.activations import NewGELUActivation
     from transformers.masking_utils import sdpa_mask
@@ -52,13 +51,13 @@ def attention(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Float[Tensor, "batch seq head d_value"], None]:
-    """transformers' SDPA attention, except for few keys on a CPU, where matrix products are
-    faster: the same numbers to rounding, and where a query attends to nothing also finite."""
+    """transformers' SDPA attention, computed by matrix products for few keys on a CPU. The results
+    differ only by rounding, and are finite even where a query attends to nothing."""
     short = query.device.type == "cpu" and key.shape[2] <= SHORT
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     boolean = attention_mask is None or attention_mask.dtype == torch.bool
-    unknown = any(options.get(name) is not None for name in UNKNOWN)
-    if not short or dropout > 0 or not boolean or unknown:
+    unsupported = any(options.get(name) is not None for name in UNSUPPORTED)
+    if not short or dropout > 0 or not boolean or unsupported:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
@@ -82,9 +81,9 @@ def _by_products(
 ) -> Tensor:
     batch, head, seq, d_head = query.shape
     kv_head, keys = key.shape[1:3]
-    # Heads that share keys (grouped-query attention) line up behind each other as queries.
+    # Heads that share keys (grouped-query attention) become further queries of one head.
     grouped = query.reshape(batch, kv_head, -1, d_head)
-    one = grouped.shape[2] == 1  # a product of a vector, for which elementwise is faster still
+    one = grouped.shape[2] == 1  # a single query: elementwise products are faster still
     scores = torch.linalg.vecdot(key, grouped) if one else grouped @ key.transpose(-1, -2)
     scores = scores.view(batch, kv_head, -1, seq, keys) * (scaling or d_head**-0.5)
     if hidden is not None:

@@ -1,9 +1,9 @@
 """Log-probabilities, entropy and exact KL straight from final hidden states, without the logits.
 
 This is the one place that turns final hidden states into logits. It knows unembedding matrices, not
-models. The vocabulary is walked tile by tile in the forward pass and again in the backward pass, so
-that no [positions, vocab] tensor is ever whole (but of a vocabulary of one tile); the textbook form
-in `logprobs` is what it is held against.
+models. Forward and backward pass go through the vocabulary tile by tile, so that a whole
+[positions, vocab] tensor never exists (unless one tile holds the vocabulary). Tests compare it with
+the textbook form in `logprobs`.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ NARROWEST_TILE = 1024
 
 
 class TokenStatistics(NamedTuple):
-    """What a policy's distribution at each position says of the token there, in nats."""
+    """The token's log-prob, the entropy and the exact KL at each position, in nats."""
 
     logprobs: Float[Tensor, "*axes"]
     entropy: Float[Tensor, "*axes"]
@@ -29,7 +29,7 @@ class TokenStatistics(NamedTuple):
 
 
 class RolloutStatistics(NamedTuple):
-    """TokenStatistics and what the reference's distribution says of the token."""
+    """TokenStatistics and the token's log-prob under the reference, in nats."""
 
     logprobs: Float[Tensor, "*axes"]
     entropy: Float[Tensor, "*axes"]
@@ -39,9 +39,9 @@ class RolloutStatistics(NamedTuple):
 
 class Head(NamedTuple):
     """An unembedding: logits = scale (hidden @ weight.T + bias), and with a soft cap
-    cap tanh(logits / cap). The gradient of `weight` is added to `gradient` if that is given, in
-    place of being returned to autograd: at large vocabularies a second matrix of that size costs
-    more than computing it."""
+    cap tanh(logits / cap). If `gradient` is set, the gradient of `weight` is added to it instead of
+    being returned to autograd: with a large vocabulary, allocating a second matrix of that size
+    takes longer than computing the gradient."""
 
     weight: Float[Tensor, "vocab d_model"]
     bias: Float[Tensor, " vocab"] | None = None
@@ -50,18 +50,18 @@ class Head(NamedTuple):
     cap: float | None = None
 
     def divisor(self, temperature: float) -> float:
-        """What hidden states and bias are divided by before they are multiplied and added. A
-        temperature divides capped logits only after the cap."""
+        """The number that divides hidden states and bias before the product. With a soft cap it
+        leaves out the temperature, which applies after the cap."""
         return (temperature if self.cap is None else 1.0) / self.scale
 
     def soft_cap(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
-        """Final logits / temperature, from hidden states divided by `divisor` and unembedded."""
+        """logits / temperature after the cap; `logits` come from hidden states / `divisor`."""
         if self.cap is None:
             return logits
         return torch.tanh(logits / self.cap) * (self.cap / temperature)
 
     def slope(self, logits: Tensor, temperature: float) -> Tensor:
-        """The derivative of `soft_cap` where it returns `logits`. Only for a head with a cap."""
+        """The derivative of `soft_cap` at its output `logits`. Only for a head with a cap."""
         assert self.cap is not None
         return (1 - (logits * (temperature / self.cap)).square()) / temperature
 
@@ -78,8 +78,8 @@ def token_statistics(
     """Log-probs of the tokens, entropy and exact D(policy || reference), as `token_logprobs`,
     `entropy` and `kl_divergence` of logits / temperature; with gradients for hidden and unembed.
 
-    Logits and everything after them are fp32 (float64 for float64 input). Under autocast a GPU
-    forms them from operands in the low precision, and the gradients' products are in it everywhere.
+    Logits and everything after them are fp32 (float64 for float64 input). Under autocast the
+    operands of the logits on a GPU, and of the gradients everywhere, are in autocast's dtype.
     Logits must be finite. Raises ValueError for temperature <= 0.
     """
     columns = _columns(hidden, unembed, tokens, ref_hidden, ref_unembed, temperature)
@@ -104,17 +104,17 @@ def rollout_statistics(
 def head_logits(
     hidden: Float[Tensor, "*axes d_model"], unembed: Float[Tensor, "vocab d_model"] | Head
 ) -> Float[Tensor, "*axes vocab"]:
-    """The logits themselves, computed as everything here computes them. No gradients."""
+    """The logits, computed as `token_statistics` computes them. No gradients."""
     head = _head(unembed)
-    low = low_precision(hidden)
+    low_dtype = low_precision(hidden)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         rows = hidden.reshape(-1, hidden.shape[-1])
-        logits = _logits(_divided(rows, head, 1.0), head, slice(None), 1.0, low)
+        logits = _logits(_divided(rows, head, 1.0), head, slice(None), 1.0, low_dtype)
     return logits.view(*hidden.shape[:-1], -1)
 
 
 def unembed(hidden: Float[Tensor, "*axes d_model"], head: Head) -> Float[Tensor, "*axes vocab"]:
-    """All logits at once, fp32 (float64 for float64 input) whatever autocast says; with
+    """All logits at once in fp32 (float64 for float64 input), even under autocast; with
     gradients."""
     wide = _wide(hidden)
     bias = None if head.bias is None else head.bias.to(wide)
@@ -124,7 +124,7 @@ def unembed(hidden: Float[Tensor, "*axes d_model"], head: Head) -> Float[Tensor,
 
 
 def low_precision(like: Tensor) -> torch.dtype | None:
-    """The dtype of autocast where `like` is, None outside of it."""
+    """Autocast's dtype on the device of `like`, None without autocast."""
     kind = like.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
@@ -138,8 +138,8 @@ def _columns(
     head = _head(unembed)
     if head.gradient is not None:
         head = head._replace(weight=head.weight.detach())
-    low = low_precision(hidden)
-    with torch.autocast(hidden.device.type, enabled=False):  # casts are made here, one by one
+    low_dtype = low_precision(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):  # this module casts explicitly
         columns = _TokenStatistics.apply(
             hidden.reshape(-1, hidden.shape[-1]),
             *head,
@@ -147,7 +147,7 @@ def _columns(
             ref_hidden.reshape(-1, ref_hidden.shape[-1]),
             _head(ref_unembed),
             temperature,
-            low,
+            low_dtype,
         )
     return tuple(column.view(tokens.shape) for column in columns)
 
@@ -173,24 +173,23 @@ def _tiles(weight: Tensor, rows: int) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _product(a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor:
-    # In low precision: a GPU adds up and returns fp32, a CPU returns what it rounded.
-    if low is None:
+def _product(a: Tensor, b: Tensor, low_dtype: torch.dtype | None) -> Tensor:
+    # In low precision a GPU accumulates and returns fp32; a CPU returns rounded numbers.
+    if low_dtype is None:
         return a @ b
     if a.is_cuda:
-        return torch.mm(a.to(low), b.to(low), out_dtype=torch.float32)
-    return a.to(low) @ b.to(low)
+        return torch.mm(a.to(low_dtype), b.to(low_dtype), out_dtype=torch.float32)
+    return a.to(low_dtype) @ b.to(low_dtype)
 
 
 def _logits(
-    scaled: Tensor, head: Head, tile: slice, temperature: float, low: torch.dtype | None
+    scaled: Tensor, head: Head, tile: slice, temperature: float, low_dtype: torch.dtype | None
 ) -> Tensor:
-    """Logits / temperature of the tile's tokens, from hidden states divided by the head's
-    divisor."""
+    """Logits / temperature of the tile's tokens, from hidden states / the head's divisor."""
     weight = head.weight[tile]
-    if scaled.is_cuda and low is not None:
-        logits = _product(scaled, weight.t(), low)
-    else:  # a logit rounded to bf16 would be off by up to a quarter where GPT-2's are: around -100
+    if scaled.is_cuda and low_dtype is not None:
+        logits = _product(scaled, weight.t(), low_dtype)
+    else:  # GPT-2's logits are around -100, where rounding to bf16 is off by up to a quarter
         logits = scaled @ weight.to(scaled.dtype).t()
     if head.bias is not None:
         logits += head.bias[tile].to(logits.dtype) / head.divisor(temperature)
@@ -198,11 +197,11 @@ def _logits(
 
 
 def _target_logits(
-    scaled: Tensor, head: Head, tokens: Tensor, temperature: float, low: torch.dtype | None
+    scaled: Tensor, head: Head, tokens: Tensor, temperature: float, low_dtype: torch.dtype | None
 ) -> Tensor:
     weight = head.weight[tokens]
-    if low is not None and scaled.is_cuda:
-        scaled, weight = scaled.to(low), weight.to(low)
+    if low_dtype is not None and scaled.is_cuda:
+        scaled, weight = scaled.to(low_dtype), weight.to(low_dtype)
     wide = _wide(scaled)
     logits = torch.linalg.vecdot(scaled.to(wide), weight.to(wide))
     if head.bias is not None:
@@ -211,26 +210,26 @@ def _target_logits(
 
 
 class _LogSumExp:
-    """log sum exp of logits that come tile by tile, and expectations under their softmax."""
+    """The log-sum-exp of logits added tile by tile, and expectations under their softmax."""
 
     def __init__(self, like: Tensor) -> None:
         self.maximum = like.new_full((like.shape[0],), -torch.inf)
         self.total = like.new_zeros(like.shape[0])
-        self.means = (torch.zeros_like(self.total), torch.zeros_like(self.total))
+        self.sums = (torch.zeros_like(self.total), torch.zeros_like(self.total))
 
     def add(self, logits: Tensor, difference: Tensor | None = None) -> None:
-        """Takes a tile in, whose memory it uses; with `difference` it also adds up what
-        `expectations` returns."""
+        """Adds a tile and overwrites it; with `difference` also updates `expectations`."""
         maximum = torch.maximum(self.maximum, logits.amax(dim=-1))
         fade = (self.maximum - maximum).exp()
         centred = logits.sub_(maximum[:, None])
         weights = centred.exp()
         if difference is not None:
-            below, apart = self.means
+            sum_logit, sum_diff = self.sums
             drop = torch.where(self.total > 0, self.maximum - maximum, 0.0)
-            below = fade * (below + self.total * drop) + torch.linalg.vecdot(weights, centred)
-            apart = fade * apart + torch.linalg.vecdot(weights, difference)
-            self.means = (below, apart)
+            sum_logit = fade * (sum_logit + self.total * drop)
+            sum_logit = sum_logit + torch.linalg.vecdot(weights, centred)
+            sum_diff = fade * sum_diff + torch.linalg.vecdot(weights, difference)
+            self.sums = (sum_logit, sum_diff)
         self.total = fade * self.total + weights.sum(dim=-1)
         self.maximum = maximum
 
@@ -242,8 +241,8 @@ class _LogSumExp:
 
     def expectations(self) -> tuple[Tensor, Tensor]:
         """The means of logits - maximum and of the difference."""
-        below, apart = self.means
-        return below / self.total, apart / self.total
+        sum_logit, sum_diff = self.sums
+        return sum_logit / self.total, sum_diff / self.total
 
 
 class _TokenStatistics(torch.autograd.Function):
@@ -251,44 +250,45 @@ class _TokenStatistics(torch.autograd.Function):
     d logp(y) / dz_v = [v = y] - p_v
     d H       / dz_v = -p_v (log p_v + H)
     d KL      / dz_v = p_v (log p_v - log q_v - KL)
-    so that the gradient of z is p (A + B log p + C log q) and the first term's [v = y]."""
+    so the gradient of z is p (A + B log p + C log q) plus the term of [v = y]."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, sink: Tensor | None,
         scale: float, cap: float | None, tokens: Tensor, ref_hidden: Tensor, ref_head: Head,
-        temperature: float, low: torch.dtype | None,
+        temperature: float, low_dtype: torch.dtype | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         head = Head(weight, bias, None, scale, cap)
         scaled = _divided(hidden, head, temperature)
         ref_scaled = _divided(ref_hidden.to(scaled.dtype), ref_head, temperature)
-        own, ref = _LogSumExp(scaled), _LogSumExp(ref_scaled)
+        pol, ref = _LogSumExp(scaled), _LogSumExp(ref_scaled)
         for tile in _tiles(weight, len(hidden)):
-            logits = _logits(scaled, head, tile, temperature, low)
-            ref_logits = _logits(ref_scaled, ref_head, tile, temperature, low)
-            own.add(logits, logits - ref_logits)
+            logits = _logits(scaled, head, tile, temperature, low_dtype)
+            ref_logits = _logits(ref_scaled, ref_head, tile, temperature, low_dtype)
+            pol.add(logits, logits - ref_logits)
             ref.add(ref_logits)
-        kept: tuple[Tensor, ...] = ()
-        if (
-            any(ctx.needs_input_grad) and weight.shape[0] <= NARROWEST_TILE
-        ):  # one tile, which the two have centred in place
-            kept = (
-                logits.sub_(own.log_total()[:, None]),
+        all_logprobs: tuple[Tensor, ...] = ()
+        if any(ctx.needs_input_grad) and weight.shape[0] <= NARROWEST_TILE:
+            # One tile, which both sums have centred in place.
+            all_logprobs = (
+                logits.sub_(pol.log_total()[:, None]),
                 ref_logits.sub_(ref.log_total()[:, None]),
             )
-        below, apart = own.expectations()
-        entropy = own.log_total() - below
-        # Not own.value() - ref.value(): of two large numbers the difference would be rounded.
-        kl = apart - (own.maximum - ref.maximum) - (own.log_total() - ref.log_total())
-        lse, ref_lse = own.value(), ref.value()
-        logprobs = _target_logits(scaled, head, tokens, temperature, low) - lse
-        ref_logprobs = _target_logits(ref_scaled, ref_head, tokens, temperature, low) - ref_lse
+        mean_logit, mean_diff = pol.expectations()
+        entropy = pol.log_total() - mean_logit
+        # Not pol.value() - ref.value(): the difference of two large numbers would be rounded.
+        kl = mean_diff - (pol.maximum - ref.maximum) - (pol.log_total() - ref.log_total())
+        lse, ref_lse = pol.value(), ref.value()
+        logprobs = _target_logits(scaled, head, tokens, temperature, low_dtype) - lse
+        ref_logprobs = (
+            _target_logits(ref_scaled, ref_head, tokens, temperature, low_dtype) - ref_lse
+        )
         ctx.mark_non_differentiable(ref_logprobs)
         ctx.save_for_backward(
             hidden, weight, bias, tokens, ref_hidden, ref_head.weight, ref_head.bias,
-            lse, ref_lse, entropy, kl, *kept,
+            lse, ref_lse, entropy, kl, *all_logprobs,
         )  # fmt: skip
-        ctx.temperature, ctx.low, ctx.sink = temperature, low, sink
+        ctx.temperature, ctx.low_dtype, ctx.sink = temperature, low_dtype, sink
         ctx.shapes = (scale, cap), (ref_head.scale, ref_head.cap)
         return logprobs, entropy, kl, ref_logprobs
 
@@ -296,13 +296,13 @@ class _TokenStatistics(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (hidden, weight, bias, tokens, ref_hidden, ref_weight, ref_bias,
-         lse, ref_lse, entropy, kl, *kept) = ctx.saved_tensors  # fmt: skip
-        temperature, low = ctx.temperature, ctx.low
+         lse, ref_lse, entropy, kl, *all_logprobs) = ctx.saved_tensors  # fmt: skip
+        temperature, low_dtype = ctx.temperature, ctx.low_dtype
         by_logprob, by_entropy, by_kl = (g[:, None] for g in gradients[:3])
         factor = by_kl - by_entropy
         offset = -by_logprob - by_entropy * entropy[:, None] - by_kl * kl[:, None]
-        own_shape, ref_shape = ctx.shapes
-        head = Head(weight, bias, None, *own_shape)
+        shape, ref_shape = ctx.shapes
+        head = Head(weight, bias, None, *shape)
         ref_head = Head(ref_weight, ref_bias, None, *ref_shape)
         divisor = head.divisor(temperature)
         scaled = _divided(hidden, head, temperature)
@@ -314,11 +314,11 @@ class _TokenStatistics(torch.autograd.Function):
             for_weight = torch.zeros_like(weight)
         for_bias = torch.empty_like(bias) if wants_bias else None
         for tile in _tiles(weight, len(hidden)):
-            if kept:
-                logprobs, ref_logprobs = kept
+            if all_logprobs:
+                logprobs, ref_logprobs = all_logprobs
             else:
-                logprobs = _logits(scaled, head, tile, temperature, low).sub_(lse[:, None])
-                ref_logprobs = _logits(ref_scaled, ref_head, tile, temperature, low)
+                logprobs = _logits(scaled, head, tile, temperature, low_dtype).sub_(lse[:, None])
+                ref_logprobs = _logits(ref_scaled, ref_head, tile, temperature, low_dtype)
                 ref_logprobs.sub_(ref_lse[:, None])
             probs = logprobs.exp()
             step = ref_logprobs * -by_kl
@@ -326,13 +326,13 @@ class _TokenStatistics(torch.autograd.Function):
             if head.cap is not None:
                 step *= head.slope(logprobs + lse[:, None], temperature)
             if for_hidden is not None:
-                for_hidden += _product(step, weight[tile].to(step.dtype), low)
+                for_hidden += _product(step, weight[tile].to(step.dtype), low_dtype)
             if for_weight is not None:
-                for_weight[tile] += _product(step.t(), scaled, low)
+                for_weight[tile] += _product(step.t(), scaled, low_dtype)
             if for_bias is not None:
                 for_bias[tile] = step.sum(dim=0) / divisor
         if head.cap is not None:
-            target_logits = _target_logits(scaled, head, tokens, temperature, low)
+            target_logits = _target_logits(scaled, head, tokens, temperature, low_dtype)
             by_logprob = by_logprob * head.slope(target_logits, temperature)[:, None]
         if for_hidden is not None:
             for_hidden += by_logprob * weight[tokens].to(for_hidden.dtype)

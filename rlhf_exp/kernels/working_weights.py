@@ -1,8 +1,7 @@
-"""Copies of a model's matrices and biases in a lower precision, for passes to compute with.
+"""Copies of a model's matrices and biases in a lower precision, for forward and backward passes.
 
-Autocast converts every weight at every pass and back in the backward pass; here that is done once
-an optimizer step, into memory that stays. The weights themselves stay fp32: they are what is
-trained, saved and looked into.
+Autocast converts every weight in every pass; the copies are converted once an optimizer step, in
+memory that is reused. The weights themselves stay fp32: they are trained, saved and inspected.
 """
 
 from collections.abc import Iterator
@@ -22,20 +21,20 @@ class _Swap:
 
 
 class WorkingWeights:
-    """The copies. Their gradients are added to those of the weights as soon as there are any."""
+    """The copies. Each gradient of a copy is added at once to the gradient of its weight."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, *, besides: Tensor) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, *, excluded: Tensor) -> None:
         self._swaps: list[_Swap] = []
         self.active = False
-        for module, name, weight in multiplied(model, besides=besides):
+        for module, name, weight in multiplied(model, excluded=excluded):
             copy = nn.Parameter(weight.detach().to(dtype), requires_grad=weight.requires_grad)
             if weight.requires_grad:
-                copy.register_post_accumulate_grad_hook(_Passing(weight))
+                copy.register_post_accumulate_grad_hook(_AddGradientTo(weight))
             self._swaps.append(_Swap(module, name, weight, copy))
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Puts the copies, brought up to date, into the model for the time of the block."""
+        """Refreshes the copies and puts them into the model within the block."""
         self.refresh()
         for swap in self._swaps:
             setattr(swap.module, swap.name, swap.copy)
@@ -60,7 +59,7 @@ class WorkingWeights:
         return (swap.copy for swap in self._swaps)
 
 
-class _Passing:
+class _AddGradientTo:
     """A hook that adds a copy's gradient to the weight's."""
 
     def __init__(self, weight: nn.Parameter) -> None:
@@ -76,24 +75,24 @@ class _Passing:
 
 
 def multiplied(
-    model: nn.Module, *, besides: Tensor
+    model: nn.Module, *, excluded: Tensor
 ) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """The fp32 weights and biases of matrix products, with their modules and names there: what
-    autocast converts. Modules whose weight is `besides` are left out."""
+    """Module, name and parameter of the fp32 weights and biases that autocast converts: those of
+    matrix products, except of modules whose weight is `excluded`."""
     from transformers.pytorch_utils import Conv1D
 
     for module in model.modules():
-        if isinstance(module, nn.Linear | Conv1D) and module.weight is not besides:
+        if isinstance(module, nn.Linear | Conv1D) and module.weight is not excluded:
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dtype == torch.float32:
                     yield module, name, parameter
 
 
 def round_frozen(
-    model: nn.Module, dtype: torch.dtype, *, besides: Tensor, shared: set[int]
+    model: nn.Module, dtype: torch.dtype, *, excluded: Tensor, shared: set[int]
 ) -> None:
-    """Replaces the matrices of a model that nothing trains by what autocast makes of them, except
-    those whose id is in `shared`, whose memory is another model's."""
-    for module, name, weight in list(multiplied(model, besides=besides)):
+    """Rounds the matrices of a frozen model to `dtype`, except weights whose id is in `shared`:
+    another model uses their memory."""
+    for module, name, weight in list(multiplied(model, excluded=excluded)):
         if id(weight) not in shared:
             setattr(module, name, nn.Parameter(weight.detach().to(dtype), requires_grad=False))

@@ -1,5 +1,4 @@
-"""Calls on daemon threads: neither other calls nor the end of the process waits for one that
-hangs."""
+"""Calls on daemon threads: a call that hangs delays neither other calls nor the process's exit."""
 
 import contextvars
 import queue
@@ -16,9 +15,9 @@ Calls = queue.SimpleQueue[Callable[[], None] | None]
 
 
 class Background:
-    """A thread that makes calls one after the other. They compute as they would on the thread that
-    asks for them: torch keeps whether gradients are recorded, the current GPU and, through OpenMP,
-    the number of threads for each thread apart."""
+    """A thread that runs calls one after the other, with the torch settings of the thread that
+    submits them: torch keeps the gradient mode, the current GPU and, through OpenMP, the number of
+    threads separately for each thread."""
 
     def __init__(self, name: str) -> None:
         self._calls: Calls = queue.SimpleQueue()
@@ -26,7 +25,7 @@ class Background:
         weakref.finalize(self, self._calls.put, None)
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """What the call will give or raise."""
+        """A future of the call's result or exception."""
         future: Future[T] = Future()
         settings, context = _torch_settings(), contextvars.copy_context()
 
@@ -34,7 +33,7 @@ class Background:
             settings()
             try:
                 result = context.run(call)
-            except BaseException as error:  # for the one who waits, SystemExit included
+            except BaseException as error:  # SystemExit too is raised where the result is awaited
                 future.set_exception(error)
             else:
                 future.set_result(result)
@@ -44,7 +43,7 @@ class Background:
 
 
 def _torch_settings() -> Callable[[], Any]:
-    """Sets another thread's torch as this one's is."""
+    """A function that gives the thread that calls it the torch settings of this thread."""
     threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
     gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
@@ -60,4 +59,4 @@ def _torch_settings() -> Callable[[], Any]:
 def _make(calls: Calls) -> None:
     while (call := calls.get()) is not None:
         call()
-        del call  # it holds what it was given and what it gave until the next comes
+        del call  # it would keep its arguments and result in memory until the next call

@@ -1,10 +1,10 @@
-"""Environment variables of the process, set when this is imported, which must be before torch is.
-What the user has set stays, but for MPLBACKEND: figures are drawn to files alone, and a backend
-whose package is missing, as where a notebook has set it, fails the import of matplotlib.
+"""Sets environment variables of the process on import, which must come before torch's.
+Variables that the user has set stay, except MPLBACKEND: figures are only drawn to files, and a
+notebook may have set a backend whose package is missing, with which matplotlib fails to import.
 
-Waiting threads: OpenMP's spin, and with as many jobs as cores that makes a job tens of times
-slower; not to spin at all makes small models up to twice as slow, since they wait often. So they
-spin for a moment. Pages: where Linux leaves it to the program, large tensors lie on large pages,
+Threads: OpenMP's threads spin while they wait, and with as many jobs as cores that makes a job
+tens of times slower; without spinning, small models, which wait often, are up to twice as slow. So
+they spin for a moment. Pages: where Linux lets the program choose, large tensors use large pages,
 which are cleared faster.
 """
 

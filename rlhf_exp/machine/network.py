@@ -1,4 +1,4 @@
-"""Whether a host answers, found out quickly: libraries retry for half a minute."""
+"""Quick checks whether a host answers; libraries would retry for half a minute."""
 
 import functools
 import os
@@ -13,7 +13,7 @@ PATIENCE_S = 10.0  # for an answer; a connection must open within 2 s
 
 
 def hub_url() -> str:
-    """Where the Hugging Face hub is. Raises ConfigError if HF_ENDPOINT is not a URL."""
+    """The URL of the Hugging Face hub. Raises ConfigError if HF_ENDPOINT is not a URL."""
     url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         parts = urlsplit(url)
@@ -37,12 +37,12 @@ def hub_responds() -> bool:
 @functools.cache
 def responds(url: str) -> bool:
     """False if a request to the URL gets no answer within 10 s, or only a closed connection. True
-    for any answer, an error included, and for any other failure, which the library that needs the
-    URL describes. Asked once a process for each URL."""
+    for any answer, an error included, and for any other failure, which the library that uses the
+    URL then reports. Cached for the process."""
     if os.environ.get("ALL_PROXY"):
-        return True  # it may be SOCKS, which urllib does not know
+        return True  # it may be SOCKS, which urllib does not support
     try:
-        # Not urlopen, which keeps the proxies of its first call.
+        # Not urlopen: it keeps the proxies of its first call.
         build_opener().open(Request(url, method="HEAD"), timeout=PATIENCE_S).close()
     except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", error)  # of urllib's URLError
@@ -53,7 +53,7 @@ def responds(url: str) -> bool:
 @functools.cache
 def reachable(url: str, *, timeout_s: float = 2.0) -> bool:
     """True if a connection to the URL's host opens within timeout_s, or if a proxy is configured,
-    which only the library itself can try. Asked once a process for each URL."""
+    which only the library itself can use. Cached for the process."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
         return True
     try:
@@ -61,5 +61,5 @@ def reachable(url: str, *, timeout_s: float = 2.0) -> bool:
         port = parts.port or (80 if parts.scheme == "http" else 443)
         with socket.create_connection((parts.hostname or "", port), timeout=timeout_s):
             return True
-    except (OSError, ValueError):  # the latter for what is no URL
+    except (OSError, ValueError):  # ValueError if it is not a URL
         return False

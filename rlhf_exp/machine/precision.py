@@ -1,4 +1,4 @@
-"""Which numbers a forward pass is computed in; weights, losses and updates are fp32 everywhere."""
+"""The precision of forward passes; weights, losses and updates are always fp32."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 Dtype = Literal["auto", "bf16", "fp32"]
 
-# The width below which bf16 makes no pass faster on a CPU.
+# On a CPU bf16 makes no pass faster for models narrower than this.
 NARROW = 192
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16, so that it is not emulated."""
+    """Whether the device computes bfloat16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -24,15 +24,15 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 def compute_dtype(dtype: Dtype, device: torch.device, *, width: int) -> torch.dtype:
-    """What `dtype` stands for on the device, for a model of that width; auto is bf16 where the
-    device computes it, except for models so narrow that a CPU gains nothing."""
+    """The torch dtype of `dtype` on the device for a model of that width. auto is bf16 where the
+    hardware computes it, and fp32 for models too narrow to gain from it on a CPU."""
     narrow = device.type == "cpu" and width < NARROW
-    low = _in_bf16(dtype, device) and not (dtype == "auto" and narrow)
-    return torch.bfloat16 if low else torch.float32
+    use_bf16 = _in_bf16(dtype, device) and not (dtype == "auto" and narrow)
+    return torch.bfloat16 if use_bf16 else torch.float32
 
 
 def autocast(dtype: Dtype, device: torch.device) -> AbstractContextManager[object]:
-    """The context for forward passes in `dtype`; auto is bf16 where the device computes it."""
+    """The context for forward passes in `dtype`; auto is bf16 where the hardware computes it."""
     if not _in_bf16(dtype, device):
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
@@ -40,8 +40,8 @@ def autocast(dtype: Dtype, device: torch.device) -> AbstractContextManager[objec
 
 @contextmanager
 def fp32_logits(head: nn.Module) -> Iterator[None]:
-    """A context in which autocast leaves the output embedding alone: around -100 bf16 has steps of
-    one half, and a log-softmax of such logits is off by as much."""
+    """A context in which the output embedding computes in fp32 under autocast: near -100 bf16 has
+    steps of one half, and a log-softmax of such logits is off by as much."""
 
     def forward(hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):

@@ -1,25 +1,24 @@
-"""Settings of the process that make a CPU compute faster, and change no result by more than
-rounding."""
+"""Settings of the process that make a CPU faster and change results only by rounding."""
 
 import ctypes
 import platform
 
 import torch
 
-# Of glibc's malloc.h.
+# From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def use_processor_well() -> None:
-    """All of the below, for the whole process."""
+    """Applies all settings of this module to the process."""
     keep_freed_memory()
     use_fast_fp32_products()
 
 
 def keep_freed_memory() -> bool:
-    """Has the C library keep memory that tensors give back, as torch does on a GPU, instead of
-    returning it to the system and clearing new pages for the next tensor; returns whether it can
-    (glibc alone). Gradients and activations of a step then reuse those of the step before."""
+    """Makes the C library keep the memory of freed tensors, as torch does on a GPU, so that a step
+    reuses the memory of the step before and the system clears no new pages. Returns False without
+    glibc, where nothing changes."""
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
@@ -29,12 +28,12 @@ def keep_freed_memory() -> bool:
 
 
 def use_fast_fp32_products() -> bool:
-    """Has a CPU form fp32 matrix products with oneDNN in place of MKL if that is no less exact;
+    """Makes torch compute fp32 matrix products with oneDNN instead of MKL if they stay exact;
     returns whether it does.
 
-    Torch offers oneDNN's products for fp32 only as permission to round to bf16. Processors without
-    AMX make no use of that permission and are up to three times as fast as MKL is on AMD's: so it
-    is tried, measured, and withdrawn where products become inexact.
+    Torch uses oneDNN for fp32 products only if it may round to bf16. Processors without AMX do not
+    round then, and on AMD oneDNN is up to three times as fast as MKL. So this gives the permission,
+    measures a product, and withdraws the permission if the product is inexact.
     """
     if not torch.backends.mkldnn.is_available():
         return False

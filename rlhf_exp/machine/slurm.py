@@ -1,4 +1,4 @@
-"""Putting a job back into the queue that it came from. It knows SLURM."""
+"""Requeues the job that this process runs in. Knows SLURM."""
 
 import logging
 import os
@@ -10,8 +10,8 @@ SECONDS = 60.0
 
 
 def requeue() -> bool:
-    """Has SLURM queue this job again, whose command then has to go on where it stopped; whether it
-    does. Outside of SLURM nothing is done."""
+    """Requeues this SLURM job, whose command must then resume the run. Returns True if SLURM
+    accepts; False outside of SLURM."""
     job = os.environ.get("SLURM_JOB_ID")
     array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
     if not job:
@@ -23,8 +23,8 @@ def requeue() -> bool:
             timeout=SECONDS,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as error:
-        told = getattr(error, "stderr", None) or error
-        log.warning("job %s could not be queued again: %s", name, str(told).strip())
+        reason = getattr(error, "stderr", None) or error
+        log.warning("job %s could not be queued again: %s", name, str(reason).strip())
         return False
     log.info("job %s is queued again", name)
     return True

@@ -1,4 +1,4 @@
-"""Standard output and standard error that take everything, whatever becomes of the other end."""
+"""Standard output and standard error whose writes never fail, even if nobody reads them."""
 
 import io
 import os
@@ -7,8 +7,8 @@ from typing import Any
 
 
 class _Unbreakable(io.FileIO):
-    """Writes to a descriptor; once that fails (the reader of a pipe has gone, the disk is full, the
-    terminal was closed), what is written is dropped."""
+    """Writes to a descriptor. After a write fails (the reader of a pipe is gone, the disk is full,
+    the terminal is closed), it drops that write and all later ones."""
 
     def write(self, data: Any) -> int:
         """Returns the number of bytes written, or dropped."""
@@ -22,13 +22,13 @@ class _Unbreakable(io.FileIO):
 
 def make_streams_unbreakable() -> None:
     """Replaces stdout and stderr by streams whose writes raise neither for a closed pipe nor for a
-    character that the terminal's encoding lacks, which is written as an escape. A stream that the
-    process was started without (`>&-`) leads nowhere."""
+    character that the encoding lacks, which is written as an escape. If the process was started
+    without a stream (`>&-`), its output is dropped."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            # It takes the lowest free number, which is this one; jobs of a sweep inherit it.
+            # open() returns the lowest free descriptor, which is `number`; a sweep's jobs inherit.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)

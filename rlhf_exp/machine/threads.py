@@ -1,19 +1,17 @@
-"""How many threads share the work of an update on the CPU."""
+"""The number of threads for an update on the CPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-# Multiplications below which waking a second thread takes longer than the work that it takes over,
-# measured on two cores.
+# With fewer multiplications, waking a second thread takes longer than it saves (two cores).
 WORTH_SHARING = 10_000_000
 
 
 @contextmanager
 def threads_for(multiplications: int) -> Iterator[None]:
-    """Within the block, one thread for updates of so few multiplications that more would slow them
-    down, else as many as there are."""
+    """Runs the block on one thread if it has too few multiplications to share, else on all."""
     before = torch.get_num_threads()
     if multiplications < WORTH_SHARING:
         torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Seconds by part of a run."""
+"""Wall time of the parts of a run, in seconds."""
 
 import os
 import time
@@ -18,7 +18,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Times the block; work queued on a GPU counts where it was started."""
+        """Times the block, including the GPU work that it queues."""
         start = time.perf_counter()
         yield
         if torch.cuda.is_available():
@@ -27,20 +27,20 @@ class Stopwatch:
         self.seconds[part] = self.seconds.get(part, 0.0) + elapsed
 
     def take(self) -> dict[str, float]:
-        """The seconds so far; begins anew."""
+        """Returns the seconds of each part and resets them."""
         seconds, self.seconds = self.seconds, {}
         return seconds
 
 
 def _process_age() -> float:
-    try:  # in ticks since the boot; psutil adds the time of the boot, known to a second alone
+    try:  # in ticks since the boot; psutil's time of the boot is exact only to a second
         started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError, ValueError):  # not Linux
         return max(0.0, time.time() - psutil.Process().create_time())
 
 
-# Of time.monotonic(), since a clock that is set while the process runs must not change it.
+# In time.monotonic(), which does not change when the system clock is set.
 PROCESS_BEGAN = time.monotonic() - _process_age()
 
 

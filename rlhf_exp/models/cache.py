@@ -1,5 +1,4 @@
-"""Key-value caches whose memory is taken once, for all the tokens that will come, and how many
-tokens a model takes."""
+"""Key-value caches that allocate their memory once, and the context length of a model."""
 
 import functools
 from typing import Any
@@ -11,17 +10,17 @@ from rlhf_exp.settings import ConfigError
 
 
 def context_len(model: PreTrainedModel) -> int:
-    """Tokens that a model attends to without computing those before differently.
+    """The longest sequence, in tokens, that a model computes like its shorter parts.
 
-    Some rotary embeddings (longrope, dynamic) turn all positions otherwise as soon as a sequence
-    is longer than those that the model was first trained on: a cache, and rows of one batch, would
-    disagree across that length. Raises ConfigError for an architecture that names no length.
+    Some rotary embeddings (longrope, dynamic) rotate all positions differently once a sequence
+    exceeds the length of the original training: a cache, or rows of one batch, would then
+    disagree. Raises ConfigError for an architecture that names no length.
     """
     return config_context_len(model.config.get_text_config(), type(model).__name__)
 
 
 def config_context_len(config: Any, name: str) -> int:
-    """`context_len` from the text part of a configuration, `name` being the architecture's."""
+    """`context_len` from the text part of the configuration of the architecture `name`."""
     longest = getattr(config, "max_position_embeddings", None)
     if not longest:
         raise ConfigError(
@@ -39,8 +38,8 @@ def config_context_len(config: Any, name: str) -> int:
 
 
 def prompt_cache(model: PreTrainedModel) -> Cache | None:
-    """An empty cache whose layers hold all that they have seen, None for a model whose layers
-    cannot (sliding windows, states of recurrences)."""
+    """An empty cache whose layers keep all keys and values, None for a model whose layers do not
+    (sliding windows, recurrent states)."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
@@ -49,8 +48,8 @@ def prompt_cache(model: PreTrainedModel) -> Cache | None:
 
 
 def decoding_cache(model: PreTrainedModel, length: int) -> Cache:
-    """An empty cache for `length` tokens. It grows by being written to, where transformers' own
-    copies all that it holds at each token; models whose layers keep something else get theirs."""
+    """An empty cache for `length` tokens, which appends in place; transformers' DynamicCache copies
+    all of its content at each token, but is used for models without a `prompt_cache`."""
     from transformers import DynamicCache
 
     cache = prompt_cache(model)
@@ -74,40 +73,40 @@ def _preallocated_layer() -> Any:
         def update(
             self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
         ) -> tuple[Tensor, Tensor]:
-            seen = self.get_seq_length()
+            start = self.get_seq_length()
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
-                self._take(key_states, value_states)
-            end = seen + key_states.shape[2]
+                self._allocate(key_states, value_states)
+            end = start + key_states.shape[2]
             assert end <= self._length, "more tokens than the cache was made for"
-            self._buffers[0][:, :, seen:end] = key_states
-            self._buffers[1][:, :, seen:end] = value_states
-            self._show(end)
+            self._buffers[0][:, :, start:end] = key_states
+            self._buffers[1][:, :, start:end] = value_states
+            self._set_views(end)
             return self.keys, self.values
 
         def reorder_cache(self, index: Tensor) -> None:
             keys, values = self.keys[index], self.values[index]
-            seen = keys.shape[2]
-            self._take(keys, values)
-            self._buffers[0][:, :, :seen] = keys
-            self._buffers[1][:, :, :seen] = values
-            self._show(seen)
+            end = keys.shape[2]
+            self._allocate(keys, values)
+            self._buffers[0][:, :, :end] = keys
+            self._buffers[1][:, :, :end] = values
+            self._set_views(end)
 
-        def _take(self, keys: Tensor, values: Tensor) -> None:
+        def _allocate(self, keys: Tensor, values: Tensor) -> None:
             self._buffers = [
                 x.new_empty((*x.shape[:2], self._length, x.shape[3])) for x in (keys, values)
             ]
 
-        def _show(self, end: int) -> None:
+        def _set_views(self, end: int) -> None:
             self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
 
     return PreallocatedLayer
 
 
 def static_cache(model: PreTrainedModel, cache: Cache, length: int, slot: Tensor) -> Cache:
-    """A cache of `length` slots a layer, the first of which hold what `cache` holds. Each update
-    writes to the slot that the tensor `slot` [1] names, and returns all slots. Only for models with
-    a `prompt_cache`."""
+    """A cache of `length` slots a layer; the first slots hold the content of `cache`. Each update
+    writes to the slot whose index is in the tensor `slot` [1], and returns all slots. Only for
+    models with a `prompt_cache`."""
     static = prompt_cache(model)
     assert static is not None
     static.layers = []
@@ -123,11 +122,11 @@ def static_cache(model: PreTrainedModel, cache: Cache, length: int, slot: Tensor
 
 
 def fill_static_cache(static: Cache, cache: Cache) -> None:
-    """Writes what a cache holds to the first slots of a static one of as many rows."""
+    """Copies the content of `cache` to the first slots of a static cache with as many rows."""
     for fixed, layer in zip(static.layers, cache.layers, strict=True):
-        seen = layer.keys.shape[2]
-        fixed.keys[:, :, :seen] = layer.keys
-        fixed.values[:, :, :seen] = layer.values
+        end = layer.keys.shape[2]
+        fixed.keys[:, :, :end] = layer.keys
+        fixed.values[:, :, :end] = layer.values
 
 
 @functools.cache
@@ -135,7 +134,7 @@ def _static_layer() -> Any:
     from transformers.cache_utils import DynamicLayer
 
     class StaticLayer(DynamicLayer):  # type: ignore[misc]
-        """All of `keys` and `values` is always shown; a mask has to say what counts."""
+        """Always returns all of `keys` and `values`; a mask must hide the unwritten slots."""
 
         def __init__(self, slot: Tensor) -> None:
             super().__init__()

@@ -1,7 +1,7 @@
-"""Edits to the activations of a plain Hugging Face model, at TransformerLens's names for them.
+"""Edits to the activations of a plain Hugging Face model, at sites with TransformerLens's names.
 
 The names come from TransformerLens's adapter of the architecture. The edits are PyTorch hooks that
-exist only while a pass of the policy runs: a copy, a saved model and the reference have none.
+exist only during a pass of the policy: copies, saved models and the reference are not edited.
 """
 
 import difflib
@@ -20,7 +20,7 @@ from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.settings import ConfigError
 
 Positions = Literal["all", "prompt", "completion"]
-Edit = Callable[[Tensor], Tensor]  # of activations [batch seq width]; heads are side by side
+Edit = Callable[[Tensor], Tensor]  # of activations [batch seq width], with all heads in width
 Editing = Callable[[], AbstractContextManager[None]]  # makes the context of an edited pass
 BridgeHook = tuple[str, Callable[..., Tensor]]
 
@@ -50,8 +50,8 @@ class Site(NamedTuple):
 
 
 class Sites:
-    """The activations of a model that TransformerLens names and a module takes or returns. Raises
-    ConfigError for an architecture that TransformerLens does not know."""
+    """The sites of a model: inputs and outputs of modules that TransformerLens has a name for.
+    Raises ConfigError for an architecture that TransformerLens does not support."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         from transformer_lens.factories.architecture_adapter_factory import (
@@ -66,7 +66,7 @@ class Sites:
         try:
             config = build_bridge_config_from_hf(model.config, name, name, model.dtype)
             self._adapter = ArchitectureAdapterFactory.select_architecture_adapter(config)
-        except Exception as error:  # each adapter fails in its own way
+        except Exception as error:  # adapters raise different errors
             reason = (str(error) or type(error).__name__).splitlines()[0][:120]
             raise ConfigError(
                 f"intervention: sites have TransformerLens's names, and it does not know {name}"
@@ -79,7 +79,7 @@ class Sites:
         self._alias("", Bridge.hook_aliases)
 
     def _add(self, path: str, component: Any, parent: nn.Module) -> None:
-        """Adds the sites of a component of the adapter and of its parts, if the model has them."""
+        """Adds the sites of an adapter's component and of its parts, if the model has them."""
         module: Any = parent
         if component.name is not None:
             try:
@@ -107,8 +107,8 @@ class Sites:
                     break
 
     def find(self, names: Sequence[str], *, field: str) -> dict[str, Site]:
-        """The sites of these names, in which * stands for anything between two dots. Raises
-        ConfigError for a name that no site has."""
+        """The sites with these names, in which * matches anything between two dots. Raises
+        ConfigError for a name without a site."""
         chosen: dict[str, Site] = {}
         for name in names:
             pattern = re.compile(re.escape(name).replace(r"\*", "[^.]*"))
@@ -124,8 +124,8 @@ class Sites:
 
 
 class Edits:
-    """The edits that a policy applies in each of its passes, in this order, at the columns of the
-    prompt, of the completion or of both. Padding that a pass's mask marks is not edited."""
+    """The edits that a policy applies in each pass, in order, at the columns of the prompt, of the
+    completion or of both. Padding is not edited if the pass has a mask."""
 
     def __init__(
         self, edits: Sequence[tuple[str, Site, Edit]] = (), positions: Positions = "all"
@@ -139,9 +139,9 @@ class Edits:
         mask: Bool[Tensor, "batch _"] | None,
         prompt_len: int | None,
     ) -> Editing:
-        """A function that makes contexts in which the model edits its activations in a pass over
-        `tokens`. The first `prompt_len` of them belong to the prompt. `mask` covers cached tokens
-        too; its last columns are those of `tokens`."""
+        """A function that returns a context in which a pass over `tokens` is edited. The first
+        `prompt_len` tokens belong to the prompt. `mask` covers cached tokens too; its last columns
+        are those of `tokens`."""
         if not self._edits:
             return nullcontext
         where = self._where(tokens.shape[1], mask, prompt_len, tokens.device)
@@ -160,9 +160,9 @@ class Edits:
     def in_bridge(
         self, mask: Bool[Tensor, "batch seq"], prompt_len: int | None
     ) -> Iterator[list[BridgeHook]]:
-        """Hook functions that apply the edits in TransformerLens's passes over whole sequences;
-        `mask` covers their first columns, and later columns are real. At the end of the block,
-        raises ConfigError for a site that TransformerLens did not compute."""
+        """Hook functions that apply the edits in TransformerLens's passes over whole sequences.
+        `mask` covers the first columns; later columns are real. At the end of the block raises
+        ConfigError for a site that TransformerLens did not compute."""
         computed: set[str] = set()
 
         def edit_in_bridge(name: str, edit: Edit, x: Tensor, hook: Any) -> Tensor:
@@ -182,14 +182,13 @@ class Edits:
     def _where(
         self, length: int, mask: Tensor | None, prompt_len: int | None, device: torch.device
     ) -> Tensor | bool:
-        """Which of a pass's `length` columns are edited: [batch length 1], or True or False for all
-        of them."""
+        """A mask [batch length 1] of the columns of a pass to edit; True or False for all."""
         start, end = 0, length
         if self._positions != "all":
             if prompt_len is None:
                 raise ValueError(
-                    f"intervention.positions={self._positions}: say how many of the pass's tokens"
-                    " are the prompt's, with prompt_len="
+                    f"intervention.positions={self._positions}: pass prompt_len, the number of the"
+                    " prompt's tokens"
                 )
             start, end = (0, prompt_len) if self._positions == "prompt" else (prompt_len, length)
         where: Tensor | bool = start < end
@@ -209,7 +208,7 @@ class Edits:
 
 
 def _edited(edit: Edit, where: Tensor | bool, x: Tensor) -> Tensor:
-    """The activation, edited where `where` is True. TransformerLens may give heads an axis."""
+    """The activation, edited where `where` is True. In TransformerLens heads may be an axis."""
     flat = x.flatten(2)
     edited = edit(flat).to(x.dtype)
     if isinstance(where, Tensor):

@@ -1,8 +1,8 @@
-"""Engines: what makes the passes of a policy that are learned from.
+"""Engines: they run the policy's passes in learning.
 
-The fast one runs the plain Hugging Face module and computes only what the losses need. The hooked
-one runs the same parameters through TransformerBridge and computes every logit, as in the books:
-it is what the fast one must equal.
+The fast engine runs the plain Hugging Face module and computes only what the losses need. The
+hooked engine runs the same parameters through TransformerBridge and computes every logit, as in
+textbooks; tests require that both agree.
 """
 
 from abc import ABC, abstractmethod
@@ -28,7 +28,7 @@ LogitsAndValues = tuple[Float[Tensor, "batch seq vocab"], Float[Tensor, "batch s
 
 
 class Engine(ABC):
-    """Makes passes of a transformer."""
+    """Runs passes of a transformer."""
 
     is_plain: ClassVar[bool]
     """True if passes run the plain module; bf16, compilation, gradient checkpointing and adapters
@@ -45,19 +45,19 @@ class Engine(ABC):
         *,
         prompt_len: int | None = None,
     ) -> LogitsAndValues:
-        """Logits and values at every position; the first `prompt_len` tokens are the prompts'."""
+        """Logits and values at every position; the first `prompt_len` tokens are the prompt."""
 
     @abstractmethod
     def learning_pass(
         self, rollout: Rollout, ref_head: Head, layout: Layout, *, temperature: float
     ) -> Pass:
-        """The pass over a rollout's completions. `ref_head` is the reference's unembedding and
-        `layout` that of the completions."""
+        """The pass over a rollout's completions. `ref_head` is the reference's unembedding, and
+        `layout` the completions' layout."""
 
 
 class FastEngine(Engine):
-    """A shared prompt once, no padding after the longest completion, and the head on real tokens,
-    tile by tile of the vocabulary."""
+    """Runs a shared prompt once, no padding after the longest completion, and the head only on real
+    tokens, one tile of the vocabulary at a time."""
 
     is_plain = True
 
@@ -75,7 +75,7 @@ class FastEngine(Engine):
     def learning_pass(
         self, rollout: Rollout, ref_head: Head, layout: Layout, *, temperature: float
     ) -> Pass:
-        """Through functional.vocab_head: no logits of a whole batch are ever there."""
+        """See Engine; computed by kernels.vocab_head, never with the logits of a whole batch."""
         model, completions = self.transformer, rollout.completions
         with model.learning_head() as head:
             hidden = layout.pick(model.completion_states(completions, layout))
@@ -98,7 +98,7 @@ class FastEngine(Engine):
 
 
 class HookedEngine(Engine):
-    """TransformerBridge, with the value head as a hook function."""
+    """Runs TransformerBridge, with the value head as a hook function."""
 
     is_plain = False
 
@@ -135,7 +135,7 @@ def textbook_pass(
     *,
     temperature: float,
 ) -> Pass:
-    """The pass from every logit of every position at once."""
+    """The pass computed from the logits of all positions at once."""
     completions = rollout.completions
     start = completions.prompt_len
     logits = completion_logits(logits, start).float() / temperature

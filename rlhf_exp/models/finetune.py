@@ -1,5 +1,5 @@
-"""Which of the policy's weights are trained, and the frozen reference that follows. The reference
-computes the same numbers with every choice: those of the policy before training."""
+"""Choices of the weights to train, each with its frozen reference. With every choice the reference
+computes the same numbers: those of the policy before training."""
 
 import copy
 from typing import Protocol, runtime_checkable
@@ -15,15 +15,15 @@ from rlhf_exp.settings import ConfigError, Count, Text, settings
 
 @runtime_checkable
 class Finetune(Protocol):
-    """The settings of a finetune group: what is trained, from which the reference follows."""
+    """The settings of a finetune group: which weights are trained. The reference follows."""
 
     def check(self, model: ModelSettings) -> list[str]:
-        """What is wrong between this choice and the model's settings."""
+        """Messages about settings of the model that exclude this choice."""
         ...
 
     def attach(self, policy: TransformerWithValueHead, *, seed: int) -> Reference:
-        """Makes trainable what this choice trains, and returns the policy as it is now, frozen.
-        Raises ConfigError for a model that it does not fit."""
+        """Marks the weights to train, and returns the current policy as a frozen reference. Raises
+        ConfigError for a model that does not fit."""
         ...
 
 
@@ -36,24 +36,24 @@ class Full:
         return must_be_fp32(model)
 
     def attach(self, policy: TransformerWithValueHead, *, seed: int) -> Reference:
-        """The copy."""
+        """The reference, a copy of the policy."""
         return policy.frozen_reference()
 
 
 @settings
 class LastLayers:
-    """Trains the last blocks and the final layer norm; the reference is a copy of these on top of
-    the frozen others, which both share."""
+    """Trains the last blocks and the final layer norm; the reference is a copy of these and shares
+    the frozen blocks with the policy."""
 
     num_layers_unfrozen: Count = 2
-    """Blocks that are trained, from the last; 1 to all of them."""
+    """Number of trained blocks, counted from the last; 1 to all of them."""
 
     def check(self, model: ModelSettings) -> list[str]:
         """The weights must be fp32."""
         return must_be_fp32(model)
 
     def attach(self, policy: TransformerWithValueHead, *, seed: int) -> Reference:
-        """The reference, which owns only what is trained in the policy."""
+        """The reference; it owns only copies of the trained weights."""
         model = policy.language_model
         try:
             train_last_layers(model, self.num_layers_unfrozen, field="finetune.num_layers_unfrozen")
@@ -73,16 +73,16 @@ class Lora:
     alpha: Count = 32
     """The adapter's output is scaled by alpha/rank; mostly 1 to 2 times rank."""
     target_modules: Text | list[Text] = "all-linear"
-    """The linear layers: all-linear (but the output embedding), or a list of names as [c_attn]."""
+    """Linear layers: all-linear (except the output embedding), or names such as [c_attn]."""
 
     def check(self, model: ModelSettings) -> list[str]:
-        """TransformerLens does not know adapters."""
+        """TransformerLens does not support adapters."""
         if not ENGINES[model.engine].is_plain:
             return ["finetune=lora needs model.engine=fast; policy.hooked() shows the merged model"]
         return []
 
     def attach(self, policy: TransformerWithValueHead, *, seed: int) -> Reference:
-        """The policy with its adapters off."""
+        """The reference, the policy with its adapters switched off."""
         try:
             add_adapter(
                 policy.language_model,

@@ -1,4 +1,4 @@
-"""Which blocks of a language model are trained."""
+"""Freezes the first blocks of a language model."""
 
 from torch import nn
 
@@ -6,8 +6,8 @@ from rlhf_exp.hf import PreTrainedModel
 
 
 def train_last_layers(language_model: PreTrainedModel, num_layers: int, *, field: str) -> None:
-    """Freezes the model but for its last `num_layers` blocks and the final layer norm; embedding
-    and output embedding are frozen. Raises ValueError naming `field` if there are fewer blocks."""
+    """Freezes the model, embeddings included, except its last `num_layers` blocks and the final
+    layer norm. Raises ValueError naming `field` if there are fewer blocks."""
     language_model.requires_grad_(False)
     if not num_layers:
         return

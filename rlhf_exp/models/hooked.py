@@ -1,9 +1,9 @@
-"""TransformerLens over a Hugging Face model's own, current weights.
+"""TransformerLens over the current weights of a Hugging Face model.
 
-TransformerBridge wraps in place and on some architectures splits fused attention weights into
-parameters of its own. Here the bridge wraps a twin that shares every tensor, so the original stays
-a plain module, and whatever the bridge split is recomputed from the original at each call: nothing
-goes stale, and gradients reach the original's parameters.
+TransformerBridge wraps a model in place, and on some architectures it splits fused attention
+weights into new parameters. Here the bridge wraps a twin that shares every tensor, so the original
+stays a plain module. Each call recomputes the split weights from the original: they are never
+stale, and gradients reach the original's parameters.
 """
 
 import copy
@@ -22,19 +22,19 @@ from rlhf_exp.settings import ConfigError
 
 T = TypeVar("T")
 
-# After the affine weights, unlike ln_final.hook_normalized: equal to Hugging Face's
-# last_hidden_state, so that both engines give the value head the same input.
+# After the affine weights, unlike ln_final.hook_normalized: this is Hugging Face's
+# last_hidden_state, so that the value head has the same input in both engines.
 VALUE_HEAD_HOOK = "ln_final.hook_out"
 
 
 def boot_bridge(
     language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> TransformerBridge:
-    """A TransformerBridge that shares the model's tensors and leaves the model itself untouched.
+    """A TransformerBridge that shares the model's tensors and does not change the model.
 
-    Where the architecture's adapter copies weights (GPT-NeoX) the copies are of this moment: after
-    a further optimizer step boot another one. Raises ConfigError for an architecture that
-    TransformerLens does not know, and where its logits are not the model's.
+    If the architecture's adapter copies weights (GPT-NeoX), the copies are stale after the next
+    optimizer step: boot another bridge. Raises ConfigError for an architecture that TransformerLens
+    does not support, and if its logits differ from the model's.
     """
     shared = {id(t): t for t in (*language_model.parameters(), *language_model.buffers())}
     name = type(language_model).__name__
@@ -43,18 +43,18 @@ def boot_bridge(
         bridge = _boot(copy.deepcopy(language_model, shared), tokenizer)
         with torch.no_grad():
             logits = bridge(tokens, return_type="logits")
-    except Exception as error:  # each adapter fails in its own way
+    except Exception as error:  # adapters raise different errors
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise ConfigError(
             f"TransformerLens cannot open {name}: {reason}\nuse model.engine=fast, and the plain"
-            " module in place of policy.hooked()"
+            " module instead of policy.hooked()"
         ) from error
     with torch.no_grad():
         expected = language_model(input_ids=tokens, use_cache=False).logits
     if not logits_agree(logits, expected, dtype=language_model.dtype):
         raise ConfigError(
-            f"TransformerLens computes something else than transformers for this {name}: use"
-            " model.engine=fast, and the plain module in place of policy.hooked()"
+            f"TransformerLens and transformers compute different logits for this {name}: use"
+            " model.engine=fast, and the plain module instead of policy.hooked()"
         )
     return bridge
 
@@ -64,9 +64,9 @@ def _boot(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfo
     from transformers import AutoTokenizer
 
     model.set_attn_implementation("eager")
-    # The boot reads the tokenizer anew from the directory it is given (to have it prepend BOS), so
-    # it gets one that surely exists, whatever the tokenizer came from.
-    # TransformerLens draws weights before it replaces them; the global generator stays out of it.
+    # The boot loads the tokenizer again from a directory (to make it prepend BOS), so it gets one
+    # that exists even if the tokenizer came from elsewhere. TransformerLens draws weights before it
+    # replaces them, which must not advance the global generator.
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         tokenizer.save_pretrained(folder)
         bridge = Bridge.boot_transformers(
@@ -82,7 +82,7 @@ def _boot(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfo
 
 
 class _Caller(nn.Module):
-    """Lets torch.func.functional_call reach every method of a bridge, not only its forward."""
+    """Lets torch.func.functional_call call any method of a bridge, not only its forward."""
 
     def __init__(self, bridge: TransformerBridge) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class _Caller(nn.Module):
 
 
 class HookedView:
-    """A bridge for calls whose results and gradients are those of the model's current weights."""
+    """A bridge whose calls use the model's current weights and give them gradients."""
 
     def __init__(self, language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._parameters = dict(language_model.named_parameters())
@@ -101,7 +101,7 @@ class HookedView:
         self._sources = _find_sources(self._caller, language_model, tokenizer)
 
     def call(self, use: Callable[[TransformerBridge], T]) -> T:
-        """`use(bridge)`, every weight of the bridge being the model's of this moment."""
+        """`use(bridge)` with the model's current weights."""
         current: dict[str, Tensor] = {
             name: self._parameters[source].flatten()[index]
             for name, (source, index) in self._sources.items()
@@ -119,14 +119,14 @@ class HookedView:
         Float[Tensor, "batch seq"] | None,
         Float[Tensor, "batch seq d_model"],
     ]:
-        """Logits, the values that the head, if there is one, computes as a hook function, and its
-        input. Other hook functions come before the head's."""
-        seen: dict[str, Tensor] = {}
+        """Logits, values (None without a head) and final hidden states. The value head runs as a
+        hook function, after `hooks`."""
+        outputs: dict[str, Tensor] = {}
 
         def value_hook(activation: Tensor, hook: Any) -> None:
-            seen["hidden"] = activation
+            outputs["hidden"] = activation
             if value_head is not None:
-                seen["values"] = value_head(activation.float()).squeeze(-1)
+                outputs["values"] = value_head(activation.float()).squeeze(-1)
 
         logits = self.call(
             lambda bridge: bridge.run_with_hooks(
@@ -136,22 +136,22 @@ class HookedView:
                 attention_mask=mask.long(),
             )
         )
-        return logits, seen.get("values"), seen["hidden"]
+        return logits, outputs.get("values"), outputs["hidden"]
 
 
 def _find_sources(
     caller: _Caller, language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, tuple[str, Int[Tensor, "*axes"]]]:
-    """For each parameter that is the bridge's own: the model's parameter it was cut from, and the
-    flat index there of each element.
+    """For each parameter that the bridge created: the model's parameter that holds its elements,
+    and their flat indices there.
 
-    Found by booting a bridge over a copy whose weights are numbered consecutively, so it holds for
-    any adapter that only selects and permutes. Needs 8 bytes a weight for a moment. Raises
-    ConfigError for an adapter that computes something else.
+    They are read from a bridge over a copy whose weights are numbered consecutively, which works
+    for any adapter that only selects and permutes. It temporarily needs 8 bytes a weight. Raises
+    ConfigError for an adapter that combines weights.
     """
     model_ids = {id(p) for p in language_model.parameters()}
-    own = [name for name, p in caller.named_parameters() if id(p) not in model_ids]
-    if not own:
+    created = [name for name, p in caller.named_parameters() if id(p) not in model_ids]
+    if not created:
         return {}
     numbered = copy.deepcopy(language_model).double()
     starts: list[tuple[int, str]] = []
@@ -164,7 +164,7 @@ def _find_sources(
             start += parameter.numel()
     probe = dict(_Caller(_boot(numbered, tokenizer)).named_parameters())
     sources = {}
-    for name in own:
+    for name in created:
         ids = probe[name].detach()
         offset, source = max(entry for entry in starts if entry[0] <= ids.min())
         index = (ids - offset).long()

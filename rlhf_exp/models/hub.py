@@ -1,7 +1,7 @@
-"""Hugging Face's `from_pretrained` from a hub name, a local directory or a run's folder.
+"""Hugging Face's `from_pretrained` for a hub name, a local directory or a run's folder.
 
-It knows where models lie and what goes wrong with them: every failure is a ConfigError that names
-the model and the fix.
+Knows where models are stored and how loading fails: every failure is a ConfigError that names the
+model and the fix.
 """
 
 import functools
@@ -23,12 +23,12 @@ from rlhf_exp.runs.lfs import refuse_lfs_pointer
 from rlhf_exp.runs.paths import MODEL
 from rlhf_exp.settings import ConfigError
 
-# Of these transformers loads the first that is there.
+# transformers loads the first of these that exists.
 WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json",
     "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
-# What else is loaded: configurations, the tokenizer, and this package's heads.
+# Other files that are loaded: configurations, the tokenizer, and this package's heads.
 LOADED = (
     "config.json", "generation_config.json", "*token*.json", "vocab*", "merges.txt", "*.model",
     "*.tiktoken", "*.jinja", "value_head.safetensors", "reward_head.*",
@@ -36,10 +36,10 @@ LOADED = (
 
 
 def locate_model(name: str, *, field: str = "model.base_model") -> str:
-    """Where transformers shall load `name` from: the absolute path of the directory itself or of
-    the `model/` of a run's folder, or the name unchanged if it can only be a hub's. Raises
-    ConfigError for a directory without a model and for a path that does not exist."""
-    # Absolute, since tokenizers read some of their files again when they are saved.
+    """The source to load `name` from: the absolute path of a directory or of `model/` in a run's
+    folder, else the name itself, as a hub name. Raises ConfigError for a directory without a model
+    and for a path that does not exist."""
+    # Absolute, since tokenizers read some of their files again on saving.
     path = Path(name).expanduser().absolute()
     if path.is_dir():
         for candidate in (path, path / MODEL):
@@ -61,8 +61,8 @@ def locate_model(name: str, *, field: str = "model.base_model") -> str:
 
 
 def find_file(source: str, file: str, *, revision: str | None) -> Path | None:
-    """A file of a directory, or of a hub's repository through the local cache; None if it is not
-    there."""
+    """The path of a file in a directory, or in the local cache of a hub's repository; None if it
+    does not exist."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -70,16 +70,15 @@ def find_file(source: str, file: str, *, revision: str | None) -> Path | None:
         path = Path(source) / file
         return path if path.is_file() else None
     try:
-        found = hf_hub_download(
-            source, file, revision=revision, local_files_only=_local_only(source)
+        return Path(
+            hf_hub_download(source, file, revision=revision, local_files_only=_local_only(source))
         )
-    except EntryNotFoundError:  # also of the cache, if offline
+    except EntryNotFoundError:  # also if it is not in the cache of an offline machine
         return None
-    return Path(found)
 
 
 def locate_revision(name: str, revision: str | None, field: str) -> str:
-    """`locate_model`; raises ConfigError for a revision of a directory as well."""
+    """As `locate_model`; also raises ConfigError for a revision of a directory."""
     source = locate_model(name, field=field)
     if revision is not None and Path(source).is_dir():
         group = field.partition(".")[0]
@@ -94,12 +93,12 @@ def model_from_pretrained(
 ) -> PreTrainedModel:
     """The model of an Auto class. Raises ConfigError as `from_pretrained` does, and if weights are
     missing."""
-    # With PEFT installed transformers asks the hub for adapters whatever local_files_only says.
+    # With PEFT installed, transformers looks for adapters on the hub despite local_files_only.
     adapters = {"local_files_only": _local_only(source)}
     model, info = from_pretrained(
         loader, source, field, name, output_loading_info=True, adapter_kwargs=adapters, **options
     )
-    # transformers draws such weights at random and goes on.
+    # transformers only warns and draws these weights at random.
     if missing := sorted(info["missing_keys"]):
         raise ConfigError(
             f"{field}={name!r} was not saved as {type(model).__name__}: it lacks the weights"
@@ -111,36 +110,36 @@ def model_from_pretrained(
 def tokenizer_from_pretrained(
     source: str, field: str, name: str, *, revision: str | None = None, **options: Any
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that was saved, as tokenizer.json describes it if it is of no class of its own.
-    Raises ConfigError as `from_pretrained` does."""
+    """The saved tokenizer, as described by tokenizer.json if it names no class of its own. Raises
+    ConfigError as `from_pretrained` does."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    with _explained("AutoTokenizer", source, field, name) as local_only:
+    with _explaining("AutoTokenizer", source, field, name) as local_only:
         options |= {"revision": revision, "local_files_only": local_only}
         saved = get_tokenizer_config(source, revision=revision, local_files_only=local_only)
-        # AutoTokenizer would take any tokenizer beside a Qwen2 for Qwen's own, whatever it splits.
+        # AutoTokenizer would load any tokenizer in a Qwen2's directory as Qwen's own.
         plain = saved.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
         loader = PreTrainedTokenizerFast if plain and "auto_map" not in saved else AutoTokenizer
         return loader.from_pretrained(source, **options)
 
 
 def from_pretrained(loader: Any, source: str, field: str, name: str, **options: Any) -> Any:
-    """`loader.from_pretrained(source)`, from the local cache alone if the hub is out of reach.
-    Raises ConfigError naming `field`, the name that the user gave, and the fix."""
-    with _explained(loader.__name__, source, field, name) as local_only:
+    """`loader.from_pretrained(source)`, only from the local cache if the hub is out of reach.
+    Raises ConfigError naming `field`, the user's `name` and the fix."""
+    with _explaining(loader.__name__, source, field, name) as local_only:
         return loader.from_pretrained(source, local_files_only=local_only, **options)
 
 
 @contextmanager
-def _explained(loader: str, source: str, field: str, name: str) -> Iterator[bool]:
+def _explaining(loader: str, source: str, field: str, name: str) -> Iterator[bool]:
     local_only = _local_only(source)
     try:
         yield local_only
-    except UnpicklingError as error:  # of a .bin that holds more than weights
+    except UnpicklingError as error:  # a .bin with other objects than weights
         raise ConfigError(
-            f"{field}={name!r} cannot be loaded: its weights are a pickle that would run code; save"
-            " it anew as safetensors where you trust it"
+            f"{field}={name!r} cannot be loaded: its weights are a pickle that would run code; if"
+            " you trust it, save it as safetensors"
         ) from error
     except _load_errors() as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
@@ -149,8 +148,8 @@ def _explained(loader: str, source: str, field: str, name: str) -> Iterator[bool
 
 
 def _load_errors() -> tuple[type[Exception], ...]:
-    """What `from_pretrained` raises for a model that cannot be loaded. The hub's client lets errors
-    of its transport through, such as a connection that breaks."""
+    """The exceptions of `from_pretrained` for a model that cannot be loaded, including transport
+    errors of the hub's client, such as a broken connection."""
     from huggingface_hub import errors
 
     transport: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
@@ -165,7 +164,7 @@ def _local_only(source: str) -> bool:
 
 def _fix(error: str, loader: str, source: str, group: str, *, offline: bool) -> str:
     if "trust_remote_code" in error:
-        return f"it brings code of its own; if you trust that, set {group}.trust_remote_code=true"
+        return f"it comes with code; if you trust that, set {group}.trust_remote_code=true"
     if Path(source).is_dir():
         return f"{loader} must be able to open it"
     if offline:
@@ -179,8 +178,8 @@ def _fix(error: str, loader: str, source: str, group: str, *, offline: bool) -> 
 
 def directory_hash(path: str) -> str:
     """A SHA-256 of the names and contents of the files that a model is loaded from, "" if the path
-    is no directory. Other files, times and the directory's own name do not matter. Weights are read
-    whole, about 1.5 GB/s, once a process."""
+    is not a directory. Other files, times and the directory's name do not matter. Reads all weights
+    once a process, at about 1.5 GB/s."""
     source = Path(path)
     if not source.is_dir():
         return ""
@@ -194,21 +193,21 @@ def directory_hash(path: str) -> str:
 
 @functools.cache
 def _file_hash(file: Path, size: int, time_ns: int) -> str:
-    """The SHA-256 of a file, read again if its size or time is another."""
+    """The SHA-256 of a file; size and time are arguments so that a changed file is read again."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _loaded_files(directory: Path) -> list[Path]:
-    """The files of a directory that a model and its tokenizer are loaded from, dangling links
-    included."""
+    """The files of a directory from which a model and its tokenizer are loaded, including dangling
+    links."""
     patterns = (*LOADED, "*.py") if _brings_code(directory) else LOADED
     names = {n for n in os.listdir(directory) if any(fnmatchcase(n, p) for p in patterns)}
     return [directory / name for name in sorted({*names, *_weights(directory)})]
 
 
 def _weights(directory: Path) -> list[str]:
-    """The names of the files with weights that transformers picks, the index of shards first."""
+    """The names of the files with weights that transformers loads; an index of shards first."""
     for name in WEIGHTS:
         path = directory / name
         if not os.path.lexists(path):
@@ -219,7 +218,7 @@ def _weights(directory: Path) -> list[str]:
             shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
             return [name, *(s for s in set(shards) if os.path.lexists(directory / s))]
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
-            return [name]  # the loader says what is wrong with it
+            return [name]  # the loader will report the error
     return []
 
 
@@ -229,7 +228,7 @@ def _brings_code(directory: Path) -> bool:
 
 
 def _refuse_placeholders(directory: Path, field: str, name: str) -> None:
-    """Raises ConfigError for a link to nothing and for a Git LFS pointer in place of a file."""
+    """Raises ConfigError for a dangling link and for a Git LFS pointer instead of a file."""
     for file in _loaded_files(directory):
         if not file.exists():
             raise ConfigError(

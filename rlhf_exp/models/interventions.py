@@ -1,11 +1,11 @@
 """Interventions on a policy: edits to its activations while it samples, learns and is evaluated.
 
-Sites have TransformerLens's names, such as blocks.3.hook_resid_post; * stands for anything between
-two dots. `positions` are columns of tokens: `prompt` all tokens of the prompt, `completion` the
-sampled ones, `all` both. The distribution of completion token y_t comes from the column before its
-own, so `completion` changes that of y_1 and later; that of y_0 comes from the prompt's last column.
+Sites have TransformerLens's names, such as blocks.3.hook_resid_post; * matches anything between two
+dots. `positions` are columns of tokens: `prompt` all tokens of the prompt, `completion` the sampled
+ones, `all` both. The distribution of completion token y_t is computed in the column before y_t, so
+`completion` changes the distributions of y_1 and later, and `prompt` that of y_0.
 
-The reference, a saved model and `policy.hooked()` are without the intervention.
+The reference, saved models and `policy.hooked()` have no intervention.
 """
 
 import difflib
@@ -37,14 +37,14 @@ class Intervention(ABC):
         fit."""
 
     def attach(self, policy: CausalTransformer) -> None:
-        """Edits the policy's activations from now on. Call it after the reference is attached and
-        before passes are compiled. Raises ConfigError if the model does not fit."""
-        assert not policy.is_compiled, "a compiled pass does not look for hooks again"
+        """Edits the policy's activations from now on. Call it after finetune.attach and before
+        passes are compiled. Raises ConfigError if the model does not fit."""
+        assert not policy.is_compiled, "a compiled pass ignores new hooks"
         policy.edits = self.edits(policy.language_model)
 
     def check(self, model: ModelSettings) -> list[str]:
-        """What is wrong between this intervention and the model, if that can be told without its
-        weights."""
+        """Messages about an intervention that does not fit the model; problems that need its
+        weights are found at load."""
         skeleton = model.skeleton()
         if skeleton is None:
             return []
@@ -52,7 +52,7 @@ class Intervention(ABC):
             self.edits(skeleton)
         except ConfigError as error:
             return [str(error)]
-        except (RuntimeError, NotImplementedError):  # its passes read weights: told at load
+        except (RuntimeError, NotImplementedError):  # its passes read weights: checked at load
             pass
         return []
 
@@ -76,20 +76,20 @@ NO_INTERVENTION = NoIntervention()
 @settings
 class Add(Intervention):
     """Adds `scale` times a vector at `sites`. The safetensors file `path` holds the vector under
-    `tensor`, with one entry for each entry of the activation; for attn.hook_z, [head d_head] works.
+    the name `tensor`, in the shape of the activation; for attn.hook_z also [head d_head].
     """
 
     path: Text
     """A safetensors file with the vector."""
     tensor: Text = "vector"
-    """The vector's name in it."""
+    """The vector's name in the file."""
     sites: tuple[Text, ...]
-    """Where it is added, by TransformerLens's names: [blocks.3.hook_resid_post]; * stands for
+    """Sites to add it at, with TransformerLens's names: [blocks.3.hook_resid_post]; * matches
     anything between two dots."""
     scale: Real = 1.0
     """Factor of the vector, -10 to 10."""
     positions: Positions = "all"
-    """The tokens at which it acts: prompt, completion, all."""
+    """The tokens to edit: prompt, completion, all."""
 
     def fingerprint(self) -> str:
         """A hash of the file. Raises ConfigError if it does not hold the vector."""
@@ -112,13 +112,13 @@ class Add(Intervention):
 
 @settings
 class Ablate(Intervention):
-    """Replaces the outputs of heads ([layer, head], at attn.hook_z) and of MLPs (layers, at
-    hook_mlp_out), and the component of the activations at `sites` along a direction, which the
-    safetensors file `direction` holds under `direction_tensor`.
+    """Replaces the outputs of heads ([layer, head], at attn.hook_z), the outputs of MLPs (layers,
+    at hook_mlp_out), and the component of the activations at `sites` along a direction. The
+    safetensors file `direction` holds the direction under the name `direction_tensor`.
 
-    The replacement is 0, or a mean: the safetensors file `means` holds the mean activation of each
-    site under its name, over tokens of the user's choice, such as `cache[name].mean((0, 1))` of
-    TransformerLens's run_with_cache. The means stay constant while the policy learns.
+    The replacement is 0, or a mean: the safetensors file `means` holds each site's mean activation
+    under the site's name, such as `cache[name].mean((0, 1))` of TransformerLens's run_with_cache.
+    The means stay constant while the policy learns.
     """
 
     heads: tuple[tuple[Index, Index], ...] = ()
@@ -126,21 +126,21 @@ class Ablate(Intervention):
     mlps: tuple[Index, ...] = ()
     """Layers whose MLP's output is replaced, from 0: [3,4]."""
     direction: Text | None = None
-    """A safetensors file with a direction, the component along which is replaced at `sites`; null:
+    """A safetensors file with a direction; the component along it is replaced at `sites`; null:
     none."""
     direction_tensor: Text = "direction"
-    """The direction's name in it."""
+    """The direction's name in the file."""
     sites: tuple[Text, ...] = ()
-    """Where, by TransformerLens's names: [blocks.*.hook_resid_pre]; * stands for anything
-    between two dots."""
+    """Sites with TransformerLens's names: [blocks.*.hook_resid_pre]; * matches anything between
+    two dots."""
     means: Text | None = None
-    """A safetensors file with each site's mean activation under its name, the replacement; null:
-    the replacement is 0."""
+    """A safetensors file with the replacements: each site's mean activation under its name; null:
+    0."""
     positions: Positions = "all"
-    """The tokens at which it acts: prompt, completion, all."""
+    """The tokens to edit: prompt, completion, all."""
 
     @model_validator(mode="after")
-    def _is_whole(self) -> "Ablate":
+    def _both_or_neither(self) -> "Ablate":
         if (self.direction is None) == bool(self.sites):
             raise ValueError("direction and sites go together: set both, or neither")
         return self
@@ -157,8 +157,8 @@ class Ablate(Intervention):
         return [f"blocks.{layer}.hook_mlp_out" for layer in self.mlps]
 
     def fingerprint(self) -> str:
-        """A hash of the files. Raises ConfigError if a vector is missing from them, or if nothing
-        is ablated."""
+        """A hash of the files. Raises ConfigError if they lack a vector, or if nothing is
+        ablated."""
         names = [*self._heads, *self._mlps, *self.sites]
         if not names:
             raise ConfigError(
@@ -174,7 +174,7 @@ class Ablate(Intervention):
         return _hash(self.direction, self.means)
 
     def edits(self, network: PreTrainedModel) -> Edits:
-        """Replaces what is ablated."""
+        """Replaces the ablated outputs and components."""
         self.fingerprint()
         model_sites = Sites(network)
         outputs = model_sites.find([*self._heads], field="intervention.heads")
@@ -205,7 +205,7 @@ class Ablate(Intervention):
 
 
 def _columns(heads: list[int] | None, width: int, num_heads: int, name: str) -> Tensor:
-    """Which entries of a site's activation belong to the heads; all if `heads` is None."""
+    """A mask of the entries of a site's activation that belong to the heads; None: to all."""
     if heads is None:
         return torch.ones(width, dtype=torch.bool)
     if max(heads) >= num_heads:

@@ -1,7 +1,7 @@
 """Policies and classifiers from a hub name, a local directory or a run's folder.
 
-It knows Hugging Face's formats and what goes wrong with them: every failure is a ConfigError that
-names the model and the fix.
+Knows Hugging Face's formats and how loading fails: every failure is a ConfigError that names the
+model and the fix.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from rlhf_exp.models.hub import (
 )
 from rlhf_exp.models.lora import has_adapter
 from rlhf_exp.models.policy import TransformerWithValueHead, initialise_value_head
-from rlhf_exp.models.probing import check_hooked, probed
+from rlhf_exp.models.probing import check_hooked, with_fast_paths
 from rlhf_exp.settings import ConfigError, Text, is_reference, settings
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -43,39 +43,39 @@ LanguageModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 @runtime_checkable
 class ModelSettings(Protocol):
-    """What a model group offers: a language model, and how a policy is made of it."""
+    """The settings of a model group: a language model, and how to build a policy from it."""
 
     @property
     def engine(self) -> EngineName:
-        """What runs the policy."""
+        """The engine that runs the policy."""
         ...
 
     @property
     def value_head_init(self) -> ValueHeadInit:
-        """How a value head that was not saved is drawn."""
+        """How to draw a value head that was not saved."""
         ...
 
     def language_model(
         self, make_tokenizer: TokenizerFactory | None, *, seed: int
     ) -> LanguageModel:
-        """The model on the CPU and its tokenizer. `make_tokenizer` builds the task's, for
-        models that are built from nothing; None if the task has no texts."""
+        """The model on the CPU and its tokenizer. `make_tokenizer` builds the task's tokenizer, for
+        a model from scratch; None if the task has no texts."""
         ...
 
     def skeleton(self) -> PreTrainedModel | None:
-        """The model without weights, on the meta device; None if it is not on this machine."""
+        """The model without weights, on the meta device; None if this machine lacks it."""
         ...
 
     def value_head_path(self) -> Path | None:
-        """The file of a value head saved with the model, if there is one."""
+        """The file of the value head that was saved with the model, or None."""
         ...
 
 
 @settings
 class Pretrained:
-    """A model that exists: by hub name, local directory or run folder.
+    """A saved model, named by hub name, local directory or run folder.
 
-    `dtype` is of the weights; those that are trained must be fp32, since bf16 rounds small updates
+    `dtype` is that of the weights; trained weights must be fp32, since bf16 rounds small updates
     away. Code that comes with a model runs only with trust_remote_code.
     """
 
@@ -84,7 +84,7 @@ class Pretrained:
     revision: str | None = None
     """Branch, tag or commit of the hub's repository; null: its main branch."""
     dtype: WeightsDtype = "fp32"
-    """Dtype of the weights: fp32; bf16 or fp16 halve what is frozen, see finetune=lora."""
+    """Dtype of the weights: fp32; bf16 or fp16 halve frozen weights, with finetune=lora."""
     attn_implementation: Attention | None = None
     """Eager, sdpa, flash_attention_2; null: transformers' choice."""
     trust_remote_code: bool = False
@@ -106,7 +106,7 @@ class Pretrained:
     def language_model(
         self, make_tokenizer: TokenizerFactory | None, *, seed: int
     ) -> LanguageModel:
-        """The model and the tokenizer that its directory holds; the task's is not used."""
+        """The model and the tokenizer of its directory; the task's is not used."""
         return load_language_model(
             self.base_model,
             revision=self.revision,
@@ -116,7 +116,7 @@ class Pretrained:
         )
 
     def skeleton(self) -> PreTrainedModel | None:
-        """The model of the directory's config.json without weights; None for a hub name."""
+        """The model of the directory's config.json, without weights; None for a hub name."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         directory = locate_model(self.base_model)
@@ -135,12 +135,12 @@ class Pretrained:
         return directory_hash(locate_model(self.base_model))
 
     def value_head_path(self) -> Path | None:
-        """`value_head.safetensors` in the model's directory or repository, if it is there."""
+        """`value_head.safetensors` in the model's directory or repository, if it exists."""
         return find_file(locate_model(self.base_model), VALUE_HEAD_FILE, revision=self.revision)
 
 
 def must_be_fp32(model: ModelSettings) -> list[str]:
-    """What is wrong with settings of a model whose own weights are trained, in PPO or elsewhere."""
+    """A message if the model's weights are to be trained and are not fp32."""
     if isinstance(model, Pretrained) and model.dtype != "fp32":
         return [
             f"model.dtype={model.dtype}: weights that are trained must be fp32, or small updates"
@@ -150,7 +150,7 @@ def must_be_fp32(model: ModelSettings) -> list[str]:
 
 
 def must_be_plain(model: ModelSettings, *, stage: str) -> list[str]:
-    """What is wrong with settings of a model that a supervised stage of that name trains."""
+    """Messages about settings of a model that the supervised stage cannot train."""
     problems = must_be_fp32(model)
     if not ENGINES[model.engine].is_plain:
         problems.append(
@@ -167,13 +167,13 @@ def build_policy(
     seed: int,
     value_head: bool = True,
 ) -> TransformerWithValueHead:
-    """The policy that the settings describe, on the device. A saved value head is loaded; else it
-    is drawn with the seed. With value_head=False there is none."""
+    """The policy of the settings, on the device. Its value head is loaded if it was saved, else
+    drawn with the seed; with value_head=False there is none."""
     language_model, tokenizer = model.language_model(make_tokenizer, seed=seed)
     policy = TransformerWithValueHead(
         language_model.to(device), tokenizer, engine=model.engine, value_head=value_head
     )
-    probed(policy)
+    with_fast_paths(policy)
     if not policy.engine.is_plain:
         check_hooked(policy)
     if policy.value_head is None:
@@ -198,8 +198,8 @@ def load_policy(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> TransformerWithValueHead:
-    """A policy from a hub name, a Hugging Face directory or a run's folder, its value head with it
-    if it was saved. Raises ConfigError if there is no such model."""
+    """A policy from a hub name, a Hugging Face directory or a run's folder, with its value head if
+    that was saved. Raises ConfigError if there is no such model."""
     model = Pretrained(base_model=str(path_or_name), engine=engine, revision=revision)
     return build_policy(model, None, device=torch.device(device), seed=seed)
 
@@ -214,8 +214,8 @@ def load_language_model(
     trust_remote_code: bool = False,
 ) -> LanguageModel:
     """A causal language model and its tokenizer. Raises ConfigError if the name is neither a
-    directory with a model nor known to a hub within reach, for a revision of a directory, for an
-    adapter, and for a model that brings its own code unless that is trusted."""
+    directory with a model nor on a hub within reach, for a revision of a directory, for an adapter,
+    and for a model that comes with code without trust_remote_code."""
     from transformers import AutoModelForCausalLM
 
     source = locate_revision(name, revision, field)
@@ -229,11 +229,11 @@ def load_language_model(
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     )
-    # transformers puts such adapters into their base model, which is frozen then.
+    # transformers loads these adapters into their base model and freezes it.
     if has_adapter(model):
         raise ConfigError(
             f"{field}={name!r} holds an adapter: merge it into its base model with PEFT's"
-            " merge_and_unload, and name what that saves"
+            " merge_and_unload, save that, and name its directory"
         )
     model = _text_part(model, field, name)
     tokenizer = load_tokenizer(
@@ -250,8 +250,8 @@ def load_language_model(
 
 
 def _text_part(model: PreTrainedModel, field: str, name: str) -> PreTrainedModel:
-    """Of a model that reads images or sound too, what reads and writes text, as the causal language
-    model that it is; any other model itself. It takes over the modules, so nothing is copied."""
+    """The text part of a multimodal model, as a causal language model that shares its modules; any
+    other model unchanged."""
     from transformers import AutoModelForCausalLM
 
     config = model.config.get_text_config()
@@ -261,12 +261,12 @@ def _text_part(model: PreTrainedModel, field: str, name: str) -> PreTrainedModel
     try:
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(config)
-    except ValueError:  # there is no class for it
+    except ValueError:  # transformers has no class for it
         plain = None
     if plain is None or type(plain.base_model) is not type(decoder):
         raise ConfigError(
             f"{field}={name!r}: {type(model).__name__} reads more than text, and its text part"
-            " cannot be taken out; name a language model"
+            " cannot be separated; name a language model"
         )
     setattr(plain, plain.base_model_prefix, decoder)
     plain.set_output_embeddings(model.get_output_embeddings())
@@ -293,7 +293,7 @@ def load_tokenizer(
         padding_side="left",
         trust_remote_code=trust_remote_code,
     )
-    # Of a directory without a tokenizer transformers makes one that knows special tokens alone.
+    # For a directory without a tokenizer, transformers returns one with only special tokens.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ConfigError(
             f"{field}={name!r} holds no tokenizer; save the tokenizer that the model was"
@@ -303,7 +303,7 @@ def load_tokenizer(
 
 
 def load_context_len(name: str, *, field: str = "model.base_model") -> int:
-    """Tokens that a model can attend to, from its configuration alone. Raises ConfigError as
+    """The context of a model in tokens, read from its configuration. Raises ConfigError as
     `load_language_model` does."""
     from transformers import AutoConfig
 
@@ -319,8 +319,8 @@ def load_classifier(
     field: str = "reward.name",
     trust_remote_code: bool = False,
 ) -> LanguageModel:
-    """A sequence classifier and its tokenizer, in evaluation mode; one without a padding token
-    (GPT-2) gets its EOS for that. Raises ConfigError as `load_language_model` does."""
+    """A sequence classifier in evaluation mode and its tokenizer; EOS becomes the padding token of
+    one without (GPT-2). Raises ConfigError as `load_language_model` does."""
     from transformers import AutoModelForSequenceClassification
 
     source = locate_revision(name, revision, field)
@@ -333,7 +333,7 @@ def load_classifier(
         if tokenizer.eos_token is None:
             raise ConfigError(f"{field}={name!r}: its tokenizer has no padding and no EOS token")
         tokenizer.pad_token = tokenizer.eos_token
-    config = model.config.get_text_config()  # of models that read more than text, a part
+    config = model.config.get_text_config()  # a part of a multimodal model's configuration
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
@@ -344,5 +344,5 @@ def _load_value_head(value_head: nn.Module, path: Path) -> None:
         value_head.load_state_dict(load_file(path))
     except (RuntimeError, SafetensorError) as error:
         raise ConfigError(
-            f"{path} is not a value head of this model; delete it to have one drawn.\n  {error}"
+            f"{path} is not a value head of this model; delete it to draw a new one.\n  {error}"
         ) from error

@@ -1,6 +1,6 @@
-"""Low-rank adapters in a language model, through PEFT: put in, switched off, merged, saved.
+"""Low-rank adapters in a language model, through PEFT: adds, switches off, merges and saves them.
 
-The model stays of its own Hugging Face class; the adapter sits inside of its linear layers.
+The model keeps its Hugging Face class; the adapters are inside its linear layers.
 """
 
 import json
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from rlhf_exp.hf import PreTrainedModel
 
-ADAPTER = "default"  # PEFT's own name for the only one
-WRAPPED = "base_layer"  # what PEFT adds to the names of the weights that it wraps
+ADAPTER = "default"  # PEFT's name for a single adapter
+WRAPPED = "base_layer"  # PEFT adds this to the names of the weights that it wraps
 
 
 def add_adapter(
@@ -29,10 +29,10 @@ def add_adapter(
     target_modules: str | list[str],
     seed: int,
 ) -> None:
-    """Freezes the model and adds rank-`rank` adapters, drawn with the seed and of no effect yet, to
-    the linear layers that `target_modules` names, or to all of them but the output embedding.
-    Raises ValueError if it names none, an embedding, or a layer whose adapter cannot be merged or
-    is passed by."""
+    """Freezes the model and adds adapters of rank `rank` to the linear layers that `target_modules`
+    names, or to all except the output embedding. They are drawn with the seed and start without
+    effect. Raises ValueError if `target_modules` names no layer, an embedding, or a layer whose
+    adapter cannot be merged or is never called."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -47,11 +47,11 @@ def add_adapter(
     )
     embeddings = (language_model.get_input_embeddings(), language_model.get_output_embeddings())
     for name, module in language_model.named_modules():
-        # The two may be one matrix, of which a merge would change both.
+        # The two may share a matrix; a merge would change both.
         if module in embeddings and check_target_module_exists(config, name):
             raise ValueError(f"{name} is an embedding; name linear layers between the embeddings")
     with torch.random.fork_rng(), warnings.catch_warnings():
-        # Of ranks that PEFT sets itself for the experts' fused matrices.
+        # PEFT warns of the ranks that it sets itself for the experts' fused matrices.
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not")
         torch.manual_seed(seed)
         inject_adapter_in_model(config, language_model)
@@ -66,8 +66,8 @@ def add_adapter(
 
 @torch.no_grad()
 def _check_mergeable(name: str, layer: Any) -> None:
-    """Raises ValueError for a layer that is more than a product with its matrix: a merged matrix
-    would not compute what the layer with its adapter does."""
+    """Raises ValueError for a layer that computes more than a product with its matrix: the merged
+    matrix would not compute the same as the layer with its adapter."""
     from peft.tuners import lora
     from peft.tuners.lora.layer import ParamWrapper
     from transformers.pytorch_utils import Conv1D
@@ -77,7 +77,7 @@ def _check_mergeable(name: str, layer: Any) -> None:
         return
     kind = f"{name} is a {type(base).__name__}"
     if not (isinstance(layer, lora.Linear) and isinstance(base, nn.Linear)):
-        raise ValueError(f"{kind}, of which adapters cannot be merged; name linear layers")
+        raise ValueError(f"{kind}, whose adapters cannot be merged; name linear layers")
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(2, base.in_features, generator=generator).to(base.weight)
     outputs = base(inputs)
@@ -85,14 +85,14 @@ def _check_mergeable(name: str, layer: Any) -> None:
     bound = 1e-2 * expected.abs().max()
     if not isinstance(outputs, Tensor) or (outputs - expected).abs().max() > bound:
         raise ValueError(
-            f"{kind}, which does more than multiply by its matrix, so that its adapter could not be"
+            f"{kind}, which does more than multiply by its matrix, so that its adapter cannot be"
             " merged; name other layers, such as [q_proj, k_proj, v_proj, o_proj]"
         )
 
 
 def _check_called(language_model: PreTrainedModel) -> None:
-    """Raises ValueError for a layer whose matrix the model multiplies by itself, without calling
-    the layer (Jamba's dt_proj): its adapter would have no effect until it is merged."""
+    """Raises ValueError for a layer whose matrix the model uses without calling the layer (Jamba's
+    dt_proj): its adapter would have no effect until it is merged."""
     uncalled = {
         name: layer
         for name, layer in _adapted_layers(language_model)
@@ -127,23 +127,23 @@ def _check_called(language_model: PreTrainedModel) -> None:
 
 
 def _is_conv1d(language_model: PreTrainedModel) -> bool:
-    """Whether linear layers are GPT-2's Conv1D, whose weights are transposed."""
+    """Whether the linear layers are GPT-2's Conv1D, whose weights are transposed."""
     from transformers.pytorch_utils import Conv1D
 
     return any(isinstance(module, Conv1D) for module in language_model.modules())
 
 
 def has_adapter(language_model: PreTrainedModel) -> bool:
-    """Whether adapters were added to the model."""
+    """Whether the model has adapters."""
     return any("lora_" in name for name, _ in language_model.named_parameters())
 
 
 @contextmanager
 def adapter_off(language_model: PreTrainedModel) -> Iterator[None]:
-    """The model as it was before its adapters, inside of the block."""
+    """Switches the adapters off within the block."""
     layers = [module for _, module in _adapted_layers(language_model)]
     for layer in layers:
-        layer._disable_adapters = True  # enable_adapters() would switch requires_grad as well
+        layer._disable_adapters = True  # enable_adapters() would change requires_grad too
     try:
         yield
     finally:
@@ -152,8 +152,7 @@ def adapter_off(language_model: PreTrainedModel) -> Iterator[None]:
 
 
 def merged_state(language_model: PreTrainedModel) -> dict[str, Tensor]:
-    """The weights of the plain model that computes the same, by its own names. Only adapted
-    matrices are copied."""
+    """The merged weights under the names of the plain model. Only adapted matrices are copied."""
     state = {
         plain_name(name): tensor
         for name, tensor in language_model.state_dict().items()
@@ -167,7 +166,7 @@ def merged_state(language_model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def plain_name(name: str) -> str:
-    """A weight's name without its wrappers, of which experts with several matrices have several."""
+    """A weight's name without PEFT's wrappers; experts with several matrices have several."""
     return ".".join(part for part in name.split(".") if part != WRAPPED)
 
 
@@ -179,7 +178,7 @@ def _parameter_name(layer: Any) -> str:
 
 
 def merged_copy(language_model: PreTrainedModel) -> PreTrainedModel:
-    """A plain model of the same class that computes the same."""
+    """A plain model of the same class with the merged weights."""
     plain = type(language_model)(language_model.config).to(
         device=language_model.device, dtype=language_model.dtype
     )
@@ -189,7 +188,7 @@ def merged_copy(language_model: PreTrainedModel) -> PreTrainedModel:
 
 
 def save_adapter(language_model: PreTrainedModel, path: Path) -> None:
-    """Writes the adapters alone, as PEFT's PeftModel.from_pretrained(base_model, path) opens."""
+    """Writes only the adapters, for PEFT's PeftModel.from_pretrained(base_model, path)."""
     config = language_model.peft_config[ADAPTER]
     path.mkdir(parents=True, exist_ok=True)
     state = {
@@ -198,9 +197,9 @@ def save_adapter(language_model: PreTrainedModel, path: Path) -> None:
         if "lora_" in name
     }
     save_file(state, path / "adapter_model.safetensors", metadata={"format": "pt"})
-    described = {**config.to_dict(), "inference_mode": True}
+    values = {**config.to_dict(), "inference_mode": True}
     (path / "adapter_config.json").write_text(
-        json.dumps(described, indent=2, default=_jsonable, sort_keys=True) + "\n"
+        json.dumps(values, indent=2, default=_jsonable, sort_keys=True) + "\n"
     )
 
 

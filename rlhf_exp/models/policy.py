@@ -15,8 +15,8 @@ from rlhf_exp.models.transformer import CausalTransformer
 
 class TransformerWithValueHead(CausalTransformer):
     """The policy. Its value head is Linear(d, 4 d), ReLU, Linear(4 d, 1) on the output of the final
-    layer norm, in fp32 whatever the language model is in. With value_head=False there is none, and
-    values are None. `engine` makes the passes that are learned from.
+    layer norm, always in fp32. With value_head=False there is none, and values are None. `engine`
+    runs the passes of learning.
     """
 
     def __init__(
@@ -42,31 +42,31 @@ class TransformerWithValueHead(CausalTransformer):
         *,
         prompt_len: int | None = None,
     ) -> tuple[Float[Tensor, "batch seq vocab"], Float[Tensor, "batch seq"] | None]:
-        """Logits and values at every position; no mask means that nothing is padding."""
+        """Logits and values at every position; without a mask there is no padding."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         return self.engine.logits_and_values(tokens, mask, prompt_len=prompt_len)
 
     def hooked(self) -> TransformerBridge:
-        """A TransformerBridge over the current weights, for looking inside.
+        """A TransformerBridge over the current weights, to look inside the policy.
 
         It shares the policy's memory. On architectures whose adapter copies weights (GPT-NeoX) it
-        shows the weights of this moment, so ask again after an optimizer step. Leave it in
-        evaluation mode: `bridge.train()` switches GPT-2's dropouts on. With adapters it is over a
+        holds the weights of the time of the call, so call it again after an optimizer step. Leave
+        it in evaluation mode: `bridge.train()` turns GPT-2's dropouts on. With LoRA it wraps a
         merged copy.
         """
         model = self.language_model
         return boot_bridge(merged_copy(model) if has_adapter(model) else model, self.tokenizer)
 
     def frozen_reference(self) -> CausalTransformer:
-        """A copy of the language model as it is now that nothing trains."""
+        """A frozen copy of the current language model."""
         return self.frozen(copy.deepcopy(self.language_model))
 
 
 def initialise_value_head(
     value_head: nn.Module, *, generator: torch.Generator, zero_last: bool
 ) -> None:
-    """Draws the value head's weights anew from the generator; zero_last makes every value start at
-    exactly 0."""
+    """Draws the value head's weights from the generator. With zero_last the last layer is 0, so
+    that every value starts at exactly 0."""
     linears = [layer for layer in value_head.children() if isinstance(layer, nn.Linear)]
     for linear in linears:
         draw_linear(linear, generator)
@@ -76,8 +76,8 @@ def initialise_value_head(
 
 
 def draw_linear(linear: nn.Linear, generator: torch.Generator) -> None:
-    """Draws weight and bias anew from the generator, which is a CPU's, with PyTorch's distribution
-    of nn.Linear: uniform within 1/sqrt(inputs)."""
+    """Draws weight and bias from the CPU generator with nn.Linear's default distribution: uniform
+    within 1/sqrt(inputs)."""
     bound = linear.in_features**-0.5
     with torch.no_grad():
         for parameter in (linear.weight, linear.bias):

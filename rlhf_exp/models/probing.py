@@ -1,7 +1,7 @@
-"""Which passes over a language model give the numbers of its plain pass, tried when it is loaded.
+"""Tests on a loaded model which fast passes give the same numbers as its plain pass.
 
-It knows the passes of `CausalTransformer` and nothing of architectures: a shortcut that computes
-something else is not taken, and a model that is wrong without any shortcut is refused.
+Knows the passes of `CausalTransformer`, not architectures: a shortcut that gives other numbers is
+not used, and a model that gives other numbers without any shortcut is refused.
 """
 
 import logging
@@ -23,16 +23,16 @@ log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=CausalTransformer)
 
-# Architectures whose cache is right or wrong by their weights, which training changes: transformers
-# 5.23 clamps Zamba2's time steps in full passes (time_step_min), and not when it decodes.
+# Architectures whose cache is right only for some weights, which training changes: transformers
+# 5.23 clamps Zamba2's time steps in full passes (time_step_min), but not in decoding.
 UNTRUSTED = {"zamba2"}
 
-PROMPT, COMPLETION = 5, 2  # tokens; fewer where the context is shorter
-SHORTER_BY = 2  # tokens that the short row's prompt lacks
+PROMPT, COMPLETION = 5, 2  # tokens; fewer if the context is shorter
+SHORTER_BY = 2  # the short row's prompt has this many tokens fewer
 
 
 class States(NamedTuple):
-    """Final hidden states [rows columns d_model] of these rows, from the column `start` on."""
+    """Final hidden states [rows columns d_model] of `rows`, from the column `start` on."""
 
     hidden: Tensor
     rows: list[int]
@@ -40,8 +40,8 @@ class States(NamedTuple):
 
 
 class Probe:
-    """Three short sequences and their logits by plain passes. Two share a prompt and need no
-    padding; the prompt of the third is shorter, and so is its completion."""
+    """Three short sequences and their logits from plain passes. Two share a prompt and need no
+    padding; the third has a shorter prompt and a shorter completion."""
 
     def __init__(self, model: CausalTransformer) -> None:
         self.model = model
@@ -55,8 +55,8 @@ class Probe:
         return self.model.language_model(input_ids=tokens, use_cache=False).logits.float()
 
     def holds(self, check: Callable[["Probe"], Iterator[States]]) -> bool:
-        """Whether the states that the check computes have the logits of the plain passes at all
-        real tokens. False too if the architecture raises an error in it."""
+        """Whether the states of `check` give the logits of the plain passes at all real tokens.
+        False if the check raises."""
         hidden, expected = [], []
         try:
             for states in check(self):
@@ -64,36 +64,36 @@ class Probe:
                 real = self.mask[states.rows, states.start : end]
                 hidden.append(states.hidden[real])
                 expected.append(self.expected[states.rows, states.start : end][real])
-            found = self.model.unembed(torch.cat(hidden))
-        except Exception as error:  # whatever an architecture raises: this check is not for it
+            logits = self.model.unembed(torch.cat(hidden))
+        except Exception as error:  # architectures raise anything in a pass that they lack
             log.debug("%s: %s: %s", check.__name__, type(error).__name__, error)
             return False
-        return logits_agree(found, torch.cat(expected), dtype=self.model.language_model.dtype)
+        return logits_agree(logits, torch.cat(expected), dtype=self.model.language_model.dtype)
 
 
-def probed(model: M) -> M:
-    """The model, just loaded, with the fast paths that are right on it. Raises ConfigError as
-    `find_fast_paths` does."""
+def with_fast_paths(model: M) -> M:
+    """The model with the fast paths that are right on it. Raises ConfigError as `find_fast_paths`
+    does."""
     model.fast_paths = find_fast_paths(model)
     return model
 
 
 @torch.no_grad()
 def find_fast_paths(model: CausalTransformer, *, static: bool | None = None) -> FastPaths:
-    """The fast paths that are right on a model that was just loaded. Decoding by steps of fixed
-    shapes is tried if `static`, by default on a GPU alone. Raises ConfigError naming the
-    architecture if padded batches or later tokens change what it computes."""
+    """The fast paths that are right on a newly loaded model. Decoding by steps of fixed shapes is
+    tried only if `static`, by default on a GPU. Raises ConfigError naming the architecture if
+    padding or later tokens change its logits."""
     probe, name = Probe(model), type(model.language_model).__name__
     if not probe.holds(padded):
         reason = (
             "padding on the left of a prompt changes what it computes after it"
-            if probe.holds(taken_apart)
+            if probe.holds(without_head)
             else "its final hidden states and output embedding do not give its logits"
         )
         raise ConfigError(f"model: {name} is not supported: {reason}")
     cache = model.language_model.config.model_type not in UNTRUSTED and probe.holds(decoded)
     one_prompt = cache and probe.holds(after_one_prompt)
-    if not one_prompt:  # which has shown as well that decoding needs no mask
+    if not one_prompt:  # after_one_prompt also shows that decoding needs no mask
         cache = cache and probe.holds(decoded_without_mask)
     if not cache:
         if not probe.holds(by_prefixes):
@@ -101,8 +101,8 @@ def find_fast_paths(model: CausalTransformer, *, static: bool | None = None) -> 
                 f"model: {name} is not supported: what it computes at a token depends on later ones"
             )
         log.warning(
-            "%s computes something else with a key-value cache: sampling goes without, and is"
-            " slower", name,
+            "%s gives other logits with a key-value cache: sampling does not use one and is slower",
+            name,
         )  # fmt: skip
     static = model.device.type == "cuda" if static is None else static
     return FastPaths(
@@ -112,7 +112,7 @@ def find_fast_paths(model: CausalTransformer, *, static: bool | None = None) -> 
 
 @torch.no_grad()
 def check_hooked(policy: TransformerWithValueHead) -> None:
-    """Raises ConfigError if TransformerLens cannot run the policy, or computes something else."""
+    """Raises ConfigError if TransformerLens cannot run the policy or gives other logits."""
     probe, view = Probe(policy), policy.view
 
     def viewed(probe: Probe) -> Iterator[States]:
@@ -121,47 +121,47 @@ def check_hooked(policy: TransformerWithValueHead) -> None:
 
     if not probe.holds(viewed):
         raise ConfigError(
-            f"TransformerLens computes something else than transformers for"
+            f"TransformerLens and transformers compute different logits for"
             f" {type(policy.language_model).__name__}: use model.engine=fast and sampler=cached"
         )
 
 
 @torch.no_grad()
-def packs(model: CausalTransformer) -> bool:
-    """Whether sequences one after another in a row, their positions beginning at 0 in each, have
-    the logits that each has alone."""
+def supports_packing(model: CausalTransformer) -> bool:
+    """Whether sequences packed into a row, with positions from 0 in each, have the same logits as
+    in rows of their own."""
     probe = Probe(model)
     long, short = probe.tokens[0], probe.tokens[2, probe.mask[2]]
     if len(long) + len(short) > model.context_len:
-        return True  # there is no room to pack any
+        return True  # two sequences never fit into a row
     tokens = torch.stack([torch.cat([long, short]), torch.cat([short, long])])
     lengths = ((len(long), len(short)), (len(short), len(long)))
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
-    found = model.language_model(
+    logits = model.language_model(
         input_ids=tokens, position_ids=positions.to(tokens.device), use_cache=False
     ).logits
     expected = (probe.expected[0], probe.expected[2, probe.mask[2]])
     both = torch.stack([torch.cat(expected), torch.cat(expected[::-1])])
-    return logits_agree(found, both, dtype=model.language_model.dtype)
+    return logits_agree(logits, both, dtype=model.language_model.dtype)
 
 
-def taken_apart(probe: Probe) -> Iterator[States]:
+def without_head(probe: Probe) -> Iterator[States]:
     """A pass without the output embedding."""
     yield States(probe.model.hidden_states(probe.tokens[:1], None), [0], 0)
 
 
 def padded(probe: Probe) -> Iterator[States]:
-    """Rows of different lengths side by side."""
+    """A pass over rows of different lengths."""
     yield States(probe.model.hidden_states(probe.tokens, probe.mask), [0, 1, 2], 0)
 
 
 def decoded(probe: Probe) -> Iterator[States]:
-    """Prompts, one of them padded, then token after token from a cache that ended rows leave."""
+    """Decodes prompts, one of them padded, with a cache from which ended rows are removed."""
     return _decode(probe, [2, 0], probe.mask)
 
 
 def decoded_without_mask(probe: Probe) -> Iterator[States]:
-    """The same of prompts that need no padding."""
+    """Decodes prompts that need no padding."""
     return _decode(probe, [0, 1], None)
 
 
@@ -174,26 +174,26 @@ def _decode(
     hidden = model.hidden_states(probe.tokens[rows, :width], before, cache)
     yield States(hidden[:, -1:], rows, width - 1)
     for column in range(width, probe.tokens.shape[1]):
-        going_on = probe.mask[rows, column]
-        if not bool(going_on.all()):
-            cache.reorder_cache(going_on.nonzero().flatten())
-            rows = [row for row, goes_on in zip(rows, going_on.tolist(), strict=True) if goes_on]
-        seen = None if mask is None else mask[rows, : column + 1]
-        hidden = model.hidden_states(probe.tokens[rows, column : column + 1], seen, cache)
+        unfinished = probe.mask[rows, column]
+        if not bool(unfinished.all()):
+            cache.reorder_cache(unfinished.nonzero().flatten())
+            rows = [row for row, real in zip(rows, unfinished.tolist(), strict=True) if real]
+        attended = None if mask is None else mask[rows, : column + 1]
+        hidden = model.hidden_states(probe.tokens[rows, column : column + 1], attended, cache)
         yield States(hidden, rows, column)
 
 
 def by_prefixes(probe: Probe) -> Iterator[States]:
-    """Each token as the last one, so that there are no later ones."""
+    """A pass for each token in which it is the last one."""
     for column in range(probe.width - 1, probe.tokens.shape[1]):
-        seen = slice(0, column + 1)
-        hidden = probe.model.hidden_states(probe.tokens[:, seen], probe.mask[:, seen])
+        prefix = slice(0, column + 1)
+        hidden = probe.model.hidden_states(probe.tokens[:, prefix], probe.mask[:, prefix])
         yield States(hidden[:, -1:], [0, 1, 2], column)
 
 
 def after_one_prompt(probe: Probe) -> Iterator[States]:
-    """Two rows after a prompt that was run once: all that follows in one pass, or in decoding where
-    only that shares a prompt."""
+    """Runs a prompt once and two rows after it: their completions in one pass, or only the first
+    token by decoding if the model has no `prompt_cache`."""
     model, width = probe.model, probe.width
     tokens, mask = probe.tokens[:2], probe.mask[:2]
     if prompt_cache(model.language_model) is not None:
@@ -213,19 +213,19 @@ def after_one_prompt(probe: Probe) -> Iterator[States]:
 
 
 def static_steps(probe: Probe) -> Iterator[States]:
-    """Token after token from a cache whose unwritten slots a mask hides."""
+    """Decodes with a static cache whose unwritten slots are masked."""
     model, rows, width = probe.model, [0, 2], probe.width
     attention = model.language_model.config._attn_implementation
     if attention not in (*BOOLEAN_MASKS, "eager"):
         raise NotImplementedError(f"masks of {attention}")
     if prompt_cache(model.language_model) is None:
-        raise NotImplementedError("layers that keep something other than all keys and values")
+        raise NotImplementedError("layers that do not keep all keys and values")
     tokens, mask = probe.tokens[rows], probe.mask[rows]
     length = tokens.shape[1]
     cache = decoding_cache(model.language_model, length)
     model.hidden_states(tokens[:, :width], mask[:, :width], cache)
     slot = torch.tensor([width], device=tokens.device)
-    # Two more slots than are ever written, as where all rows end early.
+    # Two slots stay unwritten, as when all rows end early.
     fixed = static_cache(model.language_model, cache, length + 2, slot)
     slots = torch.arange(length + 2, device=tokens.device)
     real = torch.nn.functional.pad(mask, (0, 2), value=True)[:, None, None]
@@ -239,8 +239,8 @@ def static_steps(probe: Probe) -> Iterator[States]:
 
 
 def _sequences(model: CausalTransformer) -> tuple[Tensor, Tensor, int]:
-    """Tokens and mask [3, seq], and the width of the prompts, which are padded on the left, as
-    their completions are on the right."""
+    """Tokens and mask [3, seq], and the width of the prompts. Prompts are padded on the left,
+    completions on the right."""
     length = max(2, min(PROMPT + COMPLETION, model.context_len))
     width = min(PROMPT, length - 1)
     special = set(model.tokenizer.all_special_ids)

@@ -1,4 +1,4 @@
-"""The frozen reference: the policy as it was before training, which the KL is measured to."""
+"""The frozen reference: the policy before training, to which the KL is measured."""
 
 import hashlib
 from collections.abc import Iterable
@@ -19,12 +19,12 @@ from rlhf_exp.types import Completions, Layout
 
 @runtime_checkable
 class Reference(Protocol):
-    """A language model that nothing trains."""
+    """A frozen language model."""
 
     def completion_states(
         self, completions: Completions, layout: Layout
     ) -> Float[Tensor, "batch num_columns d_model"]:
-        """The final hidden states of the positions before each token."""
+        """The final hidden states from which each token of the completions is predicted."""
         ...
 
     def unembed(self, hidden: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes vocab"]:
@@ -38,7 +38,7 @@ class Reference(Protocol):
 
 
 class WithoutAdapter:
-    """A policy as it was before its adapters; it owns no weights."""
+    """A policy without its adapters; it owns no weights."""
 
     def __init__(self, policy: CausalTransformer) -> None:
         self._policy = policy
@@ -46,7 +46,7 @@ class WithoutAdapter:
     def completion_states(
         self, completions: Completions, layout: Layout
     ) -> Float[Tensor, "batch num_columns d_model"]:
-        """The policy's, adapters and intervention switched off."""
+        """The policy's, with adapters and intervention switched off."""
         with adapter_off(self._policy.language_model), self._policy.edits.off():
             return self._policy.completion_states(completions, layout)
 
@@ -56,7 +56,7 @@ class WithoutAdapter:
 
     @property
     def head(self) -> Head:
-        """The policy's."""
+        """The policy's output embedding."""
         return self._policy.head
 
 
@@ -71,16 +71,15 @@ def compute_reference_in(
         round_frozen(
             reference.language_model,
             dtype,
-            besides=reference.head.weight,
+            excluded=reference.head.weight,
             shared={id(p) for p in policy.parameters()},
         )
-        reference.low = dtype
+        reference.autocast_dtype = dtype
 
 
 def reference_hash(reference: Reference, policy: CausalTransformer) -> str:
-    """The SHA-256 of the reference's weights by name, its output embedding's among them. It is the
-    same with full, last_layers and lora on one model, before `compute_reference_in`. One weight at
-    a time is copied."""
+    """The SHA-256 of the names and values of the reference's weights. For one model it is the same
+    with full, last_layers and lora, before `compute_reference_in`. Copies one weight at a time."""
     model = reference if isinstance(reference, CausalTransformer) else policy
     digest = hashlib.sha256()
     weights = {
@@ -96,9 +95,8 @@ def reference_hash(reference: Reference, policy: CausalTransformer) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes that stay from phase to phase: the policy's weights with its value head and the copies
-    that passes in bf16 compute with, what the reference adds to them, and gradients and Adam's two
-    moments of what is trained."""
+    """Bytes in use in every phase: the policy's weights with value head and bf16 copies, weights
+    that only the reference has, and gradients and Adam's two moments of the trained weights."""
 
     policy: int
     reference: int
@@ -107,7 +105,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum."""
         return self.policy + self.reference + self.gradients + self.optimizer
 
     def __str__(self) -> str:
@@ -117,15 +115,15 @@ class Memory:
 
 
 def resident_memory(policy: TransformerWithValueHead, reference: Reference) -> Memory:
-    """The bytes of the policy and its reference; memory that both share counts once."""
-    own = _storages((*policy.parameters(), *policy.working_copies()))
-    others = {}
+    """The memory of policy and reference; memory that they share counts for the policy."""
+    of_policy = _storages((*policy.parameters(), *policy.working_copies()))
+    of_reference = {}
     if isinstance(reference, CausalTransformer):
-        others = _storages(reference.parameters())
+        of_reference = _storages(reference.parameters())
     trained = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
     return Memory(
-        policy=sum(own.values()),
-        reference=sum(size for key, size in others.items() if key not in own),
+        policy=sum(of_policy.values()),
+        reference=sum(size for key, size in of_reference.items() if key not in of_policy),
         gradients=trained,
         optimizer=2 * trained,
     )

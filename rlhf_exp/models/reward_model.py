@@ -1,6 +1,6 @@
-"""A reward model: a language model taken apart into features of a completion, and a head on them.
+"""A reward model: a language model that computes features of a completion, and a head on them.
 
-It knows tensors of token ids and files; what the scores are trained on is the stage's.
+Knows tensors of token ids and files, not how the scores are trained.
 """
 
 import json
@@ -20,7 +20,7 @@ from rlhf_exp.models.freezing import train_last_layers
 from rlhf_exp.models.hub import locate_model
 from rlhf_exp.models.loading import load_language_model
 from rlhf_exp.models.policy import draw_linear
-from rlhf_exp.models.probing import probed
+from rlhf_exp.models.probing import with_fast_paths
 from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.types import Completions, Record, record
@@ -31,10 +31,10 @@ HeadKind = Literal["token_sum", "last_token"]
 
 @record
 class RewardFeatures(Record):
-    """What a head reads of a completion of n tokens, EOS included. `states` are the outputs of the
-    last blocks side by side, after the prompt and after each token, n + 1 of them; `logprobs` are
-    the language model's own at temperature 1; padding holds 0. `last` is the index of the state
-    after the last token that is not EOS."""
+    """The input of a head, for a completion of n tokens with EOS. `states` are the n + 1 outputs of
+    the last blocks, concatenated, after the prompt and after each token; `logprobs` are the
+    language model's at temperature 1; padding holds 0. `last` is the index of the state after the
+    last token that is not EOS."""
 
     states: Float[Tensor, "batch seq d_model"]
     logprobs: Float[Tensor, "batch completion"]
@@ -44,7 +44,7 @@ class RewardFeatures(Record):
 
 class LastTokenHead(nn.Module):
     """LayerNorm, Linear(d, width), ReLU, Linear(width, 1) on the state after the last token that is
-    not EOS: the head of the notebook on reward models, where the width is d."""
+    not EOS; the head of the notebook on reward models has width d."""
 
     def __init__(self, d_model: int, width: int) -> None:
         super().__init__()
@@ -69,11 +69,11 @@ class LastTokenHead(nn.Module):
 
 
 class TokenSumHead(nn.Module):
-    """A sum over the tokens, read by a small network.
+    """A small network on a sum over the tokens.
 
-    Each token is described by the states before and after it and by its log-prob; an MLP turns
-    that into a vector, and the sum of the vectors over the completion, with the summed log-prob,
-    into the score. Unlike the last state, the sum holds an error wherever it was made.
+    An MLP turns the states before and after a token and its log-prob into a vector. A second
+    network turns the sum of the vectors over the completion, with the summed log-prob, into the
+    score. Unlike the last state, the sum shows an error at any token.
     """
 
     def __init__(self, d_model: int, width: int) -> None:
@@ -91,9 +91,9 @@ class TokenSumHead(nn.Module):
     def forward(self, features: RewardFeatures) -> Float[Tensor, " batch"]:
         """A score for each completion."""
         before, after = features.states[:, :-1], features.states[:, 1:]
-        described = torch.cat([before, after, features.logprobs[..., None]], dim=-1)
-        # Padding is about half of all positions, and is not computed.
-        tokens = self.token(described[features.mask])
+        inputs = torch.cat([before, after, features.logprobs[..., None]], dim=-1)
+        # Only real tokens: about half of all positions are padding.
+        tokens = self.token(inputs[features.mask])
         rows = features.mask.nonzero()[:, 0]
         total = tokens.new_zeros((len(features.mask), tokens.shape[1])).index_add(0, rows, tokens)
         total = torch.cat([total, features.logprobs.sum(dim=1, keepdim=True)], dim=1)
@@ -112,8 +112,8 @@ HEADS: dict[str, type[LastTokenHead] | type[TokenSumHead]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class HeadShape:
-    """What a saved head is rebuilt from: its kind and width, how many blocks' outputs it reads, and
-    whether the prompts that it was trained on begin with BOS."""
+    """The shape of a saved head: its kind and width, the number of blocks whose outputs it reads,
+    and whether its training prompts begin with BOS."""
 
     kind: HeadKind
     width: int
@@ -122,9 +122,9 @@ class HeadShape:
 
 
 class RewardModel(nn.Module):
-    """Scores of completions from a language model's states and a head on them.
+    """Scores completions with a head on a language model's states.
 
-    The language model stays in evaluation mode, so that a feature is the same at every call.
+    The language model stays in evaluation mode, so that features are equal at every call.
     """
 
     def __init__(self, backbone: CausalTransformer, shape: HeadShape) -> None:
@@ -139,14 +139,14 @@ class RewardModel(nn.Module):
         ).to(backbone.device)
 
     def forward(self, completions: Completions) -> Float[Tensor, " batch"]:
-        """A score for each completion of prompts."""
+        """A score for each completion."""
         return self.head(self.features(completions))
 
     def features(self, completions: Completions) -> RewardFeatures:
-        """What the head reads of the completions, in fp32."""
+        """The head's input for the completions, in fp32."""
         start, mask = completions.prompt_len, completions.mask
         layers = self.backbone.last_layers(*completions.sequences, self.shape.read_layers)
-        # At temperature 1: a sampler's settings are not the reward model's.
+        # At temperature 1: the sampler's temperature must not change the reward model.
         logits = self.backbone.unembed(completion_part(layers[-1], start)).float()
         logprobs = token_logprobs(logits, completions.tokens)
         real = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)[..., None]
@@ -160,13 +160,13 @@ class RewardModel(nn.Module):
         )
 
     def unfreeze(self, num_layers: int) -> None:
-        """Freezes the language model but for its last `num_layers` blocks and what follows them,
-        other than the output embedding. Raises ValueError if there are fewer blocks."""
+        """Freezes the language model except its last `num_layers` blocks and the final layer norm.
+        Raises ValueError if there are fewer blocks."""
         train_last_layers(self.backbone.language_model, num_layers, field="unfreeze_layers")
 
     def initialise_head(self, generator: torch.Generator, *, bias: float) -> None:
-        """Draws the head's weights anew with PyTorch's distribution of nn.Linear, and starts its
-        scores around `bias`."""
+        """Draws the head's weights with nn.Linear's default distribution; its scores start around
+        `bias`."""
         for layer in self.head.modules():
             if isinstance(layer, nn.Linear):
                 draw_linear(layer, generator)
@@ -179,8 +179,8 @@ class RewardModel(nn.Module):
 
 
 def save_reward_model(model: RewardModel, path: str | Path) -> Path:
-    """Writes the language model, its tokenizer and the head to the directory, and returns it. A
-    reload gives bit-equal scores."""
+    """Writes the language model, its tokenizer and the head to the directory and returns the path.
+    A reloaded model gives bit-equal scores."""
     path = Path(path)
     model.backbone.language_model.save_pretrained(path)
     model.backbone.tokenizer.save_pretrained(path)
@@ -195,7 +195,7 @@ def load_reward_model(path: str | Path, *, device: torch.device | str = "cpu") -
     directory = Path(locate_model(str(path), field="reward.path"))
     shape = read_head_shape(directory)
     language_model, tokenizer = load_language_model(str(directory), field="reward.path")
-    backbone = probed(CausalTransformer(language_model.to(device), tokenizer))
+    backbone = with_fast_paths(CausalTransformer(language_model.to(device), tokenizer))
     try:
         model = RewardModel(backbone, shape)
         model.head.load_state_dict(load_file(directory / HEAD_FILE))

@@ -1,4 +1,4 @@
-"""A policy as a Hugging Face directory that other tools open, its value head beside it."""
+"""Saves a policy as a Hugging Face directory that other tools open, with its value head."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from rlhf_exp.models.policy import TransformerWithValueHead
 
 
 def save_policy(policy: TransformerWithValueHead, path: str | Path) -> Path:
-    """Writes model (safetensors), tokenizer, config, generation config and value head, if
-    there is one, to the directory, and returns it. A reload gives bit-equal logits and values.
+    """Writes model (safetensors), tokenizer, config, generation config and value head, if there is
+    one, to the directory and returns the path. A reloaded policy gives bit-equal logits and values.
 
-    Of a model with adapters the merged weights are written, whose logits are equal up to rounding,
-    and the adapters alone below `adapter/`.
+    With adapters it writes the merged weights, whose logits are equal up to rounding, and the
+    adapters to `adapter/`.
     """
     path = Path(path)
     model = policy.language_model

@@ -1,4 +1,4 @@
-"""Small models built from nothing, of the same Hugging Face classes as the real ones."""
+"""Small models with random weights, of the same Hugging Face classes as pretrained ones."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -33,9 +33,9 @@ class Scratch:
     context_len: Count = 64
     """Tokens."""
     dropout: BelowOne = 0.0
-    """While it is pretrained, 0-0.3; PPO has none."""
-    tie_embeddings: bool | None = None  # None: as the architecture does, GPT-2 yes, the others no
-    """One matrix for input and output tokens; null: as the architecture does."""
+    """Dropout in pretraining, 0-0.3; PPO uses none."""
+    tie_embeddings: bool | None = None
+    """Whether input and output embedding share a matrix; null: the architecture's default."""
     engine: EngineName = "fast"
     """fast: the Hugging Face module; hooked: TransformerBridge."""
     value_head_init: ValueHeadInit = "default"
@@ -45,7 +45,7 @@ class Scratch:
     def _divides(self) -> "Scratch":
         _check_heads(self.d_model, self.num_heads)
         width = self.d_model // self.num_heads
-        # Rotary embeddings turn pairs; GPT-NeoX's turn a quarter of a head, which must not be none.
+        # Rotary embeddings rotate pairs; GPT-NeoX's rotate a quarter of a head, at least one entry.
         if self.architecture in ("llama", "qwen2") and width % 2:
             raise ValueError(f"d_model/num_heads={width} must be even for {self.architecture}")
         if self.architecture == "gpt_neox" and width < 4:
@@ -56,11 +56,11 @@ class Scratch:
         self, make_tokenizer: TokenizerFactory | None, *, seed: int
     ) -> LanguageModel:
         """The model, drawn with the seed, and the task's tokenizer. Raises ConfigError if the task
-        has no texts to make one from."""
+        has no texts to build one from."""
         if make_tokenizer is None:
             raise ConfigError(
-                "model: one built from nothing needs a task with texts (task=reviews or"
-                " task=labelled_text); for this task name a trained one: model=local"
+                "model: a model from scratch needs a task with texts (task=reviews or"
+                " task=labelled_text); for this task name a trained model: model=local"
                 " model.base_model=DIRECTORY"
             )
         tokenizer = make_tokenizer()
@@ -74,11 +74,11 @@ class Scratch:
         """The model of this shape without weights, and with two tokens."""
         with torch.device("meta"):
             model = self._model(2).eval()
-        model.set_attn_implementation("eager")  # others look into masks, which have no values here
+        model.set_attn_implementation("eager")  # others read masks, which have no values here
         return model
 
     def value_head_path(self) -> Path | None:
-        """None: nothing was saved."""
+        """None: there is no saved head."""
         return None
 
     def _model(
@@ -134,9 +134,9 @@ class ScratchClassifier:
     context_len: Count = 64
     """Tokens; longer texts are cut."""
     dropout: BelowOne = 0.1
-    """In the encoder, while it is trained."""
+    """Dropout in the encoder during training."""
     head_dropout: BelowOne = 0.2
-    """Before the last layer, while it is trained."""
+    """Dropout before the last layer during training."""
 
     @model_validator(mode="after")
     def _divides(self) -> "ScratchClassifier":
@@ -146,7 +146,7 @@ class ScratchClassifier:
     def classifier(
         self, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...], *, seed: int
     ) -> PreTrainedModel:
-        """The model, drawn with the seed, one output for each label."""
+        """The model, drawn with the seed, with one output for each label."""
         from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
         config = DistilBertConfig(

@@ -1,7 +1,7 @@
-"""A causal language model as final hidden states and unembedding, and fast ways to compute them.
+"""A causal language model as final hidden states and unembedding, with fast passes for both.
 
-It knows tensors of token ids. Position ids follow the mask, so left padding changes nothing.
-Dropout is off, always: with it on, the first PPO ratio is not 1.
+Knows tensors of token ids. Position ids follow the mask, so left padding changes nothing. Dropout
+is always off: with dropout the first PPO ratio is not 1.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,19 +26,19 @@ from rlhf_exp.models.unembedding import measure_unembedding
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.types import Completions, Layout, PromptBatch
 
-# The share of a batch's positions that running a prompt once for all rows must save to pay for the
-# second pass through the blocks.
+# Running a shared prompt once needs a second pass through the blocks. It pays if it saves at least
+# this share of the batch's positions.
 WORTH_A_PASS = 0.25
 
-# Attention that takes masks that are True for what is attended to. Others add them to the scores.
+# Attention implementations whose masks are True at attended keys. Others add masks to the scores.
 BOOLEAN_MASKS = ("sdpa", ATTENTION)
 
 
 @dataclass(frozen=True)
 class FastPaths:
     """Which shortcuts give the numbers of plain passes on an architecture: decoding with a
-    key-value cache, running a prompt that all rows share once, decoding by steps of fixed shapes.
-    `models.probing` finds out; everything works without them, more slowly."""
+    key-value cache, running a shared prompt once, decoding by steps of fixed shapes.
+    `models.probing` tests it. Everything works without them, but is slower."""
 
     cache: bool = True
     one_prompt: bool = True
@@ -46,8 +46,8 @@ class FastPaths:
 
 
 class CausalTransformer(nn.Module):
-    """A causal language model taken apart into final hidden states and unembedding. Raises
-    ConfigError for one whose unembedding is more than a matrix, a scale and a soft cap."""
+    """A causal language model split into final hidden states and unembedding. Raises ConfigError if
+    the unembedding is more than a matrix, a scale and a soft cap."""
 
     def __init__(self, language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
@@ -55,57 +55,58 @@ class CausalTransformer(nn.Module):
         self.tokenizer = tokenizer
         self.fast_paths = FastPaths()
         self.value_head: nn.Module | None = None  # a policy's
-        self.edits = Edits()  # those of an intervention, none by default
+        self.edits = Edits()  # an intervention's; none by default
         self._view: HookedView | None = None
         self._recomputed: list[Any] = []
-        self._compiled: tuple[Callable[..., Any], ...] = ()  # not a submodule: it is the same one
-        self.low: torch.dtype | None = None  # what autocast casts passes to, None for nothing
+        self._compiled: tuple[Callable[..., Any], ...] = ()  # a tuple, so as not to be a submodule
+        self.autocast_dtype: torch.dtype | None = None  # None: no autocast
         self._working: WorkingWeights | None = None
         self.train(False)
         self._unembedding = measure_unembedding(language_model)
 
     def train(self, mode: bool = True) -> "CausalTransformer":
-        """Sets the mode of everything but the language model, which stays in evaluation mode."""
+        """Sets the mode of all modules except the language model, which stays in evaluation
+        mode."""
         super().train(mode)
         self.language_model.eval()
         return self
 
     def compute_in(self, dtype: torch.dtype) -> None:
-        """From now on passes compute in `dtype` as autocast has it; layer norms, softmaxes, logits
-        and the weights stay fp32. Call it after finetune.attach, which chooses what is trained."""
-        low = dtype != torch.float32
-        self.low = dtype if low else None
-        besides = self.head.weight
-        self._working = WorkingWeights(self.language_model, dtype, besides=besides) if low else None
+        """From now on passes run under autocast to `dtype`; layer norms, softmaxes, logits and the
+        weights stay fp32. Call it after finetune.attach, which chooses the trained weights."""
+        self.autocast_dtype = self._working = None
+        if dtype != torch.float32:
+            self.autocast_dtype = dtype
+            head = self.head.weight
+            self._working = WorkingWeights(self.language_model, dtype, excluded=head)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context of this model's passes."""
-        if self.low is None:
+        if self.autocast_dtype is None:
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.low)
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
     def working(self) -> AbstractContextManager[object]:
-        """Swaps the low-precision copies of the weights in. Within this context parameters() are
-        the copies, not the trained weights."""
+        """A context in which the model uses low-precision copies of its weights: parameters() then
+        returns the copies, not the trained weights."""
         return nullcontext() if self._working is None else self._working.in_use()
 
     def working_copies(self) -> Iterator[Tensor]:
-        """The copies of weights that `working` puts in use."""
+        """The low-precision copies that `working` uses."""
         return iter(()) if self._working is None else self._working.parameters()
 
     @property
     def is_working(self) -> bool:
-        """Whether this is within `working`, other weights being in use than outside of it."""
+        """Whether the low-precision copies are in use."""
         return self._working is not None and self._working.active
 
     def weights_changed(self) -> None:
-        """To be called after an optimizer step within `working`."""
+        """Refreshes the low-precision copies; call it after an optimizer step within `working`."""
         if self._working is not None:
             self._working.refresh()
 
     def compile_passes(self) -> None:
-        """From now on the passes of learning run compiled. Shapes must not vary: each one is
-        compiled anew."""
+        """From now on the passes of learning run compiled. Every new shape compiles again."""
         self._compiled = (torch.compile(self.language_model.base_model, dynamic=False),)
 
     @property
@@ -114,17 +115,17 @@ class CausalTransformer(nn.Module):
         return bool(self._compiled)
 
     def checkpoint_gradients(self) -> None:
-        """From now on the backward pass computes each block's activations again in place of keeping
+        """From now on the backward pass recomputes each block's activations instead of storing
         them: less memory, a third more time in learning, the same gradients. Raises ConfigError for
-        an architecture that has no such blocks."""
+        an architecture without such blocks."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
-        # Not by transformers' own switch, which has gradients reach the embeddings even where all
-        # blocks below the last are frozen.
+        # Not with transformers' own switch, which sends gradients down to the embeddings even if
+        # only the last blocks are trained.
         blocks = [
             m for m in self.language_model.modules() if isinstance(m, GradientCheckpointingLayer)
         ]
-        # The outermost ones: when one runs again, a block within it must run as it did before.
+        # Only the outermost: in a recomputed block, inner blocks must run as they did before.
         inner = {m for block in blocks for m in block.modules() if m is not block}
         self._recomputed = [block for block in blocks if block not in inner]
         if not self._recomputed:
@@ -135,8 +136,8 @@ class CausalTransformer(nn.Module):
 
     @contextmanager
     def _recomputing(self, editing: Editing, *, cached: bool) -> Iterator[None]:
-        # transformers checkpoints a block only in training mode, and drops its cache then. The
-        # blocks' own flags are set: dropouts that are modules of theirs stay off.
+        # transformers checkpoints a block only in training mode, and then drops its cache. This
+        # sets only the blocks' own flags: dropout modules inside them stay off.
         blocks = self._recomputed if torch.is_grad_enabled() and not cached else []
         for block in blocks:
             block.training = block.gradient_checkpointing = True
@@ -150,8 +151,8 @@ class CausalTransformer(nn.Module):
 
     @contextmanager
     def learning_head(self) -> Iterator[Head]:
-        """`head` with the buffer that functional.vocab_head adds its weights' gradient to. Within
-        the block the input embedding's gradient is sparse: only the rows of its tokens."""
+        """`head` with the buffer to which kernels.vocab_head adds the gradient of its weight.
+        Within the block the input embedding's gradient is sparse: only the rows of its tokens."""
         head, embedding = self.head, self.language_model.get_input_embeddings()
         weights = [w for w in (head.weight, embedding.weight) if w.requires_grad]
         for weight in weights:
@@ -167,12 +168,12 @@ class CausalTransformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.language_model.device
 
     @property
     def context_len(self) -> int:
-        """Tokens that a prompt and its completion may have together."""
+        """The largest number of tokens of a prompt with its completion."""
         return context_len(self.language_model)
 
     def hidden_states(
@@ -183,11 +184,11 @@ class CausalTransformer(nn.Module):
         *,
         prompt_len: int | None = None,
     ) -> Float[Tensor, "batch seq d_model"]:
-        """The final layer norm's output, for every token or, with a cache, for those not in it.
+        """The final layer norm's output for `tokens`; with a cache these are only the new tokens.
 
-        `mask` covers the cached tokens and the new ones, None means that nothing on the left is
-        padding; `tokens` are the new ones only. The first `prompt_len` of them belong to the
-        prompt; an intervention at prompt or completion needs it.
+        `mask` covers the cached tokens and the new ones; None means that there is no padding on the
+        left. The first `prompt_len` tokens belong to the prompt; an intervention at prompt or
+        completion needs this number.
         """
         pass_inputs = {}
         if mask is not None:
@@ -202,10 +203,10 @@ class CausalTransformer(nn.Module):
         positions: Int[Tensor, "batch 1"],
         cache: Cache,
     ) -> Float[Tensor, "batch 1 d_model"]:
-        """The final hidden states of one token a row, given the keys that it attends to and its
-        position. Nothing here makes the host wait for a GPU."""
+        """The final hidden states of one token a row, from its position and the mask of the keys
+        that it may attend to. Never makes the host wait for the GPU."""
         mask = allowed
-        if self.language_model.config._attn_implementation not in BOOLEAN_MASKS:  # it adds masks
+        if self.language_model.config._attn_implementation not in BOOLEAN_MASKS:
             lowest = torch.finfo(self.language_model.dtype).min
             mask = torch.zeros_like(allowed, dtype=self.language_model.dtype)
             mask = mask.masked_fill(~allowed, lowest)
@@ -215,8 +216,8 @@ class CausalTransformer(nn.Module):
     def _states(
         self, tokens: Tensor, cache: Cache | None, pass_inputs: dict[str, Tensor], editing: Editing
     ) -> Tensor:
-        # The embedding apart: given token ids, transformers may look for padding in them, which on
-        # a GPU makes the host wait, and a compiled pass could not have sparse gradients.
+        # Embeds here: with token ids transformers may look for padding in them, which makes the
+        # host wait for the GPU, and a compiled pass could not have sparse gradients.
         learning = cache is None and torch.is_grad_enabled()
         run = self._compiled[0] if self._compiled and learning else self.language_model.base_model
         with self.autocast(), editing(), self._recomputing(editing, cached=cache is not None):
@@ -233,7 +234,7 @@ class CausalTransformer(nn.Module):
     def completion_states(
         self, completions: Completions, layout: Layout
     ) -> Float[Tensor, "batch num_columns d_model"]:
-        """The final hidden states from which the completions' tokens were sampled, up to the
+        """The final hidden states from which the completions' tokens are predicted, up to the
         layout's last column. A prompt that all rows share is run once."""
         prompts, last = completions.prompts, layout.num_columns - 1
         tokens, mask = completions.tokens[:, :last], completions.mask[:, :last]
@@ -267,7 +268,7 @@ class CausalTransformer(nn.Module):
     def last_layers(
         self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], count: int
     ) -> tuple[Float[Tensor, "batch seq d_model"], ...]:
-        """The outputs of the last `count` blocks, the final one's after the final layer norm."""
+        """The outputs of the last `count` blocks; the last of them after the final layer norm."""
         output = self.language_model.base_model(
             input_ids=tokens,
             attention_mask=mask.long(),
@@ -278,33 +279,33 @@ class CausalTransformer(nn.Module):
         return (*output.hidden_states[-count:-1], output.last_hidden_state)
 
     def unembed(self, hidden: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes vocab"]:
-        """Logits from final hidden states, fp32 whatever the passes compute in."""
+        """Logits from final hidden states, always in fp32."""
         return unembed(hidden, self.head)
 
     @property
     def view(self) -> HookedView:
-        """TransformerLens over the current weights, for calls; built at the first use."""
+        """Calls of TransformerLens with the current weights; built on first use."""
         if self._view is None:
             self._view = HookedView(self.language_model, self.tokenizer)
         return self._view
 
     def values(self, hidden: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes"] | None:
-        """The value head on final hidden states; None without a head."""
+        """Values of final hidden states; None without a value head."""
         if self.value_head is None:
             return None
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value_head(hidden.float()).squeeze(-1)
 
     def frozen(self, twin: PreTrainedModel) -> "CausalTransformer":
-        """A copy of this language model, which takes the same fast paths and is not trained."""
+        """A frozen CausalTransformer of `twin`, a copy of this language model, with the same fast
+        paths."""
         other = CausalTransformer(twin, self.tokenizer)
         other.fast_paths = self.fast_paths
         return other.requires_grad_(False)
 
     @property
     def head(self) -> Head:
-        """The output embedding with the model's scale and soft cap, as functional.vocab_head
-        takes it."""
+        """The output embedding with the model's scale and soft cap, for kernels.vocab_head."""
         embedding = self.language_model.get_output_embeddings()
         scale, cap = self._unembedding
         return Head(embedding.weight, embedding.bias, scale=scale, cap=cap)
@@ -313,7 +314,7 @@ class CausalTransformer(nn.Module):
 def _run_checkpointed(
     block: nn.Module, editing: Editing, forward: Callable[..., Any], *args: Any
 ) -> Any:
-    block.training = False  # True only selects this function; OPT would apply dropout
+    block.training = False  # it was True only to select this function; OPT would apply dropout
     return checkpoint(
         forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), editing())
     )

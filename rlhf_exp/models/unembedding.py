@@ -1,7 +1,7 @@
-"""What a language model does to its output embedding's logits: a scale and a soft cap.
+"""The scale and the soft cap that a language model applies to its output embedding's logits.
 
-Both are measured, not read: configurations name them in many ways, and some by one name mean
-opposite things (`logits_scaling` divides in Granite and multiplies in HyperCLOVA X).
+Both are measured, not read: configurations have many names for them, and one name can mean opposite
+things (`logits_scaling` divides in Granite and multiplies in HyperCLOVA X).
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.settings import ConfigError
 
-# Powers of two, which no precision rounds: two to read the scale and the cap from, others to check.
+# Powers of two, which no precision rounds: the first two give scale and cap, the others check.
 SMALL, LARGE = 2.0**-10, 2.0**24
 LOGITS = (SMALL, LARGE, 0.0, -1.0, 8.0, -32.0, 64.0, -LARGE)
 
@@ -28,12 +28,12 @@ class Unembedding(NamedTuple):
 
 @torch.no_grad()
 def measure_unembedding(language_model: PreTrainedModel) -> Unembedding:
-    """The scale and the cap that the model applies, from one pass over one token in which chosen
-    final hidden states and chosen logits take the place of the model's own.
+    """The scale and the cap that the model applies, measured in one pass over one token in which
+    chosen final hidden states and chosen logits replace the model's.
 
     Raises ConfigError for a model that does anything else between final hidden states and logits,
-    and for one without a base model or an output embedding. Of a model that runs only a part of its
-    base model (OPT) what comes before the embedding is not seen.
+    and for one without a base model or an output embedding. If a model calls only a part of its
+    base model (OPT), steps between that and the embedding are not detected.
     """
     name = type(language_model).__name__
     embedding = language_model.get_output_embeddings()
@@ -54,13 +54,13 @@ def measure_unembedding(language_model: PreTrainedModel) -> Unembedding:
         output.last_hidden_state = hidden
         states.append(hidden)
 
-    def take_hidden(module: Any, args: tuple[Tensor]) -> Tensor:
+    def record_input(module: Any, args: tuple[Tensor]) -> Tensor:
         states.append(args[0])
         return args[0].to(embedding.weight.dtype)
 
     hooks = (
         language_model.base_model.register_forward_hook(replace_hidden),
-        embedding.register_forward_pre_hook(take_hidden),
+        embedding.register_forward_pre_hook(record_input),
         embedding.register_forward_hook(lambda module, args, output: chosen),
     )
     try:
@@ -82,7 +82,7 @@ def measure_unembedding(language_model: PreTrainedModel) -> Unembedding:
 
 
 def _ratio(actual: Tensor, hidden: Tensor) -> float | None:
-    """The factor by which all of `actual` is `hidden`, None if there is none."""
+    """The positive factor with actual = factor hidden, None if there is none."""
     if actual.shape != hidden.shape:
         return None
     ratio = _near_one(float(actual[0, 0, -1] / hidden[0, 0, -1]))
@@ -90,7 +90,7 @@ def _ratio(actual: Tensor, hidden: Tensor) -> float | None:
 
 
 def _fitted(logits: Tensor, changed: Tensor) -> Unembedding | None:
-    """What turned the logits into the others, None if it is neither scale nor soft cap."""
+    """The scale and soft cap that turn `logits` into `changed`, None if there are none."""
     pairs = torch.stack([logits.double(), changed.double()]).flatten(1).cpu()
     (small, large), (scaled_small, scaled_large) = pairs[:, :2].tolist()
     if not 0 < scaled_small < scaled_large:

@@ -12,11 +12,11 @@ from rlhf_exp.types import Completions
 
 @settings
 class ArithmeticReward:
-    """`tasks.arithmetic.series_reward` of each completion, from 1 to 7. It raises ValueError for a
-    prompt that is not one of task=arithmetic."""
+    """`tasks.arithmetic.series_reward` of each completion, from 1 to 7. Its function raises
+    ValueError for a prompt that is not from task=arithmetic."""
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raises ConfigError naming the first prompt that is none of task=arithmetic."""
+        """Raises ConfigError naming the first prompt that is not from task=arithmetic."""
         for prompt in prompts:
             try:
                 parse_prompt(prompt)
@@ -24,7 +24,7 @@ class ArithmeticReward:
                 raise ConfigError(f"reward=arithmetic: {error}") from error
 
     def load(self, device: torch.device) -> RewardFunction:
-        """The function; nothing is loaded."""
+        """The reward function; loads nothing."""
 
         def score(completions: Completions) -> torch.Tensor:
             exact = (parse_prompt(prompt).series() for prompt in completions.prompts.texts)

@@ -1,6 +1,6 @@
-"""Scores of a reward that may raise, hang or give nonsense: asked again, and checked.
+"""Calls a reward that may raise, hang or return nonsense: retries it and checks its scores.
 
-It knows when a reward has failed and how often to ask it, not what is to be done without scores.
+Knows when a call has failed and how often to retry it, not what to do without scores.
 """
 
 import logging
@@ -22,39 +22,38 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patience:
-    """How often a reward is asked again after it failed, after how many seconds the first time
-    (twice as many at each further time), and after how many seconds a call counts as hanging (None:
-    it is waited for)."""
+class RetryPolicy:
+    """How often to retry a reward that failed, the seconds to wait before the first retry (doubled
+    before each further one), and the seconds after which a call counts as hanging (None: never)."""
 
     retries: int = 0
     wait_s: float = 0.0
     timeout_s: float | None = None
 
 
-ONCE = Patience()
+ONCE = RetryPolicy()
 
 
-class PatientReward:
-    """A reward that is asked again where it fails, and whose scores are checked.
+class CheckedReward:
+    """A reward that is retried when it fails, and whose scores are checked.
 
-    All of its calls are made on one thread, since connections (SQLite), caches (threading.local)
-    and event loops belong to the thread that made them: with a timeout, or if `on_thread`, on one
-    of its own, which is replaced when a call hangs there; else on the caller's.
+    All calls run on one thread, because connections (SQLite), caches (threading.local) and event
+    loops belong to the thread that created them. With a timeout, or if `on_thread`, this is a
+    separate thread, which is replaced when a call hangs; else the caller's.
     """
 
     def __init__(
-        self, reward: RewardFunction, patience: Patience = ONCE, *, on_thread: bool = False
+        self, reward: RewardFunction, retry: RetryPolicy = ONCE, *, on_thread: bool = False
     ) -> None:
-        self._reward, self._patience = reward, patience
-        self._has_thread = on_thread or patience.timeout_s is not None
+        self._reward, self._retry = reward, retry
+        self._has_thread = on_thread or retry.timeout_s is not None
         self._thread: Background | None = None
 
     def __call__(self, completions: Completions, *, phase: int) -> Float[Tensor, " batch"]:
-        """The reward's scores in fp32. Raises RewardError naming the phase and the cause if the
-        last attempt, too, raised, took too long or did not give a finite score for each completion.
-        That memory ran out is raised as it is and at once."""
-        attempts, wait_s = self._patience.retries + 1, self._patience.wait_s
+        """The reward's scores in fp32. Raises RewardError naming the phase and the cause if every
+        attempt raised, hung or did not return one finite score for each completion. Running out of
+        memory is raised at once and unchanged."""
+        attempts, wait_s = self._retry.retries + 1, self._retry.wait_s
         for attempt in range(1, attempts + 1):
             try:
                 return self._attempt(completions)
@@ -72,38 +71,38 @@ class PatientReward:
 
     def _attempt(self, completions: Completions) -> Float[Tensor, " batch"]:
         try:
-            scores = self._ask(completions)
+            scores = self._call(completions)
         except RewardError as error:
             raise RewardError(f"{error}{self._hint(error.__cause__)}") from error
         except (Exception, SystemExit) as error:
             if is_out_of_memory(error):
                 raise
-            raise RewardError(f"the reward raised {_told(error)}{self._hint(error)}") from error
+            raise RewardError(f"the reward raised {_describe(error)}{self._hint(error)}") from error
         _check(scores, completions)
         return scores
 
-    def _ask(self, completions: Completions) -> Tensor:
+    def _call(self, completions: Completions) -> Tensor:
         if not self._has_thread:
             return self._reward(completions).float()
         if self._thread is None:
             self._thread = Background("reward call")
-        asked = self._thread.submit(lambda: self._reward(completions).float())
-        timeout_s = self._patience.timeout_s
-        if not wait([asked], timeout_s).done:
-            self._thread = None  # lost to the call that hangs
+        scores = self._thread.submit(lambda: self._reward(completions).float())
+        timeout_s = self._retry.timeout_s
+        if not wait([scores], timeout_s).done:
+            self._thread = None  # the hanging call blocks it for good
             raise RewardError(
                 f"the reward gave no scores within {timeout_s:g} s; if it needs longer, raise"
                 " stage.guards.reward_timeout_s or set it null"
             )
-        return asked.result()
+        return scores.result()
 
     def _hint(self, error: BaseException | None) -> str:
-        """What to do about an error that only the main thread avoids."""
+        """Advice for an error that only calls on the main thread avoid, else ""."""
         if not self._has_thread or "thread" not in str(error):
             return ""
         return (
-            "\nthe reward is called on a thread of its own, so that a call that hangs can be given"
-            " up; to have it called on the main thread, set stage.guards.reward_timeout_s=null and"
+            "\nthe reward runs on another thread, so that a hanging call can be abandoned; to run"
+            " it on the main thread, set stage.guards.reward_timeout_s=null and"
             " stage.compute.async_reward=false"
         )
 
@@ -123,9 +122,9 @@ def _check(scores: Tensor, completions: Completions) -> None:
         )
 
 
-def _told(error: BaseException) -> str:
-    """The exception, and the innermost line that is no library's."""
+def _describe(error: BaseException) -> str:
+    """The exception, and the innermost line that is not in a library."""
     text = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(": ")
     calls = extract_tb(error.__traceback__)
-    own = [call for call in calls if "site-packages" not in Path(call.filename).parts] or calls
-    return f"{text} at {own[-1].filename}:{own[-1].lineno}"
+    lines = [call for call in calls if "site-packages" not in Path(call.filename).parts] or calls
+    return f"{text} at {lines[-1].filename}:{lines[-1].lineno}"

@@ -1,4 +1,4 @@
-"""How often a character occurs."""
+"""A reward that counts a character."""
 
 from typing import Annotated
 
@@ -10,8 +10,8 @@ from rlhf_exp.settings import settings
 
 @settings
 class CharCount(TextReward):
-    """Occurrences of one character in prompt and completion; with "." the reward of ARENA's
-    exercise on periods."""
+    """The number of times that a character occurs in prompt and completion; with "." the reward of
+    ARENA's exercise on periods."""
 
     character: Annotated[str, Field(min_length=1, max_length=1)] = "."
     """One character."""

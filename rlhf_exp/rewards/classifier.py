@@ -1,4 +1,4 @@
-"""What a sequence classifier says of a label: its probability, its log, or the logit."""
+"""A reward that reads a sequence classifier: the probability, log-prob or logit of a label."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -22,7 +22,7 @@ def _check_label(value: Any) -> Any:
     if isinstance(value, bool | float):
         kind = "boolean" if isinstance(value, bool) else "float"
         raise ValueError(
-            f"a label is a name or an index, not a {kind}; for one of that name set"
+            f"a label is a name or an index, not a {kind}; if that is its name, set"
             f" 'reward.label=\"{str(value).lower()}\"'"
         )
     return value
@@ -33,11 +33,11 @@ class Classifier(SequenceClassifierSettings):
     """P(label) of prompt and completion under any AutoModelForSequenceClassification with two or
     more labels, or its logarithm, or the logit.
 
-    The label is given by `label`, a name or an index, or by `direction` for one whose name begins
-    with pos or neg. A number is the name of a label if there is one of that name; it is an index
-    only if no name begins with a digit. Labels that exclude each other share a softmax; those of
-    problem_type=multi_label_classification have a sigmoid each. dtype auto is fp16 on CUDA and fp32
-    elsewhere; scores are fp32 either way.
+    `label` is a name or an index; `direction` selects the label whose name begins with pos or neg.
+    A number first matches a label of that name; it is an index only if no name begins with a digit.
+    Probabilities come from a softmax over the labels, or with
+    problem_type=multi_label_classification from a sigmoid each. dtype auto is fp16 on CUDA and fp32
+    elsewhere; scores are always fp32.
     """
 
     label: Annotated[str | int | None, BeforeValidator(_check_label)] = None
@@ -47,7 +47,7 @@ class Classifier(SequenceClassifierSettings):
     output: Output = "prob"
     """Prob; logprob, its natural logarithm; logit."""
     truncation_side: Side = "right"
-    """Which end of a too long text is cut: right or left."""
+    """The end at which a text that is too long is cut: right or left."""
 
     @model_validator(mode="after")
     def _one_choice(self) -> "Classifier":
@@ -59,8 +59,8 @@ class Classifier(SequenceClassifierSettings):
         return self
 
     def load(self, device: torch.device) -> RewardFunction:
-        """The function, the classifier on its device, the scores on the given one. Raises
-        ConfigError if the model cannot be loaded, has no such label or not that output."""
+        """The reward function; it returns scores on `device`, wherever the classifier is. Raises
+        ConfigError if the model cannot be loaded or lacks the label or the output."""
         classifier = self.open_model(
             device, auto_on_cuda=torch.float16, truncation_side=self.truncation_side
         )
@@ -76,19 +76,19 @@ class Classifier(SequenceClassifierSettings):
         return score
 
     def check_upstream(self, upstream: Upstream) -> list[str]:
-        """The label must be one of those of a classifier that an earlier step will make."""
+        """A message if the classifier of an earlier step lacks the label."""
         try:
-            made = upstream(self.name)
-            if made is not None and made.labels is not None:
-                self.find_label(made.labels)
+            artifact = upstream(self.name)
+            if artifact is not None and artifact.labels is not None:
+                self.find_label(artifact.labels)
         except ConfigError as error:
             return [str(error)]
         return []
 
     def find_label(self, labels: Sequence[str], *, of: str = "") -> int:
-        """The index of the label that `label` or `direction` names among these. Raises ConfigError
-        with all of them if it names none or several; `of` says whose labels they are, by default
-        the classifier's."""
+        """The index in `labels` of the one that `label` or `direction` selects. Raises ConfigError
+        that lists the labels if none or several match; it calls their owner `of`, by default the
+        classifier."""
         has_numbers = any(label.lstrip("+-")[:1].isdigit() for label in labels)
         if self.direction is not None:
             matches = [i for i, x in enumerate(labels) if x.lower().startswith(self.direction)]
@@ -124,11 +124,11 @@ class Classifier(SequenceClassifierSettings):
 def label_outputs(
     logits: Float[Tensor, "batch label"], output: Output, *, exclusive: bool
 ) -> Float[Tensor, "batch label"]:
-    """Each label's probability, its natural logarithm or the logit itself. Of labels that exclude
-    each other one is true, of others any number."""
+    """The probability, log-prob or logit of each label. Exactly one of `exclusive` labels is true;
+    else each label is true or false by itself."""
     if output == "logit":
         return logits
     if output == "prob":
         return logits.softmax(dim=-1) if exclusive else logits.sigmoid()
-    # Not the logarithm of the probability, which rounds to 0 for a label that is far behind.
+    # Not log(prob): the probability of an unlikely label rounds to 0.
     return logits.log_softmax(dim=-1) if exclusive else F.logsigmoid(logits)

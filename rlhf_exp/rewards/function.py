@@ -1,6 +1,6 @@
-"""Scores from a Python function that the user names, called as TRL calls reward functions.
+"""A reward that calls the user's Python function as TRL calls reward functions.
 
-It knows how to find and call the function; what it computes is the user's.
+Knows how to find and call the function, not what it computes.
 """
 
 import asyncio
@@ -30,61 +30,59 @@ from rlhf_exp.rewards.samples import Samples, read_samples, read_scores
 from rlhf_exp.settings import ConfigError, Text, settings
 from rlhf_exp.types import Completions
 
-OWN_ARGUMENTS = ("prompts", "completions", "completion_ids")
+STANDARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
 BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
 
 @settings
 class FunctionReward:
-    """What `function` gives, a "module:callable" or "path/to/file.py:callable".
+    """The scores of `function`, a "module:callable" or "path/to/file.py:callable".
 
     It is called as f(prompts=..., completions=..., completion_ids=..., **columns), each a list with
-    an entry for every sample, or with those of them that its signature names. Prompts that are
-    conversations come as messages, their completions as a message of the assistant. Coroutines
-    are awaited, all of them on one event loop.
+    one entry a sample, or with the arguments that its signature names. A conversation comes as a
+    list of messages, its completion as a list with one message of the assistant. Coroutines are
+    awaited, all on one event loop.
     """
 
     function: Text
     """module:callable or path/to/file.py:callable."""
 
     def fingerprint(self) -> str:
-        """The SHA-256 of the file that the callable is defined in, after that of the module that
-        is named where this is another one; "" for what is not written in Python. Raises ConfigError
-        as `load` does."""
-        found = find_function(self.function)
-        files = dict.fromkeys((found.module.__dict__.get("__file__"), source_file(found.function)))
+        """The SHA-256 of the module's file and of the file that defines the callable, if that is
+        another; "" if neither is Python source. Raises ConfigError as `load` does."""
+        named = find_function(self.function)
+        files = dict.fromkeys((named.module.__dict__.get("__file__"), source_file(named.function)))
         sources = [Path(file).read_bytes() for file in files if file and file.endswith(".py")]
         return hashlib.sha256(b"".join(sources)).hexdigest() if sources else ""
 
     def load(self, device: torch.device) -> RewardFunction:
-        """The function. Raises ConfigError if there is no such callable, if importing it fails, and
-        if it does not take completions."""
+        """The reward function. Raises ConfigError if there is no such callable, if its import fails
+        or if it does not accept completions."""
         who = f"reward.function={self.function}"
         function = find_function(self.function).function
         parameters = inspect.signature(function).parameters
-        # One loop for all calls: clients that the user's module holds are bound to the loop that
-        # they were first used on.
+        # One loop for all calls: the clients in a user's module stay bound to their first loop.
         runners = [asyncio.Runner()]
 
-        def call(given: Mapping[str, list[Any]]) -> Any:
-            result = function(**given)
+        def call(kwargs: Mapping[str, list[Any]]) -> Any:
+            result = function(**kwargs)
             if not inspect.isawaitable(result):
                 return result
-            if runners[-1].get_loop().is_running():  # a call that hangs has it, on another thread
+            if runners[-1].get_loop().is_running():  # by a hanging call on another thread
                 runners.append(asyncio.Runner())
             return runners[-1].run(_wait_for(result))
 
         def score(completions: Completions) -> torch.Tensor:
             samples = read_samples(completions)
-            given = arguments(parameters, samples, who=who)
+            kwargs = arguments(parameters, samples, who=who)
             try:
-                values = call(given)
+                values = call(kwargs)
             except FAULTS as error:
-                # Read anew, since the call may have changed the lists before it failed.
-                again = arguments(parameters, read_samples(completions), who=who)
+                # Fresh lists, since the call may have changed the others before it failed.
+                kwargs = arguments(parameters, read_samples(completions), who=who)
                 where = _line(error, source_file(function))
                 raise RewardError(
-                    f"{who} raised {_describe(error)}{where}\n{_culprit(call, again, samples)}"
+                    f"{who} raised {_describe(error)}{where}\n{_culprit(call, kwargs, samples)}"
                 ) from error
             scores = read_scores(values, samples, who=who)
             return torch.tensor(scores, dtype=torch.float32, device=device)
@@ -93,7 +91,7 @@ class FunctionReward:
         return score
 
 
-# What a function of the user's may raise; sys.exit() and a cancelled task are no Exception.
+# What a user's function may raise; sys.exit() and a cancelled task do not raise an Exception.
 FAULTS = (Exception, SystemExit, asyncio.CancelledError)
 
 
@@ -110,61 +108,60 @@ async def _wait_for(awaitable: Any) -> Any:
 def arguments(
     parameters: Mapping[str, Parameter], samples: Samples, *, who: str
 ) -> dict[str, list[Any]]:
-    """The arguments by name: all that there are for a function with **kwargs, else those that it
-    names. Raises RewardError if it needs a column that the samples lack, and for a column with the
-    name of one of our own arguments."""
-    clash = sorted(samples.columns.keys() & set(OWN_ARGUMENTS))
+    """The arguments by name: all of them for a function with **kwargs, else those that it names.
+    Raises RewardError if the samples lack a column that it needs, and for a column that is named
+    like a standard argument."""
+    clash = sorted(samples.columns.keys() & set(STANDARD_ARGUMENTS))
     if clash:
         raise RewardError(
-            f"{who}: the dataset has a column {clash[0]!r}, which is what the reward's own argument"
-            f" is called; rename the column\n{samples.show(0)}"
+            f"{who}: the dataset has a column {clash[0]!r}, the name of a standard argument of"
+            f" reward functions; rename the column\n{samples.show(0)}"
         )
-    given = {
+    available = {
         "prompts": samples.prompts,
         "completions": samples.completions,
         "completion_ids": samples.completion_ids,
         **samples.columns,
     }
     named = [p for p in parameters.values() if p.kind in BY_NAME]
-    missing = [p.name for p in named if p.default is Parameter.empty and p.name not in given]
-    if missing:
+    absent = [p.name for p in named if p.default is Parameter.empty and p.name not in available]
+    if absent:
         raise RewardError(
-            f"{who} needs {', '.join(missing)}, but the samples have no column of that name; there"
-            f" are {', '.join(given)}\n{samples.show(0)}"
+            f"{who} needs {', '.join(absent)}, but the samples have no column of that name; there"
+            f" are {', '.join(available)}\n{samples.show(0)}"
         )
     if any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values()):
-        return given
-    return {p.name: given[p.name] for p in named if p.name in given}
+        return available
+    return {p.name: available[p.name] for p in named if p.name in available}
 
 
 def _culprit(
     call: Callable[[Mapping[str, list[Any]]], Any],
-    given: Mapping[str, list[Any]],
+    kwargs: Mapping[str, list[Any]],
     samples: Samples,
 ) -> str:
-    """What to say of a batch's samples after it has failed: the first that fails by itself."""
+    """A message naming the first sample of a failed batch for which a call by itself fails too."""
     for index in range(len(samples)):
         try:
-            call({name: entries[index : index + 1] for name, entries in given.items()})
+            call({name: entries[index : index + 1] for name, entries in kwargs.items()})
         except FAULTS:
-            return f"so it does for one sample alone, {samples.show(index)}"
+            return f"it also fails for one sample by itself, {samples.show(index)}"
     return (
-        f"it raises nothing for any of the {len(samples)} samples alone; the first is"
-        f" {samples.show(0)}"
+        f"it fails for none of the {len(samples)} samples by itself; the first is {samples.show(0)}"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """The function that was asked for, and the module that was named."""
+class NamedFunction:
+    """A function and the module that the user named."""
 
     function: Callable[..., Any]
     module: ModuleType
 
 
-def find_function(name: str) -> Found:
-    """The callable "module:callable" or "path/to/file.py:callable". Raises ConfigError with what is
-    wrong with it."""
+def find_function(name: str) -> NamedFunction:
+    """The callable "module:callable" or "path/to/file.py:callable". Raises ConfigError if it cannot
+    be imported or does not accept completions."""
     who = f"reward.function={name}"
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
@@ -176,25 +173,25 @@ def find_function(name: str) -> Found:
     try:
         function = getattr(module, attribute)
     except AttributeError as error:
-        own = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-        close = difflib.get_close_matches(attribute, own, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"it has {_listed(own)}"
+        names = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+        close = difflib.get_close_matches(attribute, names, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"it has {_listed(names)}"
         file = module.__dict__.get("__file__") or place
         raise ConfigError(f"{who}: there is no {attribute} in {file}; {hint}") from error
     if not callable(function):
         raise ConfigError(
-            f"{who}: {attribute} is no function but {type(function).__name__}"
+            f"{who}: {attribute} is not a function but {type(function).__name__}"
             f" {reprlib.repr(function)}; name a callable"
         )
     _check_signature(function, who)
-    return Found(function=function, module=module)
+    return NamedFunction(function=function, module=module)
 
 
 def _check_signature(function: Callable[..., Any], who: str) -> None:
     try:
         signature = inspect.signature(function)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{who}: it has no signature to read; wrap it in a def") from error
+        raise ConfigError(f"{who}: its signature cannot be read; wrap it in a def") from error
     for parameter in signature.parameters.values():
         if parameter.kind is Parameter.VAR_KEYWORD:
             return
@@ -208,16 +205,16 @@ def _check_signature(function: Callable[..., Any], who: str) -> None:
 
 def _import_module(name: str, who: str) -> ModuleType:
     _make_importable(Path.cwd())
-    with _telling(who, f"importing {name}", wanted=name):
+    with _import_errors(who, f"importing {name}", module=name):
         return importlib.import_module(name)
 
 
 def _import_file(path: Path, who: str) -> ModuleType:
-    """The file as a module, run again only if it has changed."""
+    """The file as a module; it runs again only if it has changed."""
     file = path.resolve()
     spec = spec_from_file_location(_module_name(file, who), file)
     if spec is None:
-        raise ConfigError(f"{who}: {file} is no Python file; its name must end in .py")
+        raise ConfigError(f"{who}: {file} is not a Python file; its name must end in .py")
     if spec.name in sys.modules:
         return sys.modules[spec.name]
     _make_importable(file.parent)
@@ -225,9 +222,9 @@ def _import_file(path: Path, who: str) -> ModuleType:
     # Dataclasses and pickles look up the module that they are defined in.
     sys.modules[spec.name] = module
     try:
-        with _telling(who, f"running {file}"):
-            # Not by the loader: its cache takes a file for unchanged if it was changed within the
-            # second and has the same size.
+        with _import_errors(who, f"running {file}"):
+            # Not by the loader, whose cache misses a change within the same second that keeps the
+            # file's size.
             exec(compile(file.read_bytes(), str(file), "exec"), module.__dict__)
     except BaseException:
         del sys.modules[spec.name]
@@ -245,24 +242,23 @@ def _module_name(file: Path, who: str) -> str:
 
 
 def _make_importable(folder: Path) -> None:
-    """Puts the folder behind all others, so that no file in it comes before a library that
-    something else has yet to import."""
+    """Appends the folder to the import path; at the end, no file in it hides a library."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 
 
 @contextmanager
-def _telling(who: str, action: str, *, wanted: str = "") -> Iterator[None]:
-    """Turns whatever the user's module raises into ConfigError; that it is not there is told
-    apart. The process's folder is afterwards what it was."""
+def _import_errors(who: str, action: str, *, module: str = "") -> Iterator[None]:
+    """Turns an exception of the user's module, or a missing `module`, into ConfigError. Restores
+    the working directory."""
     try:
         with chdir("."):
             yield
     except ModuleNotFoundError as error:
-        if error.name is not None and f"{wanted}.".startswith(f"{error.name}."):
+        if error.name is not None and f"{module}.".startswith(f"{error.name}."):
             raise ConfigError(
                 f"{who}: there is no module {error.name} in {Path.cwd()} or among the installed"
-                " ones; a file is given by its path, with .py"
+                " packages; name a file by its path, with .py"
             ) from error
         raise ConfigError(f"{who}: {action} raised {_describe(error)}{_line(error)}") from error
     except (Exception, SystemExit) as error:
@@ -270,8 +266,8 @@ def _telling(who: str, action: str, *, wanted: str = "") -> Iterator[None]:
 
 
 def source_file(function: Callable[..., Any]) -> str | None:
-    """The file that a function, or the class of a callable object, is written in; None for one
-    that is not written in Python. What a decorator or a partial wraps counts."""
+    """The file that defines a function, or the class of a callable object; None if it is not Python
+    source. Looks inside decorators and partials."""
     while isinstance(function, functools.partial):
         function = function.func
     inner = inspect.unwrap(function)
@@ -293,14 +289,14 @@ def _describe(error: BaseException) -> str:
 
 
 def _line(error: BaseException, file: str | None = None) -> str:
-    """ " at FILE:LINE", the innermost one in `file`, else of all that are called from here; "" for
-    none and for a SyntaxError, which says itself where it is."""
+    """ " at FILE:LINE" of the innermost call in `file`, else outside of libraries, else of any; ""
+    without calls and for a SyntaxError, whose message names the line."""
     if isinstance(error, SyntaxError):
         return ""
     calls = list(traceback.extract_tb(error.__traceback__))
     while any(call.filename == __file__ for call in calls):
         calls = calls[1:]
-    # Not where a library was when it raised, or W&B, which puts itself in the place of sys.exit.
-    own = [call for call in calls if "site-packages" not in Path(call.filename).parts]
-    found = [call for call in calls if call.filename == file] or own or calls
-    return f" at {found[-1].filename}:{found[-1].lineno}" if found else ""
+    # Not a line in a library; W&B's is one too, which replaces sys.exit.
+    outside = [call for call in calls if "site-packages" not in Path(call.filename).parts]
+    lines = [call for call in calls if call.filename == file] or outside or calls
+    return f" at {lines[-1].filename}:{lines[-1].lineno}" if lines else ""

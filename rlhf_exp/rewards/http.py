@@ -1,7 +1,6 @@
-"""Scores from a server that is asked over HTTP.
+"""A reward that requests scores from a server over HTTP.
 
-It knows the request, its repetitions and what may be wrong with an answer; what the server computes
-is not its concern.
+Knows requests, retries and bad responses, not what the server computes.
 """
 
 import ipaddress
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from requests import PreparedRequest, RequestException, Response, Session
     from requests.adapters import HTTPAdapter
 
-# Faults of the moment; others will not go away by asking again.
+# Statuses of temporary faults; a retry does not help with others.
 RETRIED = (429, 500, 502, 503, 504)
 LONGEST_WAIT_S = 120.0
 CONNECT_S = 5.0
@@ -35,14 +34,15 @@ CONNECT_S = 5.0
 
 @settings
 class HttpReward:
-    """What a server answers to a POST of {"prompts": [...], "completions": [...], "columns":
-    {name: [...]}}: a list of numbers, or an object with such `scores` or `rewards`.
+    """The scores with which a server answers a POST of {"prompts": [...], "completions": [...],
+    "columns": {name: [...]}}: a list of numbers, or an object with the list under `scores` or
+    `rewards`.
 
-    `timeout_s` holds for the connection and for each part of an answer, not for a slow whole.
-    Lists have an entry for each sample, `batch_size` of them at most. A request is repeated up to
-    max_retries times if nobody answers or the status is 429, 500, 502, 503 or 504, after
-    `backoff_s`, twice that and so on, or after what the server says in Retry-After, 120 seconds at
-    most. `token_env` names an environment variable whose value goes along as bearer token.
+    Every list has one entry a sample, at most `batch_size`. `timeout_s` limits the connection and
+    each part of an answer, not the whole answer. A request is retried up to max_retries times if
+    there is no answer or the status is 429, 500, 502, 503 or 504; it waits `backoff_s`, doubled at
+    each retry, or the server's Retry-After, at most 120 seconds. `token_env` names an environment
+    variable whose value is sent as bearer token.
     """
 
     url: Text
@@ -50,9 +50,9 @@ class HttpReward:
     timeout_s: Positive = 30.0
     """Seconds to wait for a connection, and for each part of an answer; above 0."""
     max_retries: Index = 4
-    """Repetitions of a failed request, from 0."""
+    """Retries of a failed request, from 0."""
     backoff_s: NonNegative = 0.5
-    """Seconds before the first repetition, doubling; from 0."""
+    """Seconds before the first retry, doubled at each further one; from 0."""
     batch_size: Count = 64
     """Samples a request."""
     token_env: Text | None = None
@@ -63,17 +63,17 @@ class HttpReward:
     def _usable(cls, url: str) -> str:
         try:
             parts = urlsplit(url)
-            known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-            named = parts.username is not None or parts.password is not None
+            is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            has_user = parts.username is not None or parts.password is not None
         except ValueError:
-            known = named = False
-        if "@" in url and (named or not known):
-            # ConfigError, so that the value is not repeated.
+            is_url = has_user = False
+        if "@" in url and (has_user or not is_url):
+            # ConfigError, so that the message does not repeat the value.
             raise ConfigError(
                 "reward.url seems to hold a user or a password, which would be written to the"
-                " run's files: leave it out, and name a variable with a token in reward.token_env"
+                " run's files: remove it, and name a variable with a token in reward.token_env"
             )
-        if not known or re.search(r"\s", url):
+        if not is_url or re.search(r"\s", url):
             raise ValueError("give http://HOST:PORT/PATH or https://HOST/PATH")
         return url
 
@@ -81,16 +81,16 @@ class HttpReward:
     @classmethod
     def _names_a_variable(cls, name: str | None) -> str | None:
         if name is not None and not re.fullmatch(r"[A-Za-z_]\w*", name, flags=re.ASCII):
-            # ConfigError, so that what may be the token itself is not repeated.
+            # ConfigError, so that the message does not repeat what may be the token.
             raise ConfigError(
-                "reward.token_env is no name of an environment variable: export the token as one,"
-                " and give its name here"
+                "reward.token_env is not the name of an environment variable: export the token in a"
+                " variable, and give its name here"
             )
         return name
 
     def load(self, device: torch.device) -> RewardFunction:
-        """The function. Raises ConfigError if nobody listens at the url, and if there is no token
-        in the variable."""
+        """The reward function. Raises ConfigError if no server listens at the url or the variable
+        holds no token."""
         token = self._read_token()
         self._check_listening()
         session = self._open_session(token)
@@ -99,7 +99,7 @@ class HttpReward:
             samples = read_samples(completions)
             scores: list[float] = []
             for start in range(0, len(samples), self.batch_size):
-                scores += self._ask(session, samples.part(start, start + self.batch_size))
+                scores += self._request(session, samples.part(start, start + self.batch_size))
             return torch.tensor(scores, dtype=torch.float32, device=device)
 
         return score
@@ -109,24 +109,24 @@ class HttpReward:
             return None
         token = os.environ.get(self.token_env, "")
         if not re.fullmatch(r"[!-~]+", token):
-            fault = "holds blanks or other than ASCII characters" if token else "is not set"
+            fault = "holds blanks or characters that are not ASCII" if token else "is not set"
             raise ConfigError(
                 f"reward.token_env={self.token_env}: that environment variable {fault}; export the"
                 " server's token in it, or set reward.token_env=null"
             )
-        remember_secret(token)  # a server may repeat it in an error
+        remember_secret(token)  # a server may repeat it in an error message
         return token
 
     def _check_listening(self) -> None:
-        """Raises ConfigError unless somebody accepts connections; behind a proxy only a request
-        can tell."""
+        """Raises ConfigError unless a server accepts connections. Checks nothing behind a proxy,
+        where only a request can tell."""
         if self._uses_proxy():
             return
         parts = urlsplit(self.url)
         host, port = parts.hostname or "", parts.port or {"http": 80}.get(parts.scheme, 443)
         try:
             socket.create_connection((host, port), timeout=min(self.timeout_s, CONNECT_S)).close()
-        except (OSError, UnicodeError) as error:  # the latter from names that no host can have
+        except (OSError, UnicodeError) as error:  # UnicodeError for an impossible host name
             raise ConfigError(
                 f"reward.url={self.url}: nobody answers at {host}:{port} ({error}); start the"
                 " server, or correct the url"
@@ -139,8 +139,8 @@ class HttpReward:
         return select_proxy(self.url, proxies) is not None
 
     def _no_proxy(self) -> str | None:
-        """The host if it is this machine, which no proxy can reach; else None, and the environment
-        decides."""
+        """The host if it is this machine, which is never behind a proxy; else None, so that the
+        environment decides."""
         host = urlsplit(self.url).hostname or ""
         if host == "localhost" or host.endswith(".localhost"):
             return host
@@ -158,7 +158,7 @@ class HttpReward:
         for scheme in ("http://", "https://"):
             session.mount(scheme, adapter)
         if token is not None:
-            # Not as a header of the session: a password of the host in ~/.netrc would replace it.
+            # Not a header of the session: a password for the host in ~/.netrc would replace that.
             def authorize(request: "PreparedRequest") -> "PreparedRequest":
                 request.headers["Authorization"] = f"Bearer {token}"
                 return request
@@ -166,8 +166,8 @@ class HttpReward:
             session.auth = authorize
         return session
 
-    def _ask(self, session: "Session", samples: Samples) -> list[float]:
-        """The scores of samples that go in one request."""
+    def _request(self, session: "Session", samples: Samples) -> list[float]:
+        """The scores of the samples, from one request."""
         from requests import RequestException
 
         who = f"reward.url={self.url}"
@@ -178,8 +178,8 @@ class HttpReward:
                 response = self._post(session, body)
                 break
             except RequestException as error:
-                # The adapter hands an answer on before it is read, and so asks again only if none
-                # has begun.
+                # The adapter retries only until an answer begins; this loop retries one that broke
+                # off.
                 if broken == self.max_retries or not _broke_off(error):
                     cause = self._cause(error, broken)
                     raise RewardError(f"{who}: {cause}\n{samples.show(0)}") from error
@@ -187,7 +187,7 @@ class HttpReward:
                 broken += 1
         if not 200 <= response.status_code < 300:
             raise RewardError(f"{who}: {self._status(response, broken)}\n{samples.show(0)}")
-        return read_scores(answered(response, samples, who=who), samples, who=who)
+        return read_scores(read_answer(response, samples, who=who), samples, who=who)
 
     def _post(self, session: "Session", body: bytes) -> "Response":
         host = self._no_proxy()
@@ -201,7 +201,7 @@ class HttpReward:
         )
 
     def _cause(self, error: "RequestException", broken: int) -> str:
-        """Why there is no answer, and how often one was asked for; `broken` times one had begun."""
+        """Why there is no answer, and after how many attempts; `broken` answers broke off."""
         from urllib3.exceptions import MaxRetryError, ReadTimeoutError
 
         cause: Any = error.args[0] if error.args else error
@@ -232,7 +232,7 @@ class HttpReward:
                 f"{status} redirects to {cut(urljoin(self.url, location), 200)} ({attempts});"
                 " redirects are not followed: set reward.url to where the server answers"
             )
-        return f"{status} ({attempts}); it says {beginning(response)}"
+        return f"{status} ({attempts}); it says {body_start(response)}"
 
 
 def _broke_off(error: "RequestException") -> bool:
@@ -241,33 +241,33 @@ def _broke_off(error: "RequestException") -> bool:
     return bool(error.args) and isinstance(error.args[0], ProtocolError | ReadTimeoutError)
 
 
-def wait_s(backoff_s: float, repetitions: int) -> float:
-    """Seconds to wait after so many repetitions."""
-    return min(LONGEST_WAIT_S, backoff_s * 2.0 ** min(repetitions, 32))
+def wait_s(backoff_s: float, retries: int) -> float:
+    """Seconds to wait before the next retry, after `retries` of them."""
+    return min(LONGEST_WAIT_S, backoff_s * 2.0 ** min(retries, 32))
 
 
 def retrying_adapter(max_retries: int, backoff_s: float) -> "HTTPAdapter":
-    """An adapter that repeats requests as HttpReward says, and gives the last answer if none was
-    better."""
+    """An adapter that retries requests as HttpReward documents, and returns the last answer if all
+    fail."""
     from requests.adapters import HTTPAdapter
     from urllib3 import BaseHTTPResponse
     from urllib3.util.retry import Retry
 
-    class Patient(Retry):
-        """urllib3 itself does not wait before the first repetition, and up to six hours if a server
-        asks for that."""
+    class LimitedRetry(Retry):
+        """Waits before the first retry, which urllib3 does not, and limits Retry-After, for which
+        urllib3 waits up to six hours."""
 
         def get_backoff_time(self) -> float:
             return wait_s(backoff_s, len(self.history) - 1)
 
         def get_retry_after(self, response: BaseHTTPResponse) -> float | None:
-            asked = super().get_retry_after(response)
-            return None if asked is None else min(LONGEST_WAIT_S, float(asked))
+            seconds = super().get_retry_after(response)
+            return None if seconds is None else min(LONGEST_WAIT_S, float(seconds))
 
     return HTTPAdapter(
-        max_retries=Patient(
+        max_retries=LimitedRetry(
             total=max_retries,
-            allowed_methods=None,  # any, POST too: the same samples get the same scores
+            allowed_methods=None,  # POST too: scoring the same samples again does no harm
             status_forcelist=RETRIED,
             raise_on_status=False,
         )
@@ -275,7 +275,7 @@ def retrying_adapter(max_retries: int, backoff_s: float) -> "HTTPAdapter":
 
 
 def encode(samples: Samples, *, who: str) -> bytes:
-    """The body of a request. Raises RewardError naming a column that JSON cannot carry."""
+    """The body of a request. Raises RewardError naming a column that JSON cannot represent."""
     content = {"prompts": samples.prompts, "completions": samples.completions}
     try:
         return json.dumps(content | {"columns": samples.columns}, allow_nan=False).encode()
@@ -286,42 +286,42 @@ def encode(samples: Samples, *, who: str) -> bytes:
         raise
 
 
-def _check_json(column: str, entry: Any, shown: str, who: str) -> None:
+def _check_json(column: str, entry: Any, sample: str, who: str) -> None:
     try:
         json.dumps(entry, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise RewardError(
             f"{who}: the column {column!r} of the dataset holds {reprlib.repr(entry)}, which JSON"
-            f" cannot carry ({error}); remove the column or make it text\n{shown}"
+            f" cannot represent ({error}); remove the column or make it text\n{sample}"
         ) from error
 
 
-def answered(response: "Response", samples: Samples, *, who: str) -> Any:
-    """What the server gave as scores. Raises RewardError if the answer is not JSON or an object
-    that has none, or two different ones."""
+def read_answer(response: "Response", samples: Samples, *, who: str) -> Any:
+    """The scores in an answer, not yet checked. Raises RewardError if the answer is not JSON, or an
+    object without scores or with two different lists of them."""
     try:
         answer = response.json()
     except ValueError as error:
         raise RewardError(
-            f"{who}: the answer is not JSON but {beginning(response)}\n{samples.show(0)}"
+            f"{who}: the answer is not JSON but {body_start(response)}\n{samples.show(0)}"
         ) from error
     if not isinstance(answer, dict):
         return answer
-    found = [answer[key] for key in ("scores", "rewards") if key in answer]
-    if not found:
+    scores = [answer[key] for key in ("scores", "rewards") if key in answer]
+    if not scores:
         raise RewardError(
             f"{who}: the answer has neither scores nor rewards, but {cut(', '.join(answer))}\n"
             + samples.show(0)
         )
-    if found[0] != found[-1]:
+    if scores[0] != scores[-1]:
         raise RewardError(
             f"{who}: the answer has scores and rewards that differ; give one of them\n"
             + samples.show(0)
         )
-    return found[0]
+    return scores[0]
 
 
-def beginning(response: "Response") -> str:
+def body_start(response: "Response") -> str:
     """The first 200 characters of an answer's body, quoted."""
     text = response.content[:1000].decode("utf-8", errors="replace")
     return repr(text[:200])

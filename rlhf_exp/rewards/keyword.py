@@ -1,4 +1,4 @@
-"""Whether, or how often, given words occur."""
+"""A reward that counts keywords."""
 
 import re
 from typing import Annotated
@@ -11,12 +11,12 @@ from rlhf_exp.settings import Count, Text, settings
 
 @settings
 class Keyword(TextReward):
-    """Occurrences of the keywords as whole words, case ignored, at most `max_count` of them."""
+    """The number of whole words that match a keyword, ignoring case, at most `max_count`."""
 
     keywords: Annotated[list[Text], Field(min_length=1)]
     """Words or phrases."""
     max_count: Count = 1
-    """Further occurrences add nothing."""
+    """Most occurrences that count."""
 
     def score(self, text: str) -> float:
         """The capped count."""

@@ -1,4 +1,4 @@
-"""How long a completion is."""
+"""A reward for completions of a target length."""
 
 import torch
 
@@ -8,13 +8,13 @@ from rlhf_exp.settings import Count, settings
 
 @settings
 class Length:
-    """Minus the distance of a completion's length from the target, in units of the target: 0 at
-    the target, -1 for an empty one. Tokens are counted, end-of-sequence included."""
+    """-|length - target| / target, in tokens with end-of-sequence: 0 at the target, -1 for an empty
+    completion."""
 
     target_tokens: Count = 16
     """Tokens of the completion, end-of-sequence included."""
 
     def load(self, device: torch.device) -> RewardFunction:
-        """The function; nothing is loaded."""
+        """The reward function; loads nothing."""
         target = self.target_tokens
         return lambda completions: -((completions.mask.sum(dim=1) - target).abs() / target)

@@ -1,4 +1,4 @@
-"""The score of a scalar reward model, as TRL's RewardTrainer trains it on pairs of answers."""
+"""A reward that reads a scalar reward model, as TRL's RewardTrainer trains it on pairs."""
 
 import torch
 
@@ -10,30 +10,29 @@ from rlhf_exp.types import Completions
 
 @settings
 class PairModel(SequenceClassifierSettings):
-    """The output of an AutoModelForSequenceClassification with num_labels=1, its logit.
+    """The logit of an AutoModelForSequenceClassification with num_labels=1.
 
-    It reads what RewardTrainer of TRL 1.16.0 trains on (`_prepare_dataset`): the texts of prompt
-    and completion joined, EOS behind them, with the special tokens that the tokenizer adds by
-    itself; or the conversation as the chat template renders it, nothing added.
+    Its input is that of RewardTrainer in TRL 1.16.0 (`_prepare_dataset`): prompt, completion and
+    EOS as one text, with the special tokens that the tokenizer adds; or the conversation as the
+    chat template renders it, with nothing added.
 
-    EOS is put behind every text, behind a completion that gen_len cut as well, as RewardTrainer
-    does: the model reads its score at the end, and it has learned to read it at EOS alone. So it
-    judges a cut completion as if it ended there; stage.missing_eos_penalty is for what did not end.
-    The chat template closes a turn likewise. A tokenizer that has no EOS (BERT's) adds what it
-    adds.
+    Like RewardTrainer it appends EOS to every text, even to a completion that gen_len cut: the
+    model reads its score at the last token, and in training that was always EOS. So it scores a cut
+    completion as if it ended there; use stage.missing_eos_penalty against those. The chat template
+    closes a turn in the same way. Without EOS in the tokenizer (BERT's) nothing is appended.
 
-    RewardTrainer leaves out examples that are too long, so no way of cutting is the one it was
-    trained with; the default keeps the end, where the completion is and the score is read.
-    dtype auto is bf16 on CUDA, as RewardTrainer computes there, and fp32 elsewhere: fp16 overflows
-    in many language models. Scores are fp32 either way.
+    RewardTrainer drops examples that are too long, so the model was not trained on cut ones; the
+    default keeps the end of a text, which holds the completion and the position of the score. dtype
+    auto is bf16 on CUDA, as in RewardTrainer, and fp32 elsewhere: fp16 overflows in many language
+    models. Scores are always fp32.
     """
 
     truncation_side: Side = "left"
-    """Which end of a too long text is cut: left keeps the completion."""
+    """The end at which a text that is too long is cut; left keeps the completion."""
 
     def load(self, device: torch.device) -> RewardFunction:
-        """The function, the model on its device, the scores on the given one. Raises ConfigError if
-        the model cannot be loaded or has more than one output."""
+        """The reward function; it returns scores on `device`, wherever the model is. Raises
+        ConfigError if the model cannot be loaded or has more than one output."""
         model = self.open_model(
             device, auto_on_cuda=torch.bfloat16, truncation_side=self.truncation_side
         )
@@ -43,9 +42,9 @@ class PairModel(SequenceClassifierSettings):
                 f"reward.name={self.name!r} has {num_labels} outputs, a reward model one; the"
                 " probability of a label is reward=classifier"
             )
-        ending = model.tokenizer.eos_token or ""
+        eos = model.tokenizer.eos_token or ""
 
         def score(completions: Completions) -> torch.Tensor:
-            return model.logits(completions, ending=ending)[:, 0].to(device)
+            return model.logits(completions, suffix=eos)[:, 0].to(device)
 
         return score

@@ -1,4 +1,4 @@
-"""What a reward is: settings that load into a function from completions to one score each."""
+"""The protocol of rewards: settings that load a function from completions to scores."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ RewardFunction = Callable[[Completions], Float[Tensor, " batch"]]
 
 
 class RewardError(TrainingError):
-    """A reward that gave no usable scores: the message names the cause and the sample."""
+    """A reward returned no usable scores; the message names the cause and the sample."""
 
     exit_code = 2
 
@@ -26,26 +26,27 @@ class Reward(Protocol):
     """The settings of a reward group."""
 
     def load(self, device: torch.device) -> RewardFunction:
-        """The function, whatever it needs loaded to the device. Raises ConfigError for a model that
-        is not there or lacks what is asked."""
+        """The reward function, with its models on the device. Raises ConfigError if a model is
+        missing or does not fit the settings."""
         ...
 
 
 @runtime_checkable
 class ReadsTokens(Protocol):
-    """A reward that reads the policy's own tokens, and so must share its vocabulary."""
+    """A reward that reads the policy's tokens and so must share its vocabulary."""
 
     def check_policy(
         self, tokenizer: PreTrainedTokenizerBase, *, prepend_bos: bool, num_tokens: int
     ) -> None:
-        """Raises ConfigError if it cannot read what a policy with this tokenizer writes after
-        prompts that begin with BOS, or do not: `num_tokens` at most, prompt and completion."""
+        """Raises ConfigError if it cannot read samples of a policy with this tokenizer, whose
+        prompts begin with BOS if `prepend_bos`. A prompt and completion have at most `num_tokens`
+        tokens."""
         ...
 
 
 @runtime_checkable
 class ReadsPrompts(Protocol):
-    """A reward that takes what it needs to know from the prompt."""
+    """A reward that parses the prompt."""
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raises ConfigError naming the first prompt that it cannot read."""
@@ -53,14 +54,14 @@ class ReadsPrompts(Protocol):
 
 
 class TextReward(ABC):
-    """A reward that judges each text by itself. Subclasses are settings with a `score`."""
+    """A reward that scores each text by itself. Subclasses are settings with a `score`."""
 
     @abstractmethod
     def score(self, text: str) -> float:
-        """The score of one text, the prompt with its completion."""
+        """The score of one text: a prompt followed by its completion."""
 
     def load(self, device: torch.device) -> RewardFunction:
-        """The scores of all texts as an fp32 tensor on the device."""
+        """The reward function; it returns fp32 scores on the device."""
         return lambda completions: torch.tensor(
             [self.score(text) for text in completions.full_texts],
             dtype=torch.float32,

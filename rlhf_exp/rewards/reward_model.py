@@ -1,6 +1,6 @@
-"""The score of a reward model trained by stage=reward_model.
+"""A reward that reads a reward model trained by stage=reward_model.
 
-It reads the policy's own tokens, so policy and reward model must share a tokenizer.
+It reads the policy's tokens, so policy and reward model must share a tokenizer.
 """
 
 from collections.abc import Sequence
@@ -31,24 +31,25 @@ class LearnedReward:
     """Completions a forward pass."""
 
     def fingerprint(self) -> str:
-        """A hash of the directory's files, "" for what an earlier step will make."""
+        """A hash of the directory's files, "" for an artifact of an earlier step."""
         return directory_hash(locate_model(self.path, field="reward.path"))
 
     def check_policy(
         self, tokenizer: PreTrainedTokenizerBase, *, prepend_bos: bool, num_tokens: int
     ) -> None:
-        """Raises ConfigError unless the vocabularies are equal, prompts begin as those that the
-        reward model was trained on, and so many tokens fit into its context."""
+        """Raises ConfigError unless the vocabularies are equal, `prepend_bos` is as in the reward
+        model's training and `num_tokens` fit into its context."""
         directory = Path(locate_model(self.path, field="reward.path"))
         shape = read_head_shape(directory)
-        own = load_tokenizer(str(directory), field="reward.path").get_vocab()
-        theirs = tokenizer.get_vocab()
-        if own != theirs:
-            either = sorted(own.keys() | theirs.keys())
-            first = next(token for token in either if own.get(token) != theirs.get(token))
+        vocab = load_tokenizer(str(directory), field="reward.path").get_vocab()
+        policy_vocab = tokenizer.get_vocab()
+        if vocab != policy_vocab:
+            tokens = sorted(vocab.keys() | policy_vocab.keys())
+            first = next(t for t in tokens if vocab.get(t) != policy_vocab.get(t))
+            ids = [v.get(first, "none") for v in (vocab, policy_vocab)]
             raise ConfigError(
                 f"reward.path={self.path}: its tokenizer differs from the policy's: token {first!r}"
-                f" is {own.get(first, 'none')} there and {theirs.get(first, 'none')} in the policy."
+                f" is {ids[0]} there and {ids[1]} in the policy."
                 " Train the reward model on the model that the policy starts from"
             )
         if shape.prepend_bos != prepend_bos:
@@ -65,7 +66,7 @@ class LearnedReward:
             )
 
     def load(self, device: torch.device) -> RewardFunction:
-        """The function, the model on the device. Raises ConfigError if there is none."""
+        """The reward function, its model on the device. Raises ConfigError if there is none."""
         model = load_reward_model(self.path, device=device)
 
         @torch.no_grad()
@@ -80,10 +81,10 @@ class LearnedReward:
 def score_answers(
     model: RewardModel, prompts: Sequence[str], answers: Sequence[str]
 ) -> Float[Tensor, " batch"]:
-    """The scores of answers given as texts, each to the prompt at its place and ended by EOS. An
-    answer begins with whatever separates it from the prompt. Raises ConfigError for a text that
-    the vocabulary does not hold or that is too long, and unless there are as many answers as
-    prompts, at least one."""
+    """The score of each answer to the prompt of the same index, with EOS appended. An answer begins
+    with the space that separates it from the prompt, if there is one. Raises ConfigError for a text
+    that the vocabulary cannot encode or that is too long, for different numbers of prompts and
+    answers, and for none."""
     if len(prompts) != len(answers) or not prompts:
         raise ConfigError(f"{len(prompts)} prompts and {len(answers)} answers: give equally many")
     tokenizer = model.backbone.tokenizer

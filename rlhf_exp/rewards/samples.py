@@ -1,7 +1,7 @@
-"""Samples as plain lists, for scorers that are not of this package, and the scores that they give.
+"""Samples as plain lists for a user's functions and servers, and the check of their scores.
 
-It knows the form that TRL hands to reward functions, not how a scorer is reached. It refuses scores
-that are not one finite number for each sample.
+Knows the lists that TRL passes to reward functions, not how a scorer is called. Refuses scores that
+are not one finite number for each sample.
 """
 
 import copy
@@ -19,26 +19,26 @@ from torch import Tensor
 from rlhf_exp.rewards.protocol import RewardError
 from rlhf_exp.types import Completions
 
-# What a row holds besides the columns of its dataset.
-OWN_KEYS = ("prompt", "messages")
+# Keys of a row that are not columns of its dataset.
+PROMPT_KEYS = ("prompt", "messages")
 FP32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Samples, an entry of every list for each: texts, or lists of messages where the prompt is a
-    conversation. `first` is where they begin in their batch, and `shown` what messages quote; a
-    scorer that changes the lists leaves both alone."""
+    """Samples as lists with one entry each: texts, or lists of messages for a conversation. `first`
+    is the index of the first sample in its batch. Messages quote `texts`, which a scorer that
+    changes the lists does not change."""
 
     prompts: list[Any]
     completions: list[Any]
     completion_ids: list[list[int]]
     columns: dict[str, list[Any]]
-    shown: tuple[tuple[str, str], ...]
+    texts: tuple[tuple[str, str], ...]
     first: int = 0
 
     def __len__(self) -> int:
-        return len(self.shown)
+        return len(self.texts)
 
     def part(self, start: int, stop: int) -> "Samples":
         """The samples from `start` up to `stop`."""
@@ -47,19 +47,18 @@ class Samples:
             completions=self.completions[start:stop],
             completion_ids=self.completion_ids[start:stop],
             columns={name: entries[start:stop] for name, entries in self.columns.items()},
-            shown=self.shown[start:stop],
+            texts=self.texts[start:stop],
             first=self.first + start,
         )
 
     def show(self, index: int) -> str:
-        """A sample by its place in the batch, counted from 0, and what begins and ends its
-        texts."""
-        prompt, completion = map(cut, self.shown[index])
+        """The index of a sample in its batch, from 0, and the beginning and end of its texts."""
+        prompt, completion = map(cut, self.texts[index])
         return f"samples[{self.first + index}]: prompt {prompt}, completion {completion}"
 
 
 def read_samples(completions: Completions) -> Samples:
-    """The batch as lists that share nothing with it: a scorer may change them."""
+    """The batch as lists that share no memory with it: a scorer may change them."""
     rows = completions.prompts.rows
     tokens, mask = completions.tokens.cpu(), completions.mask.cpu()
     return Samples(
@@ -73,7 +72,7 @@ def read_samples(completions: Completions) -> Samples:
         ],
         completion_ids=[row[real].tolist() for row, real in zip(tokens, mask, strict=True)],
         columns=_columns(rows),
-        shown=tuple(zip(completions.prompts.texts, completions.texts, strict=True)),
+        texts=tuple(zip(completions.prompts.texts, completions.texts, strict=True)),
     )
 
 
@@ -82,19 +81,19 @@ def _is_conversation(row: Mapping[str, Any]) -> bool:
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    names = dict.fromkeys(name for row in rows for name in row if name not in OWN_KEYS)
+    names = dict.fromkeys(name for row in rows for name in row if name not in PROMPT_KEYS)
     return {name: [copy.deepcopy(row.get(name)) for row in rows] for name in names}
 
 
 def read_scores(values: Any, samples: Samples, *, who: str) -> list[float]:
-    """The scores in what a scorer gave, as floats. Raises RewardError that begins with `who` and
-    shows a sample unless it is a flat list, tuple, array or tensor of one finite number for each
+    """A scorer's result as floats. Raises RewardError that begins with `who` and shows a sample
+    unless the result is a flat list, tuple, array or tensor of one finite number for each
     sample."""
     entries = _entries(values)
     if entries is None:
         raise RewardError(
-            f"{who} gave {_name(values)} in place of scores; it must give a list of numbers, one"
-            f" for each sample\n{samples.show(0)}"
+            f"{who} gave {_name(values)} instead of scores; it must give a list of numbers, one for"
+            f" each sample\n{samples.show(0)}"
         )
     if len(entries) != len(samples):
         raise RewardError(
@@ -133,13 +132,13 @@ def _score(entry: Any) -> float | None:
         return None
     try:
         score = float(entry)
-    except OverflowError:  # a whole number of more than 308 digits
+    except OverflowError:  # an integer of more than 308 digits
         return None
     return score if math.isfinite(score) and abs(score) <= FP32_MAX else None
 
 
 def cut(text: str, limit: int = 100) -> str:
-    """The text quoted, its middle left out if it is longer than `limit`."""
+    """The text in quotes, without its middle if it is longer than `limit`."""
     short = reprlib.Repr()
     short.maxstring = limit
     return short.repr(text)

@@ -1,7 +1,7 @@
-"""Completions through a Hugging Face sequence classifier, read with its own tokenizer.
+"""The logits of completions under a Hugging Face sequence classifier with its own tokenizer.
 
-It knows texts, conversations, batches, cutting and devices; what the outputs mean is for the
-rewards that use it to say. The policy's tokens never reach it.
+Knows texts, conversations, batches, truncation and devices, not what the outputs mean. It never
+sees the policy's tokens.
 """
 
 from collections.abc import Mapping
@@ -22,14 +22,14 @@ from rlhf_exp.tasks.batches import pad_right
 from rlhf_exp.types import Completions
 
 Side = Literal["right", "left"]
-# What transformers gives a tokenizer whose limit nobody wrote down is far above this.
+# transformers gives a tokenizer without a limit a number far above this.
 NO_LIMIT = 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceClassifier:
-    """A classifier on its device, and how texts are given to it. `max_tokens` is what it can read
-    of one, None if neither it nor its tokenizer has a limit."""
+    """A classifier on its device with its tokenizer. Texts are cut to `max_tokens`; None if neither
+    the classifier nor its tokenizer has a limit."""
 
     name: str
     model: PreTrainedModel
@@ -38,24 +38,24 @@ class SequenceClassifier:
     batch_size: int
 
     @torch.no_grad()
-    def logits(self, completions: Completions, *, ending: str = "") -> Float[Tensor, "batch label"]:
+    def logits(self, completions: Completions, *, suffix: str = "") -> Float[Tensor, "batch label"]:
         """The fp32 logits of each prompt with its completion, on the classifier's device.
 
-        A conversation is rendered by the classifier's own chat template, answer included, if it has
-        one. Everything else is text: the prompt's, the completion's, and `ending` unless the
-        completion ends with it.
+        The classifier's chat template, if it has one, renders a conversation with its answer.
+        Otherwise the text is the prompt, the completion and `suffix`, unless the completion ends
+        with it.
         """
         rows = [
-            self._ids(row, completion, ending)
+            self._ids(row, completion, suffix)
             for row, completion in zip(completions.prompts.rows, completions.texts, strict=True)
         ]
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         return torch.cat([self._batch_logits(batch) for batch in batches])
 
     def _batch_logits(self, rows: list[list[int]]) -> Float[Tensor, "batch label"]:
-        # On the right and with the id of the model's configuration, whatever the tokenizer would
-        # do: GPT-2 counts positions from the first column, and decoders read their answer at the
-        # last token that is not this one.
+        # Padded on the right with the id of the model's configuration, even if the tokenizer pads
+        # otherwise: GPT-2 counts positions from the first column, and decoders read their logits at
+        # the last token that differs from this id.
         fill = self.model.config.get_text_config().pad_token_id
         tokens = pad_right([row or [fill] for row in rows], fill=fill)
         mask = pad_right([[1] * max(1, len(row)) for row in rows], fill=0)
@@ -63,20 +63,20 @@ class SequenceClassifier:
         output = self.model(input_ids=tokens.to(device), attention_mask=mask.to(device))
         return output.logits.float()
 
-    def _ids(self, row: Mapping[str, Any], completion: str, ending: str) -> list[int]:
+    def _ids(self, row: Mapping[str, Any], completion: str, suffix: str) -> list[int]:
         cut = {"truncation": self.max_tokens is not None, "max_length": self.max_tokens}
         try:
             if "messages" in row and self.tokenizer.chat_template:
                 answer = {"role": "assistant", "content": completion}
                 messages = [*(dict(message) for message in row["messages"]), answer]
                 text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-                # The template spells BOS out.
+                # The template contains BOS.
                 return self.tokenizer(text, add_special_tokens=False, **cut)["input_ids"]
             text = row["prompt"] + completion
-            return self.tokenizer(text if completion.endswith(ending) else text + ending, **cut)[
+            return self.tokenizer(text if completion.endswith(suffix) else text + suffix, **cut)[
                 "input_ids"
             ]
-        except Exception as error:  # templates are programs, and tokenizers raises this very class
+        except Exception as error:  # of a template's program, or tokenizers' own, a bare Exception
             raise RewardError(
                 f"the tokenizer of reward.name={self.name!r} cannot read the prompt"
                 f" {row['prompt'][:60]!r} with the completion {completion[:60]!r}: {error}"
@@ -85,8 +85,7 @@ class SequenceClassifier:
 
 @settings
 class SequenceClassifierSettings:
-    """Which classifier a reward reads from, and how it is run: the keys that all such rewards
-    have."""
+    """Settings of all rewards that read a sequence classifier: which one, and how it runs."""
 
     name: Text
     """Hub name, directory, run folder or artifact:NAME."""
@@ -103,16 +102,15 @@ class SequenceClassifierSettings:
     """True runs code that comes with the model."""
 
     def fingerprint(self) -> str:
-        """A hash of the directory's files, "" for a hub name and for what an earlier step will
-        make."""
+        """A hash of the directory's files, "" for a hub name or an artifact of an earlier step."""
         return directory_hash(locate_model(self.name, field="reward.name"))
 
     def open_model(
         self, policy_device: torch.device, *, auto_on_cuda: torch.dtype, truncation_side: Side
     ) -> SequenceClassifier:
-        """The classifier on its device, which is the policy's unless one is named. dtype auto is
-        fp32 on the CPU. Raises ConfigError if the model cannot be loaded or the machine lacks the
-        device."""
+        """The classifier on `device`, by default the policy's. dtype auto is `auto_on_cuda` on CUDA
+        and fp32 elsewhere. Raises ConfigError if the model cannot be loaded or the machine lacks
+        the device."""
         device = _pick_device(self.device, policy_device)
         auto = auto_on_cuda if device.type == "cuda" else torch.float32
         model, tokenizer = load_classifier(
@@ -121,8 +119,8 @@ class SequenceClassifierSettings:
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
         )
-        _settle_padding(self.name, model, tokenizer)
-        # Decoders would keep the keys and values of a whole batch for a token that never comes.
+        _set_padding(self.name, model, tokenizer)
+        # Decoders would cache the keys and values of a whole batch for a next token.
         model.config.get_text_config().use_cache = False
         tokenizer.truncation_side = truncation_side
         return SequenceClassifier(
@@ -135,11 +133,12 @@ class SequenceClassifierSettings:
 
 
 def readable_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The most tokens that model and tokenizer both take, None if neither has a limit."""
+    """The largest number of tokens that model and tokenizer both accept, None without a limit."""
     config = model.config.get_text_config()
     key = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
     limits = [tokenizer.model_max_length, config.to_dict().get(key) or NO_LIMIT]
-    # RoBERTa's kin number positions from behind that of padding, and so have fewer than they say.
+    # RoBERTa and its relatives count positions from after the padding's, so they accept fewer than
+    # their configuration says.
     limits += [
         module.num_embeddings - module.padding_idx - 1
         for name, module in model.named_modules()
@@ -150,9 +149,8 @@ def readable_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     return min(limits) if min(limits) < NO_LIMIT else None
 
 
-def _settle_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Sees to it that the model's configuration names a padding token that the model has; Llama's
-    first had -1 there."""
+def _set_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Sets a padding token that the model has in its configuration; the first Llama's was -1."""
     config = model.config.get_text_config()
     size = model.get_input_embeddings().num_embeddings
     if config.pad_token_id not in range(size):

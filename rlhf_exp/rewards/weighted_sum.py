@@ -1,4 +1,4 @@
-"""Several rewards as one."""
+"""A reward that is the weighted sum of other rewards."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -35,7 +35,7 @@ class WeightedSum:
     def check_policy(
         self, tokenizer: PreTrainedTokenizerBase, *, prepend_bos: bool, num_tokens: int
     ) -> None:
-        """Raises ConfigError if one of the terms cannot read what the policy writes."""
+        """Raises ConfigError if one of the terms cannot read the policy's samples."""
         for term in self.terms.values():
             if isinstance(term.reward, ReadsTokens):
                 term.reward.check_policy(tokenizer, prepend_bos=prepend_bos, num_tokens=num_tokens)
@@ -47,7 +47,7 @@ class WeightedSum:
                 term.reward.check_prompts(prompts)
 
     def load(self, device: torch.device) -> RewardFunction:
-        """The sum's function, every term loaded."""
+        """The reward function of the sum; loads every term."""
         functions = [(term.weight, term.reward.load(device)) for term in self.terms.values()]
 
         def total(completions: Completions) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.machine.background import Background
-from rlhf_exp.rewards.attempts import PatientReward
+from rlhf_exp.rewards.attempts import CheckedReward
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
 from rlhf_exp.rl.guards import Guards
 from rlhf_exp.rl.loop import PendingScores
@@ -42,7 +42,7 @@ class Scorer:
         on_thread: bool,
     ) -> None:
         self._thread = Background("reward") if on_thread else None
-        self.reward = PatientReward(reward, guards.patience, on_thread=on_thread)
+        self.reward = CheckedReward(reward, guards.retry, on_thread=on_thread)
         self._penalty, self._skips = penalty, guards.on_reward_error == "skip"
 
     def __call__(self, completions: Completions, phase: int) -> PendingScores:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from rlhf_exp.functional.masking import masked_mean
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.rewards.attempts import PatientReward
+from rlhf_exp.rewards.attempts import CheckedReward
 from rlhf_exp.rl.answers import exact_match, judge_answers
 from rlhf_exp.rl.metrics import distinct_n
 from rlhf_exp.rl.setup import Setup
@@ -61,7 +61,7 @@ def read_evaluations(folder: RunFolder) -> tuple[Evaluation, Evaluation]:
 
 
 def evaluate(
-    setup: Setup, reward: PatientReward, *, num_samples: int, seed: int, phase: int
+    setup: Setup, reward: CheckedReward, *, num_samples: int, seed: int, phase: int
 ) -> Evaluation:
     """Scores, exact KL and diversity of `num_samples` completions of the held-out prompts; with a
     task that knows exact answers also exact-match rates, sampled and greedy, and the true reward.

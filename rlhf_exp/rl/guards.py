@@ -11,12 +11,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_exp.rewards.attempts import Patience
+from rlhf_exp.rewards.attempts import RetryPolicy
 from rlhf_exp.rl.metrics import mean_metrics
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.settings import Index, NonNegative, Positive, settings
-from rlhf_exp.training.optim import check_finite, nonfinite, tells_finite
+from rlhf_exp.training.optim import check_finite, must_be_finite, nonfinite
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +48,10 @@ class Guards:
     """Skipped steps and phases without scores over a run, at most, 0-100."""
 
     @property
-    def patience(self) -> Patience:
+    def retry(self) -> RetryPolicy:
         """How long to wait for a reward, and how often to retry it."""
         retries = 0 if self.on_reward_error == "stop" else self.reward_retries
-        return Patience(
+        return RetryPolicy(
             retries=retries, wait_s=self.reward_retry_wait_s, timeout_s=self.reward_timeout_s
         )
 
@@ -75,7 +75,7 @@ def judge(guards: Guards, metrics: Mapping[str, Tensor]) -> Verdict:
         return Verdict(take=False, stop=True)
     if guards.on_nonfinite == "stop" and metrics["loss/total"].device.type != "cpu":
         return Verdict(take=True, stop=False)
-    telling = [value for name, value in metrics.items() if tells_finite(name)]
+    telling = [value for name, value in metrics.items() if must_be_finite(name)]
     finite = bool(torch.stack(telling).isfinite().all())
     return Verdict(take=finite, stop=not finite and guards.on_nonfinite == "stop")
 

@@ -1,6 +1,6 @@
-"""The slow sampler: TransformerLens' own generation, then one hooked pass over what it sampled.
+"""The slow sampler: TransformerLens' own generation, then one hooked pass over the samples.
 
-It is the oracle that the cached sampler is held against.
+Tests compare the cached sampler with it.
 """
 
 import torch
@@ -25,7 +25,7 @@ from rlhf_exp.types import Generation, PromptBatch
 
 @settings
 class BridgeSampler(Sampler):
-    """Samples with `TransformerBridge.generate`, whatever the engine."""
+    """Samples with `TransformerBridge.generate`, in either engine."""
 
     @model_validator(mode="after")
     def _one_filter(self) -> "BridgeSampler":
@@ -40,7 +40,7 @@ class BridgeSampler(Sampler):
     def __call__(
         self, policy: TransformerWithValueHead, prompts: PromptBatch, generator: torch.Generator
     ) -> Generation:
-        """Completions of the prompts; every row is computed to gen_len."""
+        """Completions of the prompts; every row runs to gen_len."""
         eos = eos_token(policy, stop_at_eos=self.stop_at_eos)
         prompt_len = prompts.tokens.shape[1]
         hidden = policy.hidden_states(prompts.tokens, prompts.mask, prompt_len=prompt_len)
@@ -74,7 +74,7 @@ class BridgeSampler(Sampler):
         *,
         eos: int | None,
     ) -> Int[Tensor, "batch completion"]:
-        """Tokens after the prompts, 0 where all rows had ended before."""
+        """The sampled tokens, 0 after the step at which the last row ended."""
         prompt_len = prompts.tokens.shape[1]
 
         def generate(bridge: TransformerBridge) -> Tensor:
@@ -88,12 +88,12 @@ class BridgeSampler(Sampler):
                     top_k=self.top_k,
                     top_p=self.top_p if self.top_p < 1 else None,
                     attention_mask=prompts.mask.long(),
-                    use_past_kv_cache=not hooks,  # they are for passes over whole sequences
+                    use_past_kv_cache=not hooks,  # the hooks need passes over whole sequences
                     return_type="tokens",
                     verbose=False,
                 )
 
-        # TransformerLens draws from the global generator; give it one of our stream for the call.
+        # TransformerLens draws from the global generator: seed that from ours for the call.
         seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
         with torch.random.fork_rng(), policy.edits.in_bridge(prompts.mask, prompt_len) as hooks:
             torch.manual_seed(seed)

@@ -1,10 +1,9 @@
 """The fast sampler: one decoding loop over a key-value cache.
 
-A prompt that all rows share is run once. Log-probs, values and hidden states are taken from the
-decoding pass itself, so the policy is not run again over what it sampled. Rows that ended leave
-the batch; on a GPU, where launching work takes longer than the work, they stay, and a step is a
-captured graph. Where a policy computes something else with a cache, every step is a pass over all
-that was sampled so far.
+A prompt that all rows share is run once. Log-probs, values and hidden states come from the decoding
+passes, so the policy does not run again over the samples. Rows that ended leave the batch. On a
+GPU, where launching a kernel takes longer than running it, they stay, and a step is a captured
+graph. If a cache would change what the policy computes, every step runs over the whole sequence.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from rlhf_exp.types import Generation, PromptBatch
 
 @settings
 class CachedSampler(Sampler):
-    """Samples with a key-value cache through the plain module, whatever the engine."""
+    """Samples with a key-value cache through the plain module, in either engine."""
 
     cuda_graphs: bool = True
     """On a GPU a decoding step is replayed as a captured graph; false: run by Python."""
@@ -37,23 +36,23 @@ class CachedSampler(Sampler):
     def __call__(
         self, policy: TransformerWithValueHead, prompts: PromptBatch, generator: torch.Generator
     ) -> Generation:
-        """Completions of the prompts; rows that ended hold 0 and are computed no further."""
+        """Completions of the prompts; rows that ended hold 0 and are not computed further."""
         eos = eos_token(policy, stop_at_eos=self.stop_at_eos)
         batch, prompt_len = prompts.tokens.shape
-        seen = None if bool(prompts.mask.all()) else prompts.mask
-        cache, hidden = prefill(policy, prompts, seen, prompt_len + self.gen_len)
+        attended = None if bool(prompts.mask.all()) else prompts.mask
+        cache, hidden = prefill(policy, prompts, attended, prompt_len + self.gen_len)
         uniforms = torch.rand((batch, self.gen_len), generator=generator, device=hidden.device)
         if self.cuda_graphs and policy.device.type == "cuda" and policy.fast_paths.static:
             assert cache is not None
             decoder = self._decoders.get(policy, batch, prompt_len)
             return decode_static(decoder, policy, prompts, cache, hidden, uniforms, eos=eos)
-        return self._decode(policy, prompts, seen, cache, hidden, uniforms, eos=eos)
+        return self._decode(policy, prompts, attended, cache, hidden, uniforms, eos=eos)
 
     def _decode(
         self,
         policy: TransformerWithValueHead,
         prompts: PromptBatch,
-        seen: Tensor | None,
+        attended: Tensor | None,
         cache: Cache | None,
         hidden: Tensor,
         uniforms: Tensor,
@@ -62,33 +61,37 @@ class CachedSampler(Sampler):
     ) -> Generation:
         active = torch.arange(len(hidden), device=hidden.device)
         steps = _Steps(len(hidden), self.gen_len)
-        before = prompts.tokens  # of the active rows, all that the next pass does not find cached
+        sequences = prompts.tokens  # of the active rows; without a cache, all tokens so far
         for t in range(self.gen_len):
             drawn = draw(self, policy, hidden, uniforms[:, t])
             steps.add(active, hidden, drawn)
             tokens = drawn.tokens
             if eos is not None and bool((ended := tokens == eos).any()):
-                going_on = (~ended).nonzero().squeeze(-1)
-                active, tokens, uniforms = active[going_on], tokens[going_on], uniforms[going_on]
-                seen = None if seen is None else seen[going_on]
-                before = before[going_on]
+                unfinished = (~ended).nonzero().squeeze(-1)
+                active, tokens, uniforms = (
+                    active[unfinished],
+                    tokens[unfinished],
+                    uniforms[unfinished],
+                )
+                attended = None if attended is None else attended[unfinished]
+                sequences = sequences[unfinished]
                 if cache is not None:
-                    cache.reorder_cache(going_on)
+                    cache.reorder_cache(unfinished)
             if t + 1 == self.gen_len or not len(active):
                 break
-            if seen is not None:
-                seen = torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)
+            if attended is not None:
+                attended = torch.cat([attended, torch.ones_like(attended[:, :1])], dim=1)
             new, prompt_len = tokens[:, None], 0
             if cache is None:
-                new = before = torch.cat([before, new], dim=1)
+                new = sequences = torch.cat([sequences, new], dim=1)
                 prompt_len = prompts.tokens.shape[1]
-            hidden = policy.hidden_states(new, seen, cache, prompt_len=prompt_len)[:, -1]
+            hidden = policy.hidden_states(new, attended, cache, prompt_len=prompt_len)[:, -1]
         return steps.generation(policy, prompts)
 
 
 @dataclass
 class _Steps:
-    """What the decoding loop has computed, step by step, of the rows active then."""
+    """Results of the decoding loop, one entry a step, for the rows active in that step."""
 
     batch: int
     length: int
@@ -102,7 +105,7 @@ class _Steps:
         self.drawn.append(drawn)
 
     def generation(self, policy: TransformerWithValueHead, prompts: PromptBatch) -> Generation:
-        """Everything by row and column; what no row reached stays 0."""
+        """The generation; positions after a row's end hold 0."""
         rows = torch.cat(self.rows)
         columns = torch.cat([row.new_full(row.shape, t) for t, row in enumerate(self.rows)])
 
@@ -125,15 +128,15 @@ class _Steps:
 
 
 def prefill(
-    policy: TransformerWithValueHead, prompts: PromptBatch, seen: Tensor | None, length: int
+    policy: TransformerWithValueHead, prompts: PromptBatch, attended: Tensor | None, length: int
 ) -> tuple[Cache | None, Tensor]:
-    """The cache over the prompts, with room for `length` tokens, and the hidden state after each;
-    of equal rows only one is run. `seen` is the prompts' mask, None if nothing is padding. There is
-    no cache for a policy that computes something else with one."""
+    """The cache of the prompts, with room for `length` tokens, and the last hidden state of each
+    [batch d_model]; equal prompts run once. `attended` is the prompts' mask, None without padding.
+    The cache is None if it would change what the policy computes."""
     batch, paths = prompts.tokens.shape[0], policy.fast_paths
     rows = 1 if paths.one_prompt and prompts.is_one else batch
     cache = decoding_cache(policy.language_model, length) if paths.cache else None
-    mask = None if seen is None else seen[:rows]
+    mask = None if attended is None else attended[:rows]
     tokens = prompts.tokens[:rows]
     hidden = policy.hidden_states(tokens, mask, cache, prompt_len=tokens.shape[1])[:, -1]
     if rows < batch:
@@ -153,7 +156,7 @@ def decode_static(
     *,
     eos: int | None,
 ) -> Generation:
-    """The generation by steps of fixed shapes."""
+    """The generation of a decoder whose steps have fixed shapes."""
     columns = decoder.run(prompts.mask, cache, hidden, uniforms, eos=eos)
     check_finite(columns.logprobs.where(columns.mask, 0))
     mask, values = columns.mask, policy.values(columns.hidden)

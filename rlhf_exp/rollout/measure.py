@@ -1,4 +1,4 @@
-"""A generation beside the reference: exact KL, entropy and the reference's log-probs."""
+"""Measures a generation against the reference: exact KL, entropy, the reference's log-probs."""
 
 import torch
 
@@ -19,9 +19,9 @@ def measure(
     rows: int | None = None,
     layout: Layout | None = None,
 ) -> Rollout:
-    """The rollout of a generation scored by `scores` [batch]. KL, entropy and log-probs are of the
-    distributions at the temperature; padding holds 0. The reference reads `rows` sequences at a
-    time, by default all. `layout` is that of the generation's completions."""
+    """The rollout of a generation with `scores` [batch]. KL, entropy and log-probs, in nats, are of
+    the distributions at `temperature`; padding holds 0. The reference reads `rows` sequences at a
+    time, by default all. `layout` is the layout of the completions."""
     completions = generation.completions
     layout = layout or Layout.of(completions)
     ref_hidden = torch.cat(

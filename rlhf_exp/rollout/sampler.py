@@ -1,7 +1,7 @@
-"""What every sampler is: its settings, and how its tokens become completions.
+"""The settings of every sampler, and the steps from tokens to completions.
 
-A sampler draws from the filtered distribution and reports log-probabilities of the policy, which
-is the temperature-scaled distribution over the full vocabulary.
+A sampler draws from the filtered distribution. Its log-probs are the policy's: of the
+temperature-scaled distribution over the full vocabulary.
 """
 
 from abc import ABC, abstractmethod
@@ -30,7 +30,7 @@ class Sampler(ABC):
     gen_len: Count = 24
     """Tokens a completion, at most."""
     temperature: Temperature = 1.0
-    """Divides the logits, in log-probs, KL and entropy alike; 0.5-1."""
+    """Divides the logits for sampling, log-probs, KL and entropy; 0.5-1."""
     top_k: Count | None = None
     """Sample from this many tokens only; 1 is greedy; null: no limit."""
     top_p: TopP = 1.0
@@ -42,11 +42,12 @@ class Sampler(ABC):
     def __call__(
         self, policy: TransformerWithValueHead, prompts: PromptBatch, generator: torch.Generator
     ) -> Generation:
-        """Completions of the prompts, with what the policy computed on the way. No gradients."""
+        """Completions of the prompts with their log-probs, values and hidden states. No
+        gradients."""
 
     @property
     def truncates(self) -> bool:
-        """Whether tokens that the policy could emit are never sampled."""
+        """Whether the filter excludes tokens that the policy could emit."""
         return self.top_k is not None or self.top_p < 1
 
     @cached_property
@@ -56,7 +57,7 @@ class Sampler(ABC):
 
     @cached_property
     def greedy(self) -> "Sampler":
-        """This sampler made to take the most probable token."""
+        """This sampler with top_k=1: it takes the most probable token."""
         return replace(self, top_k=1)  # type: ignore[type-var]
 
     def filter(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
@@ -67,7 +68,7 @@ class Sampler(ABC):
 
 
 class Drawn(NamedTuple):
-    """A token a row, its log-probability, and the policy's probability of all that the filter
+    """A token a row, its log-prob, and the policy's probability of all tokens that the filter
     kept."""
 
     tokens: Int[Tensor, " batch"]
@@ -81,7 +82,8 @@ def draw(
     hidden: Float[Tensor, "batch d_model"],
     uniforms: Float[Tensor, " batch"],
 ) -> Drawn:
-    """What the sampler draws after final hidden states, given a uniform number a row."""
+    """The tokens that the sampler draws from final hidden states, one for each row; `uniforms` are
+    random numbers in [0, 1)."""
     with policy.autocast():
         logits = head_logits(hidden, policy.head)
     logprobs = (logits / sampler.temperature).log_softmax(dim=-1)
@@ -98,14 +100,14 @@ def draw(
 def kept_mass(
     logprobs: Float[Tensor, "batch vocab"], filtered: Float[Tensor, "batch vocab"]
 ) -> Float[Tensor, " batch"]:
-    """The policy's own probability of the tokens that a filter kept."""
+    """The policy's total probability of the tokens that a filter kept."""
     return logprobs.exp().masked_fill(filtered == -torch.inf, 0).sum(dim=-1)
 
 
 def through_first_eos(
     tokens: Int[Tensor, "batch completion"], eos: int | None
 ) -> Bool[Tensor, "batch completion"]:
-    """True through each row's first EOS, everywhere if there is none or `eos` is None."""
+    """True through each row's first EOS; everywhere in a row without EOS or if `eos` is None."""
     if eos is None:
         return torch.ones_like(tokens, dtype=torch.bool)
     is_eos = tokens == eos
@@ -118,8 +120,8 @@ def as_completions(
     tokens: Int[Tensor, "batch completion"],
     mask: Bool[Tensor, "batch completion"],
 ) -> Completions:
-    """The record, its texts decoded together with their prompts, so that a leading space or a
-    merged character comes out as it does in the whole text."""
+    """The completions. Each text is decoded together with its prompt, so that a leading space or a
+    merged character is the same as in the whole text."""
     texts = []
     for before, prompt, start, row, length in zip(
         prompts.texts,
@@ -139,8 +141,7 @@ def as_completions(
 
 
 def check_finite(x: Float[Tensor, "*axes"]) -> None:
-    """Raises TrainingError if logits or log-probs show that the policy cannot be sampled from, its
-    weights having diverged."""
+    """Raises TrainingError if logits or log-probs are not finite: the weights have diverged."""
     if not x.isfinite().all():
         raise TrainingError(
             "the policy's logits are not finite: its weights have diverged; lower"
@@ -149,8 +150,7 @@ def check_finite(x: Float[Tensor, "*axes"]) -> None:
 
 
 def eos_token(policy: CausalTransformer, *, stop_at_eos: bool) -> int | None:
-    """The id that ends a completion, or None. Raises ConfigError if one is asked for and the
-    tokenizer has none."""
+    """The id of EOS, None without `stop_at_eos`. Raises ConfigError if the tokenizer has no EOS."""
     if not stop_at_eos:
         return None
     if policy.tokenizer.eos_token_id is None:

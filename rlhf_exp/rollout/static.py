@@ -1,7 +1,7 @@
-"""Decoding by steps whose shapes and memory never change, so that a GPU can replay one as a graph.
+"""Decoding by steps with fixed shapes and memory, so that a GPU can replay a step as a graph.
 
-A step asks no tensor anything: the host only says how often it is run. Rows that ended are run on
-to the end, and what they give is masked.
+A step reads no tensor on the host, which only sets the number of steps. Rows that ended run on to
+the end, and their results are masked.
 """
 
 from typing import Any, NamedTuple
@@ -15,15 +15,15 @@ from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.transformer import position_ids
 from rlhf_exp.rollout.sampler import Sampler, draw, through_first_eos
 
-# Steps between two looks at whether all rows have ended, each of which makes the host wait.
-LOOK_EVERY = 16
+# Steps between checks whether all rows have ended; each check makes the host wait.
+CHECK_EVERY = 16
 
-# Shapes whose buffers and graphs are kept; prompts of many widths would fill the memory.
-MOST_SHAPES = 8
+# Buffers and graphs are kept for this many shapes; prompts of many widths would fill the memory.
+MAX_SHAPES = 8
 
 
 class Columns(NamedTuple):
-    """What was decoded, [batch completion] each; only where the mask is True does it count."""
+    """The decoded tokens [batch completion] and their results, valid where the mask is True."""
 
     tokens: Tensor
     mask: Tensor
@@ -33,20 +33,20 @@ class Columns(NamedTuple):
 
 
 class StaticDecoders:
-    """A sampler's decoders, made at the first use and kept by policy, shape and intervention."""
+    """A sampler's decoders, built on first use, one for each policy, shape and intervention."""
 
     def __init__(self, sampler: Sampler) -> None:
         self._sampler = sampler
-        self._made: dict[Any, StaticDecoder] = {}
+        self._decoders: dict[Any, StaticDecoder] = {}
 
     def get(self, policy: TransformerWithValueHead, batch: int, prompt_len: int) -> "StaticDecoder":
-        """The decoder of so many rows after prompts of that width."""
+        """The decoder for `batch` rows and prompts of `prompt_len` tokens."""
         key = (policy, batch, prompt_len, policy.is_working, policy.edits)
-        if key not in self._made:
-            if len(self._made) == MOST_SHAPES:
-                self._made.clear()
-            self._made[key] = StaticDecoder(policy, self._sampler, batch, prompt_len)
-        return self._made[key]
+        if key not in self._decoders:
+            if len(self._decoders) == MAX_SHAPES:
+                self._decoders.clear()
+            self._decoders[key] = StaticDecoder(policy, self._sampler, batch, prompt_len)
+        return self._decoders[key]
 
 
 class StaticDecoder:
@@ -82,8 +82,8 @@ class StaticDecoder:
         *,
         eos: int | None,
     ) -> Columns:
-        """Decodes after prompts whose keys and values `cache` holds, `hidden` [batch d_model] being
-        the states after them. What it returns lives until the next call."""
+        """Decodes from `cache`, which holds the prompts' keys and values, and `hidden`
+        [batch d_model], their last states. The next call overwrites the tensors it returns."""
         self._load(prompt_mask, cache, hidden, uniforms)
         if self._graph is None and hidden.is_cuda:
             self._capture()
@@ -93,7 +93,7 @@ class StaticDecoder:
                 self._advance()
             else:
                 self._graph.replay()
-            if eos is not None and (t + 1) % LOOK_EVERY == 0:
+            if eos is not None and (t + 1) % CHECK_EVERY == 0:
                 ended = torch.eq(self._tokens[:, : t + 1], eos).any(dim=1)
                 if bool(ended.all()):
                     break
@@ -121,7 +121,7 @@ class StaticDecoder:
         self._slot.fill_(self._prompt_len)
 
     def _advance(self) -> None:
-        """One step: a token a row from the last states, and the states after it."""
+        """One step: samples a token a row from the last states, then computes the next states."""
         assert self._last is not None
         assert self._cache is not None
         uniforms = self._uniforms.index_select(1, self._step).squeeze(1)
@@ -140,15 +140,15 @@ class StaticDecoder:
         self._positions += 1
 
     def _capture(self) -> None:
-        # Runs that are not kept, on a stream of their own, so that libraries take their memory
-        # before the capture: what PyTorch's notes on CUDA graphs ask for.
-        # Without autocast's cache of converted weights, which ends before the graph does.
+        # Without autocast's cache of converted weights, which is freed before the graph is.
         dtype = torch.get_autocast_dtype("cuda")
         enabled = torch.is_autocast_enabled("cuda")
         with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
             self._record()
 
     def _record(self) -> None:
+        # As PyTorch's notes on CUDA graphs ask: a step on another stream first, whose results are
+        # not used, so that libraries allocate their memory before the capture.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -157,6 +157,6 @@ class StaticDecoder:
             self._slot.fill_(self._prompt_len)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile: a reward, or the copy of a checkpoint.
+        # Other threads may use the device during the capture: a reward, a checkpoint's copy.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._advance()

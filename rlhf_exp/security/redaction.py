@@ -1,7 +1,7 @@
-"""What is secret in a configuration, and text without it.
+"""Finds the secrets of a configuration and removes them from text.
 
-A value is known as a secret by its key, or by the name of its environment variable if it also looks
-random. It knows no file and no logger that might get to see one: each of them asks here.
+A value is a secret if its key says so, or if its environment variable's name says so and the value
+looks random. Files and loggers call this module; it knows none of them.
 """
 
 import functools
@@ -20,12 +20,12 @@ from rlhf_exp.security.printable import printable
 
 REDACTED = "***"
 
-# A tokenizer is none.
+# "tokenizer" does not match.
 _SECRET = re.compile(r"token(?!i[sz])|key|secret|password|passwd", re.IGNORECASE)
-# So ends a key whose value is one whatever its type, and so that of a mapping of secrets.
+# Keys with these endings hold secrets of any type; the plural holds a mapping of secrets.
 _SECRETS_END = re.compile(r"(token|key|secret|password|passwd)s?$", re.IGNORECASE)
 _NUMBERS_END = re.compile(r"(token|key|secret|password|passwd)$", re.IGNORECASE)
-# Keys of this project's own that are named alike; those that end in _env name a variable.
+# Keys of this project that match but are no secrets; keys that end in _env name a variable.
 NO_SECRETS = frozenset({
     "max_tokens", "min_tokens", "first_tokens_min", "first_tokens_max", "target_tokens",
     "crop_min_tokens", "token_noise", "keyword", "keywords",
@@ -43,24 +43,24 @@ _INSIDE = re.compile(
 _NAME = r"[\w.-]*(?:token|key|secret|password|passwd)s?"
 _QUOTED = re.compile(rf"(?i)({_NAME}['\"]?\s*[:=]\s*)(['\"])(?:\\.|(?!\2).)+\2")
 _IN_YAML = re.compile(rf"(?im)^([-+ ]?\s*{_NAME}:\s+)(?!\$\{{|null\b|['\"])\S.*$")
-# Shorter ones would be found in every other word, as would plain words.
+# Shorter secrets, and plain words, would match inside ordinary text.
 _SHORTEST = 4
 _SHORTEST_RANDOM = 8
 _NUMBER = re.compile(r"\s*[-+]?\d[\d_]*\.?\d*(e[-+]?\d+)?\s*", re.IGNORECASE)
 _WORD = re.compile(r"[A-Z]?[a-z_/]{,14}|[A-Z_]{,15}")
-# Where letters change their case, or letters, digits and signs follow each other.
+# A change of case, a change between letters and digits, or a sign.
 _CHANGE = re.compile(
     r"(?<=[a-z])(?=[A-Z0-9])|(?<=[A-Z])(?=[a-z0-9])|(?<=[0-9])(?=[A-Za-z])|[^\w\s\\./:,=+~-]"
 )
-# Not within a longer word or path; a line's end in a quoted text is no letter.
+# Not within a longer word or path; an escaped newline in quoted text is no letter.
 _BEFORE, _AFTER = r"(?:(?<![\w./-])|(?<=\\[nrt]))", r"(?![\w/-]|\.\w)"
 
-_known: set[str] = set()
+_secret_texts: set[str] = set()
 
 
 def is_secret(key: str, value: object = "") -> bool:
-    """Whether what a key, or the last part of a dotted one, holds is a secret. Numbers are none
-    unless the key ends in what secrets are called; true, false and null never are."""
+    """Whether the value of a key is a secret; of a dotted key the last part counts. A number is a
+    secret only if the key ends in a word such as token; true, false and null never are."""
     name = key.rpartition(".")[2]
     if name in NO_SECRETS or name.lower().endswith("_env") or not _SECRET.search(name):
         return False
@@ -70,15 +70,15 @@ def is_secret(key: str, value: object = "") -> bool:
 
 
 def redact(config: Any) -> Any:
-    """The configuration with REDACTED in place of secrets, wherever they are in it: what such a
-    key holds, what a mapping or a list of that name does, and every text that repeats one that is
-    not a plain word. Interpolations and targets stay. The secrets are remembered."""
+    """The configuration with REDACTED for every secret: the value of a secret key, everything in a
+    mapping or list under one, and every text that contains a secret that is not a plain word.
+    Interpolations and targets stay. Remembers the secrets for `scrub`."""
     remember(config)
     return _replaced(config, "", within=False)
 
 
 def redacted_keys(config: Any, prefix: str = "") -> list[str]:
-    """The dotted keys of a configuration whose value is REDACTED, in their order."""
+    """The dotted keys of a configuration whose value is REDACTED, in order."""
     if config == REDACTED:
         return [prefix]
     items: Iterator[tuple[Any, Any]] = iter(())
@@ -90,7 +90,7 @@ def redacted_keys(config: Any, prefix: str = "") -> list[str]:
 
 
 def remember(config: Any) -> None:
-    """Has `scrub` replace the secrets of a configuration from now on."""
+    """Makes `scrub` replace the secrets of a configuration from now on."""
     for key, value in _secrets(config, "", within=False):
         plain = _WORD.fullmatch(value) and not re.search("secret|passw", key, re.IGNORECASE)
         if not plain and (_SECRETS_END.search(key) or "secret" in key.lower()):
@@ -98,13 +98,13 @@ def remember(config: Any) -> None:
 
 
 def remember_secret(text: str) -> None:
-    """Has `scrub` replace the text from now on, unless it is too short to tell."""
+    """Makes `scrub` replace the text from now on, unless it has fewer than 4 characters."""
     if len(text) >= _SHORTEST:
-        _known.add(text)
+        _secret_texts.add(text)
 
 
 def remember_words(words: Sequence[str]) -> None:
-    """The same for a command line, which may be one that says nothing sensible."""
+    """Makes `scrub` replace the secrets of a command line, even of one that Hydra rejects."""
     for word in words:
         for key, value in _assigned(word):
             bare = value.strip("'\"[]{}")
@@ -112,40 +112,40 @@ def remember_words(words: Sequence[str]) -> None:
 
 
 def remember_environment() -> None:
-    """The same for the variables of the environment that have such names, if their value looks
-    random: they are other programs', and may be words that paths and configurations hold too."""
+    """Makes `scrub` replace the values of environment variables with secret names that look random:
+    others may belong to other programs and be plain words of paths and configurations."""
     for name, value in os.environ.items():
         if _NUMBERS_END.search(name) and looks_random(value):
             remember_secret(value)
 
 
 def looks_random(text: str) -> bool:
-    """Whether the text looks like a token or a generated password, in which every few characters
-    letters change their case or turn into digits or signs, and not like words, a name or a path."""
+    """Whether the text looks like a token or a generated password, not like words or a path: at
+    least one character in five changes between upper case, lower case, digits and signs."""
     return len(text) >= _SHORTEST_RANDOM and 5 * len(_CHANGE.findall(text)) >= len(text)
 
 
 def scrub(text: str) -> str:
-    """The text with REDACTED in place of every secret that is remembered."""
-    for secret in sorted(_known, key=len, reverse=True):
+    """The text with REDACTED for every secret remembered so far."""
+    for secret in sorted(_secret_texts, key=len, reverse=True):
         text = _pattern(secret).sub(REDACTED, text)
     return text
 
 
 def redact_words(words: Sequence[str]) -> list[str]:
-    """Words of a command line with REDACTED in place of secrets: key=value, with the value as
-    Hydra's grammar has it, lists and mappings included."""
+    """Words of a command line (key=value in Hydra's grammar, lists and mappings included) with
+    REDACTED for every secret."""
     return [_redact_word(word) for word in words]
 
 
 def redact_source(text: str) -> str:
-    """The lines of a source or a configuration file with REDACTED in place of what is quoted after
-    a key that is secret, or is all that follows it in YAML."""
+    """The text of a source or configuration file with REDACTED for the quoted text, or in YAML the
+    whole value, after a secret key."""
     return scrub(_IN_YAML.sub(rf"\1{REDACTED}", _QUOTED.sub(rf"\1\2{REDACTED}\2", text)))
 
 
 class Scrubbing(logging.Formatter):
-    """Another formatter's lines, scrubbed and printable, tracebacks included."""
+    """Formats with another formatter, then scrubs the text and makes it printable."""
 
     def __init__(self, inner: logging.Formatter) -> None:
         super().__init__()
@@ -157,15 +157,15 @@ class Scrubbing(logging.Formatter):
 
 
 def scrub_logs() -> None:
-    """Has the handlers that the root logger and this package's have now write no secret, and
-    nothing that a terminal obeys."""
+    """Makes the current handlers of the root logger and of this package's logger write scrubbed,
+    printable text."""
     for handler in {*logging.getLogger().handlers, *logging.getLogger("rlhf_exp").handlers}:
         if not isinstance(handler.formatter, Scrubbing):
             handler.setFormatter(Scrubbing(handler.formatter or logging.Formatter()))
 
 
 def scrub_tracebacks() -> None:
-    """Has what ends the process be printed without secrets."""
+    """Makes Python print the traceback that ends the process without secrets."""
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         lines = traceback.format_exception(kind, error, trace)
@@ -174,25 +174,25 @@ def scrub_tracebacks() -> None:
     sys.excepthook = show
 
 
-def _passes_on(key: str, config: Mapping[Any, Any], within: bool) -> bool:
-    """Whether all that a mapping holds is secret: that of api_keys is, that of a part named so, or
-    of parts, is not, since they have keys of their own."""
-    own = bool(_SECRETS_END.search(key)) and is_secret(key)
-    return (within or own) and not _has_target(config)
+def _holds_only_secrets(key: str, config: Mapping[Any, Any], within: bool) -> bool:
+    """Whether everything in a mapping is secret, as under api_keys. If it or a nested mapping has a
+    _target_, it describes parts, whose keys are judged one by one."""
+    named_secret = bool(_SECRETS_END.search(key)) and is_secret(key)
+    return (within or named_secret) and not _has_target(config)
 
 
 def _has_target(config: Mapping[Any, Any]) -> bool:
-    below = (value for value in config.values() if isinstance(value, Mapping))
-    return "_target_" in config or any(map(_has_target, below))
+    children = (value for value in config.values() if isinstance(value, Mapping))
+    return "_target_" in config or any(map(_has_target, children))
 
 
 def _replaced(value: Any, key: str, *, within: bool) -> Any:
     if isinstance(value, Mapping):
-        inside = _passes_on(key, value, within)
+        inside = _holds_only_secrets(key, value, within)
         return {k: _replaced(v, str(k), within=inside) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_replaced(v, key, within=within) for v in value]
-    if _is_one(key, value, within=within):
+    if _is_secret_value(key, value, within=within):
         return REDACTED
     if isinstance(value, str) and not key.startswith("_") and _repeats_secret(value):
         return REDACTED
@@ -200,14 +200,14 @@ def _replaced(value: Any, key: str, *, within: bool) -> Any:
 
 
 def _repeats_secret(value: str) -> bool:
-    """Whether a value has a secret in it. A plain word is looked for in messages alone: what is
-    redacted here is missing from a file that is read back."""
+    """Whether a value contains a secret that is not a plain word. `scrub` replaces plain words in
+    messages, but here they must stay: the files that are redacted here are read back."""
     if _in_query(value):
         return True
-    return any(not _WORD.fullmatch(known) and _pattern(known).search(value) for known in _known)
+    return any(not _WORD.fullmatch(s) and _pattern(s).search(value) for s in _secret_texts)
 
 
-def _is_one(key: str, value: Any, *, within: bool) -> bool:
+def _is_secret_value(key: str, value: Any, *, within: bool) -> bool:
     if isinstance(value, str) and _REFERENCE.fullmatch(value):
         return False
     if within and not isinstance(value, bool | None):
@@ -216,43 +216,43 @@ def _is_one(key: str, value: Any, *, within: bool) -> bool:
 
 
 def _secrets(value: Any, key: str, *, within: bool) -> Iterator[tuple[str, str]]:
-    """The secrets of a configuration, each with its key."""
+    """Pairs of key and secret, for every secret of a configuration."""
     if isinstance(value, Mapping):
-        inside = _passes_on(key, value, within)
+        inside = _holds_only_secrets(key, value, within)
         for k, v in value.items():
             yield from _secrets(v, key if inside else str(k), within=inside)
     elif isinstance(value, list | tuple):
         for v in value:
             yield from _secrets(v, key, within=within)
-    elif _is_one(key, value, within=within) and value != REDACTED:
+    elif _is_secret_value(key, value, within=within) and value != REDACTED:
         yield key, str(value)
     elif isinstance(value, str):
         yield from _in_query(value)
 
 
 def _in_query(url: str) -> list[tuple[str, str]]:
-    """The secrets in the query of a URL, each with its key."""
-    found = _QUERY.findall(url) if "://" in url else []
-    return [(key, value) for key, value in found if is_secret(key) and value != REDACTED]
+    """Pairs of key and secret in the query of a URL."""
+    pairs = _QUERY.findall(url) if "://" in url else []
+    return [(key, value) for key, value in pairs if is_secret(key) and value != REDACTED]
 
 
 @functools.cache
 def _pattern(secret: str) -> re.Pattern[str]:
-    """A secret as messages, files and URLs write it: anywhere if it looks random, else not within a
-    longer word or path."""
+    """Matches a secret as messages, files and URLs write it; unless it looks random, it must not be
+    part of a longer word or path."""
     ways = (secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], quote(secret, safe=""))
     forms = "|".join(map(re.escape, sorted({*ways}, key=len, reverse=True)))
     return re.compile(forms if looks_random(secret) else f"{_BEFORE}(?:{forms}){_AFTER}")
 
 
 def _holds_secrets(path: str, value: str) -> bool:
-    """Whether the value of a dotted key in a command line is a secret."""
+    """Whether the value of a dotted key on a command line is a secret."""
     if not _PATH.fullmatch(path) or not value.strip() or _REFERENCE.fullmatch(value):
         return False
     if all(re.fullmatch("true|false|null", v.strip(), re.IGNORECASE) for v in value.split(",")):
         return False
-    *above, last = path.lstrip("+~").split(".")
-    if any(_SECRETS_END.search(part) and is_secret(part) for part in above):
+    *parents, last = path.lstrip("+~").split(".")
+    if any(_SECRETS_END.search(part) and is_secret(part) for part in parents):
         return True
     numbers = all(_NUMBER.fullmatch(part) for part in value.split(","))
     return is_secret(last, 0 if numbers else value)
@@ -277,8 +277,8 @@ def _redact_word(word: str) -> str:
         key, between, inner = match.groups()
         return f"{key}{between}{REDACTED}" if _holds_secrets(key, inner) else match[0]
 
-    shown = _INSIDE.sub(replacement, word)
+    redacted = _INSIDE.sub(replacement, word)
     is_target = path.rpartition(".")[2] == "_target_"
-    if is_target or not _repeats_secret(shown):
-        return shown
-    return f"{path}={REDACTED}" if _PATH.fullmatch(path) and equals else scrub(shown)
+    if is_target or not _repeats_secret(redacted):
+        return redacted
+    return f"{path}={REDACTED}" if _PATH.fullmatch(path) and equals else scrub(redacted)

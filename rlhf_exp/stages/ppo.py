@@ -183,7 +183,7 @@ class PPO(Stage[PPOParts]):
             phases = Phases(self, setup, state, clock)
             saver = Saver(
                 context, {"loop": state, "ahead": phases.rollouts},
-                every=self.checkpoint_every, optimizer=state.optimizer,
+                interval=self.checkpoint_every, optimizer=state.optimizer,
             )  # fmt: skip
             if saver.restore():
                 log.info("going on after phase %d", state.phase)

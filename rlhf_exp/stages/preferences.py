@@ -12,7 +12,7 @@ from rlhf_exp.machine.precision import Dtype, autocast
 from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.loading import ModelSettings
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.rewards.attempts import PatientReward
+from rlhf_exp.rewards.attempts import CheckedReward
 from rlhf_exp.rewards.protocol import Reward, RewardFunction
 from rlhf_exp.rl.collect import SCORING
 from rlhf_exp.rl.evaluation import sample
@@ -99,7 +99,7 @@ class Preferences(Stage[PreferencesParts]):
             score = load_reward(context, parts.reward, policy, task, sampler, prompts)
         source = _PairSource(policy, sampler, score, context, self, prompts)
         source.inputs = fingerprints(policy.language_model, task=task, model=model)
-        saver = Saver(context, {"pairs": source}, every=self.checkpoint_every)
+        saver = Saver(context, {"pairs": source}, interval=self.checkpoint_every)
         if saver.restore():
             log.info("going on after %d prompts", source.num_prompts)
         context.folder.start()
@@ -139,7 +139,7 @@ class _PairSource:
         prompts: Sequence[PromptBatch],
     ) -> None:
         self.policy, self.sampler, self.stage = policy, sampler, stage
-        self.score = PatientReward(score)
+        self.score = CheckedReward(score)
         self.inputs: Mapping[str, str] = {}
         order = stream(context.seed, "prompts")
         self.streams = [PromptStream(batch, stage.batch_size, order) for batch in prompts]

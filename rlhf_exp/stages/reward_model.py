@@ -15,7 +15,7 @@ from rlhf_exp.machine.precision import Dtype
 from rlhf_exp.machine.threads import threads_for
 from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.loading import ModelSettings, must_be_plain
-from rlhf_exp.models.probing import probed
+from rlhf_exp.models.probing import with_fast_paths
 from rlhf_exp.models.reward_model import HeadKind, HeadShape, RewardModel, save_reward_model
 from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.rl.setup import fingerprints
@@ -178,7 +178,7 @@ def _load(
     network, tokenizer = model.language_model(None, seed=stream_seed(context.seed, "model"))
     if tokenizer.eos_token_id is None:
         raise ConfigError("stage=reward_model needs a tokenizer with an EOS token")
-    backbone = probed(CausalTransformer(network.to(context.device), tokenizer))
+    backbone = with_fast_paths(CausalTransformer(network.to(context.device), tokenizer))
     shape = HeadShape(
         kind=stage.head,
         width=stage.width,

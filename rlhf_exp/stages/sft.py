@@ -15,7 +15,7 @@ from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.cache import context_len
 from rlhf_exp.models.loading import ModelSettings, must_be_plain
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.models.probing import packs, probed
+from rlhf_exp.models.probing import supports_packing, with_fast_paths
 from rlhf_exp.rl.setup import fingerprints
 from rlhf_exp.runs.context import Context
 from rlhf_exp.runs.summary import describe
@@ -176,8 +176,8 @@ def _load(
     )
     if tokenizer.eos_token_id is None:
         raise ConfigError("stage=sft needs a tokenizer with an EOS token")
-    policy = probed(TransformerWithValueHead(network.to(context.device), tokenizer))
-    if stage.layout == "pack" and not packs(policy):
+    policy = with_fast_paths(TransformerWithValueHead(network.to(context.device), tokenizer))
+    if stage.layout == "pack" and not supports_packing(policy):
         raise ConfigError(
             f"stage.layout=pack: examples in one row would see each other in"
             f" {type(network).__name__}; set stage.layout=pad"

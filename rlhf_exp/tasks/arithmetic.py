@@ -1,8 +1,7 @@
-"""Arithmetic series: prompts that ask for one, the exact answers, and how good another answer is.
+"""Arithmetic series: prompts that ask for one, exact answers, and a reward for any answer.
 
-It knows the problems, their wording and their vocabulary; it knows no model. Which problems are
-held out is decided by a hash of the numbers alone, so that no wording of a held-out problem is
-trained on.
+Knows the problems, their wordings and their vocabulary, no model. A hash of a problem's numbers
+decides whether it is held out, so that all its wordings are held out with it.
 """
 
 import math
@@ -32,33 +31,33 @@ TEMPLATES = (
 SEP = "<SEP>"
 MIN_REWARD, MAX_REWARD, DISTANCE_SCALE = 1.0, 7.0, 0.1
 
-# A quarter of all problems held out for each of two purposes leaves half of them to train on.
+# With a quarter in each of the two held-out sets, half of the problems remain to train on.
 Share = Annotated[float, Field(ge=0.01, le=0.25, allow_inf_nan=False)]
 
 
 class Problem(NamedTuple):
-    """The first value, the step, and the number of terms asked for."""
+    """The first value, the difference and the number of terms of a series."""
 
     start: int
     difference: int
     terms: int
 
     def series(self) -> list[int]:
-        """The values up to 100: fewer than `terms` where the series passes it."""
+        """The values up to 100: fewer than `terms` if the series exceeds 100."""
         values = (self.start + i * self.difference for i in range(self.terms))
         return [value for value in values if value <= MAX_VALUE]
 
 
 @settings
 class Arithmetic:
-    """9,000 problems in three wordings each. Of the problems `held_out_fraction` are held out to
-    tune on (`demonstration_split`), and as many to evaluate on (`eval_prompts`)."""
+    """9,000 problems in three wordings each. A `held_out_fraction` of the problems is held out for
+    tuning (`demonstration_split`), and as many others for evaluation (`eval_prompts`)."""
 
-    held_out_fraction: Share = 0.1  # of the problems, for each of the two held-out sets
+    held_out_fraction: Share = 0.1
     """Fraction of the 9,000 problems, once to tune on and once to evaluate on; 0.05 to 0.25."""
-    num_series: Count = 8000  # texts of series alone, for pretraining
+    num_series: Count = 8000
     """Texts of three series each, without prompts, for pretraining."""
-    data_seed: Index = 0  # other seeds hold out other problems
+    data_seed: Index = 0
     """Draws the split; any integer from 0."""
 
     @property
@@ -71,16 +70,16 @@ class Arithmetic:
         return ""
 
     def train_prompts(self) -> tuple[str, ...]:
-        """Every wording of the problems that are trained on."""
+        """Every wording of the training problems."""
         return tuple(_wordings(self._problems[0]))
 
     def eval_prompts(self) -> tuple[str, ...]:
-        """Every wording of the problems that nothing is trained or tuned on."""
+        """Every wording of the problems held out for evaluation."""
         return tuple(_wordings(self._problems[2]))
 
     def build_tokenizer(self) -> PreTrainedTokenizerBase:
-        """One token for each of 0 to 100, each word of the prompts, <SEP>, <PAD> and <EOS>: 129. It
-        refuses any other word."""
+        """A tokenizer of 129 tokens: 0 to 100, each word of the prompts, <SEP>, <PAD> and <EOS>. It
+        raises for any other word."""
         from rlhf_exp.tasks.tokenizers import closed_word_tokenizer
 
         words = re.findall(r"[A-Za-z]+", re.sub(r"{\w+}", " ", " ".join(TEMPLATES)))
@@ -88,30 +87,30 @@ class Arithmetic:
         return closed_word_tokenizer([SEP, *numbers, *words], pad="<PAD>", eos="<EOS>")
 
     def language_split(self) -> Split[str]:
-        """Texts of three series each with <SEP> between, without prompts; only series of problems
-        that are trained on in the first, and of those that are tuned on in the second."""
-        train, tuned_on, _ = self._problems
+        """Texts of three series each with <SEP> between, without prompts: series of the training
+        problems, and of the problems for tuning."""
+        train, tuning, _ = self._problems
         texts = (
             _join_series(problems, count, f"{self.data_seed} {name}")
             for problems, count, name in (
                 (train, self.num_series, "train"),
-                (tuned_on, max(1, round(self.num_series * self.held_out_fraction)), "held-out"),
+                (tuning, max(1, round(self.num_series * self.held_out_fraction)), "held-out"),
             )
         )
         return Split(*texts)
 
     def demonstration_split(self) -> Split[Demonstration]:
-        """Every wording of the problems to train on and of those to tune on, with its answer."""
-        train, tuned_on, _ = self._problems
-        return Split(*(tuple(map(self._demonstrate, _wordings(p))) for p in (train, tuned_on)))
+        """Every wording, with its answer, of the training problems and of those for tuning."""
+        train, tuning, _ = self._problems
+        return Split(*(tuple(map(self._demonstrate, _wordings(p))) for p in (train, tuning)))
 
     def answer(self, prompt: str) -> str:
-        """The series with a space before each value. Raises ValueError for a text that is no prompt
-        of this task."""
+        """The series with a space before each value. Raises ValueError for a text that is not a
+        prompt of this task."""
         return _text(parse_prompt(prompt).series())
 
     def true_reward(self, prompt: str, completion: str) -> float:
-        """`series_reward` of the completion, 1 if it holds anything but values from 0 to 100."""
+        """`series_reward` of the completion; 1 unless it holds only integers from 0 to 100."""
         return series_reward(parse_prompt(prompt).series(), parse_answer(completion))
 
     def _demonstrate(self, prompt: str) -> Demonstration:
@@ -119,7 +118,7 @@ class Arithmetic:
 
     @cached_property
     def _problems(self) -> tuple[list[Problem], list[Problem], list[Problem]]:
-        """Those to train on, to tune on and to evaluate on."""
+        """The problems for training, for tuning and for evaluation."""
         parts: tuple[list[Problem], ...] = ([], [], [])
         for problem in (Problem(s, d, n) for s in STARTS for d in DIFFERENCES for n in TERMS):
             place = hash_fraction(f"{self.data_seed} {problem}") / self.held_out_fraction
@@ -128,40 +127,39 @@ class Arithmetic:
 
 
 def series_reward(exact: Sequence[int], answer: Sequence[int] | None) -> float:
-    """1 + 6 / (1 + 0.1 sqrt(sum |exact - answer|)): 7 for the exact series, towards 1 with the
-    distance.
+    """1 + 6 / (1 + 0.1 sqrt(sum |exact - answer|)): 7 for the exact series, less with distance.
 
-    The shorter of the two is continued with its own last value, whatever other answers there are to
-    the same prompt. An answer that is empty, or None for one that is no list of values, gets 1.
+    The shorter of the two is first extended with its last value. The reward is 1 for an empty
+    answer and for None, an answer that is not a list of values.
     """
     if not answer:
         return MIN_REWARD
     length = max(len(exact), len(answer))
-    pairs = zip(_continued(exact, length), _continued(answer, length), strict=True)
+    pairs = zip(_extended(exact, length), _extended(answer, length), strict=True)
     distance = math.sqrt(sum(abs(a - b) for a, b in pairs))
     return MIN_REWARD + (MAX_REWARD - MIN_REWARD) / (1 + DISTANCE_SCALE * distance)
 
 
-def _continued(values: Sequence[int], length: int) -> list[int]:
+def _extended(values: Sequence[int], length: int) -> list[int]:
     return [*values, *[values[-1]] * (length - len(values))]
 
 
 def parse_prompt(prompt: str) -> Problem:
-    """The problem that a prompt asks for. Raises ValueError for any other text, and for a problem
-    without a term up to 100."""
+    """The problem of a prompt. Raises ValueError for any other text, and for a problem without a
+    term up to 100."""
     for pattern in _PATTERNS:
         if match := pattern.fullmatch(prompt.strip()):
             problem = Problem(**{name: int(value) for name, value in match.groupdict().items()})
             if problem.series():
                 return problem
     raise ValueError(
-        f"{prompt!r} is no prompt of task=arithmetic: a reward or an exact answer is only known for"
+        f"{prompt!r} is not a prompt of task=arithmetic: rewards and exact answers exist only for"
         " its three wordings, with a start of at most 100 and at least one term"
     )
 
 
 def parse_answer(completion: str) -> list[int] | None:
-    """The values of an answer, or None if it holds anything but integers from 0 to 100."""
+    """The values of an answer, None unless it holds only integers from 0 to 100."""
     words = completion.split()
     if not all(re.fullmatch("[0-9]{1,3}", word) and int(word) <= MAX_VALUE for word in words):
         return None

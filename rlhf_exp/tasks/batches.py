@@ -7,14 +7,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-# Batches whose texts are sorted by length together: little padding, and still a random order.
+# Batches whose texts are sorted by length together: little padding, but still a random order.
 BUCKET = 50
 
 
 def length_bucketed(
     lengths: Sequence[int], batch_size: int, generator: torch.Generator
 ) -> Iterator[list[int]]:
-    """Batches of indices, one epoch of all of them in random order, texts of like length together.
+    """One epoch of batches of indices, in random order, with texts of similar length together.
 
     The last batch may be smaller.
     """
@@ -30,7 +30,7 @@ def length_bucketed(
 def shuffled(
     lengths: Sequence[int], batch_size: int, generator: torch.Generator
 ) -> Iterator[list[int]]:
-    """Batches of indices, one epoch of all of them in random order whatever their lengths.
+    """One epoch of batches of indices, in random order regardless of length.
 
     The last batch may be smaller.
     """
@@ -42,8 +42,8 @@ Order = Callable[[Sequence[int], int, torch.Generator], Iterable[list[int]]]
 
 
 class BatchStream(Iterator[list[int]]):
-    """Batches of indices without end, an epoch after another, each in the order that `order`
-    (length_bucketed, shuffled) draws from the generator when it begins."""
+    """Endless batches of indices, epoch after epoch. At the beginning of each epoch `order`
+    (length_bucketed, shuffled) draws its batches from the generator."""
 
     def __init__(
         self, order: Order, lengths: Sequence[int], batch_size: int, generator: torch.Generator
@@ -58,11 +58,11 @@ class BatchStream(Iterator[list[int]]):
         return self._pending.pop()
 
     def state_dict(self) -> dict[str, Any]:
-        """The batches still to come of the current epoch, the last one first, and the generator."""
+        """The remaining batches of the current epoch, last one first, and the generator."""
         return {"pending": [*self._pending], "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from where a stream of the same texts stood."""
+        """Continues from the state of a stream of the same texts."""
         self._pending = [*state["pending"]]
         self.generator.set_state(state["generator"])
 
@@ -70,12 +70,12 @@ class BatchStream(Iterator[list[int]]):
 def pad_right(
     rows: Sequence[Sequence[int]], *, fill: int, width: int | None = None
 ) -> Int[Tensor, "batch seq"]:
-    """The rows as one tensor, shorter ones filled up on the right to the longest, or to `width`."""
+    """The rows as one tensor, padded with `fill` on the right to `width` or the longest row."""
     width = max(map(len, rows)) if width is None else width
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
 
 
 def pad_left(rows: Sequence[Sequence[int]], *, fill: int) -> Int[Tensor, "batch seq"]:
-    """The rows as one tensor, shorter ones filled up on the left."""
+    """The rows as one tensor, padded with `fill` on the left to the longest row."""
     width = max(map(len, rows))
     return torch.tensor([[*[fill] * (width - len(row)), *row] for row in rows])

@@ -1,10 +1,10 @@
-"""Which type the cells of a CSV file's column have. It knows texts, not files."""
+"""Types of CSV columns, inferred from their cells. Knows texts, not files."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-# Cells of a column of numbers or booleans that hold none; among texts they are texts.
+# Missing cells of a column of numbers or booleans; in a column of texts they are texts.
 MISSING = {"", "NA", "N/A", "NaN", "nan", "null", "None"}
 TYPES: tuple[tuple[re.Pattern[str], Callable[[str], Any]], ...] = (
     (re.compile(r"[+-]?(0|[1-9][0-9]{0,999})"), int),
@@ -16,7 +16,7 @@ TYPES: tuple[tuple[re.Pattern[str], Callable[[str], Any]], ...] = (
 def typed_columns(
     cells: Mapping[str, Sequence[str]], text_columns: Sequence[str]
 ) -> dict[str, Sequence[Any]]:
-    """The columns, each with the type of its cells, but for `text_columns`, which stay texts."""
+    """The columns, converted to the type of their cells, except `text_columns`."""
     return {n: column if n in text_columns else _typed(column) for n, column in cells.items()}
 
 
@@ -26,8 +26,8 @@ def rows_of(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def _typed(cells: Sequence[str]) -> Sequence[Any]:
-    """A column as integers, floats or booleans, with None for missing cells, if all its other cells
-    are such; else the texts as they are. Integers with leading zeros are texts."""
+    """A column as integers, floats or booleans if all cells that are not missing have that type,
+    with None for missing ones; else as texts. Integers with leading zeros are texts."""
     filled = {cell for cell in cells if cell not in MISSING}
     for pattern, convert in TYPES:
         if filled and all(pattern.fullmatch(cell) for cell in filled):

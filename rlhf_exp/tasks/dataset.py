@@ -1,7 +1,7 @@
-"""Prompts from a dataset: of the Hugging Face hub, or from JSON Lines, Parquet, CSV or text files.
+"""Prompts from a dataset: from the Hugging Face hub, or JSON Lines, Parquet, CSV or text files.
 
-It knows `datasets` and TRL's standard and conversational formats; it refuses a row that it would
-have to guess at, naming the row and the field.
+Knows `datasets` and TRL's standard and conversational formats. Refuses an ambiguous row, naming
+the row and the field.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 COLUMNS = ("prompt", "text", "messages")
 ANSWERS = "assistant"
 ROLES = ("system", "user", ANSWERS, "tool", "developer")
-CALLS = ("tool_calls", "function_call")  # of a message, which are not read
+CALLS = ("tool_calls", "function_call")  # keys of a message that are not supported
 
 
 class _Contents(NamedTuple):
@@ -33,66 +33,65 @@ class _Contents(NamedTuple):
 
 @settings
 class PromptDataset:
-    """Prompts from the column `prompt`, `text` or `messages`, the first of them that there is:
-    texts, or conversations as lists of messages with role and content, whose last answers are left
-    out. Further columns go to rewards, but for others of the names prompt and messages.
+    """Prompts from the first existing column of `prompt`, `text` and `messages`: texts, or
+    conversations as lists of messages with role and content, without their last answers. Rewards
+    get all other columns, except another one named prompt or messages.
 
-    Texts of fewer than min_chars characters are left out, and prompts of fewer than min_tokens or
-    more than max_tokens tokens. With first_tokens_max a text gives its first tokens only, between
-    first_tokens_min and that many, or all if it has fewer; both count BOS. `held_out_fraction` of
-    the distinct prompts is evaluated on, at least one, or those of `eval_split` that are not
-    trained on.
+    Texts of fewer than min_chars characters are dropped, and prompts of fewer than min_tokens or
+    more than max_tokens tokens. With first_tokens_max only the first tokens of a text are used: a
+    random number between first_tokens_min and first_tokens_max, BOS included, or all if it has
+    fewer. Evaluations use a `held_out_fraction` of the distinct prompts, at least one, or the
+    prompts of `eval_split` that are not trained on.
     """
 
     path: Text
     """Hub name, or a .jsonl, .json, .parquet, .csv, .tsv or .txt file, or a directory of such
     files."""
     subset: Text | None = None
-    """Which configuration of a dataset that has several, as main or en; null: its only one."""
+    """Configuration of a dataset that has several, such as main or en; null: its only one."""
     split: Text = "train"
-    """Which part of the dataset, or a slice as train[:1000]; a single file has only train."""
+    """Split of the dataset, or a slice such as train[:1000]; a single file has only train."""
     eval_split: Text | None = None
-    """a part to evaluate on, as test or train[:500]; null: held_out_fraction."""
+    """Split to evaluate on, such as test or train[:500]; null: held_out_fraction."""
     revision: Text | None = None
     """Branch, tag or commit of the hub's repository."""
     column: Text | None = None
     """The column with the prompts, texts or lists of messages; null: prompt, text or messages."""
     prepend_bos: bool | None = None
-    """Whether a text begins with BOS; null: if the tokenizer puts one there by itself."""
+    """Whether a text begins with BOS; null: if the tokenizer adds one by itself."""
     min_tokens: Count = 1
-    """Shorter prompts are left out, in tokens with BOS and chat template."""
+    """Shorter prompts are dropped; in tokens, with BOS and chat template."""
     max_tokens: Count | None = None
-    """Longer ones too; context minus sampler.gen_len is the most that fits."""
+    """Longer prompts are dropped; at most the context minus sampler.gen_len."""
     min_chars: Index = 0
-    """Shorter texts are left out, in characters; 1: blank and missing ones, which 0 refuses."""
+    """Shorter texts are dropped, in characters; 1 drops blank and missing ones, 0 refuses them."""
     first_tokens_min: Count | None = None
-    """With first_tokens_max: a text gives only so many of its first tokens, BOS included; 2 to
-    64."""
+    """With first_tokens_max: the fewest first tokens of a text to use, BOS included; 2 to 64."""
     first_tokens_max: Count | None = None
-    """At most so many, drawn for each text; null: all of it."""
+    """The most of them; the number is drawn for each text; null: the whole text."""
     max_prompts: Count | None = None
-    """So many rows of a part, chosen at random; null: all."""
+    """Number of rows of a split to use, chosen at random; null: all."""
     held_out_fraction: Fraction = 0.1
-    """Fraction of the prompts, for evaluation; 0: evaluate on those that are trained on."""
+    """Fraction of the prompts for evaluation; 0: evaluate on the training prompts."""
     data_seed: Index = 0
     """Draws the order, the held-out prompts and the first tokens; any integer from 0."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "PromptDataset":
-        for low, high in (("min_tokens", "max_tokens"), ("first_tokens_min", "first_tokens_max")):
-            a, b = getattr(self, low), getattr(self, high)
+        for least, most in (("min_tokens", "max_tokens"), ("first_tokens_min", "first_tokens_max")):
+            a, b = getattr(self, least), getattr(self, most)
             if a is not None and b is not None and a > b:
-                raise ValueError(f"{low}={a} is above {high}={b}: lower the one or raise the other")
+                raise ValueError(f"{least}={a} is above {most}={b}: lower it or raise {most}")
         if (self.first_tokens_min is None) != (self.first_tokens_max is None):
             raise ValueError("first_tokens_min and first_tokens_max: set both, or both null")
         return self
 
     def fingerprint(self) -> str:
-        """The SHA-256 of the prompts and their columns as hexadecimal digits; "" for what an
-        earlier step will make.
+        """The SHA-256 of the prompts and their columns in hexadecimal digits; "" for an artifact of
+        an earlier step.
 
-        Raises ConfigError if the dataset cannot be read as described or leaves no prompts to train
-        or to evaluate on.
+        Raises ConfigError if the dataset cannot be read as described or leaves no prompts for
+        training or for evaluation.
         """
         return "" if is_reference(self.path) else self._contents.sha256
 
@@ -102,7 +101,7 @@ class PromptDataset:
 
     def eval_prompts(self) -> tuple[Prompt, ...]:
         """The held-out prompts, none of them in `train_prompts`; with held_out_fraction=0 the
-        prompts that are trained on."""
+        training prompts."""
         return self._contents.split.held_out
 
     def shape_prompt(self, row: PromptRow, ids: Sequence[int]) -> Sequence[int] | None:
@@ -111,20 +110,18 @@ class PromptDataset:
             return None
         if self.first_tokens_min is None or self.first_tokens_max is None:
             return ids
-        # By the text, so that a prompt does not change when others are added.
+        # From a hash of the text, so that a prompt does not change when others are added.
         draw = hash_fraction(f"first tokens {self.data_seed} {row.prompt}")
-        kept = self.first_tokens_min + int(
-            draw * (self.first_tokens_max - self.first_tokens_min + 1)
-        )
-        return ids[:kept]
+        num_choices = self.first_tokens_max - self.first_tokens_min + 1
+        return ids[: self.first_tokens_min + int(draw * num_choices)]
 
     @cached_property
     def _contents(self) -> _Contents:
         train = self._read(self.split, "task.split")
         if self.eval_split is not None:
-            seen = {_key(row) for row in train}
+            train_keys = {_key(row) for row in train}
             rows = self._read(self.eval_split, "task.eval_split")
-            held_out = [row for row in rows if _key(row) not in seen]
+            held_out = [row for row in rows if _key(row) not in train_keys]
             if not held_out:
                 raise ConfigError(
                     f"task.eval_split={self.eval_split}: {self.path} has no prompt there that is"
@@ -142,7 +139,7 @@ class PromptDataset:
     def _hold_out(self, rows: list[PromptRow]) -> tuple[list[PromptRow], list[PromptRow]]:
         if self.held_out_fraction == 0:
             return rows, rows
-        # By the prompt, so that equal ones stay together, and all where others are added.
+        # By the prompt: equal ones stay together, and none moves when others are added.
         keys = [f"{self.data_seed} {_key(row)}" for row in rows]
         chosen = held_out_keys(keys, self.held_out_fraction)
         parts: tuple[list[PromptRow], list[PromptRow]] = ([], [])
@@ -152,7 +149,7 @@ class PromptDataset:
             raise ConfigError(
                 f"task.held_out_fraction={self.held_out_fraction} leaves none of the {len(rows)}"
                 f" prompts of {self.path} to train on: lower it, name an eval_split, or set it 0 to"
-                " evaluate on the prompts that are trained on"
+                " evaluate on the training prompts"
             )
         log.info(
             "task.held_out_fraction=%g: %d of %d distinct prompts are held out",
@@ -166,12 +163,12 @@ class PromptDataset:
             subset=self.subset,
             split=split,
             revision=self.revision,
-            text_columns=self._wanted,
+            text_columns=self._candidates,
             field="task.path",
             split_field=split_field,
         )
         column = self._column(table.column_names)
-        # Shuffled by position alone, so that rows are read only as far as they are wanted.
+        # Shuffled by position, so that rows are read only until there are max_prompts.
         order = sorted(
             range(table.num_rows), key=lambda i: hash_fraction(f"order {self.data_seed} {i}")
         )
@@ -191,39 +188,37 @@ class PromptDataset:
             rows.append(PromptRow(prompt, {k: v for k, v in row.items() if k != column}))
         if not rows:
             raise ConfigError(
-                f"task.min_chars={self.min_chars}: {self.path} has no prompt so long in {split}"
-                f" ({table.num_rows} rows); lower it"
+                f"task.min_chars={self.min_chars}: {self.path} has no prompt of that length in"
+                f" {split} ({table.num_rows} rows); lower it"
             )
         return rows
 
     def _is_short(self, value: Any) -> bool:
-        """Whether a text is to be left out; blank and missing ones have 0 characters."""
+        """Whether to drop a text; blank and missing texts count as 0 characters."""
         if value is not None and not isinstance(value, str):
             return False
         return (len(value) if value and value.strip() else 0) < self.min_chars
 
     @property
-    def _wanted(self) -> tuple[str, ...]:
+    def _candidates(self) -> tuple[str, ...]:
         return COLUMNS if self.column is None else (self.column,)
 
     def _column(self, names: Sequence[str]) -> str:
-        for name in self._wanted:
+        for name in self._candidates:
             if name in names:
                 return name
-        asked = "prompt, text or messages" if self.column is None else self.column
+        candidates = "prompt, text or messages" if self.column is None else self.column
         raise ConfigError(
-            f"task.path: {self.path} has no column {asked}; it has {', '.join(names)}: set"
+            f"task.path: {self.path} has no column {candidates}; it has {', '.join(names)}: set"
             " task.column to the one with the prompts"
         )
 
 
 def _prompt(value: Any, what: str) -> str | Conversation:
-    """A row's prompt: a text or messages up to the last that is not the assistant's. Raises
-    ConfigError for one that is blank or of another form."""
+    """A row's prompt: a text, or messages without the assistant's last ones. Raises ConfigError
+    for one that is blank or malformed."""
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise ConfigError(
-            f"{what} is blank; fill it in, or set task.min_chars=1 to leave such rows out"
-        )
+        raise ConfigError(f"{what} is blank; fill it in, or set task.min_chars=1 to drop such rows")
     if isinstance(value, str):
         return _unicode(value, what)
     if not isinstance(value, list):
@@ -240,14 +235,14 @@ def _prompt(value: Any, what: str) -> str | Conversation:
 
 
 def _message(message: Any, what: str) -> dict[str, str]:
-    """Role and content alone: Arrow gives every message the keys that any has."""
-    fine = (
+    """Role and content only: Arrow gives every message the keys of all messages."""
+    is_valid = (
         isinstance(message, Mapping)
         and message.get("role") in ROLES
         and isinstance(message.get("content"), str)
         and not any(message.get(name) for name in CALLS)
     )
-    if not fine:
+    if not is_valid:
         raise ConfigError(
             f"{what} holds the message {reprlib.repr(message)}; give role (one of"
             f" {', '.join(ROLES)}), content (a text) and no {' or '.join(CALLS)}"
@@ -258,8 +253,8 @@ def _message(message: Any, what: str) -> dict[str, str]:
 def _unicode(text: str, what: str) -> str:
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a character
-        raise ConfigError(f"{what} is no Unicode text ({error.reason}); mend it") from error
+    except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair
+        raise ConfigError(f"{what} is not Unicode text ({error.reason}); fix it") from error
     return text
 
 

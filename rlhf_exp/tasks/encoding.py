@@ -1,4 +1,4 @@
-"""Texts as token ids, and the errors of tokenizers that refuse what they do not know."""
+"""Texts as token ids, with clear errors for words that a tokenizer cannot encode."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -8,11 +8,11 @@ from rlhf_exp.tasks.protocol import CorpusTask, Task
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """The token ids of each text, no special tokens. Raises ConfigError for a text that a closed
-    vocabulary does not hold."""
+    """The token ids of each text, without special tokens. Raises ConfigError for a text with a word
+    that a closed vocabulary lacks."""
     try:
         return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    except Exception as error:  # tokenizers raises this very class for a word that it does not know
+    except Exception as error:  # tokenizers raises a bare Exception for an unknown word
         for text in texts:
             if not can_encode(tokenizer, text):
                 raise ConfigError(
@@ -23,7 +23,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
 
 
 def can_encode(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Whether the tokenizer takes the text at all."""
+    """Whether the tokenizer can encode the text."""
     try:
         tokenizer(text, add_special_tokens=False)
     except Exception:  # as above
@@ -32,11 +32,10 @@ def can_encode(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase, *, prepend_bos: bool | None) -> list[int]:
-    """What a prompt's ids begin with: BOS or nothing; None is for whatever the tokenizer puts
-    before texts by itself. Raises ConfigError for a tokenizer without the BOS that is asked
-    for."""
+    """The ids at the beginning of every prompt: BOS or none; with `prepend_bos` None those that the
+    tokenizer itself puts before texts. Raises ConfigError if it lacks a required BOS."""
     if prepend_bos is None:
-        return _puts_in_front(tokenizer)
+        return _added_prefix(tokenizer)
     if not prepend_bos:
         return []
     if tokenizer.bos_token_id is None:
@@ -44,7 +43,7 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase, *, prepend_bos: bool | None)
     return [tokenizer.bos_token_id]
 
 
-def _puts_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _added_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     added = set(tokenizer("")["input_ids"])
     if not added:
         return []
@@ -52,10 +51,10 @@ def _puts_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if not can_encode(tokenizer, probe):  # a closed vocabulary
             continue
         plain = encode(tokenizer, [probe])[0]
-        if not plain or added.intersection(plain):  # which hides where the text begins
+        if not plain or added.intersection(plain):  # where the text begins would be ambiguous
             continue
         ids = tokenizer(probe)["input_ids"]
-        # Not what is longer than without: that may be an EOS behind, even one that is BOS as well.
+        # Not ids[: len(ids) - len(plain)]: the tokenizer may append EOS, even with the id of BOS.
         starts = (i for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
         return ids[: next(starts, 0)]
     return []
@@ -68,5 +67,5 @@ def _probes(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
 
 
 def tokenizer_factory(task: Task) -> Callable[[], PreTrainedTokenizerBase] | None:
-    """What builds the task's tokenizer, None if it has no texts to make one from."""
+    """The function that builds the task's tokenizer, None for a task without texts."""
     return task.build_tokenizer if isinstance(task, CorpusTask) else None

@@ -1,7 +1,7 @@
 """Token sequences for next-token prediction, and batches of them: padded, or packed into rows.
 
-Both layouts compute the same loss. In a packed row each example has positions from 0 on, by which
-transformers keeps its attention within it.
+Both layouts compute the same loss. In a packed row the positions of each example begin at 0, from
+which transformers infers that attention must stay within it.
 """
 
 import logging
@@ -25,7 +25,7 @@ IGNORED = -100  # the label that transformers leaves out of the loss
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """Token ids, and the index of the first of them that is learned; at least 1, since nothing
+    """Token ids, and the index of the first token that is learned: at least 1, since nothing
     predicts the first token."""
 
     tokens: list[int]
@@ -36,15 +36,15 @@ class Example:
 
     @property
     def labels(self) -> list[int]:
-        """The tokens, those before `start` left out of the loss."""
+        """The tokens, with IGNORED for those before `start`."""
         return [IGNORED] * self.start + self.tokens[self.start :]
 
 
 @record
 class ExampleBatch:
-    """Examples side by side, or one after another with `positions` that begin at 0 in each. Labels
-    are not shifted: transformers does it. No mask is needed: rows are padded on the right, where
-    causal attention never looks."""
+    """Examples, one a row, or several with `positions` that begin at 0 in each. Labels are not
+    shifted: transformers does it. There is no mask: rows are padded on the right, and causal
+    attention never reads what follows a token."""
 
     tokens: Int[Tensor, "batch seq"]
     labels: Int[Tensor, "batch seq"]
@@ -52,16 +52,16 @@ class ExampleBatch:
 
     @property
     def num_learned(self) -> int:
-        """Tokens that the loss is a mean over."""
+        """The number of tokens that the loss averages over."""
         return int((self.labels != IGNORED).sum())
 
 
 def encode_texts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, limit: int
 ) -> list[Example]:
-    """BOS if the tokenizer has one, the text's tokens, EOS; every token but the first is learned.
+    """BOS if the tokenizer has one, the text's tokens, EOS; all but the first token are learned.
 
-    Texts longer than `limit` tokens are cut and still end with EOS; their number is logged.
+    Texts longer than `limit` tokens are cut but still end with EOS; their number is logged.
     """
     before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     room = limit - len(before) - 1
@@ -81,10 +81,10 @@ def encode_demonstrations(
     prepend_bos: bool | None,
     limit: int,
 ) -> list[Example]:
-    """The prompt's tokens, the response's, EOS; only the response and EOS are learned.
+    """The tokens of prompt and response, then EOS; only the response and EOS are learned.
 
-    Raises ConfigError for one without a prompt, and for one that is longer than `limit` tokens:
-    cut, it would teach an answer that does not end.
+    Raises ConfigError for a demonstration without a prompt, and for one longer than `limit` tokens:
+    if it was cut, the model would learn answers that do not end.
     """
     before = leading_ids(tokenizer, prepend_bos=prepend_bos)
     prompts, responses = (encode(tokenizer, [d[i] for d in demonstrations]) for i in (0, 1))
@@ -101,7 +101,7 @@ def encode_demonstrations(
         if len(example) > limit:
             raise ConfigError(
                 f"model: a demonstration of {len(example)} tokens exceeds the model's context of"
-                f" {limit}; use a model with a longer one. It begins:"
+                f" {limit}; use a model with a longer context. It begins:"
                 f" {demonstration.prompt[:60]!r}"
             )
     return examples
@@ -116,7 +116,7 @@ def pad(examples: Sequence[Example]) -> ExampleBatch:
 
 
 def pack(examples: Sequence[Example], *, limit: int) -> ExampleBatch:
-    """Several examples a row where they fit into `limit` tokens, the longest placed first."""
+    """Rows of at most `limit` tokens, each with as many examples as fit; the longest first."""
     rows: list[list[Example]] = []
     free: list[int] = []
     for example in sorted(examples, key=len, reverse=True):

@@ -1,21 +1,21 @@
-"""Splits that a text alone decides, so that they do not change when other texts are added."""
+"""Splits by a hash of each text, so that they do not change when other texts are added."""
 
 import hashlib
 from collections.abc import Iterable
 
-FEW = 40  # of fewer keys, the number that hashes alone would choose is far from the fraction
+FEW = 40  # with fewer keys, the share of hashes below the fraction is too inaccurate
 
 
 def hash_fraction(text: str) -> float:
-    """A number in [0, 1) that looks random and that the text alone decides."""
+    """A pseudo-random number in [0, 1) that depends only on the text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
 def held_out_keys(keys: Iterable[str], fraction: float) -> set[str]:
     """The keys whose hash is below the fraction, at least one.
 
-    Of fewer than 40 distinct keys, as many as come nearest to the fraction, those with the lowest
-    hashes; at least one remains unless the fraction is 1. Further keys can then move others.
+    With fewer than 40 distinct keys, the keys with the lowest hashes, in the number nearest to the
+    fraction; at least one is not held out unless the fraction is 1. New keys can then move others.
     """
     ordered = sorted(set(keys), key=hash_fraction)
     if len(ordered) < FEW:

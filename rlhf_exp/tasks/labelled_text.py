@@ -1,6 +1,6 @@
-"""A user's own labelled sentences: a corpus, labels, and prompts from their first words.
+"""A user's labelled sentences: a corpus, labels, and prompts from their first words.
 
-It knows the file's format and refuses a file that it would have to guess at; it knows no model.
+Knows the file's format and refuses an ambiguous file; knows no model.
 """
 
 import hashlib
@@ -32,23 +32,23 @@ class LabelledTextFile:
     """Sentences and labels from a tab-separated UTF-8 file whose header names the columns `label`
     and `text`.
 
-    Quotes mean nothing special, so a text holds neither tabs nor line ends. A repeated text counts
-    once. The file is read once per instance.
+    Quotes have no meaning, so a text cannot contain tabs or newlines. A repeated text counts once.
+    Each instance reads the file once.
     """
 
-    path: Text  # the file, relative to the working directory or absolute
+    path: Text
     """UTF-8 file of tab-separated lines with a header that names the columns label and text."""
-    prepend_bos: bool = True  # whether a prompt begins with <bos>
+    prepend_bos: bool = True
     """Whether a prompt begins with <bos>; true, as in the corpus."""
-    vocab_size: Count = 3000  # tokens of the byte-pair tokenizer, at most
+    vocab_size: Count = 3000
     """Tokens of the byte-pair tokenizer, at most; 1000 to 8000."""
-    held_out_fraction: OpenFraction = 0.1  # texts kept from training; prompts come from them
-    """Share of texts kept from training; they give the prompts; 0.05 to 0.5."""
-    prompt_words_min: Count = 2  # words in the shortest prompt
+    held_out_fraction: OpenFraction = 0.1
+    """Fraction of texts that are held out; prompts come from these; 0.05 to 0.5."""
+    prompt_words_min: Count = 2
     """Words in the shortest prompt; 1 to 4."""
-    prompt_words_max: Count = 4  # words in the longest prompt
+    prompt_words_max: Count = 4
     """Words in the longest prompt; 2 to 8."""
-    data_seed: Index = 0  # other seeds give other splits and prompt lengths
+    data_seed: Index = 0
     """Draws the split and the prompts' lengths; any integer from 0."""
 
     @model_validator(mode="after")
@@ -62,23 +62,23 @@ class LabelledTextFile:
 
     @property
     def num_contradictory(self) -> int:
-        """Distinct texts of the file that are left out because they stand under two labels."""
+        """The number of distinct texts that are dropped because they have two labels."""
         return self._contents.num_contradictory
 
     def fingerprint(self) -> str:
-        """The SHA-256 of the file, as hexadecimal digits.
+        """The SHA-256 of the file in hexadecimal digits.
 
         Raises ConfigError if the file cannot be read as described, holds fewer than 200 texts or
-        fewer than 20 of a label, or leaves too few to train on or to take prompts from.
+        fewer than 20 of a label, or leaves too few for training or for prompts.
         """
         labels = {label for label, _ in self._contents.texts}
         split = self.labelled_split()
         for name, texts in (("train", split.train), ("held-out", split.held_out)):
-            missing = sorted(labels - {label for label, _ in texts})
-            if missing:
+            absent = sorted(labels - {label for label, _ in texts})
+            if absent:
                 raise ConfigError(
                     f"task.held_out_fraction={self.held_out_fraction} leaves no {name} text with "
-                    f"the label {missing[0]!r}: move it towards 0.5, or add texts to {self.path}"
+                    f"the label {absent[0]!r}: move it towards 0.5, or add texts to {self.path}"
                 )
         if not self.train_prompts() or not self.eval_prompts():
             raise ConfigError(
@@ -90,19 +90,19 @@ class LabelledTextFile:
         return self._contents.sha256
 
     def train_prompts(self) -> tuple[str, ...]:
-        """The first words of one half of the held-out texts, those that the text goes on after."""
+        """The first words of one half of the held-out texts, if the text has further words."""
         held_out = self.labelled_split().held_out
         return self._prompts(held_out[: len(held_out) // 2])
 
     def eval_prompts(self) -> tuple[str, ...]:
-        """The first words of the other half, without those that are also training prompts."""
+        """The first words of the other half, without those that are training prompts."""
         held_out = self.labelled_split().held_out
         trained = set(self.train_prompts())
         prompts = self._prompts(held_out[len(held_out) // 2 :])
         return tuple(prompt for prompt in prompts if prompt not in trained)
 
     def build_tokenizer(self) -> PreTrainedTokenizerBase:
-        """A byte-pair tokenizer trained on the training texts alone."""
+        """A byte-pair tokenizer trained on the training texts."""
         from rlhf_exp.tasks.tokenizers import byte_pair_tokenizer
 
         return byte_pair_tokenizer(self.language_split().train, vocab_size=self.vocab_size)
@@ -113,7 +113,7 @@ class LabelledTextFile:
         return Split(tuple(t.text for t in train), tuple(t.text for t in held_out))
 
     def labelled_split(self) -> Split[LabelledText]:
-        """The texts of the file in random order, `held_out_fraction` of them held out."""
+        """The texts of the file in random order, with `held_out_fraction` of them held out."""
         texts = list(self._contents.texts)
         random.Random(self.data_seed).shuffle(texts)
         num_held_out = round(self.held_out_fraction * len(texts))
@@ -169,7 +169,7 @@ def _parse(contents: str, path: Path) -> list[LabelledText]:
         raise ConfigError(
             f"task.path: {path} is empty: give tab-separated lines with the columns label and text"
         )
-    # Not splitlines(), which also splits at characters that stand inside sentences.
+    # Not splitlines(), which also splits at characters that sentences may contain.
     lines = contents.rstrip("\r\n").split("\n")
     header = [name.strip() for name in lines[0].split("\t")]
     if header.count("label") != 1 or header.count("text") != 1:
@@ -198,17 +198,17 @@ def _parse(contents: str, path: Path) -> list[LabelledText]:
 
 
 def _check_counts(texts: tuple[LabelledText, ...], num_contradictory: int, path: Path) -> None:
-    found = f"task.path: {path} has {len(texts)} distinct texts"
+    contents = f"task.path: {path} has {len(texts)} distinct texts"
     if num_contradictory:
-        found += f" (besides {num_contradictory} under two labels, left out)"
+        contents += f" (and {num_contradictory} with two labels, which are dropped)"
     if len(texts) < MIN_TEXTS:
-        raise ConfigError(f"{found}: give at least {MIN_TEXTS}")
+        raise ConfigError(f"{contents}: give at least {MIN_TEXTS}")
     counts = Counter(label for label, _ in texts)
     rarest, num_rarest = counts.most_common()[-1]
     if len(counts) < 2:
-        raise ConfigError(f"{found}, all with the label {rarest!r}: give at least two labels")
+        raise ConfigError(f"{contents}, all with the label {rarest!r}: give at least two labels")
     if num_rarest < MIN_TEXTS_PER_LABEL:
         raise ConfigError(
-            f"{found}, {num_rarest} of them with the label {rarest!r}: give at least "
+            f"{contents}, {num_rarest} of them with the label {rarest!r}: give at least "
             f"{MIN_TEXTS_PER_LABEL} of every label"
         )

@@ -1,4 +1,4 @@
-"""Text files line by line, and what may be wrong with them."""
+"""Reads text files line by line, with clear errors for unreadable ones."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ from rlhf_exp.settings import ConfigError
 
 
 def read_lines(file: Path, *, field: str) -> list[str]:
-    """The lines of a UTF-8 file, split at line feeds alone. Raises ConfigError naming `field`, the
-    key that the file is set by, if it cannot be read."""
+    """The lines of a UTF-8 file, split at line feeds only. Raises ConfigError naming `field`, the
+    key that sets the file, if it cannot be read."""
     try:
         refuse_lfs_pointer(file, field=field)
         return file.read_text(encoding="utf-8-sig").split("\n")

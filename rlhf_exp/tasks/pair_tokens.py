@@ -1,4 +1,4 @@
-"""Preference pairs as tokens, and batches of their answers in the form that samples have."""
+"""Preference pairs as tokens, and batches of their answers as Completions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from rlhf_exp.types import Completions, PromptBatch
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedPair:
-    """A pair with the token ids of its prompt and answers; an answer that ended holds EOS."""
+    """A pair with the token ids of its prompt and answers, with EOS if the answer ended."""
 
     pair: Pair
     prompt: list[int]
@@ -31,10 +31,10 @@ def encode_pairs(
     prepend_bos: bool | None,
     limit: int,
 ) -> list[EncodedPair]:
-    """The pairs as tokens, no special tokens but the BOS that is asked for and the answers' EOS.
+    """The pairs as tokens; the only special tokens are BOS, if required, and the answers' EOS.
 
-    Raises ConfigError naming the source and the field of a text that holds what the vocabulary does
-    not, or whose prompt and answer exceed `limit` tokens.
+    Raises ConfigError naming the source and the field of a text that the vocabulary cannot encode,
+    or whose prompt and answer exceed `limit` tokens.
     """
     before = leading_ids(tokenizer, prepend_bos=prepend_bos)
     columns = {
@@ -72,18 +72,18 @@ def _encode(
         raise
     unknown = tokenizer.unk_token_id
     for row, text, source in zip(rows, texts, sources, strict=True):
-        # Of byte-level tokenizers UNK is EOS, which stands for nothing unknown.
+        # Byte-level tokenizers can encode everything, and their UNK is EOS.
         if unknown is not None and unknown != tokenizer.eos_token_id and unknown in row:
             _check_words(tokenizer, text, field, source)
             raise ConfigError(
                 f"task.path: {source}, field {field} holds characters between its words that are"
-                " not in the model's vocabulary: correct it, or use the model whose answers these"
-                " are"
+                " not in the model's vocabulary: correct it, or use the model that wrote these"
+                " answers"
             )
         if tokenizer.eos_token_id in row:
             raise ConfigError(
-                f"task.path: {source}, field {field} holds {tokenizer.eos_token!r}: leave it out,"
-                " an answer ends with it unless chosen_ended or rejected_ended is false"
+                f"task.path: {source}, field {field} holds {tokenizer.eos_token!r}: remove it; EOS"
+                " is appended to an answer unless chosen_ended or rejected_ended is false"
             )
         if field == "prompt" and not row:
             raise ConfigError(f"task.path: {source}, field {field} has no tokens: {text!r}")
@@ -91,23 +91,23 @@ def _encode(
 
 
 def _check_words(tokenizer: PreTrainedTokenizerBase, text: str, field: str, source: str) -> None:
-    """Raises ConfigError naming the first word of the text that the vocabulary does not hold."""
+    """Raises ConfigError naming the first word of the text that is not in the vocabulary."""
     for word in text.split():
-        known = can_encode(tokenizer, word)
-        if known and tokenizer.unk_token_id is not None:
-            known = tokenizer.unk_token_id not in encode(tokenizer, [word])[0]
-        if not known:
+        in_vocab = can_encode(tokenizer, word)
+        if in_vocab and tokenizer.unk_token_id is not None:
+            in_vocab = tokenizer.unk_token_id not in encode(tokenizer, [word])[0]
+        if not in_vocab:
             raise ConfigError(
                 f"task.path: {source}, field {field} holds {word!r}, which is not in the model's"
-                " vocabulary: correct it, or use the model whose answers these are"
+                " vocabulary: correct it, or use the model that wrote these answers"
             )
 
 
 def collate(
     pairs: Sequence[EncodedPair], *, width: int, device: torch.device | str = "cpu"
 ) -> Completions:
-    """The chosen answers of all pairs, then the rejected ones in the same order, padded to `width`
-    tokens."""
+    """The chosen answers of all pairs, then the rejected answers in the same order, padded to
+    `width` tokens."""
     return written_completions(
         [pair.prompt for pair in pairs] * 2,
         [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs],
@@ -127,8 +127,8 @@ def written_completions(
     width: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Completions:
-    """Prompts and answers that were not sampled, as token ids, in the form that samples have; the
-    answers padded to `width` tokens, or to the longest."""
+    """Completions of written prompts and answers, given as token ids; the answers are padded to
+    `width` tokens or the longest."""
 
     def real(ids: Sequence[list[int]]) -> list[list[int]]:
         return [[1] * len(row) for row in ids]

@@ -1,6 +1,6 @@
-"""Preference pairs from a file, and pairs written to files that `datasets` and TRL read.
+"""Reads preference pairs from files, and writes them to files that `datasets` and TRL read.
 
-It knows the columns and refuses a row that it would have to guess at, naming file, row and field.
+Knows the columns and refuses an ambiguous row, naming file, row and field.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class SourcedPair(NamedTuple):
-    """A pair and the file and row that it came from, for messages."""
+    """A pair with its file and row, for messages."""
 
     pair: Pair
     file: Path
@@ -43,33 +43,33 @@ class _Contents(NamedTuple):
 
 @settings
 class PairsFile:
-    """Pairs from a JSON Lines or Parquet file with the columns prompt, chosen and rejected, and
-    chosen_reward and rejected_reward where rewards are known: what TRL's RewardTrainer reads.
+    """Pairs from a JSON Lines or Parquet file in the format of TRL's RewardTrainer: the columns
+    prompt, chosen and rejected, and optionally chosen_reward and rejected_reward.
 
-    A folder that holds train and test files, or the folder of a run of stage=preferences, is split
-    as its files are; of a single file `held_out_fraction` of the prompts are held out. Further
-    columns are not read. An answer ends with EOS unless chosen_ended or rejected_ended is false.
+    A folder with train and test files, or a run folder of stage=preferences, is split as its files
+    are; of a single file a `held_out_fraction` of the prompts is held out. Other columns are
+    ignored. An answer ends with EOS unless chosen_ended or rejected_ended is false.
     """
 
-    path: Text  # the file or folder, relative to the working directory or absolute
+    path: Text
     """.jsonl or .parquet file, folder with train and test files, run folder of stage=preferences,
     or artifact:NAME."""
-    prepend_bos: bool = False  # whether a prompt begins with BOS
-    """Whether a prompt begins with BOS; as in the task that the policy is trained on."""
-    held_out_fraction: OpenFraction = 0.1  # of the prompts of a single file
+    prepend_bos: bool = False
+    """Whether a prompt begins with BOS; as in the policy's task."""
+    held_out_fraction: OpenFraction = 0.1
     """Fraction of the prompts of a single file, 0.05 to 0.5."""
-    data_seed: Index = 0  # other seeds hold out other prompts
+    data_seed: Index = 0
     """Draws the prompts held out of a single file; any integer from 0."""
 
     def fingerprint(self) -> str:
-        """The SHA-256 of the files as hexadecimal digits; "" for what an earlier step will make.
+        """The SHA-256 of the files in hexadecimal digits; "" for an artifact of an earlier step.
 
         Raises ConfigError if they cannot be read as described or hold fewer than 20 pairs.
         """
         return "" if is_reference(self.path) else self._contents.sha256
 
     def train_prompts(self) -> tuple[str, ...]:
-        """The distinct prompts of the pairs that are trained on."""
+        """The distinct prompts of the training pairs."""
         return tuple(dict.fromkeys(pair.prompt for pair in self.pair_split().train))
 
     def eval_prompts(self) -> tuple[str, ...]:
@@ -77,34 +77,34 @@ class PairsFile:
         return tuple(dict.fromkeys(pair.prompt for pair in self.pair_split().held_out))
 
     def pair_split(self) -> Split[Pair]:
-        """Pairs to train on and held-out ones. No prompt is in both if a single file has at least
-        ten; with fewer, pairs are held out whatever their prompt."""
+        """Training and held-out pairs. If a single file has at least ten prompts, no prompt is in
+        both; with fewer, pairs are held out one by one."""
         return Split(*(tuple(s.pair for s in part) for part in self._contents.split))
 
     def sources(self) -> Split[str]:
-        """Where each pair of `pair_split` stands, as "FILE, row N"."""
+        """The place of each pair of `pair_split`, as "FILE, row N"."""
         return Split(*(tuple(f"{s.file}, row {s.row}" for s in part)
                        for part in self._contents.split))  # fmt: skip
 
     @cached_property
     def _contents(self) -> _Contents:
         files = locate_pairs(self.path)
-        read = [[SourcedPair(p, file, row) for row, p in read_pairs(file)] for file in files]
-        every = [sourced for part in read for sourced in part]
-        if len(every) < MIN_PAIRS:
+        by_file = [[SourcedPair(p, file, row) for row, p in read_pairs(file)] for file in files]
+        pairs = [sourced for part in by_file for sourced in part]
+        if len(pairs) < MIN_PAIRS:
             raise ConfigError(
-                f"task.path: {self.path} holds {len(every)} pairs: give at least {MIN_PAIRS}"
+                f"task.path: {self.path} holds {len(pairs)} pairs: give at least {MIN_PAIRS}"
             )
-        _check_alike(every)
+        _check_rewards(pairs)
         if len(files) == 1:
             split = hold_out(
-                every,
+                pairs,
                 fraction=self.held_out_fraction,
                 salt=str(self.data_seed),
                 prompt_of=lambda sourced: sourced.pair.prompt,
             )
         else:
-            split = Split(tuple(read[0]), tuple(read[1]))
+            split = Split(tuple(by_file[0]), tuple(by_file[1]))
         for name, part in zip(("train on", "hold out"), split, strict=True):
             if not part:
                 raise ConfigError(
@@ -118,9 +118,9 @@ class PairsFile:
 def hold_out(
     items: Sequence[T], *, fraction: float, salt: str, prompt_of: Callable[[T], str]
 ) -> Split[T]:
-    """The items split by a hash of salt and prompt, about `fraction` of the prompts in the second
-    part and at least one; with fewer than ten prompts, each item by itself. Splits of a split need
-    other salts."""
+    """The items, with about a `fraction` of the prompts held out by a hash of salt and prompt, at
+    least one; with fewer than ten prompts, items are held out one by one. To split a part again,
+    use another salt."""
     prompts = [prompt_of(item) for item in items]
     by_prompt = len(set(prompts)) >= MANY_PROMPTS
     keys = [f"{salt} {p}" if by_prompt else f"{salt} {i} {p}" for i, p in enumerate(prompts)]
@@ -132,7 +132,7 @@ def hold_out(
 
 
 def num_shared(split: Split[Pair]) -> int:
-    """Held-out pairs whose prompt is trained on too."""
+    """The number of held-out pairs whose prompt is also in the training pairs."""
     trained = {pair.prompt for pair in split.train}
     return sum(pair.prompt in trained for pair in split.held_out)
 
@@ -155,8 +155,8 @@ def locate_pairs(path: str) -> list[Path]:
 
 
 def read_pairs(file: Path) -> Iterator[tuple[int, Pair]]:
-    """The pairs of a file with the number of their row, from 1. Raises ConfigError naming file, row
-    and field for one that is malformed."""
+    """The pairs of a file, each with its row number, from 1. Raises ConfigError naming file, row
+    and field for a malformed pair."""
     rows = _parquet_rows(file) if file.suffix.lower() == ".parquet" else _json_rows(file)
     for number, row in rows:
         yield number, _pair(row, f"task.path: {file}, row {number}")
@@ -187,7 +187,7 @@ def _json_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            # Not only what is no JSON: also numbers of thousands of digits, and what is too deep.
+            # Also for numbers of thousands of digits and for objects nested too deeply.
             reason = str(error).partition(": line")[0][:80]
             raise ConfigError(
                 f"task.path: {file}, row {number} is not JSON ({reason}): give one object a line"
@@ -233,7 +233,7 @@ def _pair(row: Mapping[str, Any], where: str) -> Pair:
             row[name].encode()
         except UnicodeEncodeError as error:
             raise ConfigError(
-                f"{where}, field {name} is no Unicode text: {error.reason}"
+                f"{where}, field {name} is not Unicode text: {error.reason}"
             ) from error
     if row["chosen"] == row["rejected"]:
         raise ConfigError(
@@ -280,8 +280,8 @@ def _ended(row: Mapping[str, Any], name: str, where: str) -> bool:
     return value is None or value
 
 
-def _check_alike(pairs: Sequence[SourcedPair]) -> None:
-    """Raises ConfigError unless all pairs have rewards or none has."""
+def _check_rewards(pairs: Sequence[SourcedPair]) -> None:
+    """Raises ConfigError if only some of the pairs have rewards."""
     first = pairs[0].pair.chosen_reward is None
     for pair, file, row in pairs:
         if (pair.chosen_reward is None) != first:

@@ -1,7 +1,6 @@
-"""One text, or a few, that every completion continues; for models and rewards that come from
-elsewhere.
+"""Prompts given as one or several prefixes, for models and rewards from elsewhere.
 
-It knows no corpus, no labels and no tokenizer.
+Knows no corpus, no labels and no tokenizer.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ from rlhf_exp.tasks.lines import read_lines
 
 
 def _texts(value: Any) -> Any:
-    """The value. Raises ValueError in place of the complaints for each type that it may have."""
+    """The value. Raises one ValueError instead of pydantic's errors for each possible type."""
     texts = value if isinstance(value, list) else [value]
     if value is not None and not (texts and all(isinstance(t, str) and t for t in texts)):
         raise ValueError("give a text or a list of texts, none of them empty")
@@ -26,21 +25,21 @@ def _texts(value: Any) -> Any:
 
 @settings
 class Prefix:
-    """A prefix, a list of them, or a file with one a line; repeated ones count once.
+    """A prefix, a list of prefixes, or a file with one a line; repeated ones count once.
 
-    Of several, `held_out_fraction` (rounded; of fewer than five none at the default) are kept for
-    evaluation; if none are, evaluations use those that are trained on.
+    A `held_out_fraction` of several prefixes (rounded: none of fewer than five by default) is held
+    out; if none is, evaluations use the training prefixes.
     """
 
     prefix: Annotated[str | list[str] | None, BeforeValidator(_texts)] = "This is"
     """Text that PPO's completions continue, 1 to 20 words; or a list of them; null with
     prefix_file."""
     prefix_file: Text | None = None
-    """a UTF-8 file with a prefix a line, in place of prefix."""
+    """UTF-8 file with a prefix a line, instead of prefix."""
     held_out_fraction: Fraction = 0.1
-    """Fraction of several prefixes that evaluations use and PPO does not; 0 to 0.5."""
+    """Fraction of several prefixes that only evaluations use; 0 to 0.5."""
     prepend_bos: bool | None = True
-    """Whether a prompt begins with BOS; true for GPT-2; null: if the tokenizer puts one there by
+    """Whether a prompt begins with BOS; true for GPT-2; null: if the tokenizer adds one by
     itself."""
 
     @model_validator(mode="after")
@@ -75,7 +74,7 @@ class Prefix:
     @cached_property
     def _parts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         prefixes = self._prefixes
-        # Halves up: round() would take them to the even number, and none of five.
+        # Rounds halves up; round() would give 0 for 0.5.
         share = int(self.held_out_fraction * len(prefixes) + 0.5)
         count = share if len(prefixes) > 1 else 0
         held_out = set(sorted(prefixes, key=hash_fraction)[:count])

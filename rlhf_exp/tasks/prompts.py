@@ -1,4 +1,4 @@
-"""Prompts as batches of tokens, and an endless stream of them."""
+"""Prompts as batches of tokens, and an endless stream of batches."""
 
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,11 +23,11 @@ def encode_prompts(
     device: torch.device | str = "cpu",
     shaping: ShapesPrompts | None = None,
 ) -> PromptBatch:
-    """The prompts left-padded; texts with no special tokens but the BOS that is asked for,
-    conversations through the tokenizer's chat template, up to where the answer begins.
+    """The prompts as a left-padded batch. A text has no special tokens except BOS, if required; a
+    conversation is rendered by the tokenizer's chat template, up to where the answer begins.
 
-    `shaping` chooses and cuts them by their tokens. Raises ConfigError for a tokenizer without BOS
-    or without the chat template that is needed, for a prompt of no tokens, and if none is left.
+    `shaping` drops or cuts prompts by their tokens. Raises ConfigError if the tokenizer lacks a
+    required BOS or chat template, for a prompt without tokens, and if no prompt is left.
     """
     rows = [row if isinstance(row, PromptRow) else PromptRow(row, {}) for row in prompts]
     encoded = _encode_rows(tokenizer, rows, prepend_bos=prepend_bos)
@@ -39,7 +39,7 @@ def encode_prompts(
         rows = [row for row, ids in shaped if ids is not None]
         encoded = [list(ids) for _, ids in shaped if ids is not None]
     if not rows:
-        raise ConfigError(f"task: of {len(prompts)} prompts none is left{_lengths(lengths)}")
+        raise ConfigError(f"task: none of {len(prompts)} prompts is left{_lengths(lengths)}")
     for row, ids in zip(rows, encoded, strict=True):
         if not ids:
             raise ConfigError(
@@ -48,7 +48,7 @@ def encode_prompts(
             )
     tokens = pad_left(encoded, fill=0)
     mask = pad_left([[1] * len(ids) for ids in encoded], fill=0).bool()
-    # Decoded, as a completion's text is what decoding adds to its prompt's.
+    # Decoded texts, since a completion's text is what decoding appends to its prompt's.
     texts = tokenizer.batch_decode(encoded, skip_special_tokens=True)
     return PromptBatch(
         tokens=tokens.to(device),
@@ -82,8 +82,8 @@ def _encode_rows(
 
 
 def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str:
-    """A conversation as the text after which the answer begins, special tokens spelled out. Raises
-    ConfigError if the tokenizer has no chat template or it does not take these messages."""
+    """A conversation as the text before the answer, including special tokens. Raises ConfigError if
+    the tokenizer has no chat template, or one that does not accept these messages."""
     if not tokenizer.chat_template:
         raise ConfigError(
             "task: the prompts are conversations, but the model's tokenizer has no chat template;"
@@ -93,7 +93,7 @@ def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> st
         return tokenizer.apply_chat_template(
             [dict(message) for message in conversation], tokenize=False, add_generation_prompt=True
         )
-    except Exception as error:  # templates are programs, and raise what they like
+    except Exception as error:  # templates are programs and may raise anything
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"task: the tokenizer's chat template does not take {conversation!r:.200}: {reason}"
@@ -101,22 +101,22 @@ def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> st
 
 
 def _record(row: PromptRow, text: str) -> Mapping[str, Any]:
-    # A column of that name would make a conversation of a text, with its answer in it.
+    # A column named messages would turn a text into a conversation that holds its answer.
     columns = {name: value for name, value in row.columns.items() if name != "messages"}
     conversation = {} if isinstance(row.prompt, str) else {"messages": row.prompt}
     return {**columns, **conversation, "prompt": text}
 
 
 def take(prompts: PromptBatch, index: torch.Tensor) -> PromptBatch:
-    """The rows at `index`, without columns that are padding in all of them."""
+    """The rows at `index`, without columns that are padding in every row."""
     batch = prompts[index]
     width = int(batch.mask.sum(dim=1).max())
     return replace(batch, tokens=batch.tokens[:, -width:], mask=batch.mask[:, -width:])
 
 
 class PromptStream(Iterator[PromptBatch]):
-    """Batches without end: all prompts in a random order, then in another, batches running across
-    the seams."""
+    """Endless batches: all prompts in random order, then all in another order; a batch may span the
+    end of one and the beginning of the next."""
 
     def __init__(self, prompts: PromptBatch, batch_size: int, generator: torch.Generator) -> None:
         self._prompts, self._batch_size, self._generator = prompts, batch_size, generator
@@ -132,10 +132,10 @@ class PromptStream(Iterator[PromptBatch]):
         return take(self._prompts, chosen)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The indices still to come of the current order, and the generator that draws the next."""
+        """The remaining indices of the current order, and the generator that draws the next."""
         return {"pending": self._pending, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Goes on from where a stream of the same prompts stood."""
+        """Continues from the state of a stream of the same prompts."""
         self._pending = state["pending"].clone()
         self._generator.set_state(state["generator"])

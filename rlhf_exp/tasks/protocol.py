@@ -1,7 +1,7 @@
-"""What a task offers to the stages: prompts, and where it has them, texts, labels, demonstrations,
-exact answers or preference pairs.
+"""The protocols of tasks: prompts, and optionally texts, labels, demonstrations, exact answers or
+preference pairs.
 
-A task knows its data; it knows no model and no tokens but for the tokenizer that it builds.
+A task knows its data, but no model, and no tokens except those of a tokenizer that it builds.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,12 +12,12 @@ from rlhf_exp.hf import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 
-# Messages with a "role" and a "content", the last of them not the assistant's.
+# Messages with a "role" and a "content"; the last is not the assistant's.
 Conversation = Sequence[Mapping[str, str]]
 
 
 class PromptRow(NamedTuple):
-    """A prompt with the further columns of its dataset, which rewards may read."""
+    """A prompt with the other columns of its dataset, which rewards may read."""
 
     prompt: str | Conversation
     columns: Mapping[str, Any]
@@ -34,8 +34,8 @@ class LabelledText(NamedTuple):
 
 
 class Demonstration(NamedTuple):
-    """A prompt and the answer to imitate, which begins with whatever separates it from the prompt
-    and does not hold the end-of-sequence token."""
+    """A prompt and the answer to imitate. The answer includes the space that separates it from the
+    prompt, but not the end-of-sequence token."""
 
     prompt: str
     response: str
@@ -44,8 +44,8 @@ class Demonstration(NamedTuple):
 class Pair(NamedTuple):
     """Two answers to one prompt, the better one first, as text without special tokens.
 
-    The rewards are None where only the order is known. An answer that was cut off before its
-    end-of-sequence token has not ended.
+    The rewards are None if only the order is known. An answer without its end-of-sequence token has
+    not ended.
     """
 
     prompt: str
@@ -59,7 +59,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Split(Generic[T]):
-    """What is trained on and what no stage trains on, disjoint; unpacks as these two."""
+    """Training data and held-out data, which are disjoint; unpacks into the two."""
 
     train: tuple[T, ...]
     held_out: tuple[T, ...]
@@ -70,58 +70,57 @@ class Split(Generic[T]):
 
 @runtime_checkable
 class Task(Protocol):
-    """Prompts for PPO. Every task is at least this."""
+    """Prompts for PPO. Every task implements this."""
 
     @property
     def prepend_bos(self) -> bool | None:
-        """Whether a prompt that is a text begins with BOS; None: if the tokenizer puts one before
-        texts by itself. A conversation begins as its chat template does."""
+        """Whether a text begins with BOS; None: if the tokenizer adds one by itself. A conversation
+        begins as its chat template says."""
         ...
 
     def fingerprint(self) -> str:
-        """A hash of the files that the task reads, "" for none. Raises ConfigError for a file
-        that is missing or malformed, so that a bad one is found before anything is built."""
+        """A hash of the files that the task reads, "" for none. Raises ConfigError for a missing or
+        malformed file; it is called before anything is built."""
         ...
 
     def train_prompts(self) -> tuple[Prompt, ...]:
-        """What PPO samples from while it learns."""
+        """The prompts that PPO trains on."""
         ...
 
     def eval_prompts(self) -> tuple[Prompt, ...]:
-        """What evaluations sample from; disjoint from `train_prompts` where the task
-        has more than one."""
+        """The prompts of evaluations; disjoint from `train_prompts` if the task has several."""
         ...
 
 
 @runtime_checkable
 class ShapesPrompts(Protocol):
-    """A task that chooses or cuts its prompts by their tokens."""
+    """A task that drops or cuts its prompts by their tokens."""
 
     def shape_prompt(self, row: PromptRow, ids: Sequence[int]) -> Sequence[int] | None:
-        """The tokens to keep of a prompt's, BOS included, or None to leave the prompt out."""
+        """The tokens of a prompt to use, BOS included; None drops the prompt."""
         ...
 
 
 @runtime_checkable
 class CorpusTask(Task, Protocol):
-    """A task that a language model can be trained on from nothing."""
+    """A task with texts to train a language model on from scratch."""
 
     def build_tokenizer(self) -> PreTrainedTokenizerBase:
-        """A tokenizer for the texts, the same one at every call. It has EOS and PAD, and BOS if
-        prompts begin with it; it pads on the left and adds no special tokens by itself."""
+        """A tokenizer for the texts, equal at every call. It has EOS and PAD, and BOS if prompts
+        begin with it; it pads on the left and adds no special tokens by itself."""
         ...
 
     def language_split(self) -> Split[str]:
-        """The texts that a language model is trained on, and held-out ones."""
+        """Training and held-out texts of a language model."""
         ...
 
 
 @runtime_checkable
 class LabelledTask(CorpusTask, Protocol):
-    """A task that a classifier can be trained on."""
+    """A task with labelled texts to train a classifier on."""
 
     def labelled_split(self) -> Split[LabelledText]:
-        """The texts that a classifier is trained on, and held-out ones."""
+        """Training and held-out texts of a classifier."""
         ...
 
 
@@ -130,21 +129,21 @@ class DemonstrationTask(Task, Protocol):
     """A task with answers to imitate."""
 
     def demonstration_split(self) -> Split[Demonstration]:
-        """The demonstrations that a language model is trained on, and held-out ones, whose prompts
-        are neither in the first nor in `eval_prompts`."""
+        """Training and held-out demonstrations; no held-out prompt is in the training part or in
+        `eval_prompts`."""
         ...
 
 
 @runtime_checkable
 class AnswerTask(Task, Protocol):
-    """A task that knows the one exact answer to each of its prompts, and how good another is."""
+    """A task with one exact answer to each prompt, and a reward for any other answer."""
 
     def answer(self, prompt: str) -> str:
-        """The exact answer, as a demonstration's response."""
+        """The exact answer, in the form of a demonstration's response."""
         ...
 
     def true_reward(self, prompt: str, completion: str) -> float:
-        """How good a completion is; the highest for the exact answer."""
+        """The reward of a completion; highest for the exact answer."""
         ...
 
 
@@ -153,10 +152,10 @@ class PairTask(Task, Protocol):
     """A task with preference pairs."""
 
     def pair_split(self) -> Split[Pair]:
-        """The pairs that a reward model is trained on, and held-out ones; no prompt is in both
-        unless there are too few prompts."""
+        """Training and held-out pairs of a reward model; no prompt is in both unless there are too
+        few prompts."""
         ...
 
     def sources(self) -> Split[str]:
-        """Where each pair of `pair_split` comes from, for messages."""
+        """The place of each pair of `pair_split`, for messages."""
         ...

@@ -1,6 +1,6 @@
-"""The words and productions of the generated film reviews, and the walk that draws from them.
+"""The grammar of the generated film reviews, and a random walk through it.
 
-It knows English and sentiment; it knows nothing of splits, seeds, files or tokens.
+Knows English and sentiment, not splits, seeds, files or tokens.
 """
 
 import random
@@ -10,7 +10,7 @@ Rules = dict[str, tuple[tuple[str, ...], ...]]
 
 MIN_TOKENS, MAX_TOKENS = 26, 40
 _MIN_TOKENS_BEFORE_CLOSING = 20
-# Every drawn word that starts with one of these letters starts with a vowel sound as well.
+# Every word of the grammar that begins with one of these letters begins with a vowel sound.
 _ARTICLE_BEFORE_VOWEL = re.compile(r"\ba(?= [aeiou])")
 
 
@@ -20,7 +20,7 @@ def _words(text: str) -> tuple[tuple[str, ...], ...]:
 
 
 def _phrases(text: str) -> tuple[tuple[str, ...], ...]:
-    """One alternative a line; upper-case words are symbols, a line written twice counts double."""
+    """One alternative a line; upper-case words are symbols, and a repeated line counts double."""
     return tuple(tuple(line.split()) for line in text.strip().splitlines())
 
 
@@ -498,7 +498,7 @@ RULES: dict[str, Rules] = {
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every word that a review can hold, sorted."""
+    """Every word that a review can contain, sorted."""
     words = {"an"}
     for rules in RULES.values():
         for alternatives in rules.values():
@@ -507,7 +507,7 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def draw_review(sentiment: str, rng: random.Random) -> str:
-    """A review of that sentiment, of 26 to 40 tokens; longer and shorter ones are drawn again."""
+    """A review of the sentiment with 26 to 40 tokens; draws again if it is shorter or longer."""
     while True:
         tokens = _draw_tokens(RULES[sentiment], rng)
         if MIN_TOKENS <= len(tokens) <= MAX_TOKENS:
@@ -531,8 +531,8 @@ def _expand(
     used: set[tuple[str, ...]],
     tokens: list[str],
 ) -> None:
-    """Append an alternative of the symbol, word by word; one that the review has already used is
-    drawn again up to three times, so that words repeat only where a list is short."""
+    """Appends an alternative of the symbol, word by word. Draws again, up to three times, if the
+    review has used it already, so that words repeat only where a list is short."""
     alternatives = rules[symbol]
     for _ in range(4):
         alternative = alternatives[int(rng.random() * len(alternatives))]

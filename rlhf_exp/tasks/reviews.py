@@ -1,6 +1,6 @@
-"""Short film reviews from a generated grammar: texts, labels and one prompt, without a download.
+"""Short film reviews from a grammar: texts, labels and one prompt, without a download.
 
-It knows how many are drawn, how they are split and labelled; review_grammar knows their words.
+Knows the numbers, splits and labels of reviews; review_grammar knows their words.
 """
 
 import random
@@ -17,26 +17,26 @@ from rlhf_exp.tasks.review_grammar import draw_review, vocabulary
 
 @settings
 class Reviews:
-    """Film reviews of 26 to 40 tokens over a closed vocabulary, a quarter of them beginning with
-    the default prefix.
+    """Film reviews of 26 to 40 tokens from a closed vocabulary; a quarter begins with the default
+    prefix.
 
-    Reviews are distinct within a split; the classifier's are drawn from another stream than the
-    language model's. Held-out reviews are drawn first, so they do not depend on the counts.
+    Reviews are distinct within a split. Classifier and language model use different random streams.
+    Held-out reviews are drawn first, so they do not depend on the counts.
     """
 
-    prefix: Text = "this movie was really"  # words of the grammar with single spaces between
+    prefix: Text = "this movie was really"
     """Text that PPO's completions continue; 1 to 8 words of the grammar."""
-    prepend_bos: bool = True  # whether a prompt begins with <bos>
+    prepend_bos: bool = True
     """Whether a prompt begins with <bos>; true, as in the corpus."""
-    num_reviews: Count = 32000  # reviews to train a language model on
+    num_reviews: Count = 32000
     """Reviews to train the language model on; 10000 to 100000."""
-    num_labelled: Count = 6000  # positive and negative reviews to train a classifier on
+    num_labelled: Count = 6000
     """Pos and neg reviews to train the classifier on; 1000 to 20000."""
-    num_held_out: Count = 1000  # reviews held out for each of the two
+    num_held_out: Count = 1000
     """Reviews held out for each of the two; 200 to 5000."""
-    label_noise: Fraction = 0.02  # probability that a classifier's training label is flipped
+    label_noise: Fraction = 0.02
     """Probability that a training label is flipped; 0 to 0.1, caps P(pos) at 1 - it."""
-    data_seed: Index = 0  # other seeds give other reviews
+    data_seed: Index = 0
     """Draws the reviews; any integer from 0."""
 
     @field_validator("prefix")
@@ -55,11 +55,11 @@ class Reviews:
         return ""
 
     def train_prompts(self) -> tuple[str, ...]:
-        """The prefix alone."""
+        """The prefix."""
         return (self.prefix,)
 
     def eval_prompts(self) -> tuple[str, ...]:
-        """The prefix alone."""
+        """The prefix."""
         return (self.prefix,)
 
     def build_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -88,7 +88,7 @@ class Reviews:
         return Split(train=train, held_out=held_out)
 
     def _draw(self, stream: str, labels: tuple[str, ...]) -> Iterator[LabelledText]:
-        """Distinct reviews without end."""
+        """Endless distinct reviews."""
         rng = random.Random(f"{self.data_seed} {stream}")
         drawn: set[str] = set()
         while True:

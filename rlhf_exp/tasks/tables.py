@@ -1,7 +1,7 @@
 """Tables from files, from directories and from the Hugging Face hub.
 
-It knows names, files and what goes wrong with them: every failure is a ConfigError. It knows
-nothing of what the columns mean.
+Knows names, files and their errors, all of which it raises as ConfigError; it does not know what
+the columns mean.
 """
 
 import csv
@@ -29,13 +29,13 @@ log = logging.getLogger(__name__)
 Row = Mapping[str, Any]
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-CHUNK = 1000  # rows that are decoded at once; one by one takes `datasets` ten times as long
+CHUNK = 1000  # rows decoded at once; one by one, `datasets` takes ten times as long
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows by column name. `numbers` are their places in the file, or in the part of a dataset,
-    from 1: in a text file or JSON Lines the line, in CSV that below the header."""
+    """Rows by column name. `numbers` are row numbers in the file or split, from 1: the line in text
+    and JSON Lines files, the row after the header in CSV."""
 
     column_names: tuple[str, ...]
     numbers: Sequence[int]
@@ -47,7 +47,7 @@ class Table:
         return len(self.numbers)
 
     def rows(self, order: Sequence[int]) -> Iterator[tuple[int, Row]]:
-        """The rows at these indices, each with its number; they are read as they are asked for."""
+        """The rows at these indices, each with its number; read lazily."""
         for start in range(0, len(order), CHUNK):
             chunk = order[start : start + CHUNK]
             numbers = [self.numbers[i] for i in chunk]
@@ -56,7 +56,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What is asked for, and the fields that the user set it by, for messages."""
+    """The dataset that the user named, and the fields that name it, for messages."""
 
     path: str
     subset: str | None
@@ -82,13 +82,13 @@ def read_table(
 ) -> Table:
     """A split of a dataset: a file, a directory that `datasets` reads, or a name on the hub.
 
-    A single file has one split, train. Slices are as `datasets` writes them: train[:1000]. A
-    column of a CSV file whose filled cells are all numbers, or all booleans, has these types and
-    None in its gaps; other columns, and the text_columns, are texts as they are in the file.
-    Raises ConfigError naming the field if there is no such dataset, subset, revision or split, and
-    for a file that cannot be read or holds no rows.
+    A single file has one split, train. Slices are written as in `datasets`: train[:1000]. A column
+    of a CSV file is converted if all cells are numbers or all are booleans, with None for missing
+    cells; all others, and the text_columns, stay texts. Raises ConfigError naming the field if
+    there is no such dataset, subset, revision or split, and for a file that cannot be read or has
+    no rows.
     """
-    asked = Source(
+    source = Source(
         path=path,
         subset=subset,
         split=split,
@@ -99,43 +99,43 @@ def read_table(
     place = Path(path).expanduser()
     is_local = place.is_file() or place.is_dir()
     if not is_local and (place.suffix.lower() in READERS or not HUB_NAME.fullmatch(path)):
-        raise ConfigError(f"{field}={path}: no such file or directory, and no name on the hub")
+        raise ConfigError(f"{field}={path}: no such file or directory, and not a name on the hub")
     if not is_local:
         log.info("%s: reading %s from %s or its local cache", field, path, hub_url())
     with quiet_datasets():
         if place.is_file():
-            table = _read_file(place, asked, text_columns)
+            table = _read_file(place, source, text_columns)
         elif is_local:
-            table = _read_directory(place, asked, text_columns)
+            table = _read_directory(place, source, text_columns)
         else:
-            table = _read_hub(asked)
+            table = _read_hub(source)
     if not table.num_rows:
         part = "" if split == "train" else f" in {split}"
         raise ConfigError(f"{field}: {path} holds no rows{part}; give at least one")
     return table
 
 
-def _read_file(file: Path, asked: Source, text_columns: Sequence[str]) -> Table:
-    for name, value in (("subset", asked.subset), ("revision", asked.revision)):
+def _read_file(file: Path, source: Source, text_columns: Sequence[str]) -> Table:
+    for name, value in (("subset", source.subset), ("revision", source.revision)):
         if value is not None:
             raise ConfigError(
-                f"{asked.sibling(name)}={value}: {asked.path} is a file, which has none; set it"
+                f"{source.sibling(name)}={value}: {source.path} is a file, which has none; set it"
                 " null"
             )
     reader = READERS.get(file.suffix.lower())
     if reader is None:
         raise ConfigError(
-            f"{asked.field}={asked.path}: unknown ending; use one of {', '.join(READERS)}, a"
+            f"{source.field}={source.path}: unknown ending; use one of {', '.join(READERS)}, a"
             " directory or a name on the hub"
         )
     try:
-        refuse_lfs_pointer(file, field=asked.field)
-        table = reader(file, asked, text_columns)
+        refuse_lfs_pointer(file, field=source.field)
+        table = reader(file, source, text_columns)
     except OSError as error:
         raise ConfigError(
-            f"{asked.field}: cannot read {asked.path} ({error.strerror or error})"
+            f"{source.field}: cannot read {source.path} ({error.strerror or error})"
         ) from error
-    chosen = _places(asked, {"train": table.num_rows})
+    chosen = _row_indices(source, {"train": table.num_rows})
     return Table(
         column_names=table.column_names,
         numbers=[table.numbers[i] for i in chosen],
@@ -143,53 +143,53 @@ def _read_file(file: Path, asked: Source, text_columns: Sequence[str]) -> Table:
     )
 
 
-def _places(asked: Source, lengths: Mapping[str, int]) -> list[int]:
-    """The index of each row of the split in its part; slices and sums of parts are splits too."""
+def _row_indices(source: Source, lengths: Mapping[str, int]) -> list[int]:
+    """The indices of the rows of `split`, which may be a slice or a sum of named splits."""
     from datasets import ReadInstruction
 
     try:
-        parts = ReadInstruction.from_spec(asked.split).to_absolute(dict(lengths))
+        parts = ReadInstruction.from_spec(source.split).to_absolute(dict(lengths))
     except (ValueError, AssertionError) as error:
         raise ConfigError(
-            f"{asked.split_field}={asked.split}: {asked.path} has no such part; it has"
-            f" {', '.join(lengths)}, and slices as {next(iter(lengths), 'train')}[:1000]"
+            f"{source.split_field}={source.split}: {source.path} has no such split; it has"
+            f" {', '.join(lengths)}, and slices such as {next(iter(lengths), 'train')}[:1000]"
         ) from error
     return [i for part in parts for i in range(part.from_, part.to)]
 
 
-def _listed(column_names: Sequence[str], rows: Mapping[int, Row]) -> Table:
-    """A table of rows by their number that are in memory; columns that a row lacks are None."""
-    listed = [{name: row.get(name) for name in column_names} for row in rows.values()]
-    return Table(tuple(column_names), tuple(rows), lambda indices: [listed[i] for i in indices])
+def _in_memory(column_names: Sequence[str], rows: Mapping[int, Row]) -> Table:
+    """A table of rows, by row number; None for columns that a row lacks."""
+    filled = [{name: row.get(name) for name in column_names} for row in rows.values()]
+    return Table(tuple(column_names), tuple(rows), lambda indices: [filled[i] for i in indices])
 
 
-def _decode(file: Path, asked: Source) -> str:
+def _decode(file: Path, source: Source) -> str:
     data = file.read_bytes()
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise ConfigError(
-            f"{asked.field}: {asked.path}, line {line} is not UTF-8; save the file as UTF-8"
+            f"{source.field}: {source.path}, line {line} is not UTF-8; save the file as UTF-8"
         ) from error
 
 
-def _read_text(file: Path, asked: Source, text_columns: Sequence[str]) -> Table:
-    lines = dict(enumerate(_decode(file, asked).split("\n"), start=1))
+def _read_text(file: Path, source: Source, text_columns: Sequence[str]) -> Table:
+    lines = dict(enumerate(_decode(file, source).split("\n"), start=1))
     texts = {number: line.removesuffix("\r") for number, line in lines.items() if line.strip()}
-    return _listed(["text"], {number: {"text": text} for number, text in texts.items()})
+    return _in_memory(["text"], {number: {"text": text} for number, text in texts.items()})
 
 
-def _read_csv(file: Path, asked: Source, text_columns: Sequence[str]) -> Table:
+def _read_csv(file: Path, source: Source, text_columns: Sequence[str]) -> Table:
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    header, rows = _csv_rows(_decode(file, asked), delimiter, f"{asked.field}: {asked.path}")
+    header, rows = _csv_rows(_decode(file, source), delimiter, f"{source.field}: {source.path}")
     cells = dict(zip(header, zip(*rows, strict=True), strict=True)) if rows else {}
     typed = rows_of(typed_columns(cells, text_columns))
-    return _listed(header, dict(enumerate(typed, start=1)))
+    return _in_memory(header, dict(enumerate(typed, start=1)))
 
 
 def _csv_rows(contents: str, delimiter: str, where: str) -> tuple[list[str], list[list[str]]]:
-    """The header and the rows below it, blank lines left out."""
+    """The header and the rows after it, without blank lines."""
     first = re.split(r"[\r\n]", contents.lstrip(), maxsplit=1)[0]
     others = [name for separator, name in SEPARATORS.items() if separator in first]
     if others and delimiter not in first:
@@ -204,15 +204,15 @@ def _csv_rows(contents: str, delimiter: str, where: str) -> tuple[list[str], lis
         rows += (row for row in csv.reader(lines, delimiter=delimiter, strict=True) if row)
     except csv.Error as error:
         raise ConfigError(
-            f"{where}, row {max(1, len(rows))} is not quoted as it must be ({error!s:.60}); put a"
-            " field with quotes into quotes, and double those within"
+            f"{where}, row {max(1, len(rows))} is not quoted correctly ({error!s:.60}); put a field"
+            " that contains quotes into quotes, and double the inner ones"
         ) from error
     finally:
         csv.field_size_limit(limit)
     header = rows[0] if rows else ["text"]
     if len(set(header)) < len(header) or not all(header):
         raise ConfigError(
-            f"{where} has the header {', '.join(header)!r}; give each column a name of its own"
+            f"{where} has the header {', '.join(header)!r}; give each column a different name"
         )
     for number, row in enumerate(rows[1:], start=1):
         if len(row) != len(header):
@@ -223,11 +223,11 @@ def _csv_rows(contents: str, delimiter: str, where: str) -> tuple[list[str], lis
     return header, rows[1:]
 
 
-def _read_json(file: Path, asked: Source, text_columns: Sequence[str]) -> Table:
-    """JSON Lines, or one list. Not by `datasets`, which takes texts that look like dates for
-    dates, and gives every message all keys that any has."""
-    contents = _decode(file, asked)
-    where = f"{asked.field}: {asked.path}"
+def _read_json(file: Path, source: Source, text_columns: Sequence[str]) -> Table:
+    """Reads JSON Lines, or one list. Not with `datasets`, which turns texts that look like dates
+    into dates, and gives every message the keys of all messages."""
+    contents = _decode(file, source)
+    where = f"{source.field}: {source.path}"
     lines: Iterable[tuple[int, Any]]
     if contents.lstrip().startswith("["):
         lines = enumerate(_parse(contents, where), start=1)
@@ -241,9 +241,9 @@ def _read_json(file: Path, asked: Source, text_columns: Sequence[str]) -> Table:
     for number, row in rows.items():
         if not isinstance(row, dict):
             raise ConfigError(
-                f'{where}, row {number} is {reprlib.repr(row)}; give an object as {{"prompt": ...}}'
+                f'{where}, row {number} is {reprlib.repr(row)}; give an object: {{"prompt": ...}}'
             )
-    return _listed(list(dict.fromkeys(name for row in rows.values() for name in row)), rows)
+    return _in_memory(list(dict.fromkeys(name for row in rows.values() for name in row)), rows)
 
 
 def _parse(contents: str, where: str) -> Any:
@@ -256,7 +256,7 @@ def _parse(contents: str, where: str) -> Any:
         ) from error
 
 
-def _read_parquet(file: Path, asked: Source, text_columns: Sequence[str]) -> Table:
+def _read_parquet(file: Path, source: Source, text_columns: Sequence[str]) -> Table:
     import datasets
     from pyarrow import ArrowException, parquet
 
@@ -265,9 +265,9 @@ def _read_parquet(file: Path, asked: Source, text_columns: Sequence[str]) -> Tab
             dataset = datasets.Dataset(opened.read())
     except (ArrowException, ValueError) as error:
         raise ConfigError(
-            f"{asked.field}: {asked.path} cannot be read as Parquet: {_short(error)}"
+            f"{source.field}: {source.path} cannot be read as Parquet: {_short(error)}"
         ) from error
-    return _of_dataset(dataset, asked, range(1, dataset.num_rows + 1))
+    return _of_dataset(dataset, source, range(1, dataset.num_rows + 1))
 
 
 READERS: Mapping[str, Callable[[Path, Source, Sequence[str]], Table]] = {
@@ -280,13 +280,13 @@ READERS: Mapping[str, Callable[[Path, Source, Sequence[str]], Table]] = {
 }
 
 
-def _of_dataset(dataset: Any, asked: Source, numbers: Sequence[int]) -> Table:
+def _of_dataset(dataset: Any, source: Source, numbers: Sequence[int]) -> Table:
     def fetch(indices: Sequence[int]) -> list[Row]:
         try:
             columns = dataset[list(indices)]
-        except Exception as error:  # pictures and sounds are decoded here, by libraries of theirs
+        except Exception as error:  # of the libraries that decode images and audio
             raise ConfigError(
-                f"{asked.field}: rows of {asked.path} cannot be read: {_short(error)}"
+                f"{source.field}: rows of {source.path} cannot be read: {_short(error)}"
             ) from error
         values = zip(*columns.values(), strict=True)
         return [dict(zip(columns, entries, strict=True)) for entries in values]
@@ -294,96 +294,100 @@ def _of_dataset(dataset: Any, asked: Source, numbers: Sequence[int]) -> Table:
     return Table(tuple(dataset.column_names), numbers, fetch)
 
 
-def _read_directory(directory: Path, asked: Source, text_columns: Sequence[str]) -> Table:
-    if asked.revision is not None:
+def _read_directory(directory: Path, source: Source, text_columns: Sequence[str]) -> Table:
+    if source.revision is not None:
         raise ConfigError(
-            f"{asked.sibling('revision')}={asked.revision} is for names on the hub; {asked.path} is"
-            " a directory: set it null"
+            f"{source.sibling('revision')}={source.revision} is for names on the hub;"
+            f" {source.path} is a directory: set it null"
         )
-    # Not the cache of `datasets`, which would give the old rows of a file that was changed without
-    # a new time; what is read from here stays mapped when the folder has gone.
+    # Not the usual cache of `datasets`, which returns old rows of a file that changed but kept its
+    # modification time. The rows stay mapped in memory after the folder is deleted.
     with tempfile.TemporaryDirectory(prefix="rlhf_exp-", ignore_cleanup_errors=True) as cache:
-        # Absolute, as "json" alone is a reader of `datasets`.
+        # Absolute, since `datasets` takes a plain "json" for its JSON reader.
         fix = "`datasets` reads folders of .jsonl, .json, .parquet, .csv or .txt files"
         name = str(directory.absolute())
-        return _built(name, asked, fix, cache=cache, text_columns=text_columns)
+        return _load(name, source, fix, cache=cache, text_columns=text_columns)
 
 
-def _read_hub(asked: Source) -> Table:
+def _read_hub(source: Source) -> Table:
     import datasets
 
     before = datasets.config.HF_HUB_OFFLINE
     if not before and hub_responds():
-        return _built(asked.path, asked, f"check the name on {hub_url()}/datasets, or name a file")
+        return _load(source.path, source, f"check the name on {hub_url()}/datasets, or name a file")
     why = "HF_HUB_OFFLINE is set" if before else f"{hub_url()} is out of reach"
     fix = f"{why}, and it is not in the local cache; name a file or a directory"
-    # `datasets` asks and waits for half a minute unless it is told.
+    # Otherwise `datasets` tries to connect for half a minute.
     datasets.config.HF_HUB_OFFLINE = True
     try:
-        return _built(asked.path, asked, fix, offline=why)
+        return _load(source.path, source, fix, offline=why)
     finally:
         datasets.config.HF_HUB_OFFLINE = before
 
 
-def _built(
+def _load(
     name: str,
-    asked: Source,
+    source: Source,
     fix: str,
     *,
     cache: str | None = None,
     offline: str | None = None,
     text_columns: Sequence[str] = (),
 ) -> Table:
-    """The split, as a builder of `datasets` reads it; `offline` says why only from the cache. The
-    columns of CSV files in a directory have the types that those of a single file have."""
+    """The split as `datasets` reads it. `offline` is the reason to read only the local cache, for
+    messages. CSV files in a directory get the column types of a single CSV file."""
     import datasets
     from datasets.packaged_modules.cache.cache import Cache
     from datasets.packaged_modules.csv.csv import Csv
 
-    load = partial(
-        datasets.load_dataset_builder, name, asked.subset, revision=asked.revision, cache_dir=cache
+    open_builder = partial(
+        datasets.load_dataset_builder,
+        name,
+        source.subset,
+        revision=source.revision,
+        cache_dir=cache,
     )
     try:
-        builder = load()
+        builder = open_builder()
         is_csv = cache is not None and isinstance(builder, Csv) and builder.info.features is None
-        # From the cache it is whatever there is, of another revision too.
-        if isinstance(builder, Cache) and asked.revision not in (None, "main", builder.hash):
+        # The cache may return another revision than the one named.
+        if isinstance(builder, Cache) and source.revision not in (None, "main", builder.hash):
             raise ConfigError(
-                f"{asked.sibling('revision')}={asked.revision}: {offline or 'the hub has none'},"
-                f" and the local cache holds {builder.hash}; set it so, or null"
+                f"{source.sibling('revision')}={source.revision}: {offline or 'the hub has none'},"
+                f" and the local cache holds {builder.hash}; set that, or null"
             )
         builder.download_and_prepare()
-        if is_csv:  # `datasets` makes floats of integers with a gap, and None of NA: now as texts
+        if is_csv:  # as texts: `datasets` turns integers with empty cells into floats, NA into None
             texts = dict.fromkeys(builder.info.features, datasets.Value("string"))
-            builder = load(features=datasets.Features(texts), keep_default_na=False)
+            builder = open_builder(features=datasets.Features(texts), keep_default_na=False)
             builder.download_and_prepare()
         lengths = {name: part.num_examples for name, part in builder.info.splits.items()}
-        numbers = [index + 1 for index in _places(asked, lengths)]
-        # `datasets` refuses to read none.
-        dataset = builder.as_dataset(split=asked.split) if numbers else None
+        numbers = [index + 1 for index in _row_indices(source, lengths)]
+        # `datasets` refuses an empty split.
+        dataset = builder.as_dataset(split=source.split) if numbers else None
     except ConfigError:
         raise
-    except Exception as error:  # builders raise what their readers do
+    except Exception as error:  # builders pass on any error of their readers
         reason = _short(error)
         if reason.startswith(("BuilderConfig", "Config name")):
             raise ConfigError(
-                f"{asked.sibling('subset')}={asked.subset or 'null'}: {asked.path}: {reason}"
+                f"{source.sibling('subset')}={source.subset or 'null'}: {source.path}: {reason}"
             ) from error
-        raise ConfigError(f"{asked.field}={asked.path} cannot be read: {fix}.\n  {reason}") from (
+        raise ConfigError(f"{source.field}={source.path} cannot be read: {fix}.\n  {reason}") from (
             error
         )
     if dataset is None:
-        return _listed([], {})
+        return _in_memory([], {})
     if is_csv:
         columns = typed_columns(dataset.to_dict(), text_columns)
-        return _listed([*columns], dict(zip(numbers, rows_of(columns), strict=True)))
-    return _of_dataset(dataset, asked, numbers)
+        return _in_memory([*columns], dict(zip(numbers, rows_of(columns), strict=True)))
+    return _of_dataset(dataset, source, numbers)
 
 
 def _short(error: BaseException, limit: int = 300) -> str:
     from datasets.exceptions import DatasetGenerationError
 
-    # Which says only that there was an error.
+    # DatasetGenerationError says only that there was an error; its cause says which.
     while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, StopIteration):

@@ -1,4 +1,4 @@
-"""Tokenizers trained from nothing on a task's own texts, as Hugging Face fast tokenizers."""
+"""Tokenizers built from a task's texts, as Hugging Face fast tokenizers."""
 
 from collections.abc import Iterable
 
@@ -12,8 +12,8 @@ _SPECIAL = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": U
 
 
 def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerBase:
-    """One token a word, words split at whitespace; others become <unk>. A word given twice is
-    one token."""
+    """A tokenizer with one token for each of `words`, split at whitespace; any other word becomes
+    <unk>."""
     tokens = dict.fromkeys((PAD, BOS, EOS, UNK, *words))
     vocab = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNK))
@@ -22,8 +22,8 @@ def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerBase:
 
 
 def closed_word_tokenizer(words: Iterable[str], *, pad: str, eos: str) -> PreTrainedTokenizerBase:
-    """One token a word, words split at whitespace, and no other text can be encoded: the tokenizer
-    raises for it. It has no BOS."""
+    """A tokenizer with one token for each of `words`, split at whitespace. It raises for any other
+    word and has no BOS."""
     tokens = dict.fromkeys((pad, eos, *words))
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -31,11 +31,11 @@ def closed_word_tokenizer(words: Iterable[str], *, pad: str, eos: str) -> PreTra
 
 
 def byte_pair_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE trained on the texts, accents stripped.
+    """A byte-level BPE trained on the texts, without accents.
 
-    The alphabet is that of the texts alone: with all 256 bytes in it, samples at temperature 1
-    from a small model hold stray bytes. Characters not in the texts become <unk>.
-    Raises ConfigError if the alphabet alone has more than vocab_size tokens.
+    The alphabet is only that of the texts: with all 256 bytes, samples of a small model at
+    temperature 1 contain stray bytes. Characters not in the texts become <unk>.
+    Raises ConfigError if the alphabet has more than vocab_size tokens.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
@@ -47,7 +47,7 @@ def byte_pair_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedT
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() > vocab_size:
         raise ConfigError(
-            f"task.vocab_size={vocab_size} is too small for the letters of the texts alone: "
+            f"task.vocab_size={vocab_size} is too small for the letters of the texts: "
             f"set it to at least {tokenizer.get_vocab_size()}"
         )
     return _wrap(tokenizer, **_SPECIAL)

@@ -1,6 +1,6 @@
-"""Early stopping: when supervised training ends, and which of its weights are kept.
+"""Early stopping: ends supervised training and restores the best weights.
 
-It knows the metrics that weights are compared by, not how they are measured.
+Knows the metrics that rank the weights, not how they are measured.
 """
 
 import logging
@@ -21,12 +21,12 @@ EXACT, LOSS = "heldout/exact_match", "heldout/loss"
 
 class EarlyStopping:
     """Calls `measure` with the update's number every `eval_every` updates, logs the metrics that it
-    returns, and keeps a copy of the trained weights that measured best: those with the highest
-    exact-match rate if it is measured, and of equal ones those with the lowest loss.
+    returns, and keeps a copy of the best trained weights: those with the highest exact-match rate,
+    if `measure` returns one, and among equal rates the lowest loss.
 
-    Training ends after `patience` measurements without a better one, at an exact-match rate of at
+    Training ends after `patience` measurements without an improvement, at an exact-match rate of at
     least `stop_at`, or after `max_seconds`. Without `eval_every` nothing is measured and the last
-    weights stay. `lr_fields` names what to lower if no loss was finite.
+    weights stay. The error that no loss was finite suggests to lower `lr_fields`.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class EarlyStopping:
         self._weights: dict[str, Tensor] = {}
 
     def __call__(self, update: int) -> bool:
-        """Measures if it is time to. Returns True if that was the last update."""
+        """Measures if an evaluation is due. Returns True if training ends with this update."""
         if self._eval_every is not None and update % self._eval_every == 0:
             self._compare(update)
         if self._is_reached() or self._num_worse >= self._patience:
@@ -62,7 +62,7 @@ class EarlyStopping:
         return is_late
 
     def restore_best(self, update: int) -> None:
-        """Measures the weights after the last update if they were not, and puts the best ones back.
+        """Measures the weights of the last update if they were not, and restores the best weights.
         Raises TrainingError if no loss was finite."""
         if self._eval_every is None:
             return
@@ -81,8 +81,8 @@ class EarlyStopping:
         load_trained_state(self._network, self._weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best weights, how good they are, how many measurements since were no better, and the
-        seconds that training took."""
+        """The best weights, their metrics, the number of measurements since then and the seconds of
+        training."""
         return {
             "weights": self._weights,
             "best": list(self._best),

@@ -23,10 +23,10 @@ from rlhf_exp.settings import (
 
 @settings
 class AdamWSettings:
-    """AdamW with one learning rate for the base model and one for the head on it.
+    """AdamW with one learning rate for the base model and one for the head.
 
-    Weight decay spares biases and layer norms (every parameter with fewer than two axes) and the
-    head.
+    Weight decay applies to the base model's parameters with two or more axes: not to biases, layer
+    norms and the head.
     """
 
     base_lr: NonNegative = 3e-4
@@ -43,9 +43,9 @@ class AdamWSettings:
     """Weight decay of the base model's matrices, 0-0.1."""
 
     def build(self, base: nn.Module, head: nn.Module | None = None) -> torch.optim.AdamW:
-        """The optimizer; its groups carry the name "base" or "head"."""
-        taken = {id(p) for p in head.parameters()} if head is not None else set()
-        trained = [p for p in base.parameters() if p.requires_grad and id(p) not in taken]
+        """The optimizer; its groups are named "base" or "head"."""
+        of_head = {id(p) for p in head.parameters()} if head is not None else set()
+        trained = [p for p in base.parameters() if p.requires_grad and id(p) not in of_head]
         groups = [
             self._group("base", (p for p in trained if p.ndim >= 2), self.base_lr, decay=True),
             self._group("base", (p for p in trained if p.ndim < 2), self.base_lr, decay=False),
@@ -76,12 +76,13 @@ class Schedule(ABC):
 
     @abstractmethod
     def multiplier(self, step: int, *, total_steps: int) -> float:
-        """The multiplier at step 0, 1, ... Raises ValueError if the schedule does not fit."""
+        """The multiplier at step 0, 1, ... Raises ValueError if total_steps is too small."""
 
     def build(
         self, optimizer: torch.optim.Optimizer, *, total_steps: int
     ) -> torch.optim.lr_scheduler.LambdaLR:
-        """The scheduler; call its step() after each step. Raises ConfigError if it does not fit."""
+        """The scheduler; call its step() after each step. Raises ConfigError if total_steps is too
+        small."""
         try:
             self.multiplier(0, total_steps=total_steps)
         except ValueError as error:
@@ -139,8 +140,8 @@ class Constant(Schedule):
 
 
 def check_schedule(schedule: Schedule, *, total_steps: int, field: str) -> list[str]:
-    """What is wrong with the schedule for so many steps, as messages; `field` is the stage's key
-    that sets their number."""
+    """Messages about a schedule that does not fit `total_steps`; `field` names the stage's key that
+    sets their number."""
     warmup = getattr(schedule, "warmup_steps", 0)
     if warmup >= total_steps:
         return [
@@ -153,8 +154,8 @@ def check_schedule(schedule: Schedule, *, total_steps: int, field: str) -> list[
 def clip_gradients(
     optimizer: torch.optim.Optimizer, max_norm: float
 ) -> dict[str, Float[Tensor, ""]]:
-    """Clips the gradients of all groups together and returns the norms before that, by group
-    name."""
+    """Clips the total gradient norm of all groups to `max_norm`; returns the norms before clipping,
+    by group name."""
     by_name: dict[str, list[Tensor]] = {}
     for group in optimizer.param_groups:
         gradients = [p.grad for p in group["params"] if p.grad is not None]
@@ -167,7 +168,7 @@ def clip_gradients(
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """The moments and the step count of each parameter by its index, not copied."""
+    """The moments and the step count of each parameter, by its index; not copied."""
     return {str(index): moments for index, moments in optimizer.state_dict()["state"].items()}
 
 
@@ -178,12 +179,12 @@ def load_optimizer_state(
     *,
     step: int,
 ) -> None:
-    """Puts `optimizer_state` back, and the scheduler where it stood after so many steps. Rates and
-    all other settings are those that both were built with."""
+    """Restores `optimizer_state` and sets the scheduler to `step`. Rates and all other settings
+    stay as both were built."""
     moments = {int(index): dict(tensors) for index, tensors in state.items()}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    # As if its step() had been called so often.
+    # As after `step` calls of scheduler.step().
     scheduler.load_state_dict(
         {**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1}
     )
@@ -195,13 +196,13 @@ def load_optimizer_state(
 
 
 def trained_state(network: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained by name, not copied."""
+    """The trained parameters by name; not copied."""
     return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
 def load_trained_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copies the `trained_state` of an equal network into this one. Raises ConfigError, before
-    anything is changed, if it is of another network."""
+    """Copies a `trained_state` into the network. Raises ConfigError, before it changes anything, if
+    names or shapes differ."""
     trained = trained_state(network)
     if {n: p.shape for n, p in trained.items()} != {n: t.shape for n, t in state.items()}:
         raise ConfigError(
@@ -218,15 +219,15 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 
-def tells_finite(name: str) -> bool:
-    """Whether a step is to be taken only if the metric of that name is finite."""
+def must_be_finite(name: str) -> bool:
+    """Whether an optimizer step requires that the metric of that name is finite."""
     return name == "loss/total" or name.startswith("grad_norm/")
 
 
 def nonfinite(step: Mapping[str, float]) -> str | None:
-    """What of a step is not finite, with the loss's terms and the gradient's norms; None if all of
-    it is."""
-    if all(math.isfinite(value) for name, value in step.items() if tells_finite(name)):
+    """A message with loss terms and gradient norms if the step's loss or gradient is not finite;
+    else None."""
+    if all(math.isfinite(value) for name, value in step.items() if must_be_finite(name)):
         return None
     what = "gradient" if math.isfinite(step["loss/total"]) else "loss"
     terms = (f"{k} {v:g}" for k, v in step.items() if k.startswith(("loss/", "grad_norm/")))
@@ -235,11 +236,11 @@ def nonfinite(step: Mapping[str, float]) -> str | None:
 
 def check_finite(steps: Sequence[Mapping[str, float]], phase: int) -> None:
     """Raises TrainingError naming the phase and the first step whose loss or gradient is not
-    finite, with the loss's terms and the gradient's norms."""
+    finite, with loss terms and gradient norms."""
     for number, step in enumerate(steps, 1):
         if (fault := nonfinite(step)) is not None:
             raise TrainingError(
                 f"phase {phase}, step {number}: {fault}; lower optimizer.base_lr and"
-                " optimizer.head_lr, raise stage.kl_coef, or leave such steps out with"
+                " optimizer.head_lr, raise stage.kl_coef, or skip such steps with"
                 " stage.guards.on_nonfinite=skip"
             )

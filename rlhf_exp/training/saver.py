@@ -1,6 +1,6 @@
-"""Saves a loop's state at its steps and loads it again: every stage resumes through it.
+"""Saves and restores the state of a training loop; every stage resumes through it.
 
-It knows when a state is saved, and splits it into tensors and JSON; it does not know what is in it.
+Knows when to save a state and how to split it into tensors and JSON, not what it contains.
 """
 
 import logging
@@ -24,24 +24,24 @@ TENSOR = "__tensor__"
 
 @runtime_checkable
 class Stateful(Protocol):
-    """An object with state that changes from step to step. Built anew from the same settings, it
-    goes on from a loaded state as if nothing had happened."""
+    """An object whose state changes from step to step. A new one built from the same settings
+    continues from a loaded state exactly as the old one would."""
 
     def state_dict(self) -> Mapping[str, Any]:
-        """The state in nested mappings; the leaves are tensors, not copied, or JSON values."""
+        """The state as nested mappings; the leaves are tensors (not copied) or JSON values."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores the state. Raises ConfigError if it is of a run of another shape."""
+        """Restores the state. Raises ConfigError if it does not fit this run."""
         ...
 
 
 class Saver:
-    """Saves the parts of a state every `every` steps, at the last one, when it is the best so far,
-    and whenever the run is asked to stop; with `every` None only when asked to stop.
+    """Saves the parts of a state every `interval` steps, at the last step, at the best so far, and
+    when the run is asked to stop; with `interval` None only when asked to stop.
 
-    Saved along with them: how far the run's files were written and the generators that Python,
-    NumPy and torch share among all that do not bring their own, such as a user's reward.
+    A checkpoint also holds the sizes of the run's files and the global generators of Python, NumPy
+    and torch, which code without a generator of its own draws from, such as a user's reward.
     """
 
     def __init__(
@@ -49,17 +49,17 @@ class Saver:
         context: Context,
         parts: Mapping[str, Stateful],
         *,
-        every: int | None,
+        interval: int | None,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        self._context, self._every = context, every
+        self._context, self._interval = context, interval
         self._parts = {**parts, "random": SharedRandomness()}
         self._writer = CheckpointWriter(context.folder.path, optimizer)
 
     def restore(self) -> bool:
-        """Loads the newest checkpoint that is whole, if the run is resumed and has one, and removes
-        the rows written after it. Returns True if a checkpoint was loaded. Raises ConfigError for
-        one of another format, and as the parts and `read_newest_checkpoint` do."""
+        """Loads the newest undamaged checkpoint of a resumed run and removes the rows written after
+        it. Returns True if a checkpoint was loaded. Raises ConfigError for another format, and as
+        the parts and `read_newest_checkpoint` do."""
         folder = self._context.folder
         if not self._context.resume:
             return False
@@ -82,8 +82,8 @@ class Saver:
 
     @contextmanager
     def steps(self) -> Iterator[None]:
-        """The context of the loop, which calls `step_done` after each step. Exits once the last
-        checkpoint is on the disk."""
+        """The context of the loop, which calls `step_done` after each step. On exit it waits until
+        the last checkpoint is on the disk."""
         try:
             with self._context.stop.steps():
                 yield
@@ -93,11 +93,11 @@ class Saver:
     def step_done(
         self, step: int, *, is_last: bool, score: float | None = None, is_best: bool = False
     ) -> None:
-        """Saves if it is time to. `score` is how good the state is known to be, the higher the
-        better, and `is_best` that it is the best so far. Raises Interrupted, after saving, if a
-        stop was asked for and the step was not the last."""
+        """Saves if a checkpoint is due. `score` rates the state, higher is better; `is_best` says
+        that it is the best so far. If a stop was requested before the last step, saves and raises
+        Interrupted."""
         stop_request = None if is_last else self._context.stop.asked()
-        due = self._every is not None and (is_last or is_best or step % self._every == 0)
+        due = self._interval is not None and (is_last or is_best or step % self._interval == 0)
         if due or stop_request is not None:
             self._save(step, score)
         if stop_request is not None:
@@ -107,7 +107,7 @@ class Saver:
 
     def _save(self, step: int, score: float | None) -> None:
         folder = self._context.folder
-        folder.sync()  # what a checkpoint counts on is on the disk before it
+        folder.sync()  # the rows that the checkpoint's sizes count must reach the disk before it
         saved = {
             "format": FORMAT,
             "phase": step,
@@ -119,8 +119,8 @@ class Saver:
 
 
 def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a nested state by their path, such as loop/network/head.weight, and the state
-    as JSON holds it, in which each tensor is replaced by {TENSOR: path}."""
+    """The tensors of a nested state by path, such as loop/network/head.weight, and the rest of the
+    state as JSON values, in which {TENSOR: path} replaces each tensor."""
     tensors: dict[str, Tensor] = {}
 
     def split(value: Any, *path: str) -> Any:

@@ -1,4 +1,4 @@
-"""Independent streams of randomness from one seed, so that drawing more of one changes no other."""
+"""Independent random streams from one seed: drawing more from one does not change another."""
 
 import hashlib
 import random
@@ -21,8 +21,8 @@ def stream(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch
 
 
 def seed_shared_generators(seed: int) -> None:
-    """Seeds the generators that Python, NumPy and torch share among all code of a process: nothing
-    here draws from them, but a user's reward may."""
+    """Seeds the global generators of Python, NumPy and torch. This package does not draw from them,
+    but a user's reward may."""
     value = stream_seed(seed, "shared")
     random.seed(value)
     np.random.seed(value % 2**32)
@@ -30,10 +30,10 @@ def seed_shared_generators(seed: int) -> None:
 
 
 class SharedRandomness:
-    """The generators that Python, NumPy and torch share, torch's on all devices in use."""
+    """The global generators of Python, NumPy and torch, torch's on all devices in use."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where they stand."""
+        """The states of the generators."""
         version, words, gauss = random.getstate()
         kind, keys, *rest = np.random.get_state(legacy=True)
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -45,7 +45,7 @@ class SharedRandomness:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Sets the generators to that state, except on devices that this machine does not have."""
+        """Restores the generators, except those of devices that this machine lacks."""
         version, words, gauss = state["python"]
         random.setstate((version, tuple(words), gauss))
         kind, keys, *rest = state["numpy"]

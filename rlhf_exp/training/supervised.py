@@ -1,5 +1,4 @@
-"""What every supervised stage shares: the settings of its loop, and the loop itself, losses in,
-updates and log lines out."""
+"""The training loop of all supervised stages and its settings: it turns losses into updates."""
 
 import logging
 import math
@@ -45,23 +44,23 @@ class Supervised:
     log_every: Count = 50
     """Updates between log lines."""
     checkpoint_every: Count | None = 500
-    """Updates between checkpoints, and one at the end; null: only when asked to stop."""
+    """Updates between checkpoints, and one at the end; null: only when the run is stopped."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """stop: a loss or gradient that is not finite ends the run; skip: that update is left out."""
+    """stop: a loss or gradient that is not finite ends the run; skip: that update is skipped."""
     max_skipped: Index = 10
-    """Updates left out, at most, 0-100."""
+    """Skipped updates, at most, 0-100."""
 
     def explaining(self, doing: str, *knobs: str) -> AbstractContextManager[None]:
-        """A block in which running out of memory is told with what needs less in such a stage."""
-        own = (f"lower stage.batch_size (now {self.batch_size})", "choose a smaller model")
-        return explaining_memory(doing, (*knobs, *own))
+        """`explaining_memory` with the settings of a supervised stage that need less memory."""
+        common = (f"lower stage.batch_size (now {self.batch_size})", "choose a smaller model")
+        return explaining_memory(doing, (*knobs, *common))
 
     def num_updates(self, num_examples: int) -> int:
         """Updates in all epochs; the last batch of an epoch may be smaller."""
         return self.epochs * math.ceil(num_examples / self.batch_size)
 
     def check_updates(self, schedule: Schedule, num_examples: int) -> list[str]:
-        """What is wrong between the schedule and the number of updates."""
+        """Messages about a schedule that does not fit the number of updates."""
         field = "the number of updates (stage.epochs x examples / stage.batch_size)"
         return check_schedule(schedule, total_steps=self.num_updates(num_examples), field=field)
 
@@ -73,17 +72,17 @@ class Supervised:
         *,
         num_updates: int,
     ) -> None:
-        """Takes at most `num_updates` losses, each computed when it is asked for, and makes an
-        update of each, until the state's `early_stopping` says that an update was the last.
+        """Takes losses from the iterator, which computes each on demand, and makes one update for
+        each: `num_updates` in all, fewer if the state's `early_stopping` ends training.
 
         Logs train/loss, the gradient norms and the learning rates with the update's number as the
-        phase. Dropout draws from the context's seed. An update whose loss or gradient is not
-        finite changes neither weights nor moments: it is counted with on_nonfinite="skip", at most
-        max_skipped times, and else raises TrainingError that names it, as running out of memory
-        does. A resumed run goes on where its newest checkpoint was.
+        phase. Dropout draws from the context's seed. An update whose loss or gradient is not finite
+        changes neither weights nor moments. It raises TrainingError, as running out of memory does,
+        unless on_nonfinite="skip" and at most max_skipped updates were skipped. A resumed run
+        continues from its newest checkpoint.
         """
         parts = {"loop": state}
-        saver = Saver(context, parts, every=self.checkpoint_every, optimizer=state.optimizer)
+        saver = Saver(context, parts, interval=self.checkpoint_every, optimizer=state.optimizer)
         with Progress(num_updates, unit="update") as progress, torch.random.fork_rng():
             torch.manual_seed(stream_seed(context.seed, "dropout"))
             if saver.restore():
@@ -104,7 +103,7 @@ class Supervised:
     def _update(
         self, state: "SupervisedState", losses: Iterator[Tensor], *, is_logged: bool
     ) -> dict[str, float]:
-        """One update; its metrics if they are going to be logged."""
+        """Makes one update. Returns its metrics if `is_logged`."""
         with self.explaining(f"update {state.update}: learning"):
             loss = next(losses)
             state.optimizer.zero_grad(set_to_none=True)
@@ -125,28 +124,28 @@ class Supervised:
         return metrics
 
     def _skip(self, state: "SupervisedState", loss: float, norms: Mapping[str, Tensor]) -> None:
-        """Says that an update is left out. Raises TrainingError if it must not be."""
+        """Logs that an update is skipped. Raises TrainingError if the settings forbid it."""
         fault = f"update {state.update}: the loss is {loss:g}"
         if math.isfinite(loss):
-            told = ", ".join(f"{name} {norm.item():g}" for name, norm in norms.items())
-            fault += f", the norm of its gradient {told}"
+            by_group = ", ".join(f"{name} {norm.item():g}" for name, norm in norms.items())
+            fault += f", its gradient norm {by_group}"
         if self.on_nonfinite == "stop":
             raise TrainingError(
-                f"{fault}; lower optimizer.base_lr and optimizer.head_lr, or leave such updates out"
-                " with stage.on_nonfinite=skip"
+                f"{fault}; lower optimizer.base_lr and optimizer.head_lr, or skip such updates with"
+                " stage.on_nonfinite=skip"
             )
         if state.skipped_steps > self.max_skipped:
             raise TrainingError(
-                f"{fault}; that is one more than stage.max_skipped={self.max_skipped} to leave out:"
+                f"{fault}; stage.max_skipped={self.max_skipped} updates were skipped already:"
                 " lower optimizer.base_lr and optimizer.head_lr"
             )
-        log.warning("%s; it is left out", fault)
+        log.warning("%s; it is skipped", fault)
 
 
 @dataclass(kw_only=True)
 class SupervisedState:
-    """Everything that changes from update to update. `inputs` are hashes of what a resumed run must
-    find as it was, by the field that names it."""
+    """Everything that changes from update to update. `inputs` are hashes, by field, of the files
+    that must be unchanged when the run is resumed."""
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
@@ -159,8 +158,8 @@ class SupervisedState:
     ended: bool = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Trained parameters, moments, where the order of the batches and the early stopping
-        stand, counts and inputs."""
+        """Trained parameters, moments, the states of batches and early stopping, counts and
+        inputs."""
         stopping = {} if self.early_stopping is None else self.early_stopping.state_dict()
         return {
             "network": trained_state(self.network),
@@ -174,7 +173,7 @@ class SupervisedState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Sets the state. Raises ConfigError if it is of another model or of other inputs."""
+        """Restores the state. Raises ConfigError if the model or the inputs differ."""
         check_inputs(self.inputs, state["inputs"])
         load_trained_state(self.network, state["network"])
         self.update, self.ended = state["update"], state["ended"]

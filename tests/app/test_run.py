@@ -399,7 +399,7 @@ def test_a_malformed_address_of_the_hub_is_refused_even_if_nothing_is_loaded_fro
     ("arguments", "message"),
     [
         ("sampler.gen_len=500", r"prompt of 5 tokens and sampler\.gen_len=500 exceed .* most 59"),
-        ("task=prefix", r"model: one built from nothing needs a task with texts"),
+        ("task=prefix", r"model: a model from scratch needs a task with texts"),
         ("model=gpt2", r"model\.base_model='gpt2' cannot be loaded: .* is out of reach"),
         ("model=local model.base_model=./x", r"model\.base_model='\./x': no such directory"),
         ("reward=classifier reward.name=a/b", r"reward\.name='a/b' cannot be loaded: .* local dir"),

@@ -13,7 +13,7 @@ from rlhf_exp.models.engines import ENGINES
 from rlhf_exp.models.finetune import Finetune, Full, LastLayers, Lora
 from rlhf_exp.models.loading import Pretrained, build_policy, load_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.models.probing import probed
+from rlhf_exp.models.probing import with_fast_paths
 from rlhf_exp.models.reward_model import load_reward_model
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.models.scratch import Scratch
@@ -64,7 +64,7 @@ def test_engines_are_equal(architecture: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama, eager", "gptj", "gpt_neo", "falcon with alibi", "lfm2"])
 def test_graphs_are_used_where_they_are_right(name: str) -> None:
-    policy = probed(TransformerWithValueHead(build(name).to(DEVICE), build_tokenizer()))
+    policy = with_fast_paths(TransformerWithValueHead(build(name).to(DEVICE), build_tokenizer()))
     assert policy.fast_paths.static == (name in ("llama, eager", "gptj"))
     assert largest_error(policy, policy.frozen_reference(), static=False) < 1e-4
 
@@ -227,7 +227,7 @@ def test_auto_is_bf16_and_compiled(tmp_path: Path) -> None:
     model = Scratch(d_model=32, num_heads=4, context_len=16)
     setup, _ = start(PPO(), tmp_path, device=DEVICE, model=model)
     PPO().prepare(setup)
-    assert setup.policy.low == torch.bfloat16
+    assert setup.policy.autocast_dtype == torch.bfloat16
     assert setup.policy.is_compiled
 
 

@@ -133,7 +133,7 @@ def test_gradients_of_several_passes_add_up(architecture: str) -> None:
 
 def test_a_weight_used_twice_in_a_pass_gets_both_gradients() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
-    working = WorkingWeights(model, BF16, besides=torch.zeros(1))
+    working = WorkingWeights(model, BF16, excluded=torch.zeros(1))
     x = torch.linspace(-1, 1, 12).view(3, 4)
     with torch.autocast("cpu", dtype=BF16):
         model(model(x)).float().square().sum().backward()
@@ -247,7 +247,7 @@ def test_in_fp32_nothing_changes() -> None:
     expected = states(policy)
     policy.compute_in(BF16)
     policy.compute_in(torch.float32)
-    assert policy.low is None
+    assert policy.autocast_dtype is None
     with policy.working():
         assert not policy.is_working
         assert in_bf16(policy) == []
@@ -258,7 +258,7 @@ def test_in_fp32_nothing_changes() -> None:
 def test_low_weights_and_other_layers_are_left_out() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 3), nn.Linear(3, 2))
     model[2].to(BF16)
-    found = list(multiplied(model, besides=model[3].weight))
+    found = list(multiplied(model, excluded=model[3].weight))
     assert [(module, name) for module, name, _ in found] == [
         (model[0], "weight"),
         (model[0], "bias"),
@@ -332,4 +332,4 @@ def test_a_reference_in_fp32_stays(architecture: str) -> None:
     reference = Full().attach(policy, seed=0)
     compute_reference_in(reference, policy, torch.float32)
     assert in_bf16(reference) == []
-    assert reference.low is None
+    assert reference.autocast_dtype is None

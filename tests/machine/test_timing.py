@@ -28,7 +28,7 @@ def test_a_block_that_raises_is_not_counted():
 
 def test_a_process_counts_from_its_start():
     before = time.time()
-    script = "import time; time.sleep(0.2); from rlhf_exp.training import timing; "
+    script = "import time; time.sleep(0.2); from rlhf_exp.machine import timing; "
     script += "print(timing.since_process_start())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
     # The start time of a process is known to 10 ms.

@@ -115,7 +115,7 @@ def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(
     ):
         file = path / name
         file.write_text(json.dumps(json.loads(file.read_text()) | own))
-    fix = r"it brings code of its own; if you trust that, set model\.trust_remote_code=true\.\n"
+    fix = r"it comes with code; if you trust that, set model\.trust_remote_code=true\.\n"
     for load in (build, load_policy, lambda p: load_language_model(str(p))):
         with pytest.raises(ConfigError, match=fix):
             load(path)

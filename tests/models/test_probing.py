@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_exp.models.loading import Pretrained, load_language_model, load_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.models.probing import find_fast_paths, packs, probed
+from rlhf_exp.models.probing import find_fast_paths, supports_packing, with_fast_paths
 from rlhf_exp.models.transformer import FastPaths
 from rlhf_exp.rl.setup import fitting_prompts, load_sampled_policy
 from rlhf_exp.rollout.bridge import BridgeSampler
@@ -31,7 +31,7 @@ def test_all_is_right_on_the_families_of_the_tests(architecture: str) -> None:
     policy = tiny_policy(architecture)
     assert find_fast_paths(policy, static=True) == FastPaths()
     assert find_fast_paths(policy) == FastPaths(static=False)  # not on a CPU
-    assert packs(policy)
+    assert supports_packing(policy)
 
 
 @pytest.mark.parametrize("context_len", [2, 3, 7])
@@ -42,7 +42,7 @@ def test_a_short_context_is_enough(context_len: int) -> None:
     )  # fmt: skip
     policy = TransformerWithValueHead(hf.GPT2LMHeadModel(config).eval(), build_tokenizer())
     assert find_fast_paths(policy, static=True) == FastPaths()
-    assert packs(policy)
+    assert supports_packing(policy)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_short_context_is_enough(context_len: int) -> None:
 )
 def test_what_is_wrong_without_any_fast_path_is_refused(name: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        probed(wrapped(name))
+        with_fast_paths(wrapped(name))
 
 
 def test_a_model_that_sees_later_tokens_is_refused() -> None:
@@ -66,13 +66,13 @@ def test_a_model_that_sees_later_tokens_is_refused() -> None:
     ahead = hf.LlamaForCausalLM(config).eval()
     ahead.load_state_dict(model.state_dict())
     with pytest.raises(ConfigError, match="what it computes at a token depends on later ones"):
-        probed(TransformerWithValueHead(ahead, build_tokenizer()))
+        with_fast_paths(TransformerWithValueHead(ahead, build_tokenizer()))
 
 
 def test_one_that_loses_its_place_decodes_without_a_cache(caplog: pytest.LogCaptureFixture) -> None:
-    policy = probed(wrapped("bamba"))
+    policy = with_fast_paths(wrapped("bamba"))
     assert policy.fast_paths == FastPaths(cache=False, one_prompt=False, static=False)
-    assert "sampling goes without, and is slower" in caplog.text
+    assert "sampling does not use one and is slower" in caplog.text
     assert largest_error(policy, policy.frozen_reference(), static=False) < 1e-4
     policy.fast_paths = FastPaths(static=False)
     assert largest_error(policy, policy.frozen_reference(), static=False) > 0.01
@@ -90,7 +90,7 @@ def test_a_cache_that_depends_on_the_weights_is_not_used() -> None:
 @pytest.mark.parametrize("texts", TEXTS)
 @pytest.mark.parametrize("name", ["jamba", "lfm2", "qwen3_next", "granitemoehybrid", "falcon_h1"])
 def test_states_of_other_kinds_are_shared_and_left(name: str, texts: str) -> None:
-    policy = probed(wrapped(name))
+    policy = with_fast_paths(wrapped(name))
     assert policy.fast_paths.cache
     assert policy.fast_paths.one_prompt
     generation = sample(policy, prompts(policy, TEXTS[texts]), static=False)
@@ -153,7 +153,7 @@ class TestLongrope:
     "name", ["opt", "gpt_oss", "falcon", "jamba", "lfm2", "qwen3_next", "biogpt", "xglm"]
 )
 def test_packing_leaks_on(name: str) -> None:
-    assert not packs(wrapped(name))
+    assert not supports_packing(wrapped(name))
 
 
 @pytest.mark.parametrize("name", ["llama, eager", "gptj", "codegen", "xglm"])

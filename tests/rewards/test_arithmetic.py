@@ -59,14 +59,16 @@ def test_other_completions_change_nothing():
 
 
 def test_another_prompt_is_refused():
-    with pytest.raises(ValueError, match=r"'this film' is no prompt of task=arithmetic"):
+    with pytest.raises(ValueError, match=r"'this film' is not a prompt of task=arithmetic"):
         ArithmeticReward().load(CPU)(completions([" 15", " 1"], before=[FIRST, "this film"]))
 
 
 def test_prompts_of_another_task_are_refused_before_anything_is_sampled():
     good = Arithmetic().train_prompts()[:3]
     ArithmeticReward().check_prompts(good)
-    with pytest.raises(ConfigError, match=r"^reward=arithmetic: 'this movie' is no prompt of task"):
+    with pytest.raises(
+        ConfigError, match=r"^reward=arithmetic: 'this movie' is not a prompt of task"
+    ):
         ArithmeticReward().check_prompts([*good, "this movie"])
     terms = {"a": Term(weight=1.0, reward=ArithmeticReward())}
     with pytest.raises(ConfigError, match="'this movie' is no prompt"):

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_exp.rewards.attempts import ONCE, Patience, PatientReward
+from rlhf_exp.rewards.attempts import ONCE, CheckedReward, RetryPolicy
 from rlhf_exp.rewards.protocol import RewardError, TextReward
 from rlhf_exp.settings import settings
 from rlhf_exp.types import Completions, PromptBatch
 
-THRICE = Patience(retries=2, wait_s=0.0)
-WATCHED = Patience(retries=2, wait_s=0.0, timeout_s=30.0)
+THRICE = RetryPolicy(retries=2, wait_s=0.0)
+WATCHED = RetryPolicy(retries=2, wait_s=0.0, timeout_s=30.0)
 GIVEN = [1.0, 2.0, 3.0]
 
 
@@ -65,13 +65,15 @@ FAULTS: dict[str, tuple[Callable[[], Tensor], str]] = {
 }
 
 
-@pytest.mark.parametrize("patience", [ONCE, Patience(timeout_s=30.0)], ids=["here", "on a thread"])
+@pytest.mark.parametrize(
+    "patience", [ONCE, RetryPolicy(timeout_s=30.0)], ids=["here", "on a thread"]
+)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_told_with_its_phase(fault: str, patience: Patience) -> None:
+def test_a_fault_is_told_with_its_phase(fault: str, patience: RetryPolicy) -> None:
     make, message = FAULTS[fault]
     score, calls = failing(make)
     with pytest.raises(RewardError, match=rf"^phase 7: .*{message}") as raised:
-        PatientReward(score, patience)(BATCH, phase=7)
+        CheckedReward(score, patience)(BATCH, phase=7)
     assert "attempts failed" not in str(raised.value)
     assert len(calls) == 1
 
@@ -79,11 +81,11 @@ def test_a_fault_is_told_with_its_phase(fault: str, patience: Patience) -> None:
 @pytest.mark.parametrize("patience", [THRICE, WATCHED], ids=["here", "on a thread"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_it_is_asked_again(
-    fault: str, patience: Patience, caplog: pytest.LogCaptureFixture
+    fault: str, patience: RetryPolicy, caplog: pytest.LogCaptureFixture
 ) -> None:
     make, message = FAULTS[fault]
     score, calls = failing(make, make)
-    assert PatientReward(score, patience)(BATCH, phase=7).tolist() == GIVEN
+    assert CheckedReward(score, patience)(BATCH, phase=7).tolist() == GIVEN
     assert len(calls) == 3
     told = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(told) == 2
@@ -93,7 +95,7 @@ def test_it_is_asked_again(
 
     score, calls = failing(*[make] * 4)
     with pytest.raises(RewardError, match=rf"^phase 7: .*{message}.* \(3 attempts failed\)$"):
-        PatientReward(score, patience)(BATCH, phase=7)
+        CheckedReward(score, patience)(BATCH, phase=7)
     assert len(calls) == 3
     assert len(caplog.records) == 2
 
@@ -101,7 +103,7 @@ def test_it_is_asked_again(
 def test_the_wait_grows() -> None:
     score, _ = failing(broken, broken)
     before = time.monotonic()
-    PatientReward(score, Patience(retries=2, wait_s=0.05))(BATCH, phase=1)
+    CheckedReward(score, RetryPolicy(retries=2, wait_s=0.05))(BATCH, phase=1)
     assert time.monotonic() - before >= 0.05 + 0.1
 
 
@@ -114,22 +116,22 @@ def test_a_call_that_hangs_is_given_up_and_asked_again() -> None:
         return torch.zeros(3)
 
     score, calls = failing(hang)
-    patience = Patience(retries=1, timeout_s=0.2)
+    patience = RetryPolicy(retries=1, timeout_s=0.2)
     try:
-        assert PatientReward(score, patience)(BATCH, phase=1).tolist() == GIVEN
+        assert CheckedReward(score, patience)(BATCH, phase=1).tolist() == GIVEN
         assert len(calls) == 2
         # The process does not wait for it.
         assert threads[0].is_alive()
         assert threads[0].daemon
         score, _ = failing(hang, hang)
         with pytest.raises(RewardError, match=r"no scores within 0\.2 s; .*reward_timeout_s"):
-            PatientReward(score, patience)(BATCH, phase=1)
+            CheckedReward(score, patience)(BATCH, phase=1)
     finally:
         release.set()
 
 
 @pytest.mark.parametrize("patience", [ONCE, WATCHED], ids=["here", "on a thread"])
-def test_what_belongs_to_a_thread_serves_every_call(patience: Patience) -> None:
+def test_what_belongs_to_a_thread_serves_every_call(patience: RetryPolicy) -> None:
     """SQLite refuses connections of other threads, and a threading.local is empty on them."""
     kept, loads = threading.local(), []
 
@@ -141,7 +143,7 @@ def test_what_belongs_to_a_thread_serves_every_call(patience: Patience) -> None:
         score.connection.execute("select 1")
         return torch.tensor(GIVEN)
 
-    reward = PatientReward(score, patience)
+    reward = CheckedReward(score, patience)
     for phase in range(3):
         assert reward(BATCH, phase=phase).tolist() == GIVEN
     assert len(loads) == 1
@@ -171,11 +173,11 @@ def test_what_needs_the_main_thread_is_told_how_to_get_it(needs_main) -> None:
 
     for score in (lambda _: needs_main(), wrapping):
         with pytest.raises(RewardError, match=r"set stage\.guards\.reward_timeout_s=null"):
-            PatientReward(score, WATCHED)(BATCH, phase=1)
-        assert PatientReward(score, THRICE)(BATCH, phase=1).tolist() == GIVEN
+            CheckedReward(score, WATCHED)(BATCH, phase=1)
+        assert CheckedReward(score, THRICE)(BATCH, phase=1).tolist() == GIVEN
     score, _ = failing(broken)
     with pytest.raises(RewardError) as raised:
-        PatientReward(score, Patience(timeout_s=30.0))(BATCH, phase=1)
+        CheckedReward(score, RetryPolicy(timeout_s=30.0))(BATCH, phase=1)
     assert "reward_timeout_s" not in str(raised.value)
 
 
@@ -185,7 +187,7 @@ def test_a_timeout_of_the_rewards_own_is_a_fault_like_others() -> None:
 
     score, _ = failing(late)
     with pytest.raises(RewardError, match="raised TimeoutError: the judge sleeps"):
-        PatientReward(score, Patience(timeout_s=30.0))(BATCH, phase=1)
+        CheckedReward(score, RetryPolicy(timeout_s=30.0))(BATCH, phase=1)
 
 
 def test_nobody_is_asked_again_for_memory_or_for_the_user() -> None:
@@ -199,7 +201,7 @@ def test_nobody_is_asked_again_for_memory_or_for_the_user() -> None:
         for patience in (THRICE, WATCHED):
             score, calls = failing(fault)
             with pytest.raises(error) as raised:
-                PatientReward(score, patience)(BATCH, phase=1)
+                CheckedReward(score, patience)(BATCH, phase=1)
             assert not isinstance(raised.value, RewardError)
             assert len(calls) == 1
 
@@ -214,4 +216,4 @@ class Buggy(TextReward):
 
 def test_a_bug_in_a_reward_of_ones_own_is_told_with_its_line() -> None:
     with pytest.raises(RewardError, match=r"ZeroDivisionError: .* at .*test_attempts\.py:\d+$"):
-        PatientReward(Buggy().load(torch.device("cpu")))(BATCH, phase=2)
+        CheckedReward(Buggy().load(torch.device("cpu")))(BATCH, phase=2)

@@ -278,7 +278,7 @@ def test_an_empty_name_is_refused():
         ("json.missing:f", r"there is no module json\.missing in"),
         ("nowhere/at_all.py:f", r"cannot read .*nowhere/at_all\.py: No such file"),
         ("nowhere/at_all:f", "cannot read .*nowhere/at_all: No such file"),
-        ("./plain:f", r"plain is no Python file; its name must end in \.py"),
+        ("./plain:f", r"plain is not a Python file; its name must end in \.py"),
         ("folder.py:f", r"cannot read .*folder\.py: Is a directory"),
     ],
 )
@@ -338,12 +338,12 @@ def test_a_name_that_the_module_lacks_is_refused_with_near_ones():
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("f = 3", "f is no function but int 3; name a callable"),
-        ("f = None", "f is no function but NoneType None; name a callable"),
+        ("f = 3", "f is not a function but int 3; name a callable"),
+        ("f = None", "f is not a function but NoneType None; name a callable"),
         ("def f(prompts): ...", r"it takes \(prompts\), but must take the keyword completions"),
         ("def f(completions, /): ...", r"it takes \(completions, /\), but must take the keyword"),
         ("def f(*completions): ...", r"it takes \(\*completions\), but must take the keyword"),
-        ("f = dict", "it has no signature to read; wrap it in a def"),
+        ("f = dict", "its signature cannot be read; wrap it in a def"),
     ],
 )
 def test_what_cannot_be_called_with_completions_is_refused(source, said):
@@ -365,7 +365,9 @@ def f(prompts, completions):
     error = refused(
         source,
         r"^reward\.function=.*scores\.py:f raised JSONDecodeError: Expecting value: .*"
-        r" at .*/scores\.py:4\nso it does for one sample alone, " + SHOWN.format(1, "b") + "$",
+        r" at .*/scores\.py:4\nit also fails for one sample by itself, "
+        + SHOWN.format(1, "b")
+        + "$",
         batch("1", "b", "c"),
     )
     assert type(error.__cause__).__name__ == "JSONDecodeError"
@@ -387,7 +389,7 @@ def f(prompts, completions, completion_ids, answer, absent=None):
     rows = [{"prompt": p, "answer": i} for i, p in enumerate("aab")]
     error = refused(
         source,
-        r"raised KeyError: .*changed the lists.*:10\nso it does for one sample alone,"
+        r"raised KeyError: .*changed the lists.*:10\nit also fails for one sample by itself,"
         r" samples\[2\]: prompt 'b', completion 'y'$",
         with_rows(["x", "y y", "y"], rows),
     )
@@ -403,8 +405,8 @@ async def f(completions):
 """
     refused(
         source,
-        r"raised RuntimeError: no more than one at .*scores\.py:4\nit raises nothing for any of the"
-        r" 3 samples alone; the first is " + SHOWN.format(0, "a") + "$",
+        r"raised RuntimeError: no more than one at .*scores\.py:4\nit fails for none of the"
+        r" 3 samples by itself; the first is " + SHOWN.format(0, "a") + "$",
     )
 
 
@@ -414,13 +416,13 @@ from rlhf_exp.rewards.protocol import RewardError
 def f(completions):
     raise RewardError("of mine")
 """
-    said = r"^reward\.function=.* raised RewardError: of mine at .*:4\nso it does for one sample"
-    refused(source, said + " alone, " + SHOWN.format(0, "a") + "$")
+    said = r"^reward\.function=.* raised RewardError: of mine at .*:4\nit also fails for one sample"
+    refused(source, said + " by itself, " + SHOWN.format(0, "a") + "$")
 
 
 def test_what_python_itself_refuses_has_no_line():
     refused(
-        "def f(x, /, completions): ...", r"raised TypeError: .*argument: 'x'\nso it does for one"
+        "def f(x, /, completions): ...", r"raised TypeError: .*argument: 'x'\nit also fails for one"
     )
 
 
@@ -439,8 +441,8 @@ def f(completions):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("None", "gave None in place of scores"),
-        ("'abc'", "gave str 'abc' in place of scores"),
+        ("None", "gave None instead of scores"),
+        ("'abc'", "gave str 'abc' instead of scores"),
         ("[1.0]", r"gave 1 scores for 3 samples(.|\n)*" + SHOWN.format(0, "a")),
         (
             "[1.0, float('nan'), None]",
@@ -543,4 +545,4 @@ def f(completions):
     return [0.0] * len(completions)
 """
     error = refused(source, "raised (SystemExit|CancelledError)")
-    assert re.search("one sample alone, " + SHOWN.format(1, "bb"), str(error))
+    assert re.search("one sample by itself, " + SHOWN.format(1, "bb"), str(error))

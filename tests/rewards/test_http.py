@@ -386,7 +386,7 @@ def test_a_redirect_takes_neither_token_nor_texts_to_another_host(server, monkey
 
 
 def test_a_token_that_a_server_repeats_is_known_as_a_secret(server, monkeypatch):
-    monkeypatch.setattr(redaction, "_known", set())
+    monkeypatch.setattr(redaction, "_secret_texts", set())
     monkeypatch.setenv("SCORES_TOKEN", "s3cret-token")
     error = refused(server, answer(b"bad s3cret-token", 403), "HTTP 403", token_env="SCORES_TOKEN")
     assert "bad ***" in redaction.scrub(str(error))
@@ -413,9 +413,9 @@ def test_a_redirect_that_points_nowhere_is_refused(server):
             {"scores": [1.0, 2.0], "rewards": [1.0, 3.0]},
             "the answer has scores and rewards that differ; give one of them",
         ),
-        (None, "gave None in place of scores; .*"),
-        (1.0, r"gave float 1\.0 in place of scores; .*"),
-        ({"scores": "ab"}, "gave str 'ab' in place of scores; .*"),
+        (None, "gave None instead of scores; .*"),
+        (1.0, r"gave float 1\.0 instead of scores; .*"),
+        ({"scores": "ab"}, "gave str 'ab' instead of scores; .*"),
         ([1.0], "gave 1 scores for 2 samples; .*"),
         ({"rewards": [1.0, 2.0, 3.0]}, "gave 3 scores for 2 samples; .*"),
         ([None, 1.0], r"gave None as scores\[0\] .*"),
@@ -544,7 +544,9 @@ def test_a_variable_that_holds_no_token_is_refused(server, monkeypatch):
         settings.load(CPU)
     for token in ("two words", "line\n", "ümlaut"):
         monkeypatch.setenv("SCORES_TOKEN", token)
-        with pytest.raises(ConfigError, match="variable holds blanks or other than ASCII") as e:
+        with pytest.raises(
+            ConfigError, match="variable holds blanks or characters that are not ASCII"
+        ) as e:
             settings.load(CPU)
         assert token not in str(e.value)
 
@@ -605,7 +607,7 @@ def test_urls_are_kept_as_they_are(url):
 @pytest.mark.parametrize("token", ["sk-s3cret", "s3cret token", "3s3cret", "s3cret.x.y", "s3é"])
 def test_a_token_in_place_of_a_variables_name_is_refused_and_not_repeated(token):
     told = problem(token_env=token)
-    assert told.startswith("reward.token_env is no name of an environment variable")
+    assert told.startswith("reward.token_env is not the name of an environment variable")
     assert "s3" not in told
 
 

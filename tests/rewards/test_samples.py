@@ -105,10 +105,10 @@ def test_lists_arrays_and_tensors_of_any_real_numbers_are_scores(values):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        (None, r"it gave None in place"),
-        (0.5, r"it gave float 0\.5 in place"),
-        ("0.5", r"it gave str '0\.5' in place"),
-        ({"a": 1.0}, r"it gave dict \{'a': 1\.0\} in place"),
+        (None, r"it gave None instead"),
+        (0.5, r"it gave float 0\.5 instead"),
+        ("0.5", r"it gave str '0\.5' instead"),
+        ({"a": 1.0}, r"it gave dict \{'a': 1\.0\} instead"),
         ({1.0, 2.0}, r"it gave set"),
         (iter([1.0, 2.0]), r"it gave list_iterator"),
         (torch.zeros(2, 1), r"it gave Tensor of shape \(2, 1\)"),

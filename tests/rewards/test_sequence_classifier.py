@@ -47,7 +47,7 @@ def reader(path: str, *, side: str = "right", **settings: object) -> SequenceCla
 
 
 def read(path: str, texts: list[str], *, ending: str = "", **settings: object) -> torch.Tensor:
-    return reader(path, **settings).logits(completions(texts), ending=ending)
+    return reader(path, **settings).logits(completions(texts), suffix=ending)
 
 
 def assert_equal(ours: torch.Tensor, expected: torch.Tensor) -> None:
@@ -181,7 +181,7 @@ def test_a_model_without_limit_reads_everything(tmp_path):
 def test_an_ending_is_put_behind_a_completion_that_lacks_it(tmp_path):
     path = save_classifier(tmp_path, "llama", frame="<bos> $A")
     record = completions([" two three", " two three<eos>", ""], before=["one", "one", "six<eos>"])
-    ours = reader(path).logits(record, ending="<eos>")
+    ours = reader(path).logits(record, suffix="<eos>")
     expected = direct_logits(path, [[BOS, 5, 6, 7, EOS], [BOS, 10, EOS, EOS]])
     assert_equal(ours, expected[[0, 0, 1]])
     without = reader(path).logits(record)
@@ -193,7 +193,7 @@ def test_a_conversation_is_rendered_by_the_classifiers_own_template(tmp_path):
     # Its tokenizer puts BOS before texts, and its template spells BOS out: there is one.
     path = save_classifier(tmp_path, "llama", frame="<bos> $A", chat_template=CHAT_TEMPLATE)
     record = chats([ASKS, TALKS], ["eight nine", ""])
-    ours = reader(path).logits(record, ending="<eos>")
+    ours = reader(path).logits(record, suffix="<eos>")
     asked = [BOS, *look_up(path, "one two three"), EOS]
     talked = look_up(path, "no four <eos> one five <eos> two . . <eos> one six seven <eos>")
     rows = [
@@ -217,7 +217,7 @@ def test_a_conversation_is_cut_too(tmp_path):
 
 def test_without_a_template_of_its_own_a_conversation_is_the_text_that_the_policy_read(tmp_path):
     path = save_classifier(tmp_path, "llama", frame="<bos> $A")
-    ours = reader(path).logits(chats([ASKS], [" eight"]), ending="<eos>")
+    ours = reader(path).logits(chats([ASKS], [" eight"]), suffix="<eos>")
     expected = direct_logits(path, [[BOS, *look_up(path, "no no eight"), EOS]])
     assert_equal(ours, expected)
 

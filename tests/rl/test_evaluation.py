@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_exp.rewards.attempts import PatientReward
+from rlhf_exp.rewards.attempts import CheckedReward
 from rlhf_exp.rewards.length import Length
 from rlhf_exp.rl import evaluation
 from rlhf_exp.rl.answers import exact_match
@@ -23,7 +23,7 @@ from .toy import RAGGED, Echoed, EchoTask, echo_policy, parts, pass_shape, start
 
 
 def run(setup: Setup, *, num_samples: int = 6, seed: int = 1) -> Evaluation:
-    reward = PatientReward(setup.score)
+    reward = CheckedReward(setup.score)
     return evaluate(setup, reward, num_samples=num_samples, seed=seed, phase=0)
 
 

@@ -23,7 +23,7 @@ def chosen(path: Path, ppo: PPO, *, bridge: bool = False, fp16: bool = False) ->
     if fp16:
         setup.policy.language_model.to(torch.float16)
     ppo.compute.prepare(setup)
-    return setup.policy.low
+    return setup.policy.autocast_dtype
 
 
 def test_bf16_is_for_the_cached_sampler_and_for_weights_it_mixes_with(tmp_path: Path) -> None:

@@ -154,5 +154,5 @@ def test_a_model_from_nothing_needs_the_tasks_tokenizer(tmp_path: Path) -> None:
         fingerprint = staticmethod(str)
         train_prompts = eval_prompts = staticmethod(lambda: ("w0",))
 
-    with pytest.raises(ConfigError, match="one built from nothing needs a task with texts"):
+    with pytest.raises(ConfigError, match="a model from scratch needs a task with texts"):
         loaded(tmp_path, task=PromptsAlone(), model=Scratch())

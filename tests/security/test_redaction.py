@@ -34,7 +34,7 @@ CONF = Path(__file__).parents[2] / "conf"
 
 @pytest.fixture(autouse=True)
 def nothing_remembered(monkeypatch):
-    monkeypatch.setattr(redaction, "_known", set())
+    monkeypatch.setattr(redaction, "_secret_texts", set())
 
 
 @pytest.mark.parametrize(

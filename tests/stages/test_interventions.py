@@ -11,7 +11,7 @@ from rlhf_exp.models.editing import Edits
 from rlhf_exp.models.engines import ENGINES
 from rlhf_exp.models.finetune import Full, LastLayers, Lora
 from rlhf_exp.models.loading import Pretrained, load_policy
-from rlhf_exp.rewards.attempts import PatientReward
+from rlhf_exp.rewards.attempts import CheckedReward
 from rlhf_exp.rl.evaluation import evaluate
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.cached import CachedSampler
@@ -76,7 +76,7 @@ def test_a_run_under_an_intervention(kind: str, tmp_path: Path) -> None:
     saved = Pretrained(base_model=str(tmp_path / "edited"))
     setup, _ = start(SMALL, tmp_path / "saved", **{**shape, "model": saved, "finetune": Full()})
     intervention.attach(setup.policy)
-    reward = PatientReward(setup.score)
+    reward = CheckedReward(setup.score)
     again = evaluate(setup, reward, num_samples=8, seed=context(tmp_path / "x").seed, phase=2)
     last = [row for row in rows(tmp_path / "edited", "samples.jsonl") if row["phase"] == 2]
     texts = [row["completion"] for row in last]

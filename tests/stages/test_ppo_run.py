@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from rlhf_exp.models.finetune import Finetune, LastLayers, Lora
 from rlhf_exp.models.loading import load_policy
 from rlhf_exp.models.scratch import Scratch
-from rlhf_exp.rewards.attempts import PatientReward
+from rlhf_exp.rewards.attempts import CheckedReward
 from rlhf_exp.rewards.keyword import Keyword
 from rlhf_exp.rewards.length import Length
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
@@ -194,7 +194,7 @@ def test_a_reward_must_give_one_score_each(tmp_path: Path) -> None:
     setup, _ = start(PPO(), tmp_path)
     generation = setup.sampler(setup.policy, setup.train_prompts, torch.Generator())
     with pytest.raises(RewardError, match=r"phase 3: .* shape \(2,\) for 1 samples"):
-        PatientReward(lambda _: torch.zeros(2))(generation.completions, phase=3)
+        CheckedReward(lambda _: torch.zeros(2))(generation.completions, phase=3)
 
 
 def test_batch_size_must_be_a_multiple_of_num_minibatches() -> None:

@@ -101,7 +101,9 @@ def test_the_three_wordings_ask_for_the_same_problem():
 )
 def test_any_other_text_is_refused(prompt):
     for ask in (parse_prompt, TASK.answer, lambda text: TASK.true_reward(text, " 15")):
-        with pytest.raises(ValueError, match=rf"^{re.escape(repr(prompt))} is no prompt of task="):
+        with pytest.raises(
+            ValueError, match=rf"^{re.escape(repr(prompt))} is not a prompt of task="
+        ):
             ask(prompt)
 
 
@@ -324,7 +326,7 @@ def test_settings_out_of_range_are_refused(wrong, message):
     ],
 )
 def test_a_problem_without_an_answer_is_no_prompt(prompt: str) -> None:
-    with pytest.raises(ValueError, match="is no prompt of task=arithmetic"):
+    with pytest.raises(ValueError, match="is not a prompt of task=arithmetic"):
         parse_prompt(prompt)
 
 

@@ -184,7 +184,7 @@ def test_a_text_file_has_a_prompt_a_line(tmp_path):
 
 GOOD = {"prompt": "a"}
 REFUSED = {
-    "missing": ({"n": 1}, "is blank; fill it in, or set task.min_chars=1 to leave such rows out"),
+    "missing": ({"n": 1}, "is blank; fill it in, or set task.min_chars=1 to drop such rows"),
     "none": ({"prompt": None}, "is blank; fill it in"),
     "empty": ({"prompt": ""}, "is blank; fill it in"),
     "blank": ({"prompt": " \n\u3000"}, "is blank; fill it in"),
@@ -206,8 +206,11 @@ REFUSED = {
     "calls": ({"prompt": [assistant("") | {"tool_calls": [CALL]}, user("a")]}, "no tool_calls"),
     "a call": ({"prompt": [assistant("") | {"function_call": {"name": "f"}}, user("")]}, "no tool"),
     "from and value": ({"prompt": [{"from": "human", "value": "a"}]}, "holds the message {'from':"),
-    "half a character": ({"prompt": "a \ud83d"}, r"is no Unicode text \(surrogates not allowed\);"),
-    "half in a message": ({"prompt": [user("\ud83d")]}, r"is no Unicode text \(surrogates"),
+    "half a character": (
+        {"prompt": "a \ud83d"},
+        r"is not Unicode text \(surrogates not allowed\);",
+    ),
+    "half in a message": ({"prompt": [user("\ud83d")]}, r"is not Unicode text \(surrogates"),
 }
 
 
@@ -235,9 +238,13 @@ def test_the_column_and_the_part_of_a_bad_row_are_named(tmp_path):
 
 def test_the_split_that_is_missing_is_named_by_its_own_field(file):
     path = write(file, *numbered(3))
-    with pytest.raises(ConfigError, match=r"^task\.split=test: .* has no such part; it has train,"):
+    with pytest.raises(
+        ConfigError, match=r"^task\.split=test: .* has no such split; it has train,"
+    ):
         PromptDataset(path=path, split="test").fingerprint()
-    with pytest.raises(ConfigError, match=r"^task\.eval_split=dev: .* has no such part; it has tr"):
+    with pytest.raises(
+        ConfigError, match=r"^task\.eval_split=dev: .* has no such split; it has tr"
+    ):
         PromptDataset(path=path, eval_split="dev").fingerprint()
     with pytest.raises(ConfigError, match=r"^task\.subset=en: .*; set it null"):
         PromptDataset(path=path, subset="en").fingerprint()
@@ -250,7 +257,7 @@ def test_the_split_that_is_missing_is_named_by_its_own_field(file):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens=5 is above max_tokens=4: lower the one"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens=5 is above max_tokens=4: lower it"),
         (
             {"first_tokens_min": 3, "first_tokens_max": 2},
             "first_tokens_min=3 is above first_tokens_max=2",
@@ -287,7 +294,7 @@ def test_short_texts_are_left_out_and_blank_ones_have_no_characters(file):
     with pytest.raises(ConfigError) as caught:
         whole(path, min_chars=5).fingerprint()
     assert str(caught.value) == (
-        f"task.min_chars=5: {path} has no prompt so long in train (7 rows); lower it"
+        f"task.min_chars=5: {path} has no prompt of that length in train (7 rows); lower it"
     )
 
 
@@ -452,7 +459,7 @@ def test_a_share_that_leaves_nothing_to_train_on_is_refused(file):
         PromptDataset(path=path, held_out_fraction=1).fingerprint()
     assert str(caught.value) == (
         f"task.held_out_fraction=1.0 leaves none of the 5 prompts of {path} to train on: lower it,"
-        " name an eval_split, or set it 0 to evaluate on the prompts that are trained on"
+        " name an eval_split, or set it 0 to evaluate on the training prompts"
     )
 
 

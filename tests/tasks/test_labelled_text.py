@@ -192,7 +192,7 @@ def test_too_few_texts_are_refused(tmp_path, counts, message):
 
 def test_contradictory_texts_are_named_where_too_few_remain(tmp_path):
     path = write(tmp_path / "t.tsv", [*lines_of(ROWS), *lines_of(("other", t) for _, t in ROWS)])
-    with pytest.raises(ConfigError, match=r"has 0 distinct texts \(besides 300 under two labels"):
+    with pytest.raises(ConfigError, match=r"has 0 distinct texts \(and 300 with two labels"):
         LabelledTextFile(path=path).fingerprint()
 
 

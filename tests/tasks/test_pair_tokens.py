@@ -66,7 +66,7 @@ def test_letters_that_byte_pairs_do_not_know_are_named():
 def test_unk_that_is_eos_stands_for_nothing_unknown():
     tokenizer = word_tokenizer(["a", "b", "c"])
     tokenizer.unk_token = tokenizer.eos_token  # as GPT-2 has it
-    with pytest.raises(ConfigError, match=r"field chosen holds '<eos>': leave it out"):
+    with pytest.raises(ConfigError, match=r"field chosen holds '<eos>': remove it"):
         encode([Pair("a", " b <eos>", " c")], tokenizer)
 
 
@@ -79,7 +79,7 @@ def test_white_space_that_byte_pairs_do_not_know_is_refused():
 @both
 def test_a_written_end_of_sequence_is_refused(tokenizer):
     eos = tokenizer.eos_token
-    expected = rf"f\.jsonl, row 1, field rejected holds '{eos}': leave it out"
+    expected = rf"f\.jsonl, row 1, field rejected holds '{eos}': remove it"
     with pytest.raises(ConfigError, match=expected):
         encode([Pair("a", " b", f" c {eos}")], tokenizer)
 

@@ -336,7 +336,7 @@ def test_the_file_is_read_once(path, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('"prompt": "\\ud800", "chosen": " a"', "field prompt is no Unicode text: "),
+        ('"prompt": "\\ud800", "chosen": " a"', "field prompt is not Unicode text: "),
         (
             '"prompt": "p", "chosen": " a", "rejected_reward": 1, "chosen_reward": 1' + "0" * 400,
             r"field chosen_reward is 1000.*: give a finite number$",

@@ -129,7 +129,7 @@ def test_what_cannot_be_a_prompt_is_refused() -> None:
     without.bos_token = None
     with pytest.raises(ConfigError, match=r"task\.prepend_bos=true, but the tokenizer has no BOS"):
         encode_prompts(without, ["a"], prepend_bos=True)
-    with pytest.raises(ConfigError, match=r"^task: of 0 prompts none is left$"):
+    with pytest.raises(ConfigError, match=r"^task: none of 0 prompts is left$"):
         encode_prompts(TOKENIZER, [], prepend_bos=True)
 
 
@@ -224,7 +224,7 @@ def test_prompts_of_which_none_is_left_are_refused_with_their_lengths() -> None:
     with pytest.raises(ConfigError) as caught:
         encode_prompts(TOKENIZER, ["a b", "a b c"], prepend_bos=True, shaping=Shaping(columns=1))
     assert str(caught.value) == (
-        "task: of 2 prompts none is left: they have 3 to 4 tokens; widen task.min_tokens and"
+        "task: none of 2 prompts is left: they have 3 to 4 tokens; widen task.min_tokens and"
         " task.max_tokens"
     )
 

@@ -273,7 +273,7 @@ def test_parquet_keeps_nested_messages(tmp_path):
 
 BROKEN = {
     "a.jsonl": (lines({"n": 1}) + "\n{oops}\n", r"a\.jsonl, row 3 is not JSON \(Expecting prop"),
-    "b.jsonl": ('{"n": 1}\n[1]\n"a"\n', r"b\.jsonl, row 2 is \[1\]; give an object as {\"prompt\""),
+    "b.jsonl": ('{"n": 1}\n[1]\n"a"\n', r"b\.jsonl, row 2 is \[1\]; give an object: {\"prompt\""),
     "c.jsonl": (b'{"n": 1}\n{"n": "caf\xe9"}\n', r"c\.jsonl, line 2 is not UTF-8; save"),
     "d.jsonl": ("", r"d\.jsonl holds no rows; give at least one$"),
     "e.jsonl": ("\n \n", r"e\.jsonl holds no rows"),
@@ -290,13 +290,16 @@ BROKEN = {
     ),
     "b.csv": ("prompt,n\na,1\n\nb\n", r"b\.csv, row 2 has 1 fields where the header has 2"),
     "c.csv": ("prompt,n\na,1,x\nb,2,y\n", r"c\.csv, row 1 has 3 fields where the header has 2"),
-    "d.csv": ('prompt,n\na,1\n"b,2\n', r"d\.csv, row 2 is not quoted as it must be \(unexpected e"),
-    "e.csv": ('prompt,n\n"a" b,1\n', r"e\.csv, row 1 is not quoted as it must be \(',' expected"),
+    "d.csv": ('prompt,n\na,1\n"b,2\n', r"d\.csv, row 2 is not quoted correctly \(unexpected e"),
+    "e.csv": ('prompt,n\n"a" b,1\n', r"e\.csv, row 1 is not quoted correctly \(',' expected"),
     "f.csv": ("prompt,n\n", r"f\.csv holds no rows"),
     "g.csv": ("prompt,n", r"g\.csv holds no rows"),
     "h.csv": ("", r"h\.csv holds no rows"),
-    "i.csv": ("a,b,a\n1,2,3\n", r"i\.csv has the header 'a, b, a'; give each column a name of its"),
-    "j.csv": ("a,,b\n1,2,3\n", r"j\.csv has the header 'a, , b'; give each column a name"),
+    "i.csv": ("a,b,a\n1,2,3\n", r"i\.csv has the header 'a, b, a'; give each column a different"),
+    "j.csv": (
+        "a,,b\n1,2,3\n",
+        r"j\.csv has the header 'a, , b'; give each column a different name",
+    ),
     "semicolons.csv": (
         "prompt;n\na;1\n",
         r"columns by semicolons, not by commas: save it with com",
@@ -359,7 +362,7 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path, path, offline):
     with pytest.raises(ConfigError) as caught:
         read(given)
     assert str(caught.value) == (
-        f"task.path={given}: no such file or directory, and no name on the hub"
+        f"task.path={given}: no such file or directory, and not a name on the hub"
     )
 
 
@@ -385,8 +388,8 @@ def test_a_split_that_there_is_not_is_refused_with_those_that_there_are(tmp_path
     with pytest.raises(ConfigError) as caught:
         read(write_as(ending, tmp_path), split=split)
     assert str(caught.value) == (
-        f"task.split={split}: {tmp_path / 'data'}{ending} has no such part; it has train, and"
-        " slices as train[:1000]"
+        f"task.split={split}: {tmp_path / 'data'}{ending} has no such split; it has train, and"
+        " slices such as train[:1000]"
     )
 
 
@@ -425,8 +428,8 @@ def test_a_directory_has_the_splits_that_its_files_are_named_for(folder):
         with pytest.raises(ConfigError) as caught:
             read(folder, split=split)
         assert str(caught.value) == (
-            f"task.split={split}: {folder} has no such part; it has train, test, and slices as"
-            " train[:1000]"
+            f"task.split={split}: {folder} has no such split; it has train, test, and slices such"
+            " as train[:1000]"
         )
     with pytest.raises(ConfigError, match=r"holds no rows in test\[1:\]; give"):
         read(folder, split="test[1:]")
@@ -645,7 +648,9 @@ def test_a_dataset_of_the_hub_is_read_and_found_again_without_it(tmp_path):
     hub, answers = json.loads(done.stdout)
     results, seconds = zip(*answers, strict=True)
     every, sha = [[1, {"n": 1}], [2, {"n": 2}]], "0123456789abcdef" * 2 + "01234567"
-    no_test = "task.split=test: org/name has no such part; it has train, and slices as train[:1000]"
+    no_test = (
+        "task.split=test: org/name has no such split; it has train, and slices such as train[:1000]"
+    )
     assert results[:3] == (every, every[1:], no_test)
     assert results[3] == (
         "task.subset=fr: org/name: BuilderConfig 'fr' not found. Available: ['default']"
@@ -661,7 +666,7 @@ def test_a_dataset_of_the_hub_is_read_and_found_again_without_it(tmp_path):
     )
     assert results[7:10] == (every, every, every)
     assert results[10] == (
-        f"task.revision=v2: {hub} is out of reach, and the local cache holds {sha}; set it so, or"
+        f"task.revision=v2: {hub} is out of reach, and the local cache holds {sha}; set that, or"
         " null"
     )
     assert results[11] == no_test

@@ -191,8 +191,8 @@ def steps_with(total: float) -> list[dict[str, float]]:
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_terms(total):
     message = (
         rf"^phase 7, step 2: the loss is not finite \(loss/total {total:g}, loss/kl 0.123457\);"
-        r" lower optimizer.base_lr and optimizer.head_lr, raise stage.kl_coef, or leave such steps"
-        r" out with stage.guards.on_nonfinite=skip$"
+        r" lower optimizer.base_lr and optimizer.head_lr, raise stage.kl_coef, or skip such steps"
+        r" with stage.guards.on_nonfinite=skip$"
     )
     with pytest.raises(TrainingError, match=message):
         check_finite(steps_with(total), 7)

@@ -50,7 +50,7 @@ def phases(path: Path) -> list[int]:
 def train(given: Context, *, steps: int, every: int | None, best: int = 0, ask_at: int = 0):
     """Counts and logs so many steps; asks itself to stop in one of them."""
     state = Counter()
-    saver = Saver(given, {"counter": state}, every=every)
+    saver = Saver(given, {"counter": state}, interval=every)
     resumed = saver.restore()
     with given.stop.listening(), saver.steps():
         while state.number < steps:
@@ -112,7 +112,7 @@ def test_rows_after_the_checkpoint_are_removed_and_written_again(tmp_path):
 
     def die(given):
         state = Counter()
-        saver = Saver(given, {"counter": state}, every=2)
+        saver = Saver(given, {"counter": state}, interval=2)
         saver.restore()
         with saver.steps():
             for number in (1, 2, 3):
@@ -127,7 +127,7 @@ def test_rows_after_the_checkpoint_are_removed_and_written_again(tmp_path):
     given = context(tmp_path, resume=True)
     assert [row["phase"] for row in given.folder.rows()] == [1, 2, 3]
     state = Counter()
-    assert Saver(given, {"counter": state}, every=2).restore()
+    assert Saver(given, {"counter": state}, interval=2).restore()
     assert [row["phase"] for row in given.folder.rows()] == [1, 2]
     assert state.number == 2
 
@@ -143,7 +143,7 @@ def test_a_run_that_is_resumed_before_it_saved_begins_anew(tmp_path):
 
 def test_a_run_that_is_not_resumed_restores_nothing(tmp_path):
     train(context(tmp_path), steps=2, every=1)
-    assert not Saver(context(tmp_path), {"counter": Counter()}, every=1).restore()
+    assert not Saver(context(tmp_path), {"counter": Counter()}, interval=1).restore()
 
 
 def test_the_name_of_the_run_is_saved_with_it(tmp_path):
@@ -156,11 +156,11 @@ def test_the_name_of_the_run_is_saved_with_it(tmp_path):
 def test_parts_are_saved_each_under_its_name(tmp_path):
     parts = {"one": Counter(), "other": Counter()}
     parts["one"].step()
-    saver = Saver(context(tmp_path), parts, every=1)
+    saver = Saver(context(tmp_path), parts, interval=1)
     with saver.steps():
         saver.step_done(1, is_last=True)
     again = {"one": Counter(), "other": Counter()}
-    assert Saver(context(tmp_path, resume=True), again, every=1).restore()
+    assert Saver(context(tmp_path, resume=True), again, interval=1).restore()
     assert [part.number for part in again.values()] == [1, 0]
     assert again["one"].tensor.tolist() == [1, 1]
 
@@ -198,7 +198,7 @@ def test_a_checkpoint_of_the_old_layout_is_refused_and_left_as_it_was(tmp_path):
         r" finish it with the version that wrote it \(see environment\.txt\)$"
     )
     with pytest.raises(ConfigError, match=message):
-        Saver(given, {"counter": state}, every=1).restore()
+        Saver(given, {"counter": state}, interval=1).restore()
     assert state.number == 0
     assert len(given.folder.rows()) == 3
     assert phases(tmp_path) == [2]
