@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+DOCS_STAMP := $(VENV)/.stamp-docs
 
-.PHONY: venv run test soak check bench
+.PHONY: venv run test soak check docs bench
 venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +32,14 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The pages of docs/ as a site in outputs/site; its packages are those of the extra `docs`, which no other target needs.
+docs: $(DOCS_STAMP)
+	$(BIN)/python -m tests.docs_pages outputs/pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $(DOCS_STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/ppo_phase.py series 8

@@ -50,7 +50,7 @@ def _plain(values: dict[str, Any]) -> list[str]:
 
 
 def _commented(lines: list[str], kind: type) -> list[str]:
-    docs = _docstrings(kind)
+    docs = docstrings(kind)
     nested: dict[str, str] = {}
     result = []
     for line in lines:
@@ -58,13 +58,13 @@ def _commented(lines: list[str], kind: type) -> list[str]:
         indented = line.startswith(" ")
         if match and not indented:
             default = {f.name: f.default for f in dataclasses.fields(kind)}.get(match["key"])
-            nested = _docstrings(type(default)) if dataclasses.is_dataclass(default) else {}
+            nested = docstrings(type(default)) if dataclasses.is_dataclass(default) else {}
         doc = (nested if indented else docs).get(match["key"]) if match else None
         result.append(f"{match['start']:<{COLUMN - 1}} # {doc}" if match and doc else line)
     return result
 
 
-def _docstrings(kind: type) -> dict[str, str]:
+def docstrings(kind: type) -> dict[str, str]:
     """The docstrings of a class's fields, those it inherits included, as comments."""
     docs: dict[str, str] = {}
     for base in reversed(kind.__mro__):

@@ -25,6 +25,7 @@ class WeightedSum:
     """The sum of each term's reward times its weight."""
 
     terms: Annotated[dict[str, Term], Field(min_length=1)]
+    """The rewards by name, each with its weight, any number."""
 
     def fingerprint(self) -> str:
         """A hash of the files that the terms read, "" for none."""
