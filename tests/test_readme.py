@@ -21,6 +21,7 @@ from rlhf_exp.tasks.protocol import Pair
 from rlhf_exp.types import Completions, PromptBatch
 from tests.app.test_run import train
 from tests.rl.toy import rows
+from tests.test_floors import FLOORS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -242,6 +243,12 @@ def test_equations_name_functions_that_exist() -> None:
         module, _, function = name.rpartition(".")
         path = ROOT / "rlhf_exp" / f"{module.replace('.', '/')}.py"
         assert f"\ndef {function}(" in path.read_text(encoding="utf-8"), name
+
+
+def test_the_floors_of_the_design_are_those_that_a_test_holds() -> None:
+    [diagram] = re.findall(r"^```\n(train\.py.*?)^```", DOCS["design.md"], flags=re.M | re.S)
+    floors = [re.split(r" {3,}| (?=equations)", line)[0] for line in diagram.splitlines()[2:]]
+    assert [set(floor.replace(".py", "").split()) for floor in reversed(floors)] == FLOORS
 
 
 def test_interpolations_resolve_in_every_experiment() -> None:
