@@ -23,7 +23,7 @@ ROOT = CONF.parent
 OF_THE_REPOSITORY = ("SECURITY.md", "CONTRIBUTING.md")
 BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 PLAIN = {bool: "`true`, `false`", int: "integer", float: "number", str: "text"}
-HEAD = "| key | default | takes | meaning |\n| --- | --- | --- | --- |"
+HEAD = "| key | meaning | default | takes |\n| --- | --- | --- | --- |"
 
 
 def gather(folder: Path) -> None:
@@ -68,11 +68,11 @@ def _run_section() -> Iterator[str]:
     matches = [re.fullmatch(r"(\w+): (.*?) +# (.*)", line) for line in lines]
     comments = {match[1]: match for match in matches if match}
     yield "## The run"
-    rows = ["| key | default | meaning |\n| --- | --- | --- |"]
+    rows = ["| key | meaning | default |\n| --- | --- | --- |"]
     for key in yaml.safe_load("\n".join(lines)).keys() - {"defaults", "hydra"}:
         if key not in comments:
             raise ValueError(f"{key}: needs a comment in conf/config.yaml")
-        rows.append(f"| `{key}` | `{comments[key][2]}` | {_cell(comments[key][3])} |")
+        rows.append(f"| `{key}` | {_cell(comments[key][3])} | `{comments[key][2]}` |")
     yield "\n".join([rows[0], *sorted(rows[1:])])
 
 
@@ -118,7 +118,7 @@ def key_rows(kind: type, path: str) -> Iterator[str]:
         shown = "required" if default is dataclasses.MISSING else f"`{_plain(default)}`"
         if field.name not in docs:
             raise ValueError(f"{key}: the field of {kind.__name__} needs a docstring")
-        yield f"| `{key}` | {shown} | {takes(hints[field.name])} | {_cell(docs[field.name])} |"
+        yield f"| `{key}` | {_cell(docs[field.name])} | {shown} | {takes(hints[field.name])} |"
 
 
 def _plain(value: Any) -> str:
