@@ -1,4 +1,5 @@
-"""docs/interventions.md: its scripts run, and its commands pass every check on what they make."""
+"""docs/interventions.md: its scripts run, and its commands pass every check on what they make; the
+README's and the tutorial's look inside a run works."""
 
 import re
 import shlex
@@ -63,3 +64,14 @@ def test_the_keys_and_options_that_the_page_names_are_there() -> None:
             for option in OPTIONS["intervention"]
         ), key
     assert set(re.findall(r"`intervention=(\w+)`", PAGE)) == set(OPTIONS["intervention"]) - {"none"}
+
+
+def test_the_looks_inside_a_run_work(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [readme] = [b for b in test_readme.blocks("python") if "hooked()" in b]
+    [tutorial] = test_readme.blocks("python", test_readme.DOCS["tutorial.md"])
+    names: dict[str, Any] = {"tokens": torch.arange(8)[None], "mask": torch.ones(1, 8).bool()}
+    exec(readme, names)
+    assert names["values"].shape == (1, 8)
+    assert names["cache"]["blocks.1.hook_resid_post"].shape == (1, 8, 64)
+    exec(tutorial, {})
+    assert "tensor([[" in capsys.readouterr().out
