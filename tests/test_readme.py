@@ -51,8 +51,14 @@ def train_commands() -> list[str]:
     for name in PAGES.keys() - WITH_OWN_TEST:
         commands += [line for line in lines(PAGES[name]) if "train.py" in line]
         commands += re.findall(r"`([^`\n]*python train\.py[^`\n]*)`", PAGES[name])
-    # Not in conf/: the example of a reward has a test of its own.
-    return sorted({c.removeprefix("srun ") for c in commands if "word_count" not in c})
+    # Not in conf/: the examples of a reward have tests of their own.
+    return sorted(
+        {
+            c.removeprefix("srun ")
+            for c in commands
+            if "word_count" not in c and "--config-dir" not in c
+        }
+    )
 
 
 TRAIN = train_commands()
@@ -198,6 +204,27 @@ def test_the_example_of_a_reward_scores(word_count: dict[str, Any]) -> None:
         texts=(" and family", " families"),
     )
     assert reward.load(torch.device("cpu"))(completions).tolist() == [2.0, 0.0]
+
+
+def test_a_reward_in_a_folder_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    page = DOCS["own_reward.md"]
+    [block] = [block for block in blocks("bash", page) if "--config-dir" in block]
+    comment, *commands = block.splitlines()
+    code, name, option, target = re.fullmatch(
+        r"# (\S+) holds a class (\w+) as above, (\S+) the line (_target_: .+)", comment
+    ).groups()
+    [source] = [block for block in blocks("python", page) if "WordCount(TextReward)" in block]
+    (tmp_path / option).parent.mkdir(parents=True)
+    (tmp_path / option).write_text(target)
+    (tmp_path / code).write_text(re.sub(r"class \w+", f"class {name}", source))
+    programs = [shlex.split(command.partition("#")[0]) for command in commands]
+    assert [words[:-5] for words in programs] == [[".venv/bin/python", "train.py"], ["rlhf-exp"]]
+    for words in programs:
+        outcome = train(tmp_path, *words[-5:], "--dry-run")
+        assert outcome.code == 0, outcome.err
+        assert "all is well" in outcome.out
+    del sys.modules["praise"]
 
 
 def test_the_example_of_a_reward_rises_on_the_default_task(
