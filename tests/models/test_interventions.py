@@ -420,7 +420,7 @@ def test_an_architecture_that_transformerlens_does_not_know_is_refused(tmp_path:
 
 def test_positions_need_to_know_where_the_prompt_ends(tmp_path: Path) -> None:
     policy = edited_policy("gpt2", "add", tmp_path, positions="prompt")
-    with pytest.raises(ValueError, match=r"intervention\.positions=prompt: say how many"):
+    with pytest.raises(ValueError, match=r"intervention\.positions=prompt: pass prompt_len"):
         policy(TOKENS, MASK)
 
 

@@ -284,7 +284,7 @@ def test_a_matrix_that_the_model_multiplies_by_itself_gets_no_adapter() -> None:
 def test_a_convolution_gets_no_adapter() -> None:
     config = hf.Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"], block_multiple_of=8)
     policy = TransformerWithValueHead(hf.Lfm2ForCausalLM(config), build_tokenizer())
-    with pytest.raises(ConfigError, match=r"layers\.0\.conv\.conv is a Conv1d, of which adapters"):
+    with pytest.raises(ConfigError, match=r"layers\.0\.conv\.conv is a Conv1d, whose adapters"):
         Lora(target_modules=r".*\.conv\.conv").attach(policy, seed=0)
 
 

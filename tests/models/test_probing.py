@@ -171,7 +171,9 @@ def test_fixed_shapes_are_not_used_where_they_are_wrong(name: str) -> None:
 
 def test_the_hooked_engine_is_tried_at_load(tmp_path: Path) -> None:
     save("gpt2, unscaled", tmp_path)
-    with pytest.raises(ConfigError, match="TransformerLens computes something else"):
+    with pytest.raises(
+        ConfigError, match="TransformerLens and transformers compute different logits"
+    ):
         load_policy(tmp_path, engine="hooked")
     policy = load_policy(tmp_path)
     with pytest.raises(ConfigError, match="for this GPT2LMHeadModel"):
@@ -198,7 +200,7 @@ def test_so_it_is_for_the_sampler_that_uses_transformer_lens(tmp_path: Path) -> 
 def test_one_without_a_hook_for_values_is_refused(tmp_path: Path) -> None:
     save("opt, 350m", tmp_path)
     load_policy(tmp_path).hooked()
-    with pytest.raises(ConfigError, match="transformers for OPTForCausalLM: use model"):
+    with pytest.raises(ConfigError, match="different logits for OPTForCausalLM: use model"):
         load_policy(tmp_path, engine="hooked")
 
 
