@@ -37,12 +37,14 @@ from rlhf_exp.security.redaction import scrub
 
 log = logging.getLogger(__name__)
 ROWS = (METRICS, SAMPLES, HISTOGRAMS)
+TABLE_ROWS = 32  # of each evaluation's samples, shown by trackers
 Status = Literal["running", "done", "failed", "interrupted"]
 
 
 @runtime_checkable
 class Sink(Protocol):
-    """Another place that metrics and samples go to, such as W&B."""
+    """Another place that metrics and samples go to, such as W&B. A subclass ignores what it does
+    not define."""
 
     def log(self, phase: int, metrics: Mapping[str, float]) -> None:
         """The metrics of a phase, or of an update in supervised stages."""
@@ -50,19 +52,19 @@ class Sink(Protocol):
 
     def log_samples(self, phase: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """A table of samples."""
-        ...
+        return
 
     def log_histograms(self, phase: int, histograms: Mapping[str, Histogram]) -> None:
         """Histograms by name."""
-        ...
+        return
 
     def log_summary(self, summary: Mapping[str, float]) -> None:
         """What the run has come to so far, which replaces what was said before."""
-        ...
+        return
 
     def log_result(self, result: Mapping[str, Any], path: Path) -> None:
         """The result of a run that is done, and its folder."""
-        ...
+        return
 
 
 OpenSinks = Callable[[], AbstractContextManager[list[Sink]]]
@@ -89,7 +91,7 @@ class RunFolder:
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         if kind is None:
-            attempt("closing W&B", self._stack.close)
+            attempt("closing the loggers", self._stack.close)
         else:
             self._stack.__exit__(kind, *error)
 
@@ -104,31 +106,26 @@ class RunFolder:
         null."""
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self._append(METRICS, [{"phase": phase, **finite}])
-        for sink in self._sinks:
-            sink.log(phase, metrics)
+        self._pass_on(lambda sink: sink.log(phase, metrics))
         if self._sinks and "eval/score" in metrics:
             # From the file, which also has what was evaluated before the run was resumed.
             summary = summarize(self.rows())
-            for sink in self._sinks:
-                sink.log_summary(summary)
+            self._pass_on(lambda sink: sink.log_summary(summary))
 
     def log_samples(self, phase: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends rows to samples.jsonl with their phase, and passes them on."""
         self._append(SAMPLES, [{"phase": phase, **row} for row in rows])
-        for sink in self._sinks:
-            sink.log_samples(phase, rows)
+        self._pass_on(lambda sink: sink.log_samples(phase, rows))
 
     def log_histograms(self, phase: int, histograms: Mapping[str, Histogram]) -> None:
         """Appends a row for each histogram to histograms.jsonl, and passes them on."""
         rows = [{"phase": phase, "name": name, **asdict(h)} for name, h in histograms.items()]
         self._append(HISTOGRAMS, rows)
-        for sink in self._sinks:
-            sink.log_histograms(phase, histograms)
+        self._pass_on(lambda sink: sink.log_histograms(phase, histograms))
 
     def log_result(self, result: Mapping[str, Any]) -> None:
         """Passes on the result of a run that is done."""
-        for sink in self._sinks:
-            sink.log_result(result, self.path)
+        self._pass_on(lambda sink: sink.log_result(result, self.path))
 
     def rows(self, name: str = METRICS) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, or of another such file, so far. Broken lines are left out and
@@ -240,6 +237,17 @@ class RunFolder:
         """Gives the run its name in W&B, unless it has one."""
         if not (self.path / RUN_ID).is_file():
             write_whole(self.path / RUN_ID, f"{run_id}\n")
+
+    def _pass_on(self, call: Callable[[Sink], None]) -> None:
+        """Calls each sink. One that fails is dropped with a warning: no tracker is worth a run."""
+        for sink in [*self._sinks]:
+            try:
+                call(sink)
+            except Exception as error:
+                self._sinks.remove(sink)
+                name, reason = type(sink).__name__, f"{type(error).__name__}: {error}"
+                log.warning("%s failed (%s); going on without it, the run's folder has all",
+                            name, reason.splitlines()[0])  # fmt: skip
 
     def _lines(self, name: str) -> list[tuple[str, dict[str, Any]]]:
         """The lines that are rows, each with its row."""

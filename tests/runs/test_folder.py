@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import os
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_exp.runs.folder import RunFolder
+from rlhf_exp.runs.folder import RunFolder, Sink
 from rlhf_exp.runs.provenance import environment
 from rlhf_exp.runs.summary import Histogram
 
@@ -254,6 +255,31 @@ def test_sinks_are_told_what_the_run_has_come_to_and_at_its_end_the_result(tmp_p
     best = {"best/eval_score": 0.75, "best/phase": 0, "final/eval_score": 0.5}
     assert recorder.summaries == [best]
     assert recorder.results == [({"after": {}}, tmp_path)]
+
+
+class Failing(Sink):
+    """A tracker whose server is gone; it ignores samples and all else."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def log(self, phase: int, metrics: Mapping[str, float]) -> None:
+        self.calls += 1
+        raise ConnectionError("no route\nto host")
+
+
+def test_a_sink_that_fails_is_dropped_with_a_warning_and_the_others_go_on(tmp_path, caplog):
+    failing, recorder = Failing(), Recorder()
+    with RunFolder(tmp_path, lambda: contextlib.nullcontext([failing, recorder])) as folder:
+        folder.start()
+        folder.log_samples(0, [{"prompt": "p"}])
+        folder.log(1, {"a": 0.5})
+        folder.log(2, {"eval/score": 0.5})
+    assert failing.calls == 1
+    assert recorder.rows == [(1, {"a": 0.5}), (2, {"eval/score": 0.5})]
+    assert len(recorder.summaries) == len(recorder.samples) == 1
+    assert [row["phase"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert "Failing failed (ConnectionError: no route); going on without it" in caplog.text
 
 
 def test_rows_of_a_run_that_died_are_those_that_were_finished(tmp_path):
