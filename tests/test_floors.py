@@ -30,7 +30,7 @@ FLOORS = [
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 HEAVY = {
     "transformers", "transformer_lens", "matplotlib", "wandb", "peft", "datasets", "requests",
-    "optuna", "plotly",
+    "optuna", "plotly", "tensorboard", "trackio",
 }  # fmt: skip
 # Importing tokenizers costs what it is for; tasks import it when they build one.
 IMPORTED_WHERE_CALLED = "rlhf_exp.tasks.tokenizers"

@@ -30,6 +30,7 @@ from rlhf_exp.stages.protocol import Built, look_up
 from rlhf_exp.tracking.loggers import Logger, RunInfo
 from rlhf_exp.tracking.model_card import write_model_card
 from rlhf_exp.tracking.push import HubSettings
+from rlhf_exp.tracking.several import open_sinks, split_loggers
 from rlhf_exp.training.seeding import seed_shared_generators
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class Plan:
 
     steps: Sequence[Step]
     last: int
-    logger: Logger
+    loggers: Sequence[Logger]
     hub: HubSettings
 
 
@@ -102,18 +103,15 @@ def check_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantia
             f" {part}=... out"
             for part in sorted(job.chosen & set(PARTS) - stage.parts)
         ]
-    logger = instantiate(config.get("logger") or {}, "logger", problems)
+    loggers = _build_loggers(config.get("logger") or {}, job, instantiate, problems)
     hub = instantiate(config.get("hub") or {}, "hub", problems)
-    for name, part, kind in (("logger", logger, Logger), ("hub", hub, HubSettings)):
-        if part is not None and not isinstance(part, kind):
-            what = type(part).__name__
-            problems.append(f"{name}: {what} is not for this; choose one: {name}=...")
-    problems += _push_problems(hub, job) if isinstance(hub, HubSettings) else []
-    if isinstance(logger, Logger):
-        problems += logger.problems(name=job.path.name, group=job.group)
+    if isinstance(hub, HubSettings):
+        problems += _push_problems(hub, job)
+    elif hub is not None:
+        problems.append(_not_for_this("hub", hub))
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-    return Plan(steps=steps, last=last, logger=logger, hub=hub)
+    return Plan(steps=steps, last=last, loggers=loggers, hub=hub)
 
 
 def run_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate) -> None:
@@ -133,9 +131,30 @@ def run_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate
         _stop_early(prepared, job.path)
         return
     step = plan.steps[-1].resolved(prepared.folders)
-    _run_stage(step, prepared, config, job, plan.logger, instantiate)
+    _run_stage(step, prepared, config, job, plan.loggers, instantiate)
     if (job.path / MODEL).is_dir():
         plan.hub.upload(job.path / MODEL)
+
+
+def _build_loggers(
+    config: Mapping[str, Any], job: Job, instantiate: Instantiate, problems: list[str]
+) -> list[Logger]:
+    """The chosen logger and those of `logger.also`."""
+    loggers: dict[type, Logger] = {}
+    for where, settings in split_loggers(config, problems).items():
+        logger = instantiate(settings, where, problems)
+        if type(logger) in loggers:
+            problems.append(f"{where}: {type(logger).__name__} is chosen already; leave it out")
+        elif isinstance(logger, Logger):
+            problems += logger.problems(name=job.path.name, group=job.group)
+            loggers[type(logger)] = logger
+        elif logger is not None:
+            problems.append(_not_for_this(where, logger))
+    return [*loggers.values()]
+
+
+def _not_for_this(where: str, part: Any) -> str:
+    return f"{where}: {type(part).__name__} is not for this; choose another"
 
 
 def _missing_metrics(asked: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -185,7 +204,7 @@ def _run_stage(
     prepared: Prepared,
     config: Mapping[str, Any],
     job: Job,
-    logger: Logger,
+    loggers: Sequence[Logger],
     instantiate: Instantiate,
 ) -> None:
     stage, parts = step.build(instantiate)
@@ -207,7 +226,7 @@ def _run_stage(
         if wandb_id := not (job.sweep or job.resume) and os.environ.get("WANDB_RUN_ID"):
             folder.keep_id(wandb_id)  # an agent's; the jobs of a sweep cannot share it
         job.begun()
-        with logger.open(replace(info, run_id=folder.run_id)) as sinks:
+        with open_sinks(loggers, replace(info, run_id=folder.run_id)) as sinks:
             yield sinks
 
     with RunFolder(job.path, begin) as folder:
@@ -226,7 +245,7 @@ def _run_stage(
         show.add("copying the figures of prepared steps", lambda: prepared.copy_figures(job.path))
         if folder.model.is_dir():
             show.add("the model card", lambda: write_model_card(job.path, shown, content))
-        show.add("telling W&B the result", lambda: folder.log_result(content))
+        show.add("telling the loggers the result", lambda: folder.log_result(content))
         show.show()
     log.info("seconds: %s", "  ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
     log.info("run folder: %s", job.path)

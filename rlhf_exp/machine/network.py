@@ -3,6 +3,8 @@
 import functools
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from urllib.parse import urlsplit
 from urllib.request import Request, build_opener
@@ -32,6 +34,18 @@ def hub_responds() -> bool:
     """True if the Hugging Face hub answers requests. Raises ConfigError as `hub_url` does."""
     url = hub_url()
     return reachable(url) and responds(url)
+
+
+@contextmanager
+def without_hub() -> Iterator[None]:
+    """Within it the hub's client raises instead of connecting."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 @functools.cache

@@ -1,9 +1,10 @@
-"""Logger groups: W&B beside the local files, or the local files alone.
+"""What every logger is, and two of them: W&B beside the local files, and the local files alone.
 
 W&B never stops a run: without a key or a network, or if the server refuses, it writes offline, and
 where it cannot write or breaks it is dropped with one warning while metrics.jsonl goes on.
 """
 
+import importlib.util
 import logging
 import os
 import secrets
@@ -59,6 +60,14 @@ class Logger(Protocol):
     def open(self, info: RunInfo) -> Any:
         """A context manager that yields the sinks beside the local files."""
         ...
+
+
+def missing_package(package: str) -> list[str]:
+    """A line that says how to install a logger's package, if it is not installed. The extra of
+    this package that brings it has its name."""
+    if importlib.util.find_spec(package) is not None:
+        return []
+    return [f"logger: {package} is not installed: pip install 'rlhf_exp[{package}]'"]
 
 
 def _check_name(name: str) -> str:

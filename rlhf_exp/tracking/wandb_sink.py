@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_exp.runs.folder import TABLE_ROWS
 from rlhf_exp.runs.summary import Histogram
 from rlhf_exp.tracking.wandb_run import WandbRun
-
-TABLE_ROWS = 32
 
 
 class WandbSink:

@@ -1,0 +1,77 @@
+"""Several loggers at once: `logger.also` beside the chosen one. It knows how to open and close
+them so that one that fails costs neither the run nor the others."""
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from rlhf_exp.runs.folder import Sink
+from rlhf_exp.runs.presentation import attempt
+from rlhf_exp.settings import ConfigError
+from rlhf_exp.tracking.loggers import Logger, RunInfo
+
+log = logging.getLogger(__name__)
+
+# The options of the group `logger`, which `logger.also` may name.
+BY_NAME = {
+    "local": "rlhf_exp.tracking.loggers.LocalLogger",
+    "tensorboard": "rlhf_exp.tracking.tensorboard_sink.TensorBoardLogger",
+    "trackio": "rlhf_exp.tracking.trackio_sink.TrackioLogger",
+    "wandb": "rlhf_exp.tracking.loggers.WandbLogger",
+}
+
+
+def split_loggers(config: Mapping[str, Any], problems: list[str]) -> dict[str, Mapping[str, Any]]:
+    """The settings of each logger by where they stand: `logger`, and `logger.also.0` and so on.
+    Appends what is wrong with `also`."""
+    chosen = dict(config)
+    also = chosen.pop("also", None) or []
+    loggers: dict[str, Mapping[str, Any]] = {"logger": chosen}
+    if not isinstance(also, list):
+        problems.append(f"logger.also={also!r}: Input should be a list, as [tensorboard]")
+        also = []
+    for number, entry in enumerate(also):
+        where = f"logger.also.{number}"
+        if isinstance(entry, Mapping):
+            loggers[where] = entry
+        elif entry in BY_NAME:
+            loggers[where] = {"_target_": BY_NAME[entry]}
+        else:
+            problems.append(
+                f"{where}={entry!r}: choose of {', '.join(BY_NAME)}, or give your own as"
+                " {_target_: module.Class}"
+            )
+    return loggers
+
+
+@contextmanager
+def open_sinks(loggers: Sequence[Logger], info: RunInfo) -> Iterator[list[Sink]]:
+    """The sinks of all loggers. A logger that fails to open or to close is left out with a warning,
+    unless it raises ConfigError when it is opened."""
+    with ExitStack() as stack:
+        yield [sink for logger in loggers for sink in stack.enter_context(_opened(logger, info))]
+
+
+@contextmanager
+def _opened(logger: Logger, info: RunInfo) -> Iterator[list[Sink]]:
+    name = type(logger).__name__
+    try:
+        context = logger.open(info)
+        sinks = context.__enter__()
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        log.warning("%s cannot start (%s); going on without it", name, reason)
+        yield []
+        return
+    ending: tuple[Any, Any, Any] = (None, None, None)
+    try:
+        yield sinks
+    except BaseException:
+        ending = sys.exc_info()
+        raise
+    finally:
+        attempt(f"closing {name}", lambda: context.__exit__(*ending))
