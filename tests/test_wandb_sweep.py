@@ -20,7 +20,7 @@ from tests.app.test_run import OFFLINE, TINY, TRAIN
 
 from .tracking.wandb_runs import inspect, offline_runs
 
-SWEEP = yaml.safe_load((CONF / "wandb_sweep.yaml").read_text(encoding="utf-8"))
+SWEEP = yaml.safe_load((CONF.parent / "scripts" / "wandb_sweep.yaml").read_text(encoding="utf-8"))
 
 
 def ends(parameter: dict[str, Any]) -> list[Any]:
