@@ -31,9 +31,11 @@ CONF = Path(run.CONF)
 OPTIONS = sorted(
     path.relative_to(CONF).with_suffix("").as_posix()
     for path in (*CONF.glob("*/*.yaml"), *CONF.glob("stage/*/*.yaml"))
+    if path.parent.name != "prepare"  # steps, which experiments are made of
 )
 PARTS = [option for option in OPTIONS if not option.startswith(("experiment/", "sweep/"))]
 EXPERIMENTS = [option.partition("/")[2] for option in OPTIONS if option.startswith("experiment/")]
+STEPS = sorted(path.stem for path in CONF.glob("prepare/*.yaml"))
 SWEEPS = [option.partition("/")[2] for option in OPTIONS if option.startswith("sweep/")]
 SWEEPERS = sorted(path.stem for path in CONF.glob("hydra/sweeper/*.yaml"))
 LAUNCHERS = sorted(path.stem for path in CONF.glob("hydra/launcher/*.yaml"))
@@ -151,6 +153,49 @@ def test_every_group_has_a_default_that_exists(group):
     chosen = {key: value for entry in defaults if entry != "_self_" for key, value in entry.items()}
     assert group in chosen
     assert chosen[group] is None or f"{group}/{chosen[group]}" in OPTIONS
+
+
+def leaves(content: Any, *path: str) -> Iterator[tuple[str, ...]]:
+    """The paths of the values that are no mappings."""
+    if not isinstance(content, dict):
+        yield path
+        return
+    for key, value in content.items():
+        yield from leaves(value, *path, key)
+
+
+def at(config: Any, path: Sequence[str]) -> Any:
+    """The value at a path, None where there is none."""
+    for key in path:
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_restates_no_default(name, tmp_path):
+    text = (CONF / "experiment" / f"{name}.yaml").read_text()
+    own = load(f"experiment/{name}")
+    (tmp_path / "experiment").mkdir()
+    defaults = yaml.safe_dump({"defaults": yaml.safe_load(text)["defaults"]})
+    (tmp_path / "experiment" / "bare.yaml").write_text(f"# @package _global_\n{defaults}")
+    words = ["experiment=bare", f"hydra.searchpath=[file://{tmp_path}]"]
+    bare, whole = (
+        OmegaConf.to_container(compose(*words)),
+        OmegaConf.to_container(compose(f"experiment={name}")),
+    )
+    restated = [path for path in leaves(own) if at(bare, path) == at(whole, path) is not None]
+    assert restated == []
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_of_prepare_has_an_optimizer_and_a_schedule_if_its_stage_trains(name):
+    config = compose("~experiment", f"+prepare@prepare.own={name}")
+    step = OmegaConf.to_container(config)["prepare"]["own"]
+    stage = run.instantiate(step["stage"], "stage", [], allowed=run.ALLOWED_TARGETS)
+    trains = {"optimizer", "schedule"}
+    assert (
+        step.keys() & trains == stage.parts & trains == (trains if name != "preferences" else set())
+    )
 
 
 def test_the_default_is_the_reviews_experiment():
