@@ -43,7 +43,7 @@ def is_reference(text: str) -> bool:
 
 def _refuse_bool(value: Any) -> Any:
     if isinstance(value, bool):
-        raise ValueError("Input should be a number, not a boolean")
+        raise ValueError("should be a number, not a boolean")
     return value
 
 
@@ -99,6 +99,23 @@ class ChecksUpstream(Protocol):
         ...
 
 
+# What pydantic expects, by the type of its error.
+EXPECTED = {
+    **dict.fromkeys(("float_parsing", "float_type"), "a number"),
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "true or false"),
+    "finite_number": "a finite number",
+    "string_type": "a text",
+    "string_too_short": "a text that is not empty",
+    "tuple_type": "a list, as [a,b]",
+    "literal_error": "{expected}",
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "below {lt:g}",
+    "less_than_equal": "at most {le:g}",
+}
+
+
 def field_problem(path: str, detail: Any) -> str:
     """One error of pydantic as a line that names the field under `path`, secrets redacted."""
     where = ".".join(filter(None, (path, *map(str, detail["loc"]))))
@@ -111,8 +128,8 @@ def field_problem(path: str, detail: Any) -> str:
     if detail["type"] == "dataclass_type" and isinstance(detail["input"], str):
         return f"{where} is a group: write {where.replace('.', '/')}={detail['input']}"
     message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "tuple_type":
-        message = "Input should be a list, as [a,b]"
+    if detail["type"] in EXPECTED:
+        message = f"should be {EXPECTED[detail['type']].format(**detail.get('ctx', {}))}"
     if not detail["loc"]:
         return f"{path}: {message}"
     [assignment] = redact_words([f"{where}={detail['input']!r}"])

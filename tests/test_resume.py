@@ -126,7 +126,7 @@ def test_what_cannot_be_resumed_is_refused_and_nothing_changes(tmp_path, command
     )
     assert_refused(
         train(tmp_path, f"resume={broken}", "stage.kl_coef=-3", "resume_with=[stage]"),
-        r"stage\.kl_coef=-3: Input should be greater than or equal to 0",
+        r"stage\.kl_coef=-3: should be at least 0",
     )
     assert_refused(train(tmp_path, "-m", f"resume={broken}"), r"resume is for a single run")
     elsewhere = train(tmp_path, f"resume={broken}", f"hydra.run.dir={tmp_path / 'elsewhere'}")
@@ -315,9 +315,7 @@ def test_scripts_sample_from_a_run_and_talk_to_it(tmp_path, command):
         assert refused.stderr.startswith("error: ")
         assert "Traceback" not in refused.stderr
     cold = call_script("sample.py", folder, "--prompt", "one", "--temperature", -1)
-    assert cold.stderr.startswith(
-        "error: --temperature=-1.0: Input should be greater than or equal"
-    )
+    assert cold.stderr.startswith("error: --temperature=-1.0: should be at least")
 
 
 def test_a_push_without_a_token_is_refused_before_anything_is_written(tmp_path, monkeypatch):

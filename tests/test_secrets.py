@@ -93,7 +93,7 @@ def test_a_run_tells_no_secret(tmp_path, words, monkeypatch):
     malformed = train(tmp_path, *words, f"+reward.api_key=[{SECRETS[0]}")
     wrong = train(tmp_path, *words, f"+reward.api_key=[{SECRETS[0]}]")
     assert [o.code for o in (refused, malformed, wrong)] == [2, 2, 2]
-    assert "reward.api_key=***: Input should be a valid string" in wrong.out
+    assert "reward.api_key=***: should be a text" in wrong.out
     monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path / "good"), str(tmp_path / "bad")])
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(COMPARE), run_name="__main__")
