@@ -268,7 +268,7 @@ def test_no_room_for_checkpoints_and_then_not_for_the_model(short: Path, tmp_pat
     assert "a checkpoint could not be written (" in text
     assert "File too large" in text
     assert "Traceback" not in text
-    assert f"mend that, then: python train.py resume={folder.name}" in text.replace("../", "")
+    assert f"fix that, then: python train.py resume={folder.name}" in text.replace("../", "")
     assert json.loads((folder / "status.json").read_text())["status"] == "failed"
     assert begin_or_go_on(folder, SHORT) == 0, said(folder)
     assert_the_same(folder, short, "disk full at a checkpoint and at the model", 1)
@@ -278,7 +278,7 @@ def test_no_room_for_metrics(short: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert begin_or_go_on(folder, SHORT, fault=FullDiskAtPhase(4)) == 1
     text = said(folder)
-    assert "cannot be written: No space left on device; mend that, then: python train.py" in text
+    assert "cannot be written: No space left on device; fix that, then: python train.py" in text
     assert "Traceback" not in text
     (folder / "metrics.jsonl").unlink()
     (folder / "metrics.kept").rename(folder / "metrics.jsonl")
@@ -436,7 +436,7 @@ def test_a_disk_that_is_full_or_read_only_and_then_mended(
     begun = fault != "read-only"
     assert (out / "code").read_text().split() == ["1" if begun else "2", "0"], text
     assert ("cannot be written" if begun else "error: cannot write") in text
-    assert ("mend that, then: python train.py resume=" in text) == begun
+    assert ("fix that, then: python train.py resume=" in text) == begun
     assert "Traceback" not in text
     assert_the_same(out / "run", long, f"disk: {fault}", 1)
 

@@ -120,7 +120,7 @@ def test_what_cannot_be_resumed_is_refused_and_nothing_changes(tmp_path, command
     assert not (tmp_path / "nowhere").exists()
     assert_refused(
         train(tmp_path, f"resume={broken}", "stage.kl_coef=3", "reward=length", "seed=1"),
-        r"^error: resume=\S+ takes that run's own configuration, which differs:\n"
+        r"^error: resume=\S+ uses that run's own configuration, which differs:\n"
         r"  reward\._target_: \S+FunctionReward -> \S+Length\n  reward\.function: .*\n"
         r"  reward\.target_tokens: absent -> \d+\n  stage\.kl_coef: 0\.2 -> 3\nleave that out",
     )

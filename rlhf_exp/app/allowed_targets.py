@@ -10,8 +10,8 @@ from pydantic.dataclasses import is_pydantic_dataclass
 def forbidden_module(
     target: str, allowed: tuple[str, ...], own: tuple[str, ...], *, find: Callable[[str], Any]
 ) -> str | None:
-    """The module that a target belongs to if it is not an allowed one. Names of an allowed module
-    may lead out of it again, to what it imports: rlhf_exp.app.run.shutil.rmtree."""
+    """The module of a target, or None if the target is allowed. A name that starts with an allowed
+    module may still lead to a module that it imports: rlhf_exp.app.run.shutil.rmtree."""
     if not target.startswith(allowed):
         return target.rpartition(".")[0] or target
     if not target.startswith(own):
@@ -19,29 +19,30 @@ def forbidden_module(
     try:
         module = inspect.getmodule(find(target))
     except (ImportError, ValueError):
-        return None  # there is none of that name, as who instantiates it will say
+        return None  # the name does not exist; instantiating it raises the error
     if module is None or f"{module.__name__}.".startswith(allowed):
         return None
     return module.__name__
 
 
 def unusable(target: str, own: tuple[str, ...], *, find: Callable[[str], Any]) -> bool:
-    """Whether one of our own targets is something else than configurations describe. Those of this
-    package are classes of settings, which do nothing when they are built; a function or a method,
-    that of a module's dictionary included, may do anything."""
+    """Whether one of our own targets is not a class of settings. Building settings has no side
+    effects; a function or a method, such as one of a module's dictionary, may do anything."""
     if not target.startswith(own):
         return False
     try:
-        found = find(target)
+        class_or_function = find(target)
     except (ImportError, ValueError):
         return False
     is_ours = target.startswith("rlhf_exp.")
-    return not isinstance(found, type) or (is_ours and not is_pydantic_dataclass(found))
+    return not isinstance(class_or_function, type) or (
+        is_ours and not is_pydantic_dataclass(class_or_function)
+    )
 
 
 def instructions(config: Any, own: tuple[str, ...]) -> Iterator[str]:
-    """The keys by which a configuration tells Hydra how to build one of our own classes, other than
-    which it is: they do not take positional arguments, nor parts that are not built."""
+    """Hydra's keys other than `_target_` in the configuration of our own classes, which take
+    neither positional arguments nor parts that are not built."""
     if isinstance(config, Mapping):
         if str(config.get("_target_", "")).startswith(own):
             yield from (
@@ -54,8 +55,7 @@ def instructions(config: Any, own: tuple[str, ...]) -> Iterator[str]:
 
 
 def targets(config: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Every `_target_` in the configuration at a path, however deep, after the path that it is
-    at."""
+    """Every `_target_` in the configuration at a path, at any depth, as (its path, target)."""
     if isinstance(config, Mapping):
         if "_target_" in config:
             yield path, str(config["_target_"])

@@ -1,4 +1,4 @@
-"""How a run ends that does not reach its end: a message of a few lines, a status, an exit code.
+"""How a run ends early: a message of a few lines, a status, an exit code.
 
 It knows nothing of Hydra.
 """
@@ -29,10 +29,10 @@ DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 @contextmanager
 def handle_exit(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterator[StopRequests]:
-    """A run in the block, which the yielded requests can stop. Whatever ends it early is said,
-    becomes its status, and is raised as SystemExit; a bug in a single run keeps its traceback. The
-    user's mistake in a single run leaves no status: `undo` removes what was written. A run that is
-    done stays done, whatever happens while its result is shown or pushed."""
+    """Handles the end of the run in the block, which the yielded requests can stop. An early end is
+    printed, becomes the run's status and raises SystemExit; a bug in a single run keeps its
+    traceback. After a user's mistake in a single run, `undo` removes the files that it wrote. A
+    run that is done stays done, even if showing or pushing its result fails."""
     file, folder = file_log(), RunFolder(path)
     end = partial(_end, folder)
     try:
@@ -74,9 +74,9 @@ def handle_exit(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterato
             end("failed", str(error)) if sweep else undo()
             raise SystemExit(2) from None
         file.exception("traceback")
-        if told := _disk_fault(error, path):
-            log.error("error: %s; mend that, then: %s", told, command(f"resume={path}"))
-            end("failed", told)
+        if message := _disk_fault(error, path):
+            log.error("error: %s; fix that, then: %s", message, command(f"resume={path}"))
+            end("failed", message)
             raise SystemExit(1) from None
         end("failed", f"{type(error).__name__}: {error}")
         if sweep:
@@ -95,16 +95,16 @@ def _end(folder: RunFolder, status: Status, why: str) -> None:
 
 
 def _how_to_go_on(path: Path) -> str:
-    """The command that goes on from the newest checkpoint, and its phase, if there is one."""
+    """The command that resumes from the newest checkpoint, and its phase; empty without one."""
     newest = newest_phase(path)
     if newest is None:
         return ""
-    return f"; mended, it goes on after step {newest}: {command(f'resume={path}')}"
+    return f"; once fixed, it goes on after step {newest}: {command(f'resume={path}')}"
 
 
 def _disk_fault(error: Exception, path: Path) -> str | None:
-    """What is wrong with the disk, None if that is not it. Libraries in Rust, such as safetensors,
-    tell of it in the text of errors of their own."""
+    """What is wrong with the disk, or None for any other error. Rust libraries such as safetensors
+    give the number of the error only in its text."""
     number, name = getattr(error, "errno", None), getattr(error, "filename", None)
     if match := re.search(r"\(os error (\d+)\)", str(error)):
         number = int(match[1])
@@ -114,7 +114,7 @@ def _disk_fault(error: Exception, path: Path) -> str | None:
 
 
 def bounded(message: str, limit: int = 9) -> str:
-    """The message's first lines, and how many more there are."""
+    """The first lines of a message, and the number of lines left out."""
     lines = message.splitlines()
     if len(lines) <= limit:
         return message

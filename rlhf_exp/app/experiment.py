@@ -1,7 +1,7 @@
-"""One experiment from a resolved configuration: builds what it stands on, runs its stage, and
-writes what a run leaves behind.
+"""One experiment from a resolved configuration: prepares its artifacts, runs its stage, and writes
+the run's result.
 
-It knows nothing of Hydra: whoever calls hands in what turns configuration into objects.
+It knows nothing of Hydra: the caller passes the function that turns configuration into objects.
 """
 
 import contextlib
@@ -35,15 +35,15 @@ from rlhf_exp.training.seeding import seed_shared_generators
 
 log = logging.getLogger(__name__)
 
-ROOM = 384  # bytes of a path that files in a run's folder take, those of W&B and of jobs included
+ROOM = 384  # bytes that names of files in a run's folder add to its path, W&B's and jobs' included
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Where and as what an experiment runs. A job of a sweep shares its parent folder with the
-    others; a resumed one goes on in the folder of the run that ended. `chosen` are the groups that
-    the command line names, `stop` is what asks it to end early, `begun` is called when all is
-    loaded and the work begins, and `metrics` are those that the result must have."""
+    """Where and how an experiment runs. The jobs of a sweep share a parent folder; a resumed job
+    continues in the folder of the run that ended. `chosen` holds the groups that the command line
+    names, `stop` can end the job early, `begun` is called once everything is loaded, and `metrics`
+    holds the names that the result must have."""
 
     path: Path
     sweep: bool
@@ -60,14 +60,14 @@ class Job:
 
     @property
     def group(self) -> str | None:
-        """The name of the sweep that it is a job of."""
+        """The name of the job's sweep, or None for a single run."""
         return self.path.parent.name if self.sweep else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A configuration that is all right: its steps, how many of them are prepared, and the groups
-    that belong to none."""
+    """A checked configuration: its steps, how many of them are prepared, and the groups that
+    belong to no step."""
 
     steps: Sequence[Step]
     last: int
@@ -76,8 +76,8 @@ class Plan:
 
 
 def check_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate) -> Plan:
-    """What a configuration describes. Raises ConfigError with everything that is wrong."""
-    hub_url()  # raises here: the hub's client cannot be imported where its address is malformed
+    """The plan of a configuration. Raises ConfigError with everything that is wrong."""
+    hub_url()  # raises for a malformed address, with which the hub's client cannot be imported
     longest = os.pathconf("/", "PC_PATH_MAX") - ROOM
     if (length := len(os.fsencode(job.path.absolute()))) > longest:
         raise ConfigError(
@@ -99,8 +99,7 @@ def check_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantia
         problems += stage.check_upstream(parts, look_up(built))
         problems += _missing_metrics(job.metrics, stage.metric_names(parts))
         problems += [
-            f"{part}: {type(stage).__name__} takes none, so that it would be ignored: leave"
-            f" {part}=... out"
+            f"{part}: {type(stage).__name__} takes none and would ignore it: leave {part}=... out"
             for part in sorted(job.chosen & set(PARTS) - stage.parts)
         ]
     loggers = _build_loggers(config.get("logger") or {}, job, instantiate, problems)
@@ -115,7 +114,7 @@ def check_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantia
 
 
 def run_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate) -> None:
-    """Checks the whole configuration, builds what the run stands on, and runs its stage. Raises
+    """Checks the whole configuration, prepares its artifacts, and runs its stage. Raises
     ConfigError with everything that is wrong, before anything is built."""
     plan = check_experiment(config, job, instantiate)
     quieten_transformers()
@@ -157,10 +156,10 @@ def _not_for_this(where: str, part: Any) -> str:
     return f"{where}: {type(part).__name__} is not for this; choose another"
 
 
-def _missing_metrics(asked: Sequence[str], names: Sequence[str]) -> list[str]:
+def _missing_metrics(metrics: Sequence[str], names: Sequence[str]) -> list[str]:
     return [
         f"hydra.sweeper: {name} is no metric of these runs; they have: {', '.join(sorted(names))}"
-        for name in asked
+        for name in metrics
         if name not in names
     ]
 
@@ -177,7 +176,7 @@ def _push_problems(hub: HubSettings, job: Job) -> list[str]:
 
 
 def _last_to_prepare(steps: Sequence[Step], until: str | None) -> int:
-    """How many of the steps are prepared. Raises ConfigError if none has the name `until`."""
+    """The number of steps to prepare. Raises ConfigError if none has the name `until`."""
     names = [step.name for step in steps[:-1]]
     if until is None:
         return len(names)
@@ -233,10 +232,10 @@ def _run_stage(
         context = Context(
             folder=folder, seed=job.seed, device=job.device, resume=job.resume, stop=job.stop
         )
-        with contextlib.chdir("."):  # back to the folder that a reward leaves
+        with contextlib.chdir("."):  # a reward may change the working folder
             result = stage.run(context, parts)
         seconds = {**prepared.seconds, **result.seconds}
-        is_alone = not (job.sweep or job.resume)  # then imports and checks belong to this run
+        is_alone = not (job.sweep or job.resume)  # imports and checks then count for this run
         seconds["total"] = since_process_start() if is_alone else sum(seconds.values())
         content = {**replace(result, seconds=seconds).content(), "prepare": prepared.results}
         folder.write_result(content)

@@ -1,6 +1,6 @@
-"""Hydra's complaints in a few lines, with the fix.
+"""Hydra's errors in a few lines, with the fix.
 
-It knows how Hydra and OmegaConf fail and which options there are, and nothing of what a run does.
+It knows how Hydra and OmegaConf fail and which options exist, and nothing of what a run does.
 """
 
 import difflib
@@ -29,7 +29,7 @@ from rlhf_exp.security.redaction import redact_words
 from rlhf_exp.settings import ConfigError
 
 UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST}
-# Launchers that are packages of their own, and the extra that brings them.
+# Launchers in separate packages, and the extra that installs each.
 LAUNCHERS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm",
              "ray": "ray"}  # fmt: skip
 
@@ -54,8 +54,8 @@ RENAMED = {
 
 
 def explain(error: BaseException, conf: Path) -> str | None:
-    """Hydra's complaint about a command line or a file, in a few lines with the fix; None for an
-    error that is not Hydra's. `conf` holds the groups."""
+    """Hydra's error about a command line or a file, in a few lines with the fix; None for an error
+    that is not Hydra's. `conf` is the folder of the groups."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
@@ -73,7 +73,7 @@ def explain(error: BaseException, conf: Path) -> str | None:
             return "\n".join(_unknown_keys(str(link.full_key), conf))
         if isinstance(link, GrammarParseError) and link.full_key:
             reason = str(link).splitlines()[0]
-            return f"{link.full_key}: {reason}; in a text write \\${{ in place of ${{"
+            return f"{link.full_key}: {reason}; in a text write \\${{ instead of ${{"
         if isinstance(link, OmegaConfBaseException) and isinstance(link, TypeError):
             return f"{link.full_key}: {str(link).splitlines()[0]}"
     group = re.search(r"Could not override '([^']+)'", str(error))
@@ -97,7 +97,7 @@ def explain(error: BaseException, conf: Path) -> str | None:
 
 
 def _unreadable(error: OverrideParseException) -> str:
-    """Which word is not in Hydra's grammar, why, and how to quote its value."""
+    """The word that Hydra cannot parse, the reason, and how to quote its value."""
     [word] = redact_words([error.override])
     key, equals, value = word.partition("=")
     if not equals:
@@ -132,31 +132,31 @@ def _missing_option(error: MissingConfigException) -> str:
 
 
 def _unknown_keys(first: str, conf: Path) -> list[str]:
-    """A line for each key on the command line that there is not. Hydra ends at the `first`."""
-    known = _known_keys(conf)
+    """A line for each unknown key on the command line. Hydra stops at the `first`."""
+    keys_and_groups = _known_keys(conf)
     keys = [first]
     for word in sys.argv[1:]:
         key, equals, _ = word.partition("=")
         is_key = bool(equals) and "." in key and re.fullmatch(r"[\w.]+", key)
         elsewhere = ("hydra.", "prepare.", *(f"{key}." for key in keys))
-        if is_key and key not in known and not key.startswith(elsewhere):
+        if is_key and key not in keys_and_groups and not key.startswith(elsewhere):
             keys.append(key)
     return [f"{key}: no such key.{_suggestion(key, conf)}" for key in dict.fromkeys(keys)]
 
 
 def _suggestion(key: str, conf: Path) -> str:
-    """What the key is called now, which options have the key that the chosen one lacks, or which
-    key or group may be meant."""
-    known = _known_keys(conf)
+    """A hint for an unknown key: its new name, the options that have it, or the closest key or
+    group."""
+    keys_and_groups = _known_keys(conf)
     new = RENAMED.get(key, key)
-    if new != key and new.partition("=")[0] in known:
+    if new != key and new.partition("=")[0] in keys_and_groups:
         return f" It is {new} now"
     renamed = f" It is {new} now." if new != key else ""
     if options := _options_with(new, conf):
         group, listed = options[0].partition("=")[0], ", ".join(options)
         return f"{renamed} The chosen {group} does not have it; these do: {listed}"
-    by_last = {path.rpartition(".")[2]: path for path in reversed(known)}
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    by_last = {path.rpartition(".")[2]: path for path in reversed(keys_and_groups)}
+    close = difflib.get_close_matches(key, keys_and_groups, n=1, cutoff=0.7)
     close = close or [
         by_last[name]
         for name in difflib.get_close_matches(key.rpartition(".")[2], by_last, n=1, cutoff=0.7)
@@ -170,14 +170,14 @@ def _known_keys(conf: Path) -> list[str]:
     with hydra.initialize_config_dir(str(conf), version_base="1.3"):
         try:
             config = hydra.compose("config", overrides=_group_choices(conf))
-        except (HydraException, OmegaConfBaseException):  # the choices are what is wrong
+        except (HydraException, OmegaConfBaseException):  # the choices themselves are wrong
             config = hydra.compose("config")
-        known = list(_paths(OmegaConf.to_container(config)))
-    return known + [group.name for group in conf.iterdir() if group.is_dir()]
+        keys = list(_paths(OmegaConf.to_container(config)))
+    return keys + [group.name for group in conf.iterdir() if group.is_dir()]
 
 
 def _options_with(key: str, conf: Path) -> list[str]:
-    """The options of the key's groups, as GROUP=OPTION, whose file has the key."""
+    """The options, as GROUP=OPTION, of the key's groups whose file has the key."""
     words = key.split(".")
     return [
         f"{'/'.join(words[:depth])}={file.stem}"
@@ -188,7 +188,7 @@ def _options_with(key: str, conf: Path) -> list[str]:
 
 
 def refuse_old_keys(config: Mapping[str, Any], run: Path) -> None:
-    """Raises ConfigError for a run's configuration with keys of earlier versions."""
+    """Raises ConfigError if a run's configuration has keys of earlier versions."""
     if old := sorted(RENAMED.keys() & set(_paths(config))):
         raise ConfigError(
             f"{run} is of an earlier version: its configuration has {old[0]}, which is"

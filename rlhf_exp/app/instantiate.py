@@ -1,6 +1,6 @@
-"""From a group's configuration to its object, if it names one that may be built.
+"""Builds the object that a group's configuration describes, if its target is allowed.
 
-Hydra's part of it; what a configuration may name is said in targets.py.
+It knows how Hydra builds objects; allowed_targets.py knows which targets are allowed.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ ALLOWED_TARGETS = ("rlhf_exp.", "torch.optim.")
 def instantiate(
     config: Mapping[str, Any], path: str, problems: list[str], *, allowed: Sequence[str]
 ) -> Any:
-    """The object that a group's configuration describes, or None with its problems appended. A
-    module of the user's that changes the process's folder when it is imported does not keep it."""
+    """The object that a group's configuration describes, or None with its problems appended. If
+    importing a user's module changes the working folder, the change is undone."""
     with contextlib.chdir("."):
         return _instantiate(config, path, problems, allowed)
 
@@ -58,7 +58,7 @@ def _build(config: Mapping[str, Any], path: str, problems: list[str]) -> Any:
         return hydra.utils.instantiate(config, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
-        # Hydra's message ends with the part that it was building, before what that is a part of.
+        # Hydra's message ends with the innermost part that it was building.
         inner = re.search(r"^full_key: (.+)$", str(error), re.MULTILINE)
         if inner:
             first = inner[1].partition(".")[0]
@@ -79,7 +79,7 @@ def _build(config: Mapping[str, Any], path: str, problems: list[str]) -> Any:
 
 
 def _literal(config: Any) -> Any:
-    """A resolved configuration whose texts stay as they are: Hydra resolves them twice again."""
+    """A resolved configuration with its texts escaped, since Hydra resolves them twice more."""
     if isinstance(config, Mapping):
         return {key: _literal(value) for key, value in config.items()}
     if isinstance(config, list | tuple):

@@ -1,4 +1,4 @@
-"""What `python train.py` and the console script `rlhf-exp` do: Hydra's main over one job."""
+"""The entry point of `python train.py` and the console script `rlhf-exp`: Hydra's main."""
 
 import rlhf_exp.machine.environment  # noqa: F401, I001  first: it must precede the import of torch
 
@@ -11,10 +11,10 @@ from rlhf_exp.machine.installation import CONF
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def hydra_main(cfg: DictConfig) -> None:
-    """One job."""
+    """Runs one job."""
     run.job(cfg)
 
 
 def main() -> None:
-    """Runs the command line of this process, and exits as it says."""
+    """Runs the command line of this process and exits with its exit code."""
     run.guard(hydra_main)

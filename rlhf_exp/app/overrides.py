@@ -1,7 +1,7 @@
-"""Overrides, the words `key=value` of a command line: quoting their values as Hydra needs it.
+"""Overrides, the words `key=value` of a command line: quotes their values as Hydra needs it.
 
-Hydra reads a value without quotes as a number, a list, a sweep or a text of few characters. Paths
-may hold any character, so those of the keys that take one are quoted before Hydra reads them.
+Hydra reads an unquoted value as a number, a list, a sweep or a text of few allowed characters.
+Paths may hold any character, so values of keys that take a path are quoted first.
 """
 
 import os
@@ -21,19 +21,19 @@ from rlhf_exp.security.redaction import redact_words
 from rlhf_exp.settings import ConfigError
 
 SCRIPT = "rlhf-exp"  # the console script that pyproject.toml names
-# The last part of the keys that take a path; `name` is that of a classifier.
+# The last part of each key that takes a path; `name` belongs to a classifier.
 PATH_KEYS = {
     "resume", "path", "base_model", "name", "function", "prefix_file", "artifacts_dir", "dir",
 }  # fmt: skip
 
 
 def command(*words: str) -> str:
-    """A command that can be pasted into a shell and finds the groups that this one finds."""
+    """A command to paste into a shell, with the same folders of groups as this command line."""
     return f"{program()} {shlex.join([*_search_words(), *words])}"
 
 
 def program() -> str:
-    """What starts a run here: train.py of a clone, or the console script."""
+    """The program that starts a run here: train.py in a clone, or the console script."""
     if REPOSITORY and Path(sys.argv[0]).name != SCRIPT:
         return "python train.py"
     return SCRIPT if shutil.which(SCRIPT) else str(Path(sys.executable).with_name(SCRIPT))
@@ -51,13 +51,13 @@ def _search_words() -> list[str]:
 
 
 def quoted(text: str) -> str:
-    """The text in quotes, which Hydra and OmegaConf read as this text."""
+    """The text in quotes, so that Hydra and OmegaConf read it unchanged."""
     text = without_interpolations(text)
     return '"' + re.sub(r'(\\*)"', r"\1\1\\" + '"', text) + "\\" * _backslashes(text) + '"'
 
 
 def without_interpolations(text: str) -> str:
-    """The text as OmegaConf takes it for itself, ${ included."""
+    """The text escaped, so that OmegaConf does not resolve a ${ in it."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
@@ -78,22 +78,21 @@ def _backslashes(text: str) -> int:
 
 
 def prepared(words: Sequence[str]) -> list[str]:
-    """A command line whose paths are quoted where Hydra would not read them as they are: if it
-    cannot, or if it would take what exists for a number or a list. A leading ~/ becomes the home
-    folder. Raises ConfigError for a word without a key, with bytes that are not UTF-8, or with a
-    carriage return at its end."""
+    """A command line whose paths are quoted where Hydra cannot read them, or would read an existing
+    path as a number or a list. A leading ~/ becomes the home folder. Raises ConfigError for a word
+    without a key, with bytes that are not UTF-8, or with a carriage return at its end."""
     for word in words:
-        shown = ascii(redact_words([word])[0])
+        text = ascii(redact_words([word])[0])
         if re.fullmatch(r"[+~]*([@=].*)?", word, re.DOTALL):
-            raise ConfigError(f"{shown} names no key: write key=value, or ~key to leave one out")
+            raise ConfigError(f"{text} names no key: write key=value, or ~key to leave one out")
         if re.search("[\ud800-\udfff]", word):
             raise ConfigError(
-                f"{shown} is not UTF-8, as configuration files are: rename the file, or convert"
+                f"{text} is not UTF-8, as configuration files are: rename the file, or convert"
                 " the text"
             )
         if word.endswith("\r"):
             raise ConfigError(
-                f"{shown} ends with a carriage return, as lines of Windows do: convert the script"
+                f"{text} ends with a carriage return, as lines of Windows do: convert the script"
                 " that holds the command, with: sed -i 's/\\r$//' SCRIPT"
             )
     return [_with_quoted_path(word) for word in words]

@@ -1,4 +1,4 @@
-"""Which run goes on, and with what configuration: its own, but for what it may differ in.
+"""Which run is resumed, and which keys of its configuration may change.
 
 It knows runs' folders and plain configurations, and nothing of Hydra.
 """
@@ -30,9 +30,8 @@ ABSENT = object()
 
 
 def run_dir(resume: str | None, otherwise: str) -> str:
-    """The folder of a run: that of the run that is resumed, or a new one. Raises ConfigError if
-    there is no such run, and for a new one that is not below the folder of runs or whose name is
-    too long."""
+    """The folder of the resumed run, or else of the new one. Raises ConfigError if the run does not
+    exist, and if a new folder is not below the folder of runs or its name is too long."""
     if ".." in Path(otherwise).parts:
         raise ConfigError(f"name: {otherwise} leads elsewhere; use letters, digits, _, - and .")
     longest = max(len(os.fsencode(part)) for part in Path(otherwise).parts)
@@ -44,8 +43,8 @@ def run_dir(resume: str | None, otherwise: str) -> str:
 
 
 def find_run(resume: str, runs: Path) -> Path:
-    """The folder of the run to go on with: the one that is named, or with "auto" the newest below
-    `runs`/NAME/ that is neither done nor still running. Raises ConfigError if there is none."""
+    """The folder of the run to resume: the named one, or with "auto" the newest below `runs`/NAME/
+    that is neither done nor still running. Raises ConfigError if there is none."""
     if resume != AUTO:
         if not is_run(Path(resume)):
             raise ConfigError(f"resume={resume}: no run's folder, which has {CONFIG}")
@@ -62,39 +61,41 @@ def key_of(word: str) -> str:
 
 
 def recorded_words(run: Path) -> list[str]:
-    """The words of the command line that made a run's configuration, but for those with secrets,
+    """The words of the command line that made a run's configuration, except those with secrets,
     which are not recorded. Raises ConfigError if they cannot be read."""
     words = read_overrides(run)
     return [word for word in words if REDACTED not in word and key_of(word) not in OF_ONE_START]
 
 
 def with_recorded_words(words: Sequence[str]) -> list[str]:
-    """A command line that goes on with a run with that run's own words before it, but for keys of
-    an option that is not chosen any more; any other as it is."""
+    """A command line that resumes a run, with the run's recorded words before its own, except keys
+    of options that are no longer chosen; any other command line unchanged."""
     before = ("", *words)
     first = next((i for i, word in enumerate(words)
                   if not word.startswith("-") and before[i] not in WITH_A_VALUE), 0)  # fmt: skip
     options, words = words[:first], words[first:]
-    given = {key: value for key, _, value in (word.partition("=") for word in words)}
-    resume = unquoted(given.get("resume", ""))
-    folder = unquoted(given.get("hydra.run.dir", ""))
+    values = {key: value for key, _, value in (word.partition("=") for word in words)}
+    resume = unquoted(values.get("resume", ""))
+    folder = unquoted(values.get("hydra.run.dir", ""))
     if not resume or resume == "null" or {"-m", "--multirun"} & {*options, *words}:
         return [*options, *words]
     try:
         run = Path(folder) if resume == AUTO and folder else find_run(resume, RUNS)
-        known = recorded_words(run) if is_run(run) else []
-    except ConfigError:  # as who takes the run will say
+        recorded = recorded_words(run) if is_run(run) else []
+    except ConfigError:  # reported when the run is opened
         return [*options, *words]
     groups = [key_of(w) for w in words if not w.startswith("-") and "." not in key_of(w)]
     chosen = tuple(f"{group}." for group in groups)
-    again = {key_of(word) for word in words}
-    kept = [w for w in known if key_of(w) not in again and not key_of(w).startswith(chosen)]
-    return [*options, *kept, *words]
+    new_keys = {key_of(word) for word in words}
+    inherited = [
+        w for w in recorded if key_of(w) not in new_keys and not key_of(w).startswith(chosen)
+    ]
+    return [*options, *inherited, *words]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A key that has another value; ABSENT where there is no such key."""
+    """A key whose value changes; ABSENT stands for a missing key."""
 
     key: str
     before: Any
@@ -126,22 +127,21 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def check_changes(found: Sequence[Change], allowed: Sequence[str], *, run: Path) -> None:
-    """Raises ConfigError with the changes that would give other results than the run's own
-    configuration, unless `allowed` names the key or a group above it. More phases or updates are
-    always allowed, and so is what concerns no results."""
-    refused = [change for change in found if not _is_free(change, allowed)]
+def check_changes(changes: Sequence[Change], allowed: Sequence[str], *, run: Path) -> None:
+    """Raises ConfigError with the changes that would change the run's results, unless `allowed`
+    names the key or a group above it. More phases or updates are always allowed."""
+    refused = [change for change in changes if not _is_free(change, allowed)]
     if refused:
         keys = ",".join(change.key for change in refused)
-        lines = "\n".join(f"  {change}" for change in refused)
+        listing = "\n".join(f"  {change}" for change in refused)
         raise ConfigError(
-            f"resume={run} takes that run's own configuration, which differs:\n{lines}\nleave that"
+            f"resume={run} uses that run's own configuration, which differs:\n{listing}\nleave that"
             f" out, or allow it with 'resume_with=[{keys}]'"
         )
 
 
 def check_allowed(allowed: Sequence[str], *configs: Mapping[str, Any]) -> None:
-    """Raises ConfigError if `allowed` names what is neither a key nor a group of them."""
+    """Raises ConfigError if a name in `allowed` is neither a key nor a group of `configs`."""
     keys = [f"{key}." for config in configs for key, _ in _leaves(config)]
     for name in allowed:
         if not any(key.startswith(f"{name}.") for key in keys):
@@ -160,20 +160,20 @@ def _is_larger(change: Change) -> bool:
     return all(isinstance(n, int | float) for n in counts) and change.after > change.before
 
 
-def lets_go_on(found: Sequence[Change]) -> bool:
-    """Whether the changes let a run that is done go on: more phases or updates, another KL
+def lets_go_on(changes: Sequence[Change]) -> bool:
+    """Whether a finished run can continue with the changes: more phases or updates, or another KL
     budget."""
     return any(
         change.key == MAX_KL_SUM
         or (use_of(change.key, {}).resume == "larger" and _is_larger(change))
-        for change in found
+        for change in changes
     )
 
 
-def apply(config: dict[str, Any], found: Sequence[Change]) -> dict[str, Any]:
-    """The configuration with the changes, itself left as it is."""
+def apply(config: dict[str, Any], changes: Sequence[Change]) -> dict[str, Any]:
+    """A copy of the configuration with the changes."""
     result: dict[str, Any] = json.loads(json.dumps(config))
-    for change in found:
+    for change in changes:
         *groups, last = change.key.split(".")
         place = result
         for group in groups:

@@ -1,7 +1,7 @@
 """The composition root: from a composed configuration to running stages.
 
-All settings are built and checked first, which takes milliseconds; weights are loaded after that.
-What imports torch is imported inside functions, so that `--help` and `--cfg` answer at once.
+All settings are built and checked first, in milliseconds; weights are loaded after that. Modules
+that import torch are imported inside functions, so that `--help` and `--cfg` answer at once.
 """
 
 import functools
@@ -81,8 +81,8 @@ OmegaConf.register_new_resolver(
 
 
 def execute(cfg: DictConfig, path: Path, stop: "StopRequests | None" = None) -> None:
-    """Checks the whole configuration, builds what the run stands on, and runs its stage. `stop`
-    asks it to end early."""
+    """Checks the whole configuration, prepares its artifacts, and runs its stage. `stop` can end
+    it early."""
     from rlhf_exp.app.experiment import run_experiment
     from rlhf_exp.machine.processor import use_processor_well
     from rlhf_exp.machine.timing import PROCESS_BEGAN
@@ -90,14 +90,14 @@ def execute(cfg: DictConfig, path: Path, stop: "StopRequests | None" = None) -> 
 
     words = _words()
     resumed = _resumed(cfg, path) if cfg.get("resume") else None
-    given = resumed.config if resumed else cfg
+    resumed_or_new = resumed.config if resumed else cfg
     if cfg.get("dry_run"):
-        _say_plan(check(given, path, words, sweep=False), path)
+        _say_plan(check(resumed_or_new, path, words, sweep=False), path)
         return
     use_processor_well()
-    # A job of a sweep comes back to its folder if it was cut: by a queue or by skip_completed.
+    # A job of a sweep returns to its folder after a preemption or with skip_completed.
     resume = bool(resumed) or (_is_sweep() and has_checkpoint(path))
-    config = to_container(given)
+    config = to_container(resumed_or_new)
     job, instantiate = _read(config, path, words, sweep=_is_sweep(), resume=resume)
     if stop is not None:
         job = replace(job, stop=stop)
@@ -111,7 +111,7 @@ def execute(cfg: DictConfig, path: Path, stop: "StopRequests | None" = None) -> 
 
     def adopt() -> None:
         write_whole(path / OVERRIDES, to_yaml(OmegaConf.create([*resumed.words])))
-        write_whole(path / CONFIG, to_yaml(given))
+        write_whole(path / CONFIG, to_yaml(resumed_or_new))
 
     try:
         run_experiment(config, replace(job, begun=adopt), instantiate)
@@ -129,7 +129,7 @@ def _say_plan(config: Mapping[str, Any], path: Path) -> None:
     stage = str(config["stage"]["_target_"]).rpartition(".")[2]
     steps = ", ".join([*config["prepare"], stage])
     log.info("all is well: %s in %s; %s; nothing was started", steps, path, took)
-    if is_unused(path):  # nobody's but this call's
+    if is_unused(path):  # only this call wrote to it
         shutil.rmtree(path)
 
 
@@ -142,9 +142,9 @@ def check(
     here: bool = True,
     metrics: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The resolved configuration of a job that `words` of the command line describe. `here` says
-    that it is going to run on this machine, `metrics` must be in its result. Raises ConfigError
-    with everything that is wrong."""
+    """The resolved configuration of the job that the overrides `words` describe. `here`: it runs on
+    this machine. `metrics`: names that its result must have. Raises ConfigError with everything
+    that is wrong."""
     from rlhf_exp.app.experiment import check_experiment
 
     config = to_container(cfg)
@@ -162,27 +162,27 @@ def _read(
     from rlhf_exp.app.experiment import Job
     from rlhf_exp.runs.context import pick_device
 
-    own = read_run_settings(config)
-    if own.skip_completed and not sweep:
+    run_settings = read_run_settings(config)
+    if run_settings.skip_completed and not sweep:
         raise ConfigError("skip_completed=true is for sweeps: add -m")
-    allowed = (*ALLOWED_TARGETS, *(f"{module}." for module in own.allow_targets))
+    allowed = (*ALLOWED_TARGETS, *(f"{module}." for module in run_settings.allow_targets))
     job = Job(
         path=path,
         sweep=sweep,
         resume=resume,
-        device=pick_device(own.device),
-        seed=own.seed,
-        prepare_seed=own.prepare_seed,
-        artifacts_dir=Path(own.artifacts_dir),
-        until=own.until,
-        # The groups that the command line sets, wholly or by a key.
+        device=pick_device(run_settings.device),
+        seed=run_settings.seed,
+        prepare_seed=run_settings.prepare_seed,
+        artifacts_dir=Path(run_settings.artifacts_dir),
+        until=run_settings.until,
+        # The groups that the command line sets, by an option or by a key.
         chosen=frozenset(re.split(r"[.=@]", word.lstrip("+"))[0] for word in words),
     )
     return job, functools.partial(instantiate, allowed=allowed)
 
 
 def _words() -> list[str]:
-    """The job's overrides as they were given: Hydra's own list resolves interpolations in them."""
+    """The job's overrides as typed: Hydra's own list resolves interpolations in them."""
     if not HydraConfig.initialized():
         return []
     return OmegaConf.to_container(HydraConfig.get().overrides.task)  # type: ignore[return-value]
@@ -194,8 +194,8 @@ def _is_sweep() -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed:
-    """The configuration that a run goes on with, what of it is another than before, and the words
-    of the command lines that it comes from."""
+    """The configuration of a resumed run, its changes, and the overrides of the command lines that
+    made it."""
 
     config: DictConfig
     changes: Sequence[Change]
@@ -203,32 +203,34 @@ class Resumed:
 
 
 def _resumed(cfg: DictConfig, folder: Path) -> Resumed:
-    """A run's own configuration with what the command line may change in it. Raises ConfigError for
-    what it may not, and for a run that is done and gets no more phases."""
+    """A run's own configuration with the changes of the command line. Raises ConfigError for a
+    change that is not allowed, and for a run that is done and gets no more phases."""
     plain: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
     hydra_errors.refuse_old_keys(plain, folder)
     before = recorded_words(folder)
-    asked = [word for word in _words() if key_of(word) not in OF_ONE_START]
-    found: list[Change] = []
-    if asked != before:
-        # Hydra's, since a word may choose another option of a group.
+    words = [word for word in _words() if key_of(word) not in OF_ONE_START]
+    differences: list[Change] = []
+    if words != before:
+        # Composed again, since a word may choose another option of a group.
         old, new = (
-            OmegaConf.to_container(hydra.compose("config", overrides=words))
-            for words in (before, asked)
+            OmegaConf.to_container(hydra.compose("config", overrides=overrides))
+            for overrides in (before, words)
         )
-        found = changes(old, new)  # type: ignore[arg-type]
+        differences = changes(old, new)  # type: ignore[arg-type]
         check_allowed(cfg.resume_with, old, new)  # type: ignore[arg-type]
-        check_changes(found, [*cfg.resume_with, *redacted_keys(plain)], run=folder)
-    if is_done(folder) and not lets_go_on(found):
+        check_changes(differences, [*cfg.resume_with, *redacted_keys(plain)], run=folder)
+    if is_done(folder) and not lets_go_on(differences):
         raise ConfigError(
             f"resume={folder}: that run is done; give it more phases (or epochs), or another seed"
         )
-    return Resumed(config=OmegaConf.create(apply(plain, found)), changes=found, words=asked)
+    return Resumed(
+        config=OmegaConf.create(apply(plain, differences)), changes=differences, words=words
+    )
 
 
 def to_container(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration resolved to plain Python. Raises ConfigError for a missing value, naming
-    it, and for an interpolation that leads nowhere."""
+    """The configuration resolved to plain Python. Raises ConfigError naming each missing value, and
+    for an interpolation of a key that does not exist."""
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
@@ -243,18 +245,18 @@ def to_container(cfg: DictConfig) -> dict[str, Any]:
 
 
 class AlreadySaid(Exception):
-    """Ends a job or a sweep that has said what is wrong; its argument is the exit code."""
+    """Ends a job or a sweep whose error is already printed; its argument is the exit code."""
 
 
 def job(cfg: DictConfig) -> None:
-    """One job of train.py: a single run in this process, a sweep's in one of its own, so that
-    nothing that happens to it takes the others down."""
+    """Runs one job: a single run in this process, a job of a sweep in a separate process, so that
+    a crash of one leaves the others running."""
     import_from_config_folders(HydraConfig.get())  # in whatever process a launcher runs this
     path = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     log_file = path / f"{HydraConfig.get().job.name}.log"
     keep_log(log_file, console=True)
     scrub_logs()
-    logging.raiseExceptions = False  # a log that the disk does not take would fill the terminal
+    logging.raiseExceptions = False  # on a full disk each line logged would print a traceback
     if not _is_sweep():
         try:
             _settle_resume(cfg, path)
@@ -267,14 +269,14 @@ def job(cfg: DictConfig) -> None:
         return
     from rlhf_exp.runs.folder import RunFolder
 
-    if read_state(path).status == "done":  # a queue that preempts may start it once more
+    if read_state(path).status == "done":  # a preempting queue may start a job again
         return
     _write_configuration(cfg, path)
-    # Plain, since the classes of launchers' settings cannot be pickled everywhere.
+    # Plain: some launchers' settings classes cannot be pickled.
     plain: Any = OmegaConf.to_container(HydraConfig.instance().cfg, resolve=True)  # type: ignore[arg-type]
     plain["hydra"]["overrides"]["task"] = _words()
-    own = OmegaConf.to_container(cfg)
-    code = call_in_process(_isolated, plain, own, path, log=log_file)
+    config = OmegaConf.to_container(cfg)
+    code = call_in_process(_isolated, plain, config, path, log=log_file)
     unreported = read_state(path).status in ("waiting", "running") and not is_locked(path)
     if code and unreported:
         RunFolder(path).write_status("failed", describe_end(code))
@@ -285,9 +287,8 @@ def job(cfg: DictConfig) -> None:
 
 
 def _settle_resume(cfg: DictConfig, path: Path) -> None:
-    """Has resume=auto name the folder if there is a run in it, and nothing if not. Raises
-    ConfigError for a run that is to go on elsewhere, and for a new one where there is one
-    already."""
+    """Sets resume=auto to the folder if it holds a run, and to null if not. Raises ConfigError if a
+    resumed run is in another folder, and if a new one's folder already holds a run."""
     if cfg.resume and str(cfg.resume) == AUTO:
         cfg.resume = str(path) if is_run(path) else None
     elif cfg.resume and Path(str(cfg.resume)).resolve() != path.resolve():
@@ -307,25 +308,25 @@ def _written_to(cfg: DictConfig, path: Path) -> Path:
 
 
 def _write_configuration(cfg: DictConfig, path: Path) -> None:
-    """What Hydra would write if output_subdir were not null, without secrets, each file whole."""
+    """Writes Hydra's output_subdir files atomically and without secrets."""
     if cfg.get("dry_run"):
         return
     of_hydra: Any = HydraConfig.instance().cfg
     words = of_hydra.hydra.overrides.task
-    # The configuration last: a folder that has it is a run's.
+    # The configuration last: it marks a folder as a run's.
     for name, part in {"hydra": of_hydra, "overrides": words, "config": cfg}.items():
         write_whole(_written_to(cfg, path) / f"{name}.yaml", to_yaml(part))
 
 
 def to_yaml(config: DictConfig | ListConfig) -> str:
-    """A configuration as it was given, without secrets."""
+    """A configuration as YAML, unresolved and without secrets."""
     plain = redact(OmegaConf.to_container(config))
     if isinstance(plain, list):
         plain = redact_words(plain)
     elif "hydra" in plain:
         job, words = plain["hydra"]["job"], plain["hydra"]["overrides"]
         job["override_dirname"] = redact_words([job["override_dirname"]])[0]
-        words.update({kind: redact_words(given) for kind, given in words.items()})
+        words.update({kind: redact_words(values) for kind, values in words.items()})
     return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
@@ -333,7 +334,7 @@ def _isolated(hydra_config: dict[str, Any], config: dict[str, Any], path: Path) 
     from rlhf_exp.runs.folder import RunFolder
 
     setup_globals()
-    # What goes to the console is in the file too, which has its own handler.
+    # The parent already prints to the console: keep only the file's handler.
     logs = hydra_config["hydra"]["job_logging"]
     if logs and logs.get("root"):
         logs["root"]["handlers"] = [*({"file"} & {*logs.get("handlers", {})})]
@@ -348,7 +349,7 @@ def _isolated(hydra_config: dict[str, Any], config: dict[str, Any], path: Path) 
 
 
 def attempt(cfg: DictConfig, path: Path) -> None:
-    """Runs a job and turns what goes wrong into a message, a status and an exit code."""
+    """Runs a job and turns its errors into a message, a status and an exit code."""
     from rlhf_exp.app.exit_codes import handle_exit
 
     def undo() -> None:  # nothing ran, so nothing but the log is left behind
@@ -360,19 +361,17 @@ def attempt(cfg: DictConfig, path: Path) -> None:
 
 
 def guard(main: Callable[[], None]) -> None:
-    """Runs Hydra's main; its errors come as a few lines and exit code 2, jobs' as they left them.
-
-    With HYDRA_FULL_ERROR=1 in the environment everything comes with its traceback.
-    """
+    """Runs Hydra's main; prints its errors as a few lines with exit code 2, and keeps jobs' exit
+    codes. With HYDRA_FULL_ERROR=1 in the environment every error keeps its traceback."""
     make_streams_unbreakable()
     remember_words(sys.argv)
     remember_environment()
     scrub_tracebacks()
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises in place of printing
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing
     words = ["dry_run=true" if word == "--dry-run" else word for word in sys.argv[1:]]
     try:
-        # Before Hydra sees them: a word may be of a group that the run itself has chosen.
+        # Before Hydra reads them: a word may belong to an option that the resumed run chose.
         sys.argv = [sys.argv[0], *with_recorded_words(prepared(words))]
         main()
     except AlreadySaid as failed:

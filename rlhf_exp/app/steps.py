@@ -1,7 +1,7 @@
-"""What an experiment stands on: its steps, and how one refers to what another made.
+"""The steps of an experiment, and how one refers to the artifact of another.
 
-A step is a stage with its parts as plain configuration. It knows nothing of Hydra: whoever calls
-hands in what turns configuration into objects.
+A step is a stage with its parts as plain configuration. It knows nothing of Hydra: the caller
+passes the function that turns configuration into objects.
 """
 
 import contextlib
@@ -33,22 +33,21 @@ from rlhf_exp.training.seeding import seed_shared_generators
 
 log = logging.getLogger(__name__)
 
-OWN = "run"  # the name of the step that is no step of `prepare`
+OWN = "run"  # the name of the run's own step, which is not in `prepare`
 # From a group's configuration and its path to the object, or to None with problems appended.
 Instantiate = Callable[[Mapping[str, Any], str, list[str]], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A stage and its parts. `path` is where they stand in the configuration, for messages."""
+    """A stage and its parts. `path` is their place in the configuration, for messages."""
 
     name: str
     path: str
     config: Mapping[str, Any]
 
     def build(self, instantiate: Instantiate) -> Built:
-        """The stage and those parts that it takes. Raises ConfigError with everything that is wrong
-        with any of them."""
+        """The stage and the parts that it takes. Raises ConfigError with all of their problems."""
         problems: list[str] = []
         stage = self._part("stage", instantiate, problems)
         if not isinstance(stage, Stage | None):
@@ -71,20 +70,20 @@ class Step:
         return instantiate(config, f"{self.path}{part}", problems)
 
     def resolved(self, folders: Mapping[str, str]) -> "Step":
-        """The step with each artifact:NAME replaced by what `folders` has for the name."""
+        """The step with each artifact:NAME replaced by the folder of that name."""
         return replace(self, config=substitute(self.config, folders))
 
     @property
     def reads_made_task(self) -> bool:
-        """Whether the task is data that an earlier step makes, so that it may not be there yet."""
+        """Whether an earlier step makes the task's data, which may then not exist yet."""
         return any(where.startswith("task.") for where, _ in _references(self.config))
 
 
 def read_steps(config: Mapping[str, Any]) -> list[Step]:
     """The steps of `prepare` in their order, then the run's own.
 
-    Raises ConfigError for a name that cannot be that of a folder, for a key that a step does not
-    have and for a reference to an artifact that no earlier step makes.
+    Raises ConfigError for a name that cannot name a folder, for a key that steps do not have, and
+    for a reference to an artifact that no earlier step makes.
     """
     for name in config["prepare"]:
         if not re.fullmatch(FOLDER_NAME, name) or name == OWN:
@@ -99,7 +98,7 @@ def read_steps(config: Mapping[str, Any]) -> list[Step]:
     steps.append(Step(name=OWN, path="", config={k: config.get(k) for k in ("stage", *PARTS)}))
     for i, step in enumerate(steps):
         for key in step.config.keys() - {"stage", *PARTS}:
-            raise ConfigError(f"{step.path}{key}: no such key; known: stage, {', '.join(PARTS)}")
+            raise ConfigError(f"{step.path}{key}: no such key; use: stage, {', '.join(PARTS)}")
         earlier = [s.name for s in steps[:i]]
         for where, name in _references(step.config):
             if name not in earlier:
@@ -119,7 +118,7 @@ def _references(config: Any, where: str = "") -> Iterator[tuple[str, str]]:
 
 
 def substitute(config: Any, artifacts: Mapping[str, str]) -> Any:
-    """The configuration with each artifact:NAME replaced by what `artifacts` has for the name."""
+    """The configuration with each artifact:NAME replaced by its value in `artifacts`."""
     if isinstance(config, Mapping):
         return {key: substitute(value, artifacts) for key, value in config.items()}
     if isinstance(config, str) and config.startswith(REFERENCE):
@@ -129,7 +128,7 @@ def substitute(config: Any, artifacts: Mapping[str, str]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What the steps of `prepare` left: folders, results and seconds, by name."""
+    """Folders, results and seconds of the steps of `prepare`, by name."""
 
     folders: dict[str, str]
     results: dict[str, Any]
@@ -153,10 +152,10 @@ def prepare(
 ) -> Prepared:
     """Builds the artifact of each step of `prepare` or reuses it.
 
-    An artifact is known by the hash of its configuration, the hashes of the artifacts and the
-    files that go into it, the seed, and the code of its stage and parts with all that they import.
-    Before anything is built, everything that can be known of the steps is checked: raises
-    ConfigError. A build that was interrupted goes on from its newest checkpoint.
+    The hash that identifies an artifact covers its configuration, the artifacts and files that it
+    reads, the seed, and the code of its stage and parts with all their imports. All steps are
+    checked before anything is built: raises ConfigError. An interrupted build resumes from its
+    newest checkpoint.
     """
     store = ArtifactStore(root)
     built = {step.name: step.build(instantiate) for step in steps}
@@ -193,21 +192,21 @@ def prepare(
             folder = store.obtain(step.name, keys[step.name], build)
         folders[step.name] = str(folder)
         results[step.name] = read_result(folder)["after"]
-        if step not in missing:  # else its stage has just said so
+        if step not in missing:  # a stage that just ran has logged it
             log.info("%s: %s", step.name, describe(results[step.name]))
     return Prepared(folders=folders, results=results, seconds=clock.seconds)
 
 
 def _run(step: Step, instantiate: Instantiate, context: Context) -> None:
-    """Runs a step's stage; what shows and tidies its result comes after the result is written."""
+    """Runs a step's stage and writes its result; figures and cleanup come after that."""
     stage, parts = step.build(instantiate)
     folder = context.folder
-    with contextlib.chdir("."):  # back to the folder that a reward leaves
+    with contextlib.chdir("."):  # a reward may change the working folder
         result = stage.run(context, parts)
     folder.write_result(result.content())
     folder.write_status("done")
     context.presentation.show()
-    # A step that is built never has to go on.
+    # A finished step is never resumed.
     attempt("removing the checkpoints", lambda: remove_checkpoints(folder.path))
 
 
@@ -227,7 +226,7 @@ def _description(
             if isinstance(part, Fingerprinted)
         },
         "seed": seed,
-        # Where dtype is auto, the machine decides it.
+        # With dtype=auto the machine decides.
         "bf16": "auto" in _dtypes(step.config["stage"]) and computes_bf16(device),
         "code": source_hash(*(Path(inspect.getfile(kind)) for kind in classes_of([stage, parts]))),
     }
@@ -238,7 +237,7 @@ def _dtypes(stage: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def classes_of(value: Any) -> set[type]:
-    """The classes of settings and of those in their fields, lists and mappings."""
+    """The class of the settings, and of all settings in their fields, lists and mappings."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):

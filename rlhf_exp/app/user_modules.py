@@ -1,5 +1,5 @@
-"""The user's own modules: in which folders they are looked for, and what is said of a `_target_`
-that cannot be imported. It knows nothing of what the modules hold.
+"""The user's own modules: the folders to import them from, and the message for a `_target_` that
+cannot be imported. It knows nothing of what the modules hold.
 """
 
 import sys
@@ -9,8 +9,8 @@ from typing import Any
 
 
 def config_folders(hydra: Any) -> list[Path]:
-    """The user's folders of groups, which --config-dir and hydra.searchpath name, from Hydra's own
-    configuration."""
+    """The user's folders of groups, which --config-dir and hydra.searchpath name. `hydra` is
+    Hydra's own configuration."""
     return [
         Path(source.path).absolute()
         for source in hydra.runtime.config_sources
@@ -19,13 +19,13 @@ def config_folders(hydra: Any) -> list[Path]:
 
 
 def import_from_config_folders(hydra: Any) -> None:
-    """Puts the user's folders of groups at the end of the import path: a class beside its option is
-    found, and no module of a library is hidden."""
+    """Appends the user's folders of groups to the import path: a class can be imported from beside
+    its option, and hides no module of a library."""
     sys.path += [str(path) for path in config_folders(hydra) if str(path) not in sys.path]
 
 
 def import_problem(target: str, error: BaseException | None) -> str:
-    """Why a target cannot be imported, in a line; `error` is what Hydra's search for it raised."""
+    """Why a target cannot be imported, in a line; `error` is the error that Hydra raised."""
     cause = error.__cause__ if error else None
     if cause is None:
         return str(error).partition("\n")[0]
@@ -47,7 +47,7 @@ def import_problem(target: str, error: BaseException | None) -> str:
 
 
 def _folders() -> list[str]:
-    """The folders of the import path that are not of the interpreter or its packages."""
+    """The folders of the import path that belong neither to the interpreter nor to its packages."""
     interpreter = {sys.prefix, sys.base_prefix, sys.exec_prefix}
     folders = dict.fromkeys(Path(folder).absolute() for folder in sys.path)
     return [str(f) for f in folders if not any(f.is_relative_to(p) for p in interpreter)]

@@ -119,7 +119,7 @@ def test_a_change_is_refused_unless_it_is_allowed():
     with pytest.raises(ConfigError) as caught:
         check_changes(found, [], run=Path("outputs/x"))
     assert str(caught.value).splitlines() == [
-        "resume=outputs/x takes that run's own configuration, which differs:",
+        "resume=outputs/x uses that run's own configuration, which differs:",
         "  seed: 1 -> 2",
         "  stage.kl_coef: 0.2 -> 3",
         "  stage.top: null -> 5",

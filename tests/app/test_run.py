@@ -297,7 +297,7 @@ REFUSED = {
     ),
     "a key with ++": ("++stage.kl_ceof=1", [r"stage\.kl_ceof: no such key of stage"]),
     "a key with +": ("+foo=1 +bar=2", [r"bar: no such key", r"foo: no such key"]),
-    "a key of a step": ("+prepare.base.modle=1", [r"prepare\.base\.modle: no such key; known"]),
+    "a key of a step": ("+prepare.base.modle=1", [r"prepare\.base\.modle: no such key; use"]),
     "own keys": (
         "seed=abc prepare_seed=-1 device=null artifacts_dir=null name=''",
         [r"seed='abc'", r"prepare_seed=-1", r"device=None", r"artifacts_dir=None", r"name=''"],
@@ -707,7 +707,7 @@ def test_a_part_that_the_stage_does_not_take_is_refused(tmp_path, word):
     outcome = train(tmp_path, "~experiment", "stage=sft", "task=reviews", word,
                     *(["reward.url=http://localhost:1/"] if "http" in word else []))  # fmt: skip
     part = word.partition("=")[0].partition(".")[0]
-    assert_refused(outcome, rf"{part}: SFT takes none, so that it would be ignored: leave {part}=")
+    assert_refused(outcome, rf"{part}: SFT takes none and would ignore it: leave {part}=")
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def test_a_reference_to_what_no_earlier_step_makes_is_refused(steps, where, name
 
 def test_a_key_that_a_step_does_not_have_is_refused(steps):
     steps["prepare"]["base"]["taks"] = {}
-    with pytest.raises(ConfigError, match=r"prepare\.base\.taks: no such key; known: stage, task"):
+    with pytest.raises(ConfigError, match=r"prepare\.base\.taks: no such key; use: stage, task"):
         read_steps(steps)
 
 
