@@ -97,7 +97,7 @@ def await_that(holds: Callable[[], bool], process: subprocess.Popen) -> None:
 def test_one_bad_job_and_none_starts(tmp_path):
     outcome = train(tmp_path, "-m", *SMALL, "stage.kl_coef=0.1,-1", "sampler.gen_len=6,-2,4")
     assert (outcome.code, outcome.raised, outcome.out) == (2, None, "")
-    assert "4 of 6 jobs cannot run, so that nothing was started" in outcome.err
+    assert "4 of 6 jobs cannot run, so nothing was started" in outcome.err
     assert re.search(
         r"stage\.kl_coef=-1: .*\n  in job 1 \(gen_len=6,kl_coef=-1\), job 3 .*, job 5 ", outcome.err
     )

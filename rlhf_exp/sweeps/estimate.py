@@ -18,38 +18,38 @@ SHAPE = {
     "reward": {"_target_"},
 }  # fmt: skip
 BY_PHASE = ("rollout", "learn", "evaluate")
-# What files raise that are not as a run writes them, numbers out of all proportion included.
+# Errors of reading damaged or foreign files, absurdly large numbers included.
 UNREADABLE = (
     OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError,
 )  # fmt: skip
 
 
 def finished_runs(*roots: Path) -> list[tuple[dict[str, Any], dict[str, float]]]:
-    """Configuration and seconds by part of the newest finished runs below the folders, also those
-    of sweeps, the newest first."""
-    found = []
+    """Configuration and seconds by part of the newest finished runs below the folders, jobs of
+    sweeps included, newest first."""
+    runs = []
     for folder in newest_finished(roots)[:NEWEST]:
         try:
             seconds = read_result(folder)["seconds"]
             config = read_resolved_config(folder)
-            own = {
+            seconds_by_part = {
                 part: float(spent)
                 for part, spent in seconds.items()
                 if not part.startswith(("total", "prepare."))
             }
         except UNREADABLE:
-            continue  # of another kind, or half written
-        if own and isinstance(config, dict):  # else it ended after a step of `prepare`
-            found.append((config, own))
-    return found
+            continue  # not a run's files, or half written
+        if seconds_by_part and isinstance(config, dict):  # else it ended after `prepare`
+            runs.append((config, seconds_by_part))
+    return runs
 
 
 def expected_seconds(
     config: Mapping[str, Any],
     finished: Sequence[tuple[Mapping[str, Any], Mapping[str, float]]],
 ) -> float | None:
-    """The seconds that a run takes apart from `prepare`, by the first of the finished ones that has
-    the same shape, or None if there is none."""
+    """The seconds that a run takes without `prepare`, scaled from the first finished run of the
+    same shape, or None if there is none."""
     shape = _shape(config)
     for other, seconds in finished:
         try:

@@ -1,8 +1,8 @@
-"""Runs a function in a process of its own, so that nothing that happens to it, a kill for memory
-included, reaches the caller.
+"""Runs a function in a separate process, so that the caller survives its crash, even a kill for
+memory.
 
-The process is forked from a server that has imported the libraries once and done nothing else, so
-that it begins within a fraction of a second.
+The process is forked from a server that has only imported the libraries, so it starts within a
+fraction of a second.
 """
 
 import multiprocessing
@@ -20,22 +20,22 @@ from typing import Any
 
 from rlhf_exp.machine.streams import make_streams_unbreakable
 
-# What nearly every run imports and what takes longest.
+# Modules that nearly every run imports, and the slowest imports.
 PRELOADED = (
     "rlhf_exp.machine.environment", "rlhf_exp.app.experiment", "rlhf_exp.stages.ppo",
     "transformers.modeling_utils", "transformers.models.auto.modeling_auto",
     "transformers.models.gpt2.modeling_gpt2", "matplotlib.backends.backend_agg",
 )  # fmt: skip
-SWEEP_PID = "RLHF_EXP_SWEEP_PID"  # environment: the process whose end ends those of its jobs
+SWEEP_PID = "RLHF_EXP_SWEEP_PID"  # environment variable: jobs end when this process ends
 LONGEST_TEMP_DIR = 70  # of the 104 characters that macOS allows; multiprocessing adds 32
 POLL_S = 1.0
-GRACE_S = 600.0  # for one that was asked to stop, which finishes a step and saves
+GRACE_S = 600.0  # to finish a step and save after a request to stop
 
 
 def call_in_process(function: Callable[..., None], *arguments: Any, log: Path) -> int:
-    """Calls the function in another process, its output appended to the log, and returns the exit
-    code, which is minus the number of the signal that killed it. Function and arguments are
-    pickled. An interrupt of the caller asks it to stop too, a second one ends it."""
+    """The exit code of calling the function in another process: minus the signal's number if a
+    signal killed it. Its output is appended to the log; function and arguments are pickled. The
+    first interrupt of the caller asks the process to stop, the second ends it."""
     process = _context().Process(
         target=_run, args=(function, arguments, log.resolve(), dict(os.environ))
     )
@@ -47,13 +47,13 @@ def call_in_process(function: Callable[..., None], *arguments: Any, log: Path) -
         raise
     finally:
         if not _is_sweep_alive():
-            os._exit(1)  # a worker of a pool would wait for ever to tell its owner
+            os._exit(1)  # a worker of a pool would wait forever for its owner
     assert process.exitcode is not None
     return process.exitcode
 
 
 def describe_end(exit_code: int) -> str:
-    """How a process ended that has not said so itself."""
+    """A description of an exit code, for a process that reported nothing itself."""
     if exit_code >= 0:
         return f"ended with exit code {exit_code}"
     try:
@@ -66,10 +66,10 @@ def describe_end(exit_code: int) -> str:
 def _context() -> Any:
     methods = multiprocessing.get_all_start_methods()
     if multiprocessing.get_start_method(allow_none=True) not in (None, *methods):
-        # A worker of joblib tells its children of a method that only joblib knows.
+        # Workers of joblib set a start method that only joblib knows.
         multiprocessing.set_start_method("spawn", force=True)
-    # The server listens on a socket below the folder of temporary files. Where its path is too
-    # long, each process imports the libraries itself.
+    # The server listens on a socket below the folder of temporary files. If that path is too long,
+    # each process imports the libraries itself.
     if "forkserver" not in methods or len(tempfile.gettempdir()) > LONGEST_TEMP_DIR:
         return multiprocessing.get_context("spawn")
     context: BaseContext = multiprocessing.get_context("forkserver")
@@ -78,7 +78,7 @@ def _context() -> Any:
 
 
 def _stop(process: Any) -> None:
-    """Asks the process to stop and waits; if this is interrupted again, it has to end at once."""
+    """Asks the process to stop and waits; a second interrupt ends it at once."""
     os.kill(process.pid, signal.SIGINT)
     try:
         process.join(GRACE_S)
@@ -96,11 +96,11 @@ def _run(
     log: Path,
     environment: Mapping[str, str],
 ) -> None:
-    # A group of its own: a Ctrl-C in the terminal is its caller's to pass on, once.
+    # A separate group: the terminal's Ctrl-C reaches only the caller, which passes it on once.
     os.setpgid(0, 0)
-    # One that a script started in its background ignores it, and so would all that it starts.
+    # A process in a script's background ignores SIGINT, and its children would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # The server keeps the environment that it began with.
+    # The server still has the environment that it started with.
     os.environ.clear()
     os.environ.update(environment)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def _end_with_caller() -> None:
     # The caller may be a worker of a pool that does not notice its own caller's end.
     while _is_sweep_alive() and not wait([caller.sentinel], timeout=POLL_S):
         pass
-    hung_up = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN  # under nohup it is not heard
+    hung_up = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN  # nohup ignores it
     os.kill(os.getpid(), signal.SIGHUP if hung_up else signal.SIGTERM)
     time.sleep(GRACE_S)
     os.kill(os.getpid(), signal.SIGKILL)

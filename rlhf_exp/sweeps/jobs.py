@@ -1,8 +1,7 @@
-"""The jobs of a sweep: what they are called, which of them are known already, and sweep.json, which
-says so to whoever comes later.
+"""The jobs of a sweep: their names, numbers and folders, and sweep.json, which records them.
 
-A job is known by what determines its results, so that the same sweep can be started again, or with
-more values, in the same folder.
+A job is identified by the settings that determine its results, so the same sweep can be started
+again in the same folder, also with more values.
 """
 
 import hashlib
@@ -25,9 +24,9 @@ RECORD = "sweep.json"
 
 @dataclass(frozen=True, kw_only=True)
 class SweepJob:
-    """One job. `overrides` are words of Hydra's command line, `swept` those that the jobs differ
-    in; `identity` is a hash of the configuration; `phases` is how many there will be, None for a
-    stage without phases; `seconds` is how long it may take, if that is known."""
+    """One job. `overrides` are words of Hydra's command line, `swept` those in which the jobs
+    differ; `identity` is a hash of the configuration; `phases` is their number, None for a stage
+    without phases; `seconds` is the expected duration, None if unknown."""
 
     overrides: tuple[str, ...]
     swept: tuple[str, ...]
@@ -39,19 +38,19 @@ class SweepJob:
 
     @property
     def label(self) -> str:
-        """The swept overrides with the last part of their keys, as far as that is unambiguous, and
-        without secrets."""
+        """The swept overrides without secrets, each key shortened to its last part where that is
+        unambiguous."""
         return ",".join(_shortened(redact_words(self.swept))) or "all defaults"
 
 
 class BadJobs(ConfigError):
-    """Jobs that cannot run: each problem with all the jobs that have it."""
+    """Jobs that cannot run: lists each problem with the jobs that have it."""
 
     def __init__(self, problems: Mapping[str, Sequence[str]], number: int) -> None:
         bad = {job for jobs in problems.values() for job in jobs}
         lines = [f"{problem}\n  in {', '.join(jobs)}" for problem, jobs in problems.items()]
-        told = f"{len(bad)} of {number} jobs cannot run, so that nothing was started:"
-        super().__init__("\n".join([told, *lines]))
+        headline = f"{len(bad)} of {number} jobs cannot run, so nothing was started:"
+        super().__init__("\n".join([headline, *lines]))
 
 
 def identity(config: Mapping[str, Any]) -> str:
@@ -60,7 +59,7 @@ def identity(config: Mapping[str, Any]) -> str:
 
 
 def slug(text: str, limit: int = 80) -> str:
-    """A folder name: no slashes, and a hash in place of what is too long."""
+    """The text as a folder name: no slashes, and a hash instead of the end of a long text."""
     name = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", text).strip("-") or "default"
     if len(name) <= limit:
         return name
@@ -79,24 +78,24 @@ def _shortened(words: Sequence[str]) -> list[str]:
 
 def _rounded(value: str) -> str:
     value = re.sub(r"\\(.)", r"\1", value).strip("'\"")  # as it was before Hydra quoted it
-    # A search draws numbers of 17 digits.
+    # A search draws numbers with 17 digits.
     if not re.fullmatch(r"-?\d*\.\d{5,}(e-?\d+)?|-?\d+\.\d+e-?\d+", value):
         return value
     return f"{float(value):.4g}"
 
 
 def place(sweep: Path, jobs: Sequence[SweepJob]) -> list[SweepJob]:
-    """The jobs with their numbers and folders below the sweep's: those of the record for the ones
-    that it knows, the next free numbers for the others, and one for jobs that are the same. Raises
-    ConfigError if there is a record that cannot be read."""
-    known = {job.identity: job for job in read_record(sweep)}
-    free = max((job.number for job in known.values()), default=-1) + 1
+    """The jobs with their numbers and folders below the sweep's: jobs in the record keep theirs,
+    others get the next free numbers, and equal jobs become one. Raises ConfigError if the record
+    cannot be read."""
+    recorded_jobs = {job.identity: job for job in read_record(sweep)}
+    free = max((job.number for job in recorded_jobs.values()), default=-1) + 1
     placed: dict[str, SweepJob] = {}
     for job in jobs:
         if job.identity in placed:
             continue
-        if job.identity in known:
-            old = known[job.identity]
+        if job.identity in recorded_jobs:
+            old = recorded_jobs[job.identity]
             placed[job.identity] = replace(job, number=old.number, folder=old.folder)
             continue
         name = f"{free}_{slug(job.label)}"
@@ -106,7 +105,7 @@ def place(sweep: Path, jobs: Sequence[SweepJob]) -> list[SweepJob]:
 
 
 def read_record(sweep: Path) -> list[SweepJob]:
-    """The jobs that a sweep's folder was made for; none if there is no record."""
+    """The jobs in a sweep's record; none without one."""
     path = sweep / RECORD
     if not path.is_file():
         return []
@@ -121,7 +120,7 @@ def read_record(sweep: Path) -> list[SweepJob]:
 
 
 def _recorded(row: Mapping[str, Any], sweep: Path) -> SweepJob:
-    """The job of a row. Raises ValueError, KeyError or TypeError for what no sweep has written."""
+    """The job of a row. Raises ValueError, KeyError or TypeError for a row no sweep writes."""
     texts = [*row["overrides"], *row["swept"], row["identity"], row["folder"]]
     numbers = [row["number"], 0 if row["phases"] is None else row["phases"]]
     if not all(isinstance(text, str) for text in texts) or {*map(type, numbers)} != {int}:
@@ -137,17 +136,17 @@ def _recorded(row: Mapping[str, Any], sweep: Path) -> SweepJob:
 
 
 def _own_name(folder: str) -> str:
-    """The name of a folder directly below the sweep's. Raises ValueError for a path that leads
-    elsewhere: files are removed there."""
+    """The name of a folder directly below the sweep's. Raises ValueError for any other path, since
+    the folder's files may be removed."""
     if not re.fullmatch(r"\w[\w.=,+-]*", folder):
         raise ValueError(f"{folder!r} is no name of a job's folder")
     return folder
 
 
 def write_record(sweep: Path, jobs: Sequence[SweepJob], *, command: Sequence[str]) -> None:
-    """Writes sweep.json: the jobs, those of an earlier record included, and the command line, all
-    without secrets."""
-    every = {job.identity: job for job in [*read_record(sweep), *jobs]}
+    """Writes sweep.json: the jobs, those already recorded included, and the command line, without
+    secrets."""
+    all_jobs = {job.identity: job for job in [*read_record(sweep), *jobs]}
     rows = [
         {
             **asdict(job),
@@ -156,7 +155,7 @@ def write_record(sweep: Path, jobs: Sequence[SweepJob], *, command: Sequence[str
             "folder": job.folder.name,
             "seconds": None,
         }
-        for job in sorted(every.values(), key=lambda job: job.number)
+        for job in sorted(all_jobs.values(), key=lambda job: job.number)
     ]
     text = json.dumps({"command": redact_words(command), "jobs": rows}, indent=2)
     write_whole(sweep / RECORD, text + "\n")

@@ -1,5 +1,5 @@
-"""What a sweep looks like while it runs: a live table on a terminal, elsewhere a line for each job
-that starts or ends; and the table at its end."""
+"""A running sweep's display: a live table on a terminal, elsewhere a line for each job that starts
+or ends; and the table at its end."""
 
 import threading
 import time
@@ -19,18 +19,18 @@ from rlhf_exp.sweeps.jobs import SweepJob
 POLL_S = 0.5
 COLORS = {"done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow"}
 ENDED = {"done", "failed", "interrupted"}
-WIDE = 60  # columns that a terminal needs for the time left of each job
-FIRST = ("running", "failed", "interrupted", "waiting", "done")  # where a terminal is too short
+WIDE = 60  # columns from which a terminal shows the time left of each job
+FIRST = ("running", "failed", "interrupted", "waiting", "done")  # shown first on a short terminal
 
 
 class Monitor:
-    """Watches the folders of jobs from a thread of its own. Use as a context manager."""
+    """Watches the folders of jobs from a separate thread. Use as a context manager."""
 
     def __init__(self, jobs: Sequence[SweepJob], console: Console, *, title: str = "") -> None:
         self._jobs, self._console, self._title = jobs, console, title
         self._is_live = console.is_terminal and not console.is_dumb_terminal
         self._states = {job.number: read_state(job.folder) for job in jobs}
-        self._began: dict[int, tuple[float, int]] = {}  # when a phase of a job was seen first
+        self._began: dict[int, tuple[float, int]] = {}  # time and phase of a job's first sighting
         self._took: list[float] = []
         self._started: dict[int, float] = {}
         self._stop = threading.Event()
@@ -48,7 +48,7 @@ class Monitor:
         self._thread.join()
         self._look()
         if self._is_live:
-            # It would be drawn once more in full, and what is out of sight could not be removed.
+            # Otherwise it is drawn in full once more, and lines off the screen cannot be removed.
             self._live.update("")
             self._live.stop()
 
@@ -136,8 +136,8 @@ def summary(jobs: Sequence[SweepJob]) -> Table:
 def show_plan(
     jobs: Sequence[SweepJob], console: Console, *, at_once: int, trials: int | None = None
 ) -> None:
-    """Prints what a sweep would run: its jobs, their folders, and how long they may take; of a
-    search the ends of its space, and how long so many trials may take."""
+    """Prints the jobs that a sweep would run, their folders and expected seconds; for a search, the
+    ends of its space and the expected seconds of its `trials`."""
     table = Table(box=None, pad_edge=False)
     table.add_column("#", justify="right")
     for name in ("job", "folder", "now"):
@@ -154,34 +154,34 @@ def show_plan(
         time_ = "" if done or job.seconds is None else duration(job.seconds)
         table.add_row(*(Text(word) for word in (*words, now, time_)))
     console.print(table)
-    known = [seconds for seconds in left if seconds is not None]
-    told = "unknown: no finished run of this shape is there to judge by"
-    if known:
+    durations = [seconds for seconds in left if seconds is not None]
+    estimate = "unknown: no finished run of this shape is there to judge by"
+    if durations:
         count = trials or len(left)
-        total = sum(known) / len(known) * count / max(1, min(at_once, count))
-        told = f"about {duration(total)}, {at_once} at a time; what prepare builds comes on top"
+        total = sum(durations) / len(durations) * count / max(1, min(at_once, count))
+        estimate = f"about {duration(total)}, {at_once} at a time; what prepare builds comes on top"
     folder = jobs[0].folder.parent if jobs else "none"
     what = f"{len(left)} of {len(jobs)} jobs to run, in {folder}"
     if trials:
         what = f"both ends of each interval are right; {trials} trials to run"
-    line = f"{what}; time: {told}; nothing was started"
+    line = f"{what}; time: {estimate}; nothing was started"
     console.print(Text(line), soft_wrap=True)
 
 
 def problems(jobs: Sequence[SweepJob]) -> list[str]:
-    """A line for each job that is not done: which, why, and where its log is."""
-    found = []
+    """A line for each job that is not done: its name, the reason, and its log."""
+    lines = []
     for job in jobs:
         state = read_state(job.folder)
         if state.status != "done":
             log = job.folder / LOG
             where = f"; see {log}" if log.is_file() else ""
-            found.append(f"job {job.number} ({job.label}) {_word(state)}{where}")
-    return found
+            lines.append(f"job {job.number} ({job.label}) {_word(state)}{where}")
+    return lines
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 3 min 20 s, 2 h 5 min."""
+    """Seconds in readable units: 42 s, 3 min 20 s, 2 h 5 min."""
     whole = round(seconds)
     if seconds < 9.95:
         return f"{seconds:.1f} s"

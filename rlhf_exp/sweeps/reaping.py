@@ -1,4 +1,4 @@
-"""What becomes of jobs whose launcher has returned, or has lost a process."""
+"""Sets the status of jobs whose process ended without writing one."""
 
 import time
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ POLL_S = 0.5
 
 
 def mark_failed(job: SweepJob, error: BaseException) -> None:
-    """Marks a job failed whose launcher returned an error, unless the job has said it."""
+    """Marks a job failed with its launcher's error, unless the job wrote its own status."""
     from rlhf_exp.runs.folder import RunFolder
 
     if read_state(job.folder).status in ("waiting", "running"):
@@ -20,7 +20,7 @@ def mark_failed(job: SweepJob, error: BaseException) -> None:
 
 
 def await_and_mark(jobs: Sequence[SweepJob], status: Literal["failed", "interrupted"]) -> None:
-    """Waits for the jobs, and gives those the status whose process died without a word."""
+    """Waits for the jobs, then writes the status for those whose process died without one."""
     await_end(jobs)
     mark_dead(jobs, status)
 
@@ -32,7 +32,7 @@ def await_end(jobs: Sequence[SweepJob]) -> None:
 
 
 def unreported(jobs: Sequence[SweepJob]) -> list[SweepJob]:
-    """The jobs whose process died without a word."""
+    """The jobs whose process died without writing a status."""
     return [
         job
         for job in jobs
@@ -41,7 +41,7 @@ def unreported(jobs: Sequence[SweepJob]) -> list[SweepJob]:
 
 
 def mark_dead(jobs: Sequence[SweepJob], status: Literal["failed", "interrupted"]) -> None:
-    """Gives those the status whose process died without a word."""
+    """Writes the status for the jobs whose process died without one."""
     from rlhf_exp.runs.folder import RunFolder
 
     for job in unreported(jobs):

@@ -1,5 +1,5 @@
-"""A search over hyperparameters by Optuna, kept in a file of the sweep's folder, so that it can be
-cut and go on: <https://optuna.readthedocs.io>, its ask-and-tell interface.
+"""A hyperparameter search with Optuna's ask-and-tell interface <https://optuna.readthedocs.io>. Its
+study is a file in the sweep's folder, so an interrupted search can be resumed.
 
 It knows intervals, choices and results, not how jobs are run.
 """
@@ -42,9 +42,9 @@ class Trial:
 
 
 class Search:
-    """A study in `folder`, a new one or the one that is there. Trials that had no result are drawn
-    again first. Raises ConfigError without Optuna, for an unknown sampler, for a study of other
-    metrics, and for a damaged one."""
+    """A study in `folder`, new or existing. Trials without a result are drawn again first. Raises
+    ConfigError without Optuna, for an unknown sampler, for a study of other metrics, and for a
+    damaged study."""
 
     def __init__(
         self,
@@ -70,24 +70,24 @@ class Search:
             storage=storage,
             load_if_exists=True,
             directions=list(metrics.values()),
-            # Draws of a search that goes on are new ones.
+            # A resumed search must not repeat its earlier draws.
             sampler=kinds[sampler](seed=seed + drawn),
         )
         self._refuse_other(metrics, folder)
         self._take_up()
 
     def _refuse_other(self, metrics: Mapping[str, str], folder: Path) -> None:
-        # Optuna knows their directions and neither compares these nor knows names.
-        own = [list(of) for of in metrics.items()]
-        old = self._study.user_attrs.get("metrics", own)
-        if old != own:
+        # Optuna stores the directions without comparing them, and does not store names.
+        requested = [list(of) for of in metrics.items()]
+        old = self._study.user_attrs.get("metrics", requested)
+        if old != requested:
             raise ConfigError(
                 f"hydra.sweeper.maximize and minimize: the study in {folder} is of"
                 f" {', '.join(': '.join(of) for of in old)}: take these in this order, name another"
                 f" hydra.sweep.dir, or remove {folder / STUDY} to search anew on the runs that are"
                 " done"
             )
-        self._study.set_user_attr("metrics", own)
+        self._study.set_user_attr("metrics", requested)
 
     def _take_up(self) -> None:
         from optuna.trial import TrialState
@@ -105,13 +105,13 @@ class Search:
 
     @property
     def num_done(self) -> int:
-        """How many trials have a result."""
+        """The number of trials with a result."""
         from optuna.trial import TrialState
 
         return sum(trial.state == TrialState.COMPLETE for trial in self._study.trials)
 
     def ask(self, space: Space) -> Trial:
-        """Draws a setting. Raises ConfigError for a space that the study's earlier one excludes."""
+        """Draws a setting. Raises ConfigError if the space does not fit the study's earlier one."""
         distributions = {key: _distribution(of) for key, of in space.items()}
         try:
             trial = self._study.ask(distributions)
@@ -123,9 +123,9 @@ class Search:
         return Trial(number=trial.number, values={k: str(v) for k, v in trial.params.items()})
 
     def tell(self, trial: Trial, folder: Path | None) -> None:
-        """Hands in the result of a trial, whose run left it in `folder`; None for a run that was
-        not done. A trial with a metric that is not finite has failed. Raises ConfigError if a
-        metric is not in the result."""
+        """Records the result of a trial from its run's `folder`; None means that the run did not
+        finish. A trial fails if a metric is not finite. Raises ConfigError if the result lacks a
+        metric."""
         from optuna.trial import TrialState
 
         if folder is None:
@@ -138,15 +138,15 @@ class Search:
             self._study.tell(trial.number, metrics)
 
     def best(self) -> list[tuple[dict[str, Any], list[float]]]:
-        """The settings that no other is better than, with their metrics, the best by the
-        first metric first."""
-        found = [(trial.params, list(trial.values)) for trial in self._study.best_trials]
-        return sorted(found, key=lambda pair: pair[1], reverse=self._highest_first)
+        """The Pareto-optimal settings with their metrics, sorted by the first metric, best
+        first."""
+        front = [(trial.params, list(trial.values)) for trial in self._study.best_trials]
+        return sorted(front, key=lambda pair: pair[1], reverse=self._highest_first)
 
 
 def read_metrics(folder: Path, names: Sequence[str]) -> list[float] | None:
-    """Metrics of the last evaluation of a run that is done; None if one of them was not finite.
-    Raises ConfigError for one that the run does not have."""
+    """Metrics of a finished run's last evaluation; None if one of them is not finite. Raises
+    ConfigError for a metric that the run does not have."""
     after = read_result(folder)["after"]
     for name in names:
         if name not in after:
@@ -159,28 +159,28 @@ def read_metrics(folder: Path, names: Sequence[str]) -> list[float] | None:
 
 
 def check_space(space: Space) -> None:
-    """Raises ConfigError for an interval that no number can be drawn from."""
+    """Raises ConfigError for an interval from which no number can be drawn."""
     for key, of in space.items():
         if isinstance(of, tuple):
             continue
-        shown = f"interval({of.low:g},{of.high:g})"
+        name = f"interval({of.low:g},{of.high:g})"
         if not (math.isfinite(of.low) and math.isfinite(of.high)):
-            raise ConfigError(f"{key}: {shown}: both ends must be finite")
+            raise ConfigError(f"{key}: {name}: both ends must be finite")
         if of.low > of.high:
             raise ConfigError(
-                f"{key}: {shown} ends below its beginning: write interval({of.high:g},{of.low:g})"
+                f"{key}: {name} ends below its beginning: write interval({of.high:g},{of.low:g})"
             )
         if of.log and of.low <= 0:
-            raise ConfigError(f"{key}: {shown} is drawn on a log scale, which begins above 0")
+            raise ConfigError(f"{key}: {name} is drawn on a log scale, which begins above 0")
 
 
 def corners(space: Space) -> list[dict[str, str]]:
     """Settings that hold both ends of each interval and every choice at least once."""
-    every = {key: _ends(of) for key, of in space.items()}
-    first = {key: values[0] for key, values in every.items()}
+    values_by_key = {key: _ends(of) for key, of in space.items()}
+    first = {key: values[0] for key, values in values_by_key.items()}
     return [
         first,
-        *({**first, key: value} for key, values in every.items() for value in values[1:]),
+        *({**first, key: value} for key, values in values_by_key.items() for value in values[1:]),
     ]
 
 
@@ -217,20 +217,20 @@ def check_search(sampler: str, metrics: Mapping[str, str]) -> None:
 
 
 def _open_journal(file: Path) -> Any:
-    """Optuna's storage in a file of JSON lines. A last line that was cut is removed, since Optuna
-    would write behind it. Raises ConfigError for a file that is damaged otherwise."""
+    """Optuna's storage in a file of JSON lines. Removes an incomplete last line, to which Optuna
+    would append the next. Raises ConfigError for any other damage."""
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
     content = file.read_bytes() if file.is_file() else b""
     if not content.endswith(b"\n") and content:
         os.truncate(file, content.rfind(b"\n") + 1)
-        log.warning("%s was cut in its last line, which is removed", file)
+        log.warning("%s: removed its incomplete last line", file)
     try:
         return JournalStorage(JournalFileBackend(str(file)))
     except OSError:
         raise
-    except Exception as error:  # Optuna raises whatever the lines make it stumble over
+    except Exception as error:  # Optuna raises errors of many kinds for bad lines
         raise ConfigError(
             f"{file} is damaged ({str(error)[:80]}): remove it to search anew on the runs that are"
             " done"

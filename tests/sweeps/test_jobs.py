@@ -208,7 +208,7 @@ def test_bad_jobs_are_told_by_problem_with_each_job_counted_once():
     error = BadJobs({"a=1: no": ["job 0 (x)", "job 2 (y)"], "b=2: no": ["job 2 (y)"]}, 5)
     assert isinstance(error, ConfigError)
     assert str(error).splitlines() == [
-        "2 of 5 jobs cannot run, so that nothing was started:",
+        "2 of 5 jobs cannot run, so nothing was started:",
         "a=1: no",
         "  in job 0 (x), job 2 (y)",
         "b=2: no",
