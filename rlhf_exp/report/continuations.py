@@ -1,4 +1,4 @@
-"""Completions of a finished run's policy, beside those of the model that it began as."""
+"""Completions of a finished run's policy, beside those of its base model."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class RunOnDisk:
-    """A finished run: its folder, the settings of the model that it began as (None: from nothing),
-    and whether its prompts begin with BOS."""
+    """A finished run: its folder, the settings of its base model (None: trained from scratch), and
+    whether its prompts begin with BOS."""
 
     folder: Path
     base: Pretrained | None
@@ -33,24 +33,24 @@ class RunOnDisk:
 
     @property
     def tuned(self) -> Pretrained:
-        """What the run made of it; code that came with the base is trusted as it is there."""
+        """The tuned model; code that came with the base is trusted if the base's is."""
         trusted = self.base is not None and self.base.trust_remote_code
         return Pretrained(base_model=str(self.folder), trust_remote_code=trusted)
 
 
 def read_run(folder: str | Path, *, trust_remote_code: bool = False) -> RunOnDisk:
-    """The run in a folder. Code that its model brings is trusted only if both the run and the
-    caller do: a folder may be another's. Raises ConfigError if it is none or did not finish."""
+    """The run in a folder. Its model's code is trusted only if both the run and the caller trust
+    it: the folder may come from someone else. Raises ConfigError if it holds no finished run."""
     path = Path(folder).expanduser()
     try:
         config: dict[str, Any] = read_resolved_config(path)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{folder} is not the folder of a finished run: resolved_config.json is not in it, or"
+            f"{folder} is not the folder of a finished run: resolved_config.json is missing or"
             " broken"
         ) from error
     if len(config.get("intervention") or {}) > 1:  # more than its class
-        log.warning("%s was trained under an intervention, which its saved model is without", path)
+        log.warning("%s was trained under an intervention; its saved model does not have it", path)
     return RunOnDisk(
         folder=path,
         base=_pretrained(config.get("model") or {}, trust_remote_code),
@@ -59,16 +59,16 @@ def read_run(folder: str | Path, *, trust_remote_code: bool = False) -> RunOnDis
 
 
 def _pretrained(model: Mapping[str, Any], trust_remote_code: bool) -> Pretrained | None:
-    """The run's model group, its revision included, if it is a model that existed before."""
+    """The settings of the run's pretrained model, its revision included; None without one."""
     if "base_model" not in model:
         return None
-    own = {k: v for k, v in model.items() if k not in ("_target_", "trust_remote_code")}
+    fields = {k: v for k, v in model.items() if k not in ("_target_", "trust_remote_code")}
     trusted = trust_remote_code and bool(model.get("trust_remote_code"))
-    return Pretrained(**own, trust_remote_code=trusted)
+    return Pretrained(**fields, trust_remote_code=trusted)
 
 
 def prepend_bos_of(model: str | Path) -> bool | None:
-    """Whether the prompts of a run begin with BOS; None for a model that is no run's folder."""
+    """Whether the prompts of a run begin with BOS; None if `model` is no run's folder."""
     try:
         return read_run(model).prepend_bos
     except ConfigError:
@@ -84,8 +84,8 @@ def continuations(
     sampler: CachedSampler,
     seed: int,
 ) -> tuple[str, ...]:
-    """A completion of each prompt by the model, or with `chat` its answer to each as a user's
-    message. The same seed gives every model the same random numbers."""
+    """The model's completion of each prompt, or with `chat` its answer to it as a user's message.
+    The same seed gives every model the same random numbers."""
     policy = build_policy(model, None, device=pick_device("auto"), seed=0)
     rows: list[Prompt] = [
         PromptRow([{"role": "user", "content": prompt}], {}) if chat else prompt
@@ -100,7 +100,7 @@ def continuations(
 
 
 def side_by_side(prompts: Sequence[str], base: Sequence[str] | None, tuned: Sequence[str]) -> Table:
-    """A table of the completions, a row a prompt; without base ones it has no column for them."""
+    """A table of the completions, one row per prompt; no `base` column if `base` is None."""
     table = Table(show_lines=True, expand=True)
     columns = {"tuned": tuned} if base is None else {"base": base, "tuned": tuned}
     table.add_column("prompt", ratio=1)

@@ -1,5 +1,4 @@
-"""What commonly goes wrong in a run, seen from its curves: each warning says the numbers and what
-to try.
+"""Common problems of a run, detected from its curves: each warning gives the numbers and a remedy.
 
 The thresholds are rules of thumb; a warning is a reason to look, not a verdict.
 """
@@ -12,14 +11,14 @@ import numpy as np
 from rlhf_exp.rl.collapse import COLLAPSED, LOW_ENTROPY
 from rlhf_exp.runs.reading import Run
 
-MIN_PHASES = 8  # fewer tell no trend
+MIN_PHASES = 8  # fewer show no trend
 KL_RISE, KL_FACTOR = 0.01, 1.5  # nats a token
 CLIPPED, OFTEN = 0.4, 0.1  # a clip fraction; a share of phases
 OVERFIT = 1.05  # of the lowest held-out loss
 
 
 def diagnose(run: Run) -> list[str]:
-    """The run's warnings, the gravest first."""
+    """The run's warnings, most serious first."""
     checks: tuple[Callable[[Run], str | None], ...] = (
         _skipped,
         _not_finite,
@@ -38,14 +37,14 @@ def _skipped(run: Run) -> str | None:
     if not steps and not rewards:
         return None
     return (
-        f"{steps:g} steps were skipped that were not finite and {rewards:g} phases without scores:"
-        " the run learned less than it was asked to; train.log names them"
+        f"{steps:g} steps that were not finite and {rewards:g} phases without scores were skipped:"
+        " the run trained on less data than planned; train.log names them"
     )
 
 
 def _not_finite(run: Run) -> str | None:
     if _skipped(run) is not None:
-        return None  # then these are the phases that were skipped
+        return None  # the skipped phases are the ones that are not finite
     for name in ("objective/scores", "objective/kl", "loss/total", "train/loss"):
         phases = run.train.nulls.get(name)
         if phases:
@@ -58,10 +57,10 @@ def _not_finite(run: Run) -> str | None:
 
 def _repeats(run: Run) -> str | None:
     for curves, name in ((run.evaluated, "eval/distinct_3"), (run.train, "sample/distinct_3")):
-        known = curves.known(name)
-        if len(known) < 2:
+        points = curves.points(name)
+        if len(points) < 2:
             continue
-        first, last = known[0][1], known[-1][1]
+        first, last = points[0][1], points[-1][1]
         if last < COLLAPSED * first:
             return (
                 f"{name} fell from {first:.3g} to {last:.3g}: completions repeat themselves or each"
@@ -73,21 +72,21 @@ def _repeats(run: Run) -> str | None:
 
 
 def _low_entropy(run: Run) -> str | None:
-    known = run.train.known("objective/entropy") or run.evaluated.known("eval/entropy")
-    if not known:
+    points = run.train.points("objective/entropy") or run.evaluated.points("eval/entropy")
+    if not points:
         return None
-    last = _end(known)
-    if last >= LOW_ENTROPY or known[0][1] < LOW_ENTROPY:
+    last = _end(points)
+    if last >= LOW_ENTROPY or points[0][1] < LOW_ENTROPY:
         return None
     return (
-        f"entropy near 0: {known[0][1]:.3g} at first, {last:.2g} nats a token at the end; the"
+        f"entropy near 0: {points[0][1]:.3g} at first, {last:.2g} nats a token at the end; the"
         " policy no longer explores; raise stage.ent_coef or stage.kl_coef, unless each prompt has"
         " one right answer"
     )
 
 
 def _kl_for_nothing(run: Run) -> str | None:
-    scores, kls = run.train.known("objective/scores"), run.train.known("objective/kl")
+    scores, kls = run.train.points("objective/scores"), run.train.points("objective/kl")
     if len(scores) < MIN_PHASES or len(kls) < MIN_PHASES:
         return None
     end, kl_end, noise = _end(scores), _end(kls), _standard_error(scores)
@@ -105,10 +104,10 @@ def _kl_for_nothing(run: Run) -> str | None:
 
 
 def _bad_values(run: Run) -> str | None:
-    known = run.train.known("val/explained_variance")
-    if len(known) < MIN_PHASES:
+    points = run.train.points("val/explained_variance")
+    if len(points) < MIN_PHASES:
         return None
-    late = _mean(known[-(len(known) // 4) :])
+    late = _mean(points[-(len(points) // 4) :])
     if late >= 0:
         return None
     return (
@@ -118,24 +117,24 @@ def _bad_values(run: Run) -> str | None:
 
 
 def _clips(run: Run) -> str | None:
-    known = run.train.known("policy/clipfrac")
-    above = [phase for phase, value in known if value > CLIPPED]
-    if not above or len(above) < OFTEN * len(known):
+    points = run.train.points("policy/clipfrac")
+    above = [phase for phase, value in points if value > CLIPPED]
+    if not above or len(above) < OFTEN * len(points):
         return None
-    most = max(value for _, value in known)
+    most = max(value for _, value in points)
     return (
-        f"clip fraction above {CLIPPED} in {len(above)} of {len(known)} phases (at most"
+        f"clip fraction above {CLIPPED} in {len(above)} of {len(points)} phases (at most"
         f" {most:.2g}, first at phase {above[0]}): updates are too large; lower optimizer.base_lr"
         " or take fewer minibatches a phase"
     )
 
 
 def _overfits(run: Run) -> str | None:
-    known = run.evaluated.known("heldout/loss")
-    if len(known) < 3:
+    points = run.evaluated.points("heldout/loss")
+    if len(points) < 3:
         return None
-    phase, lowest = min(known, key=lambda point: point[1])
-    last = known[-1][1]
+    phase, lowest = min(points, key=lambda point: point[1])
+    last = points[-1][1]
     if lowest <= 0 or last <= OVERFIT * lowest:
         return None
     return (
@@ -144,19 +143,20 @@ def _overfits(run: Run) -> str | None:
     )
 
 
-def _window(known: list[tuple[int, float]]) -> int:
-    return max(2, len(known) // 10)
+def _window(points: list[tuple[int, float]]) -> int:
+    return max(2, len(points) // 10)
 
 
-def _mean(known: list[tuple[int, float]]) -> float:
-    return float(np.mean([value for _, value in known])) if known else math.nan
+def _mean(points: list[tuple[int, float]]) -> float:
+    return float(np.mean([value for _, value in points])) if points else math.nan
 
 
-def _end(known: list[tuple[int, float]]) -> float:
-    return _mean(known[-_window(known) :])
+def _end(points: list[tuple[int, float]]) -> float:
+    return _mean(points[-_window(points) :])
 
 
-def _standard_error(known: list[tuple[int, float]]) -> float:
-    """Of a window's mean; the spread is that between neighboring phases, free of the trend."""
-    steps = np.diff([value for _, value in known])
-    return float(np.std(steps) / math.sqrt(2 * _window(known)))
+def _standard_error(points: list[tuple[int, float]]) -> float:
+    """The standard error of a window's mean, from differences between neighboring phases, which
+    the trend does not affect."""
+    steps = np.diff([value for _, value in points])
+    return float(np.std(steps) / math.sqrt(2 * _window(points)))

@@ -15,7 +15,7 @@ from rlhf_exp.tracking.curves import INK, MUTED, SCORE
 
 log = logging.getLogger(__name__)
 
-# After Okabe and Ito, told apart by color-blind readers too; the HTML page uses the same.
+# After Okabe and Ito, distinct for color-blind readers too; the HTML page uses the same.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#b5559a", "#b98100", "#3a9bd9", "#5b4fa2", "#7a5c3e")
 CURVES = (
     ("train", "objective/scores"),
@@ -28,15 +28,15 @@ CURVES = (
     ("eval", "heldout/loss"),
     ("eval", "heldout/accuracy"),
 )
-BESIDE = 24  # characters of a label that fits beside its dot
-TICKED = 6  # so many different numbers are the axis's ticks themselves
-LOG_FROM = 8  # the ratio of a parameter's ends from which its axis is logarithmic
+BESIDE = 24  # characters of the longest label that fits beside its dot
+TICKED = 6  # up to this many different numbers become the axis's ticks
+LOG_FROM = 8  # the axis is logarithmic from this ratio of a parameter's largest to smallest value
 
 
 def write_figures(payload: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Those of frontier.png, curves.png and parameters.png that the payload has data for. One that
-    cannot be drawn is warned of and left out; raises OSError for a folder that cannot be written.
-    """
+    """Draws frontier.png, curves.png and parameters.png, as far as the payload has their data, and
+    returns their paths. Warns of a figure that cannot be drawn and leaves it out; raises OSError
+    if the folder cannot be written."""
     paths = []
     for draw in (draw_frontier, draw_curves, draw_parameters):
         try:
@@ -51,8 +51,8 @@ def write_figures(payload: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def draw_frontier(payload: Mapping[str, Any], folder: Path) -> Path | None:
-    """Score against KL: a group's mean at the end with its interval, the way there as a thin line,
-    and the Pareto front. None if no group has both."""
+    """Draws score against KL: each group's final mean with its interval, its path over the phases
+    as a thin line, and the Pareto front. None if no group has both metrics."""
     groups = [
         group
         for group in payload["groups"]
@@ -68,18 +68,18 @@ def draw_frontier(payload: Mapping[str, Any], folder: Path) -> Path | None:
     axis.plot(*zip(*front, strict=True), color=MUTED, linewidth=1, linestyle="--", zorder=1,
               drawstyle="steps-post", label="Pareto front")  # fmt: skip
     for group in groups:
-        color, on, own = colors[group["id"]], group["pareto"], group["id"] in chosen
-        path = [(p["kl"], p["score"]) for p in group["path"]] if own else []
+        color, on, is_chosen = colors[group["id"]], group["pareto"], group["id"] in chosen
+        path = [(p["kl"], p["score"]) for p in group["path"]] if is_chosen else []
         if path:
             axis.plot(*zip(*path, strict=True), color=color, linewidth=0.8, alpha=0.4, zorder=2)
         kl, score = group["kl"], group["score"]
         axis.errorbar(
             kl["mean"], score["mean"], xerr=_error(kl), yerr=_error(score), fmt="o", color=color,
             markersize=8 if on else 5, markerfacecolor=color if on else "white",
-            elinewidth=1, capsize=2, zorder=3 + own,
-            label=_label(group) if own and not beside else None,
+            elinewidth=1, capsize=2, zorder=3 + is_chosen,
+            label=_label(group) if is_chosen and not beside else None,
         )  # fmt: skip
-        if own and beside:
+        if is_chosen and beside:
             axis.annotate(_label(group), (kl["mean"], score["mean"]), xytext=(7, -11),
                           textcoords="offset points", fontsize=8, color=color)  # fmt: skip
     unit = " (nats a token)" if payload["kl"].endswith("/kl") else ""
@@ -97,8 +97,8 @@ def draw_frontier(payload: Mapping[str, Any], folder: Path) -> Path | None:
 
 
 def draw_curves(payload: Mapping[str, Any], folder: Path) -> Path | None:
-    """Up to eight groups' means by phase with their intervals over seeds, a panel a metric. None if
-    there are no curves."""
+    """Draws up to eight groups' means by phase with their intervals over seeds, one panel per
+    metric. None if there are no curves."""
     metrics = [(side, name) for side, name in CURVES if name in payload["metrics"][side]]
     if not metrics:
         return None
@@ -126,8 +126,8 @@ def draw_curves(payload: Mapping[str, Any], folder: Path) -> Path | None:
 
 
 def draw_parameters(payload: Mapping[str, Any], folder: Path) -> Path | None:
-    """Each run's final score against each parameter, the most important first and at most nine.
-    None if there is no parameter or no score."""
+    """Draws each run's final score against the parameters, at most nine, most important first. None
+    if there is no parameter or no score."""
     runs = [run for run in payload["runs"] if run["final"]["score"] is not None]
     shares = {entry["parameter"]: entry["share"] for entry in payload["importance"]}
     parameters = sorted(payload["parameters"], key=lambda name: -shares.get(name, 0))[:9]
@@ -141,8 +141,8 @@ def draw_parameters(payload: Mapping[str, Any], folder: Path) -> Path | None:
         done = [run["status"] == "done" for run in runs]
         xs = _places(axis, [run["parameters"].get(name) for run in runs])
         ys = [run["final"]["score"] for run in runs]
-        for kept, face, alpha in ((True, SCORE, 0.6), (False, "none", 1.0)):
-            points = [(x, y) for x, y, d in zip(xs, ys, done, strict=True) if d == kept]
+        for is_done, face, alpha in ((True, SCORE, 0.6), (False, "none", 1.0)):
+            points = [(x, y) for x, y, d in zip(xs, ys, done, strict=True) if d == is_done]
             if points:
                 axis.scatter(*zip(*points, strict=True), s=22, facecolors=face, edgecolors=SCORE,
                              alpha=alpha, linewidths=0.8)  # fmt: skip
@@ -154,8 +154,8 @@ def draw_parameters(payload: Mapping[str, Any], folder: Path) -> Path | None:
 
 
 def choose_groups(payload: Mapping[str, Any], count: int = len(COLORS)) -> list[dict[str, Any]]:
-    """Up to so many groups in their order: all; or those on the front, evenly along it if it has
-    more, and then the best scores."""
+    """Up to `count` groups in their order. If there are more: the groups on the front, evenly
+    spaced along it if they are too many, then those with the best scores."""
     groups = list(payload["groups"])
     if len(groups) <= count:
         return groups
@@ -168,7 +168,8 @@ def choose_groups(payload: Mapping[str, Any], count: int = len(COLORS)) -> list[
 
 
 def _places(axis: Any, values: Sequence[Any]) -> list[float]:
-    """Where on the x axis: at the number, or a place a value where some are no numbers."""
+    """The values' positions on the x axis: the numbers, or one tick per value if some are not
+    numbers."""
     if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         if min(values) > 0 and max(values) / min(values) >= LOG_FROM:
             axis.set_xscale("log")
@@ -177,14 +178,14 @@ def _places(axis: Any, values: Sequence[Any]) -> list[float]:
             axis.set_xticks(numbers, [f"{number:.4g}" for number in numbers])
             axis.set_xticks([], minor=True)
         return [float(value) for value in values]
-    shown = [show_value(value, limit=18) for value in values]
-    order = sorted(set(shown))
+    words = [show_value(value, limit=18) for value in values]
+    order = sorted(set(words))
     axis.set_xticks(range(len(order)), [_escaped(word) for word in order], rotation=20, ha="right")
-    return [float(order.index(word)) for word in shown]
+    return [float(order.index(word)) for word in words]
 
 
 def _colors(payload: Mapping[str, Any]) -> dict[int, str]:
-    """A color a group: its own for up to eight, else those of the chosen and gray."""
+    """A color for each group: distinct for the up to eight chosen ones, gray for the others."""
     chosen = [group["id"] for group in choose_groups(payload)]
     colors = {group["id"]: MUTED for group in payload["groups"]}
     return colors | dict(zip(chosen, COLORS, strict=False))
@@ -196,7 +197,7 @@ def _label(group: Mapping[str, Any]) -> str:
 
 
 def _escaped(text: str) -> str:
-    # Matplotlib reads what stands between dollar signs as a formula.
+    # Matplotlib reads text between dollar signs as a formula.
     return text.replace("$", r"\$")
 
 
@@ -204,7 +205,7 @@ def _error(interval: Mapping[str, float | None]) -> list[list[float]] | None:
     mean, low, high = interval["mean"], interval["low"], interval["high"]
     if mean is None or low is None or high is None:
         return None
-    # Rounded apart, an end may lie on the wrong side of the mean.
+    # Separate rounding may put an end on the wrong side of the mean.
     return [[max(0.0, mean - low)], [max(0.0, high - mean)]]
 
 
@@ -229,7 +230,7 @@ def _panels(count: int, *, columns: int, size: tuple[float, float]) -> tuple[Any
 
 
 def _legend_below(figure: Any, panels: Sequence[Any]) -> None:
-    """One legend for all panels, an entry a label, in as many columns as fit."""
+    """Adds one legend for all panels, one entry per label, in as many columns as fit."""
     handles = {
         label: handle
         for axis in panels

@@ -1,4 +1,4 @@
-"""Which parameters the runs differ in, and which runs differ in nothing but the seed.
+"""The parameters in which the runs differ, and the groups of runs that differ only in the seed.
 
 It knows configurations, not metrics.
 """
@@ -11,14 +11,14 @@ from typing import Any
 from rlhf_exp.runs.keys import SEEDS, use_of
 from rlhf_exp.runs.reading import Run
 
-TARGET = "._target_"  # ends the key of what a group of the configuration chose
+TARGET = "._target_"  # ends the key that holds the class of a configuration group's option
 STAGE = "stage"
-MANY = 8  # of more parameters, those that only ever change together are shown as one
+MANY = 8  # if there are more parameters, those that always change together are shown as one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Runs with equal parameters, by their places in the list of runs."""
+    """Runs with equal parameters, as indices into the list of runs."""
 
     label: str
     parameters: dict[str, Any]
@@ -26,47 +26,48 @@ class Group:
 
 
 def varied_parameters(runs: Sequence[Run]) -> list[str]:
-    """The dotted keys whose values differ between runs of one kind of stage, in the
-    configuration's order, and the stage if there are several. A group of which the runs chose
-    different options is one of them, without the keys that only some of the options have; a key
-    that differs among runs with the same option stays. Copies of another key below `prepare` are
-    left out, and so, if there are more than eight, are keys that change only together with one
-    before them."""
+    """The dotted keys whose values differ between runs of one kind of stage, in the configuration's
+    order, and the stage if there are several. A group with different options counts as one
+    parameter and replaces keys that only some of the options have; a key that differs among runs
+    with the same option stays. Left out: keys below `prepare` that copy another key, and, if there
+    are more than eight, keys that change only together with an earlier one."""
     kinds: dict[str, list[Run]] = {}
     for run in runs:
         if run.config:
             kinds.setdefault(_key(_value(run, STAGE)), []).append(run)
-    found: dict[str, None] = {STAGE: None} if len(kinds) > 1 else {}
+    parameters: dict[str, None] = {STAGE: None} if len(kinds) > 1 else {}
     for kind in kinds.values():
-        found |= dict.fromkeys(_parameters_within(kind))
-    known = [run for run in runs if run.config]
-    values = {name: _key([_value(run, name) for run in known]) for name in found}
-    own = {values[name] for name in found if not name.startswith("prepare.")}
-    names = [n for n in found if not n.startswith("prepare.") or values[n] not in own]
+        parameters |= dict.fromkeys(_parameters_within(kind))
+    configured = [run for run in runs if run.config]
+    values = {name: _key([_value(run, name) for run in configured]) for name in parameters}
+    main_values = {values[name] for name in parameters if not name.startswith("prepare.")}
+    names = [n for n in parameters if not n.startswith("prepare.") or values[n] not in main_values]
     if len(names) > MANY:
-        names = list({_partition(known, name): name for name in reversed(names)}.values())[::-1]
+        names = list({_partition(configured, name): name for name in reversed(names)}.values())[
+            ::-1
+        ]
     return names
 
 
 def settings_of(run: Run, parameters: Sequence[str]) -> dict[str, Any]:
-    """The run's values of the parameters: of a group the name of the class that it chose; None
-    where it has no such key."""
+    """The run's values of the parameters: for a group the name of its class, None for a missing
+    key."""
     values = {name: _value(run, name) for name in parameters}
     return {n: show_value(v) if f"{n}{TARGET}" in run.config else v for n, v in values.items()}
 
 
 def split_configs(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """What all runs with a known configuration have in common, and each run's values of what
-    differs; None where a run has no such key."""
-    known = [run for run in runs if run.config]
-    differing = {name: [run.config.get(name) for run in runs] for name in _differing(known)}
-    config = known[0].config if known else {}
+    """The keys and values that all runs with a known configuration share, and each run's values of
+    the other keys, None for a missing key."""
+    configured = [run for run in runs if run.config]
+    differing = {name: [run.config.get(name) for run in runs] for name in _differing(configured)}
+    config = configured[0].config if configured else {}
     return {name: value for name, value in config.items() if name not in differing}, differing
 
 
 def group_runs(runs: Sequence[Run], parameters: Sequence[str]) -> list[Group]:
-    """The groups, sorted by their parameters, numbers as numbers. A run whose configuration is
-    unknown is a group of its own, named after its folder, at the end."""
+    """The groups, sorted by their parameters, numbers by size. A run with an unknown configuration
+    forms a group at the end, named after its folder."""
     by_values: dict[str, list[int]] = {}
     for index, run in enumerate(runs):
         key = _key([_value(run, name) for name in parameters])
@@ -86,21 +87,21 @@ def group_runs(runs: Sequence[Run], parameters: Sequence[str]) -> list[Group]:
 
 
 def repeated(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
-    """A line for each group in which a seed occurs twice."""
+    """A line for each run that repeats the seed of another run in its group."""
     lines = []
     for group in groups:
-        seen: dict[str, Run] = {}
+        runs_by_seed: dict[str, Run] = {}
         for run in (runs[i] for i in group.runs if runs[i].config):
             seeds = _key([run.config.get(name) for name in SEEDS])
-            if seeds in seen:
-                same = f"the same parameters and seed as {seen[seeds].folder}"
+            if seeds in runs_by_seed:
+                same = f"the same parameters and seed as {runs_by_seed[seeds].folder}"
                 lines.append(f"{run.folder}: {same}; both count")
-            seen.setdefault(seeds, run)
+            runs_by_seed.setdefault(seeds, run)
     return lines
 
 
 def short_names(parameters: Sequence[str]) -> dict[str, str]:
-    """The last word of each dotted key; as many more as it takes to tell them apart."""
+    """The last word of each dotted key, or as many words as make it unique."""
     names = {}
     for key in parameters:
         words = key.split(".")
@@ -147,17 +148,17 @@ def _differing(runs: Sequence[Run]) -> list[str]:
 def _parameters_within(kind: Sequence[Run]) -> list[str]:
     differing = [key for key in _differing(kind) if use_of(key, kind[0].config).compared]
     chosen = [key.removesuffix(TARGET) for key in differing if key.endswith(TARGET)]
-    kept = [
+    parameters = [
         key
         for key in differing
         if all(key in run.config for run in kind)
         or not _follows(kind, key, [name for name in chosen if key.startswith(f"{name}.")])
     ]
-    return [key.removesuffix(TARGET) for key in kept]
+    return [key.removesuffix(TARGET) for key in parameters]
 
 
 def _follows(runs: Sequence[Run], key: str, groups: Sequence[str]) -> bool:
-    """Whether the options chosen for these groups, the key's own aside, tell its value."""
+    """Whether the options of these groups, except the key itself, determine its value."""
     options = [_key([_value(run, n) for n in groups if f"{n}{TARGET}" != key]) for run in runs]
     pairs = {(option, _key(run.config.get(key))) for option, run in zip(options, runs, strict=True)}
     return len(pairs) == len(set(options))
@@ -168,8 +169,8 @@ def _value(run: Run, name: str) -> Any:
 
 
 def _partition(runs: Sequence[Run], name: str) -> tuple[int | str, ...]:
-    """Which runs share a value: the same for two keys that change together. Where no two runs do,
-    it tells nothing, and the key stands for itself."""
+    """A number per run, equal for runs that share a value: two keys that change together have the
+    same partition. If no two runs share a value, the partition is the key's name."""
     numbers: dict[str, int] = {}
     places = [numbers.setdefault(_key(_value(run, name)), len(numbers)) for run in runs]
     return (name,) if len(numbers) == len(runs) > 2 else tuple(places)

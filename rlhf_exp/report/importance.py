@@ -1,7 +1,7 @@
-"""How much of the scores' spread each parameter explains, alone and in pairs.
+"""The share of the scores' variance that each parameter and each pair of parameters explains.
 
-Grids are decomposed by variance; other searches through a random forest. Where the runs are too few
-to tell an effect from the noise between seeds it says so and gives no number.
+Grids are analyzed by analysis of variance, other searches by a random forest. If the runs are too
+few to separate an effect from the noise between seeds, a note says so and no number is given.
 """
 
 import itertools
@@ -19,14 +19,15 @@ FULL = 0.8  # of the grid's cells; with fewer filled the effects are not separab
 MIN_NOISE_DF = 2
 MIN_FOREST_RUNS = 12
 LEVELS, BACKGROUND = 8, 128
-MAX_PAIRED = 10  # parameters whose pairs are looked at
+MAX_PAIRED = 10  # parameters whose pairs are computed
 INSTALL = "pip install 'rlhf_exp[judge]'"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Importance:
-    """Shares of the scores' variance, largest first, the share that is noise, and how they were
-    computed or why not. Shares need not sum to 1: what three parameters do together is left out."""
+    """Shares of the scores' variance, largest first, the share of noise, and a note on how they
+    were computed or why not. Shares need not sum to 1: interactions of three or more parameters
+    are left out."""
 
     parameters: list[tuple[str, float]]
     pairs: list[tuple[str, str, float]]
@@ -37,7 +38,7 @@ class Importance:
 def measure_importance(
     settings: Sequence[Mapping[str, Any]], scores: Sequence[float], parameters: Sequence[str]
 ) -> Importance:
-    """The importances of the parameters, from a run's settings and score each."""
+    """The importances of the parameters, from one row of settings and one score per run."""
     columns = {name: _codes([row.get(name) for row in settings]) for name in parameters}
     columns = {name: codes for name, codes in columns.items() if len(set(codes)) > 1}
     columns, copies = _without_copies(columns)
@@ -47,18 +48,18 @@ def measure_importance(
     target = np.asarray(scores, dtype=float)
     cells = len(set(zip(*columns.values(), strict=True)))
     full = cells >= FULL * math.prod(len(set(codes)) for codes in columns.values())
-    found = _decompose_grid(columns, target) if full else _decompose_forest(columns, target)
+    importance = _decompose_grid(columns, target) if full else _decompose_forest(columns, target)
     moving = "".join(f" {copy} changes only together with {first}." for copy, first in copies)
     return Importance(
-        parameters=sorted(found.parameters, key=lambda entry: -entry[1]),
-        pairs=sorted(found.pairs, key=lambda entry: -entry[2]),
-        noise=found.noise,
-        note=found.note + moving,
+        parameters=sorted(importance.parameters, key=lambda entry: -entry[1]),
+        pairs=sorted(importance.pairs, key=lambda entry: -entry[2]),
+        noise=importance.noise,
+        note=importance.note + moving,
     )
 
 
 def _codes(values: Sequence[Any]) -> list[float]:
-    """Numbers as they are; else places in the sorted order."""
+    """The values if they are numbers, else their ranks in sorted order."""
     if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         return [float(value) for value in values]
     keys = [json.dumps(value, sort_keys=True, default=str) for value in values]
@@ -71,29 +72,27 @@ def _codes(values: Sequence[Any]) -> list[float]:
 def _without_copies(
     columns: Mapping[str, list[float]],
 ) -> tuple[dict[str, list[float]], list[tuple[str, str]]]:
-    """The columns that are no copies of one before, and (copy, original) for the others."""
+    """The columns that copy no earlier one, and (copy, original) for the others."""
     firsts: dict[tuple[int, ...], str] = {}
-    kept, copies = {}, []
+    originals, copies = {}, []
     for name, codes in columns.items():
         numbers: dict[float, int] = {}
         partition = tuple(numbers.setdefault(code, len(numbers)) for code in codes)
-        if len(numbers) == len(
-            codes
-        ):  # all different, as in a random search: is it the same order?
+        if len(numbers) == len(codes):  # all different, as in a random search: compare the order
             partition = tuple(np.argsort(np.asarray(codes)).tolist())
         first = firsts.setdefault(partition, name)
         if first == name:
-            kept[name] = codes
+            originals[name] = codes
         else:
             copies.append((name, first))
-    return kept, copies
+    return originals, copies
 
 
 def _too_few(columns: Mapping[str, Sequence[float]], scores: Sequence[float]) -> str | None:
     if not columns:
         return "no importances: the finished runs differ in no parameter"
     if len(scores) < 4:
-        return f"no importances: {len(scores)} finished runs are too few; it takes 4"
+        return f"no importances: {len(scores)} finished runs are too few; 4 are needed"
     if np.ptp(np.asarray(scores, dtype=float)) < 1e-12:
         return "no importances: all runs end with the same score"
     return None
@@ -101,9 +100,9 @@ def _too_few(columns: Mapping[str, Sequence[float]], scores: Sequence[float]) ->
 
 def _decompose_grid(columns: Mapping[str, Sequence[float]], target: np.ndarray) -> Importance:
     """Analysis of variance by least squares on the runs: each effect's share is epsilon squared,
-    (sum of squares - df * mean square of the noise) / total, which is 0 in the mean for a
-    parameter without effect (Kelley, An unbiased correlation ratio measure, 1935). The noise is
-    what differs between runs with equal parameters, where there are such."""
+    (sum of squares - df * mean square of the noise) / total, with mean 0 for a parameter without
+    effect (Kelley, An unbiased correlation ratio measure, 1935). The noise is the spread of runs
+    with equal parameters, if there are such runs."""
     names = list(columns)
     mains = {name: _indicators(columns[name]) for name in names}
     pairs = {
@@ -138,13 +137,13 @@ def _decompose_grid(columns: Mapping[str, Sequence[float]], target: np.ndarray) 
 def _grid_note(kind: str, noise: float) -> str:
     source = {
         "cells": "between seeds",
-        "pairs": "what no pair of parameters explains, as no two runs differ in the seed alone",
-        "mains": "what no single parameter explains, as no two runs differ in the seed alone; so"
-        " interactions cannot be told from it",
+        "pairs": "not explained by any pair of parameters, as no two runs differ only in the seed",
+        "mains": "not explained by any single parameter, as no two runs differ only in the seed; it"
+        " includes interactions",
     }[kind]
     return (
-        "Shares of the variance of the final score over a grid: sums of squares, less what noise"
-        f" alone would give (epsilon squared). Noise ({source}): {noise:.0%}."
+        "Shares of the variance of the final score over a grid: sums of squares minus the"
+        f" expected noise (epsilon squared). Noise ({source}): {noise:.0%}."
     )
 
 
@@ -160,7 +159,7 @@ def _fit(target: np.ndarray, blocks: Sequence[np.ndarray]) -> Fit:
 def _share_against(
     target: np.ndarray, square: float, total: float
 ) -> Callable[[Sequence[np.ndarray], Fit], float]:
-    """The share of an effect from the design without it and the fit with it."""
+    """A function that returns an effect's share from the design without it and the fit with it."""
 
     def share(without: Sequence[np.ndarray], whole: Fit) -> float:
         rest, df = _fit(target, without)
@@ -170,19 +169,19 @@ def _share_against(
 
 
 def _indicators(codes: Sequence[float]) -> np.ndarray:
-    """One column a level, each less its mean: so a pair's columns hold little of the singles."""
+    """One centered column per level, so that a pair's columns overlap little with the singles."""
     levels = np.unique(np.asarray(codes))
     return (np.asarray(codes)[:, None] == levels).astype(float) - 1 / len(levels)
 
 
 def _decompose_forest(columns: Mapping[str, Sequence[float]], target: np.ndarray) -> Importance:
     """Functional ANOVA of a random forest (Hutter, Hoos and Leyton-Brown, ICML 2014): the variance
-    of its predictions averaged over all other parameters. Unlike there the averages are over the
-    observed settings, and shares are scaled by the R squared of the runs left out of each tree."""
+    of its predictions averaged over all other parameters. Unlike the paper, averages are over the
+    observed settings, and shares are scaled by the out-of-bag R squared."""
     if len(target) < MIN_FOREST_RUNS:
         note = (
-            f"no importances: {len(target)} finished runs that are no grid are too few; it takes"
-            f" {MIN_FOREST_RUNS}"
+            f"no importances: {len(target)} finished runs that are no grid are too few;"
+            f" {MIN_FOREST_RUNS} are needed"
         )
         return Importance(parameters=[], pairs=[], noise=None, note=note)
     try:
@@ -196,17 +195,15 @@ def _decompose_forest(columns: Mapping[str, Sequence[float]], target: np.ndarray
     explained = float(forest.oob_score_)
     if explained <= 0:
         note = (
-            "no importances: a random forest predicts the runs that it was not shown no better than"
-            f" their mean does (R squared {explained:.2f}): the scores are noise, or the runs too"
-            " few"
+            "no importances: on held-out runs a random forest is no better than the mean"
+            f" (R squared {explained:.2f}): the scores are noise, or the runs are too few"
         )
         return Importance(parameters=[], pairs=[], noise=None, note=note)
     single, both = _marginals(forest.predict, table, list(columns))
     whole = float(np.var(forest.predict(table))) or 1.0
     note = (
         "Shares of the variance of the final score by a random forest's averaged predictions"
-        f" (functional ANOVA); of runs that its trees were not shown it explains {explained:.0%},"
-        " and the shares are of that."
+        f" (functional ANOVA), scaled by the {explained:.0%} that it explains of held-out runs."
     )
     return Importance(
         parameters=[(name, min(1.0, value / whole) * explained) for name, value in single],
@@ -219,8 +216,8 @@ def _decompose_forest(columns: Mapping[str, Sequence[float]], target: np.ndarray
 def _marginals(
     predict: Callable[[np.ndarray], np.ndarray], table: np.ndarray, names: Sequence[str]
 ) -> tuple[list[tuple[str, float]], list[tuple[str, str, float]]]:
-    """The variances of the averaged predictions: of each parameter, and of each pair beyond its
-    two."""
+    """The variances of the averaged predictions: of each parameter, and of each pair minus those of
+    its two parameters."""
     random = np.random.default_rng(0)
     rows = random.permutation(len(table))[:BACKGROUND]
     levels = [np.quantile(column, (np.arange(LEVELS) + 0.5) / LEVELS, method="nearest")

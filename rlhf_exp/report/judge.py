@@ -1,8 +1,8 @@
 """A second opinion on a run: a judge that shares no features with the reward.
 
 TF-IDF of words and word pairs with logistic regression, trained on the task's own labelled texts.
-It knows nothing of grammar or meaning; it tells whether the reward's gain shows to another eye, and
-which words carry it.
+It knows nothing of grammar or meaning; it shows whether another model sees the reward's gain, and
+which words cause it.
 """
 
 import json
@@ -15,13 +15,13 @@ from typing import Any
 from rlhf_exp.runs.paths import SAMPLES
 from rlhf_exp.tasks.protocol import LabelledText, Split
 
-CONTAINED = 10  # a word is listed if at least so many samples hold it, before or after
+CONTAINED = 10  # a word is listed if at least this many samples contain it, before or after
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What reward and judge say of the samples before and after; shares are of samples with
-    P > .5."""
+    """The mean reward and the judge's mean probability of the samples (before, after); `share` is
+    the fraction of samples with P > .5."""
 
     held_out_accuracy: float
     reward: tuple[float, float]
@@ -33,7 +33,7 @@ class Verdict:
 
 def read_samples(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The samples of the first and of the last evaluation in a run's samples.jsonl."""
-    # Not splitlines(), which also splits at what JSON leaves in texts, such as U+2028.
+    # Not splitlines(), which also splits at characters that JSON leaves in texts, such as U+2028.
     lines = (run / SAMPLES).read_text(encoding="utf-8").split("\n")
     rows = [json.loads(line) for line in lines if line]
     first, last = rows[0]["phase"], rows[-1]["phase"]
@@ -43,7 +43,7 @@ def read_samples(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
 def judge(
     split: Split, label: str, before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]
 ) -> Verdict:
-    """Trains the judge on the split and reads both sets of samples with it. Needs scikit-learn."""
+    """Trains the judge on the split and scores both sets of samples with it. Needs scikit-learn."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -76,7 +76,7 @@ def _mean_score(rows: Sequence[dict[str, Any]]) -> float:
 
 
 def _word_changes(before: Sequence[str], after: Sequence[str]) -> list[tuple[str, int, int]]:
-    """(word, samples that hold it before, after), those that rose most first."""
+    """(word, samples that contain it before, after), largest increase first."""
     old, new = (
         Counter(word for text in texts for word in set(text.split())) for texts in (before, after)
     )

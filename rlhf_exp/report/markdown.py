@@ -1,6 +1,6 @@
 """The report as Markdown with pictures beside it, for a pull request or a notebook of experiments.
 
-Whatever a model or a configuration wrote is escaped: it shows as the text that it is, in one cell.
+Text from a model or a configuration is escaped, so that it stays plain text in one cell.
 """
 
 import json
@@ -27,7 +27,7 @@ SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$^-])")
 
 
 def write_markdown(payload: Mapping[str, Any], pictures: Sequence[Path], path: Path) -> Path:
-    """Writes the report; the pictures lie in its folder."""
+    """Writes the report into the folder of the pictures."""
     names = {picture.name for picture in pictures}
     parts = [
         f"# {escape(payload['title'])}",
@@ -49,8 +49,8 @@ def write_markdown(payload: Mapping[str, Any], pictures: Sequence[Path], path: P
 
 
 def escape(text: str, *, limit: int = MAX_CELL) -> str:
-    """The text as one line of Markdown that shows it and nothing else: no markup, no HTML, no link,
-    no formula, no end of a cell."""
+    """The text as one line of Markdown without effect: no markup, HTML, link, formula or end of a
+    cell."""
     text = text if len(text) <= limit else f"{text[:limit]}…"
     text = one_line(text)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -154,7 +154,7 @@ def _warnings(payload: Mapping[str, Any]) -> list[str]:
 
 
 def _samples(payload: Mapping[str, Any]) -> list[str]:
-    """Of the best run of each group on the front, or of the best runs."""
+    """The samples of the best run of each group on the front, or else of the best runs."""
     runs = [run for run in payload["runs"] if run["samples"]]
     runs.sort(key=lambda run: -(run["final"]["score"] or float("-inf")))
     front = {group["id"] for group in front_of(payload)}
@@ -194,8 +194,8 @@ def _configuration(payload: Mapping[str, Any]) -> list[str]:
 
 def _values(values: Sequence[Any]) -> str:
     different = list(dict.fromkeys(show_value(value) for value in values))
-    shown = ", ".join(escape(value) for value in different[:8])
-    return shown if len(different) <= 8 else f"{shown} and {len(different) - 8} more"
+    listing = ", ".join(escape(value) for value in different[:8])
+    return listing if len(different) <= 8 else f"{listing} and {len(different) - 8} more"
 
 
 def _problems(payload: Mapping[str, Any]) -> list[str]:
@@ -204,12 +204,12 @@ def _problems(payload: Mapping[str, Any]) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], rule: str) -> list[str]:
-    """A table of cells that are escaped, its columns but the first aligned by the rule; and how
-    many rows were left out."""
-    kept = rows[:MAX_ROWS]
-    lines = [head, ["---", *[rule] * (len(head) - 1)], *kept]
+    """A table of escaped cells, with all columns but the first aligned by the rule; then a line
+    with the number of rows left out."""
+    shown_rows = rows[:MAX_ROWS]
+    lines = [head, ["---", *[rule] * (len(head) - 1)], *shown_rows]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    left = len(rows) - len(kept)
+    left = len(rows) - len(shown_rows)
     return [text, f"... and {left} more in report.html"] if left else [text]
 
 

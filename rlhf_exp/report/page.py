@@ -1,7 +1,6 @@
-"""The report as one HTML file that needs nothing else: the payload, Plotly and the page's own code.
+"""The report as one self-contained HTML file: the payload, Plotly and the page's own code.
 
-It knows how data gets into HTML without becoming HTML, and nothing of what the data means: that is
-`assets/`.
+It knows how to embed data safely in HTML; `assets/` knows what the data means.
 """
 
 import base64
@@ -14,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 ASSETS = Path(__file__).parent / "assets"
-# In the order in which they need each other.
+# In the order of their dependencies.
 SCRIPTS = ("base.js", "figures.js", "parameters.js", "tables.js", "page.js")
 
 
 def write_page(payload: Mapping[str, Any], path: Path) -> Path:
-    """Writes the report of a payload, whole or not at all; returns its path. Raises ValueError if
-    the payload has a number that JSON has not (NaN, infinity)."""
+    """Writes the report of a payload atomically; returns its path. Raises ValueError if the payload
+    has a NaN or an infinity, which JSON cannot hold."""
     text = _page(payload)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A folder, so that the file gets the permissions that the user's files get.
+    # A temporary folder, not a file: the file then has the permissions of the user's files.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         partial = Path(folder) / path.name
         partial.write_text(text, encoding="utf-8")
@@ -41,8 +40,8 @@ def _page(payload: Mapping[str, Any]) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    own = [(ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS]
-    scripts = [f"\n{script}\n" for script in (get_plotlyjs(), "\n".join(own))]
+    sources = [(ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS]
+    scripts = [f"\n{script}\n" for script in (get_plotlyjs(), "\n".join(sources))]
     assert not any("</script" in script.lower() for script in scripts)
     return environment.get_template("page.html.j2").render(
         title=payload["title"],
@@ -54,7 +53,7 @@ def _page(payload: Mapping[str, Any]) -> str:
 
 
 def _json(payload: Mapping[str, Any]) -> str:
-    """The payload as JSON in which no HTML can be recognized."""
+    """The payload as JSON that HTML parsers read as plain text."""
     text = json.dumps(payload, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -62,11 +61,10 @@ def _json(payload: Mapping[str, Any]) -> str:
 
 
 def _content_policy(scripts: Sequence[str]) -> str:
-    """What a browser lets the page do: run these scripts and no other, and ask no host for
-    anything."""
+    """The page's Content-Security-Policy: it runs only these scripts and sends no requests."""
     digests = [hashlib.sha256(script.encode()).digest() for script in scripts]
     hashes = [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
-    # Plotly styles its figures as it draws them, and offers them as images.
+    # Plotly uses inline styles, and offers its figures as images.
     return (
         f"default-src 'none'; script-src {' '.join(hashes)}; style-src 'unsafe-inline'; "
         "img-src data: blob:; base-uri 'none'; form-action 'none'"

@@ -1,6 +1,6 @@
-"""Everything that a report shows, as one JSON-able dict that page, Markdown and terminal share.
+"""The content of a report, as one JSON-able dict that page, Markdown and terminal share.
 
-It knows what to show of how many runs, not how it looks. Numbers have four significant digits.
+It knows what to show, not how it looks. Numbers have four significant digits.
 """
 
 import json
@@ -29,16 +29,16 @@ from rlhf_exp.runs.reading import Curves, Run, read_runs
 from rlhf_exp.runs.samples import Sample, encodable
 
 MAX_NUMBERS = 1_000_000  # in curves: 7 MB of JSON beside Plotly's 5 in a page of 15
-ENOUGH_PHASES = 100  # thinned to no fewer, while there are metrics a report can do without
+ENOUGH_PHASES = 100  # drop the metrics below before thinning curves to fewer phases
 MAX_TEXT_BYTES = 2_000_000  # of all samples as JSON
 MAX_TEXT = 2000  # characters of a prompt or a completion
-# What a report can do without, the first to go.
+# Prefixes of the metrics that a large report drops, in this order.
 LESS_TELLING = ("time/", "lr/", "grad_norm/", "loss/")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """The two metrics that the frontier is over."""
+    """The names of the frontier's two metrics."""
 
     score: str = "eval/score"
     kl: str = "eval/kl"
@@ -47,15 +47,15 @@ class Names:
 def build_payload(paths: Sequence[Path], names: Names, *, made: datetime) -> dict[str, Any]:
     """The report of the runs at and below the paths.
 
-    Of the frontier, the groups' means and the importances are only runs that are done; if none is,
-    all that have an evaluation after phase 0. The other runs have their place in "runs".
+    The frontier, the groups' means and the importances use only runs that are done; if none is, all
+    runs with an evaluation after phase 0. "runs" lists all runs.
     """
     runs, problems = read_runs(paths)
     parameters = varied_parameters(runs)
     groups = group_runs(runs, parameters)
     counted, remarks = _counted(runs, names)
     problems += remarks + repeated(runs, groups) + _commits(runs)
-    shown, kept = _choose_curves(runs, groups, problems)
+    metrics, phases = _choose_curves(runs, groups, problems)
     common, differing = split_configs(runs)
     importance = _importance(runs, counted, parameters, names)
     text_limit = _text_limit(runs)
@@ -66,16 +66,16 @@ def build_payload(paths: Sequence[Path], names: Names, *, made: datetime) -> dic
         "score": names.score,
         "kl": names.kl,
         "parameters": parameters,
-        "metrics": shown,
+        "metrics": metrics,
         "runs": [
             {
                 **_describe_run(run, index, groups, parameters, names),
-                "curves": _run_curves(run, shown, kept),
+                "curves": _run_curves(run, metrics, phases),
                 "samples": [_clipped(sample, text_limit) for sample in run.samples],
             }
             for index, run in enumerate(runs)
         ],
-        "groups": _describe_groups(runs, groups, counted, names, shown, kept),
+        "groups": _describe_groups(runs, groups, counted, names, metrics, phases),
         "importance": [
             {"parameter": name, "share": rounded(share)} for name, share in importance.parameters
         ],
@@ -91,7 +91,7 @@ def build_payload(paths: Sequence[Path], names: Names, *, made: datetime) -> dic
 
 
 def rounded(value: float | None) -> float | None:
-    """The number with four significant digits; None for what is unknown or not finite."""
+    """The number with four significant digits; None if it is unknown or not finite."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
 
 
@@ -114,15 +114,15 @@ def _commits(runs: Sequence[Run]) -> list[str]:
     counts = Counter(commit for run in runs for commit in run.commits)
     if len(counts) < 2:
         return []
-    shown = ", ".join(
+    listing = ", ".join(
         f"{commit[:7]}{'+' if commit.endswith('+') else ''} ({count} run{'s' * (count > 1)})"
         for commit, count in counts.items()
     )
-    return [f"the runs come from different commits, so the code may explain differences: {shown}"]
+    return [f"the runs come from different commits, so the code may explain differences: {listing}"]
 
 
 def _counted(runs: Sequence[Run], names: Names) -> tuple[set[int], list[str]]:
-    """The runs that the means are over, and what is to be said of the others."""
+    """The indices of the runs that the means use, and remarks about the others."""
     scored = {index for index, run in enumerate(runs) if run.final(names.score) is not None}
     done = {index for index in scored if runs[index].status == "done"}
     remarks = []
@@ -144,8 +144,8 @@ def _counted(runs: Sequence[Run], names: Names) -> tuple[set[int], list[str]]:
 def _choose_curves(
     runs: Sequence[Run], groups: Sequence[Group], problems: list[str]
 ) -> tuple[dict[str, list[str]], set[int] | None]:
-    """The metrics that have curves, and the phases that training's are thinned to (None: all), so
-    that a page of many runs stays small."""
+    """The metrics to draw as curves, and the phases to which training curves are thinned (None:
+    all) to keep a page of many runs small."""
     train = list(dict.fromkeys(name for run in runs for name in run.train.values))
     evaluated = list(dict.fromkeys(name for run in runs for name in run.evaluated.values))
     copies = len(runs) + 3 * len(groups)
@@ -161,13 +161,13 @@ def _choose_curves(
         problems.append(
             f"curves: without {', '.join(dropped)} to keep the report small; metrics.jsonl has them"
         )
-    shown = {"train": train, "eval": evaluated}
+    metrics = {"train": train, "eval": evaluated}
     stride = _stride(len(train), longest, copies)
     if stride <= 1:
-        return shown, None
+        return metrics, None
     problems.append(f"curves: one phase in {stride}, to keep the report small")
     phases = sorted({phase for run in runs for phase in run.train.phases})
-    return shown, {*phases[::stride], *(run.train.phases[-1] for run in runs if run.train.phases)}
+    return metrics, {*phases[::stride], *(run.train.phases[-1] for run in runs if run.train.phases)}
 
 
 def _stride(metrics: int, phases: int, copies: int) -> int:
@@ -177,7 +177,7 @@ def _stride(metrics: int, phases: int, copies: int) -> int:
 def _describe_run(
     run: Run, index: int, groups: Sequence[Group], parameters: Sequence[str], names: Names
 ) -> dict[str, Any]:
-    best = [value for _, value in run.curves(names.score).known(names.score)]
+    best = [value for _, value in run.curves(names.score).points(names.score)]
     final = {
         "score": run.final(names.score),
         "kl": run.final(names.kl),
@@ -208,33 +208,33 @@ def _either(first: float | None, second: float | None) -> float | None:
 
 
 def _run_curves(
-    run: Run, shown: Mapping[str, Sequence[str]], kept: set[int] | None
+    run: Run, metrics: Mapping[str, Sequence[str]], thinned: set[int] | None
 ) -> dict[str, Any]:
     curves = {}
     for side, source in (("train", run.train), ("eval", run.evaluated)):
-        phases = _kept_phases(source.phases, kept if side == "train" else None)
-        table = _table([source], phases, [n for n in shown[side] if n in source.values])
+        phases = _thinned_phases(source.phases, thinned if side == "train" else None)
+        table = _table([source], phases, [n for n in metrics[side] if n in source.values])
         columns = {name: _rounded_all(values[0]) for name, values in table.items()}
         curves[side] = {"phase": phases, **columns}
     return curves
 
 
-def _kept_phases(phases: Iterable[int], kept: set[int] | None) -> list[int]:
-    return sorted(p for p in set(phases) if kept is None or p in kept)
+def _thinned_phases(phases: Iterable[int], thinned: set[int] | None) -> list[int]:
+    return sorted(p for p in set(phases) if thinned is None or p in thinned)
 
 
 def _table(
     sources: Sequence[Curves], phases: Sequence[int], metrics: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """Of each metric a row a run and a column a phase; NaN where a run has no value."""
+    """For each metric an array with a row per run and a column per phase; NaN for no value."""
     place = {phase: column for column, phase in enumerate(phases)}
     tables = {name: np.full((len(sources), len(phases)), math.nan) for name in metrics}
     for row, source in enumerate(sources):
-        taken = [i for i, phase in enumerate(source.phases) if phase in place]
-        columns = [place[source.phases[i]] for i in taken]
+        rows_used = [i for i, phase in enumerate(source.phases) if phase in place]
+        columns = [place[source.phases[i]] for i in rows_used]
         for name in metrics:
             if name in source.values:
-                tables[name][row, columns] = source.values[name][taken]
+                tables[name][row, columns] = source.values[name][rows_used]
     return tables
 
 
@@ -243,8 +243,8 @@ def _describe_groups(
     groups: Sequence[Group],
     counted: set[int],
     names: Names,
-    shown: Mapping[str, Sequence[str]],
-    kept: set[int] | None,
+    metrics: Mapping[str, Sequence[str]],
+    thinned: set[int] | None,
 ) -> list[dict[str, Any]]:
     described: list[dict[str, Any]] = []
     for index, group in enumerate(groups):
@@ -258,7 +258,7 @@ def _describe_groups(
                 "score": _interval(members, names.score),
                 "kl": _interval(members, names.kl),
                 "path": _path(members, names),
-                "curves": _group_curves(members or [runs[i] for i in group.runs], shown, kept),
+                "curves": _group_curves(members or [runs[i] for i in group.runs], metrics, thinned),
             }
         )
     points = [
@@ -277,9 +277,9 @@ def _interval(runs: Sequence[Run], metric: str) -> dict[str, float | None]:
 
 
 def _path(runs: Sequence[Run], names: Names) -> list[dict[str, Any]]:
-    """The means at each phase at which all runs of the group have both metrics."""
+    """The means of both metrics at each phase for which all runs of the group have them."""
     points = [
-        (dict(r.curves(names.score).known(names.score)), dict(r.curves(names.kl).known(names.kl)))
+        (dict(r.curves(names.score).points(names.score)), dict(r.curves(names.kl).points(names.kl)))
         for r in runs
     ]
     if not points:
@@ -296,22 +296,20 @@ def _path(runs: Sequence[Run], names: Names) -> list[dict[str, Any]]:
 
 
 def _group_curves(
-    runs: Sequence[Run], shown: Mapping[str, Sequence[str]], kept: set[int] | None
+    runs: Sequence[Run], metrics: Mapping[str, Sequence[str]], thinned: set[int] | None
 ) -> dict[str, Any]:
     curves = {}
     for side in ("train", "eval"):
         sources = [run.train if side == "train" else run.evaluated for run in runs]
-        every = (phase for source in sources for phase in source.phases)
-        phases = _kept_phases(every, kept if side == "train" else None)
-        metrics = [n for n in shown[side] if any(n in source.values for source in sources)]
+        all_phases = (phase for source in sources for phase in source.phases)
+        phases = _thinned_phases(all_phases, thinned if side == "train" else None)
+        names = [n for n in metrics[side] if any(n in source.values for source in sources)]
         columns: dict[str, Any] = {"phase": phases}
-        if metrics:
-            tables = _table(sources, phases, metrics)
-            interval = mean_interval(np.hstack([tables[name] for name in metrics]))
-            parts = [
-                np.split(a, len(metrics)) for a in (interval.mean, interval.low, interval.high)
-            ]
-            for i, name in enumerate(metrics):
+        if names:
+            tables = _table(sources, phases, names)
+            interval = mean_interval(np.hstack([tables[name] for name in names]))
+            parts = [np.split(a, len(names)) for a in (interval.mean, interval.low, interval.high)]
+            for i, name in enumerate(names):
                 ends = zip(("mean", "low", "high"), parts, strict=True)
                 columns[name] = {end: _rounded_all(part[i]) for end, part in ends}
         curves[side] = columns
@@ -328,8 +326,8 @@ def _importance(
 
 
 def _text_limit(runs: Sequence[Run]) -> int:
-    """How many characters of a text are shown, so that all of them fit as JSON, in which many take
-    six bytes."""
+    """The number of characters to show of each text, so that all fit into MAX_TEXT_BYTES of JSON,
+    where many characters take six bytes."""
     samples = [sample for run in runs for sample in run.samples]
     texts = [text[:MAX_TEXT] for s in samples for text in (s.prompt, s.before, s.after) if text]
     escaped = sum(len(json.dumps(text)) for text in texts)
@@ -339,7 +337,7 @@ def _text_limit(runs: Sequence[Run]) -> int:
 
 
 def _clipped(sample: Sample, limit: int) -> dict[str, Any]:
-    """Of a long prompt its end is shown, of a long completion its beginning: where they meet."""
+    """The sample with the end of a long prompt and the beginning of a long completion."""
     prompt = sample.prompt if len(sample.prompt) <= limit else f"…{sample.prompt[-limit:]}"
     before, after = (
         text if text is None or len(text) <= limit else f"{text[:limit]}…"

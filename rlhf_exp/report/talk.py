@@ -14,8 +14,8 @@ from rlhf_exp.tasks.prompts import render
 
 
 class Talk:
-    """A model and what was said so far. Without a chat template nothing is remembered: each text
-    is continued by itself, after BOS if `prepend_bos` (None: if the tokenizer puts one there)."""
+    """A model and its conversation. Without a chat template there is no memory: each text is
+    continued by itself, after BOS if `prepend_bos` (None: if the tokenizer adds one)."""
 
     def __init__(
         self,
@@ -38,17 +38,17 @@ class Talk:
 
     @property
     def kind(self) -> str:
-        """What the model does with a line, for people."""
+        """A description of what the model does with a line."""
         if self._tokenizer.chat_template:
             return "a chat: the conversation goes on"
         return "no chat template: each line is continued"
 
     def reset(self) -> None:
-        """Forgets what was said."""
+        """Clears the conversation."""
         self._said.clear()
 
     def take(self, line: str, *, max_new_tokens: int) -> None:
-        """Does what a line of the user's asks for: /reset, or an answer; says why there is none."""
+        """Handles a line of the user: resets on /reset, else answers it or prints the error."""
         if line.strip() == "/reset":
             self.reset()
             return
@@ -58,8 +58,8 @@ class Talk:
             print(f"error: {error}", file=sys.stderr)
 
     def answer(self, line: str, *, max_new_tokens: int) -> str:
-        """The answer to a line, which is printed meanwhile. Raises ConfigError if there is no room
-        for it in the model's context."""
+        """The answer to a line, printed while it is sampled. Raises ConfigError if the model's
+        context has no room for it."""
         from transformers import GenerationConfig, TextStreamer
 
         ids = self._ids(line)
@@ -67,7 +67,7 @@ class Talk:
         if room < 1:
             raise ConfigError(f"the model's context is full ({len(ids)} tokens): /reset")
         eos = self._tokenizer.eos_token_id
-        # In place of the model's own, which may bring penalties and further tokens to stop at.
+        # Replaces the model's own, which may add penalties and stop tokens.
         self._model.generation_config = GenerationConfig(
             do_sample=bool(self._temperature),
             temperature=self._temperature or None,
@@ -96,8 +96,8 @@ class Talk:
         if not self._tokenizer.chat_template:
             before = leading_ids(self._tokenizer, prepend_bos=self._prepend_bos)
             return before + encode(self._tokenizer, [line])[0]
-        said = [*self._said, {"role": "user", "content": line}]
-        return encode(self._tokenizer, [render(self._tokenizer, said)])[0]
+        messages = [*self._said, {"role": "user", "content": line}]
+        return encode(self._tokenizer, [render(self._tokenizer, messages)])[0]
 
 
 def _say(text: str, stream_end: bool = False) -> None:

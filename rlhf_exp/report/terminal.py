@@ -1,4 +1,4 @@
-"""The report in a terminal: a table of the groups, the front marked, and what needs a look."""
+"""The report in a terminal: a table of the groups with the front marked, errors and warnings."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,11 +17,11 @@ from rlhf_exp.report.wording import (
 )
 
 MAX_ROWS, MAX_LINES = 20, 8
-MAX_COLUMNS = 4  # of more parameters each has no column of its own
+MAX_COLUMNS = 4  # more parameters share one column
 
 
 def print_report(payload: Mapping[str, Any], console: Console) -> None:
-    """Prints the report's essentials; nothing in it is taken for markup."""
+    """Prints the report's essentials as plain text, without interpreting markup."""
     console.print(_text(f"{payload['title']} ({count_statuses(payload) or 'none'})", style="bold"))
     if payload["groups"]:
         console.print(_groups(payload))
@@ -63,8 +63,8 @@ def _groups(payload: Mapping[str, Any]) -> Table:
     table.add_column(_text(payload["score"]), justify="right", no_wrap=True)
     table.add_column(_text(payload["kl"]), justify="right", no_wrap=True)
     for group in groups[:MAX_ROWS]:
-        known = apart and group["parameters"]
-        cells = [show_value(group["parameters"][name], limit=24) for name in names] if known else [
+        split = apart and group["parameters"]
+        cells = [show_value(group["parameters"][name], limit=24) for name in names] if split else [
             group["label"], *[""] * (len(names) - 1 if apart else 0)
         ]  # fmt: skip
         table.add_row(

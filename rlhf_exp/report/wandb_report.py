@@ -1,5 +1,5 @@
-"""The report on a sweep as a W&B run beside the sweep's own: its figures, a table of its runs, its
-page. Like any logger it is offline without a network, and a W&B that fails is left out."""
+"""The report on a sweep as a W&B run in the sweep's group: its figures, a table of its runs, its
+page. Like any logger it works offline without a network, and skips a W&B that fails."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,14 +39,14 @@ def log_report(folder: Path, pictures: Sequence[Path], *, page: Path | None = No
             media["report"] = wandb.Html(page.read_text(encoding="utf-8"), inject=False)
         run.log(media)
 
-    with _logger_of(runs).connect(info) as told:
-        if told is not None:
-            told.call(send)
+    with _logger_of(runs).connect(info) as connection:
+        if connection is not None:
+            connection.call(send)
 
 
 def tabulate_runs(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows: each run with what tells it from the others, its best evaluation, and the
-    last of every number of its evaluations; None where it has none."""
+    """Columns and rows: each run with the parameters that vary, its best evaluation, and the last
+    value of each evaluation metric; None for a missing value."""
     parameters = varied_parameters(runs)
     metrics = sorted({name for run in runs for name in run.evaluated.values})
     columns = ["run", "status", *parameters, "best/eval_score", "best/phase", *metrics]
@@ -63,10 +63,10 @@ def tabulate_runs(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
 
 
 def _best(run: Run) -> tuple[float | None, int | None]:
-    known = run.evaluated.known("eval/score")
-    if not known:
+    points = run.evaluated.points("eval/score")
+    if not points:
         return None, None
-    phase, score = max(known, key=lambda pair: pair[1])
+    phase, score = max(points, key=lambda pair: pair[1])
     return score, phase
 
 
@@ -76,11 +76,11 @@ def _cell(value: Any) -> Any:
 
 
 def _logger_of(runs: Sequence[Run]) -> WandbLogger:
-    """W&B as the runs used it; as it is by default if they did not."""
-    given = {
+    """The runs' W&B settings, or the defaults if they did not use W&B."""
+    settings = {
         name: run.config[f"logger.{name}"]
         for run in runs[:1]
         for name in ("project", "entity", "mode")
         if run.config.get(f"logger.{name}") not in (None, "disabled")
     }
-    return WandbLogger(**given)
+    return WandbLogger(**settings)

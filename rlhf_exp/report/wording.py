@@ -1,4 +1,4 @@
-"""Numbers, intervals and what else Markdown and terminal say in the same words."""
+"""Numbers, intervals and other wording that Markdown and terminal share."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,16 +8,16 @@ from rlhf_exp.security.printable import printable
 
 LINE_ENDS = re.compile("\r\n|[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]")
 
-INTERVALS = "95 % t-intervals of the mean"  # what page, Markdown and terminal call them
+INTERVALS = "95 % t-intervals of the mean"  # on page, Markdown and terminal
 
 
 def show_number(value: float | None) -> str:
-    """The number with four digits, 0 for an exact 0 that was rounded; "-" where it is unknown."""
+    """The number with four digits, 0 for a rounding error around 0; "-" if it is unknown."""
     return "-" if value is None else f"{value if abs(value) > 1e-7 else 0:.4g}"
 
 
 def show_interval(interval: Mapping[str, float | None]) -> str:
-    """ "0.97 [0.96, 0.98]", without brackets where there is no interval."""
+    """The interval as "0.97 [0.96, 0.98]"; the mean alone if there is no interval."""
     if interval["low"] is None or interval["high"] is None:
         return show_number(interval["mean"])
     mean, low, high = (f"{interval[end]:.3g}" for end in ("mean", "low", "high"))
@@ -25,8 +25,8 @@ def show_interval(interval: Mapping[str, float | None]) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text with its line ends shown as arrows, and with nothing that a terminal obeys or that
-    hides or turns what follows."""
+    """The text with its line ends as arrows, and without characters that control a terminal or
+    hide or reverse other text."""
     return printable(LINE_ENDS.sub(" ↵ ", text))
 
 
@@ -37,7 +37,7 @@ def front_of(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def best_first(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The groups on the front and then the others, each by their mean score, those without one
+    """The groups on the front, then the others; each part by mean score, groups without one
     last."""
     means = [group["score"]["mean"] for group in groups]
     order = sorted(
@@ -48,7 +48,7 @@ def best_first(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def count_statuses(payload: Mapping[str, Any]) -> str:
-    """ "11 done, 1 failed"."""
+    """The number of runs by status, as "11 done, 1 failed"."""
     counts: dict[str, int] = {}
     for run in payload["runs"]:
         counts[run["status"]] = counts.get(run["status"], 0) + 1

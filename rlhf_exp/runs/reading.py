@@ -50,10 +50,10 @@ class Curves:
 
     def last(self, name: str) -> float | None:
         """The metric's last number."""
-        known = self.known(name)
-        return known[-1][1] if known else None
+        points = self.points(name)
+        return points[-1][1] if points else None
 
-    def known(self, name: str) -> list[tuple[int, float]]:
+    def points(self, name: str) -> list[tuple[int, float]]:
         """(phase, value) wherever there is a value."""
         array = self.values.get(name)
         if array is None:
@@ -90,9 +90,9 @@ class Run:
 
     def final(self, metric: str) -> float | None:
         """The metric at the run's end: its last value after phase 0, else that of result.json."""
-        known = self.curves(metric).known(metric)
-        if known and (known[-1][0] > 0 or self.status == "done"):
-            return known[-1][1]
+        points = self.curves(metric).points(metric)
+        if points and (points[-1][0] > 0 or self.status == "done"):
+            return points[-1][1]
         return self.after.get(metric)
 
 

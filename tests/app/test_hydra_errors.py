@@ -91,9 +91,7 @@ def test_half_an_interpolation_is_told_how_to_be_text():
     ):
         hydra.compose("config", overrides=['task.prefix="costs ${x"'])
     message = explain(caught.value, CONF)
-    assert re.match(
-        r"task\.prefix: no viable .*; in a text write \\\$\{ instead of \$\{$", message
-    )
+    assert re.match(r"task\.prefix: no viable .*; in a text write \\\$\{ instead of \$\{$", message)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_a_run_under_an_intervention_is_told(
         text = json.dumps({"intervention": intervention})
         (tmp_path / "resolved_config.json").write_text(text)
         read_run(tmp_path)
-        assert ("which its saved model is without" in caplog.text) == is_told
+        assert ("its saved model does not have it" in caplog.text) == is_told
         intervention["mlps"] = [1]
 
 

@@ -122,5 +122,5 @@ def test_what_was_skipped_is_told_in_place_of_its_nulls(warnings_of):
             if row["phase"] == 7:
                 row["objective/scores"] = row["loss/total"] = None
     [warning] = warnings_of(lines)
-    assert warning.startswith("0 steps were skipped that were not finite and 1 phases without")
+    assert warning.startswith("0 steps that were not finite and 1 phases without")
     assert "train.log" in warning

@@ -118,8 +118,8 @@ def test_a_phase_twice_keeps_the_later_value_and_joins_both_kinds_of_row(tmp_pat
         {"phase": 2, "objective/kl": 3.0},
     ]
     ((run,), _) = read_runs([write_run(tmp_path / "run", config(), lines)])
-    assert run.train.known("objective/kl") == [(1, 5.0), (2, 3.0)]
-    assert run.evaluated.known("eval/kl") == [(2, 1.0)]
+    assert run.train.points("objective/kl") == [(1, 5.0), (2, 3.0)]
+    assert run.evaluated.points("eval/kl") == [(2, 1.0)]
 
 
 def test_what_is_no_finite_number_is_unknown_and_nulls_are_remembered(tmp_path):
@@ -130,9 +130,9 @@ def test_what_is_no_finite_number_is_unknown_and_nulls_are_remembered(tmp_path):
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"phase": 8, "loss/total": NaN, "loss/kl": Infinity}\n')
     ((run,), problems) = read_runs([folder])
-    assert run.train.known("loss/total") == [(0, 0.5), (6, 0.25)]
+    assert run.train.points("loss/total") == [(0, 0.5), (6, 0.25)]
     assert run.train.nulls == {"loss/total": [1]}
-    assert run.train.known("loss/value") == [(0, 0.5)]
+    assert run.train.points("loss/value") == [(0, 0.5)]
     assert "loss/kl" not in run.train.values
     assert problems == []
 
