@@ -244,7 +244,7 @@ def test_the_newest_checkpoint_is_damaged(damage: Any, short: Path, tmp_path: Pa
     damage(found[-1] / "state.safetensors")
     assert begin_or_go_on(folder, SHORT) == 0, said(folder)
     assert f"{found[-1].name} is damaged" in said(folder)
-    assert "going on from the one before" in said(folder)
+    assert "resuming from an earlier checkpoint" in said(folder)
     assert_the_same(folder, short, "damaged newest checkpoint", 1)
 
 

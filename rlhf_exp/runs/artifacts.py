@@ -1,9 +1,8 @@
-"""Finished pieces of work that later steps and other jobs reuse, kept under the hash of what made
-them.
+"""Artifacts: results that later steps and other jobs reuse, stored under the hash of their inputs.
 
-It knows folders, hashes and locks, not what is built. A build happens in a folder of another name
-that is renamed when it is complete, so whatever has the final name is finished. What an interrupted
-build left there is the next one's to go on from or to remove.
+It knows folders, hashes and locks, not what is built. A build writes to a folder with a temporary
+name and renames it when it is complete, so a folder with the final name is finished. The next build
+resumes from an interrupted build's folder, or removes it.
 """
 
 import ast
@@ -33,9 +32,8 @@ def content_hash(description: Mapping[str, Any]) -> str:
 
 @functools.cache
 def source_hash(*files: Path) -> str:
-    """Hash of the Python files and of everything of this package that they import: the version of
-    the code that builds. Read once a process, since a process goes on with the code it began
-    with."""
+    """Hash of the Python files and of all files of this package that they import. Cached, since a
+    process keeps the code that it started with."""
     digest = hashlib.sha256()
     for file in sorted(source_closure(*files)):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
@@ -43,16 +41,16 @@ def source_hash(*files: Path) -> str:
 
 
 def source_closure(*files: Path, package: Path = PACKAGE) -> set[Path]:
-    """The files with those of the package that they import, wherever in them, and so on."""
-    pending, found = list(files), set(files)
+    """The files and all files of the package that they import, directly or not."""
+    pending, closure = list(files), set(files)
     while pending:
         tree = ast.parse(pending.pop().read_text(encoding="utf-8"))
         for name in _imported_names(tree):
             file = package.parent.joinpath(*name.split(".")).with_suffix(".py")
-            if name.split(".")[0] == package.name and file.is_file() and file not in found:
-                found.add(file)
+            if name.split(".")[0] == package.name and file.is_file() and file not in closure:
+                closure.add(file)
                 pending.append(file)
-    return found
+    return closure
 
 
 def _imported_names(tree: ast.AST) -> Iterator[str]:
@@ -71,15 +69,15 @@ class ArtifactStore:
         self.root = root
 
     def folder(self, name: str, key: str) -> Path:
-        """Where the artifact is once it is finished."""
+        """The folder of the finished artifact."""
         return self.root / f"{name}-{key}"
 
     def obtain(self, name: str, key: str, build: Callable[[Path], None]) -> Path:
-        """The artifact's folder, built by `build(folder)` if it is not there yet.
+        """The artifact's folder, built by `build(folder)` if it does not exist.
 
-        While another process builds it, waits. A build that dies leaves nothing with the final
-        name; the next one is given the folder with what is in it. Raises ConfigError for a link in
-        the artifact's place, since that may lead anywhere.
+        Waits while another process builds it. A failed build leaves its files under the temporary
+        name, and the next build continues in that folder. Raises ConfigError for a link in the
+        artifact's place, since it may lead anywhere.
         """
         final = self.folder(name, key)
         partial = self.root / f".{final.name}.partial"

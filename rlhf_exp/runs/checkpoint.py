@@ -1,8 +1,8 @@
-"""Checkpoints of a run: tensors and numbers in folders that are complete or not there.
+"""Checkpoints of a run: folders of tensors and numbers, written atomically.
 
 It knows files and threads, not what they hold. Nothing is pickled: tensors are safetensors, numbers
-JSON, and a manifest has the size and the SHA-256 of both, so that a damaged checkpoint is known for
-one and the one before it serves.
+JSON, and a manifest has the size and the SHA-256 of both. A damaged checkpoint is detected and the
+previous one is used.
 """
 
 import hashlib
@@ -31,19 +31,19 @@ log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 TENSORS, NUMBERS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
-KEPT = 2  # the newest, beside the best
+KEPT = 2  # the number of newest checkpoints that stay; the best one stays too
 BROKEN = "broken-"
 
 
 class Checkpoint(NamedTuple):
-    """What a run goes on from."""
+    """The state from which a run resumes."""
 
     tensors: dict[str, Tensor]
     numbers: dict[str, Any]
 
 
 class DamagedError(Exception):
-    """A checkpoint that is not what was written; the message says in what."""
+    """A checkpoint whose files differ from what was written; the message names the difference."""
 
 
 def write_checkpoint(
@@ -54,9 +54,9 @@ def write_checkpoint(
     *,
     score: float | None = None,
 ) -> Path:
-    """Writes checkpoints/phase-N below the run's folder and returns it. Of the others the newest
-    and the one with the highest score stay. Raises OSError or SafetensorError if the disk does not
-    take it, and then leaves the others as they were."""
+    """Writes checkpoints/phase-N below the run's folder and returns its path. Removes older ones
+    except the newest and the one with the highest score. Raises OSError or SafetensorError if
+    writing fails, and then leaves the others unchanged."""
     root = run / FOLDER
     final = root / f"phase-{phase:06d}"
     partial = root / f".{final.name}.partial"
@@ -84,16 +84,16 @@ def has_checkpoint(run: Path) -> bool:
 
 
 def newest_phase(run: Path) -> int | None:
-    """The phase of a run's newest checkpoint, whole or not; None if there is none."""
+    """The phase of a run's newest checkpoint, damaged or not; None if there is none."""
     return max((phase for phase, _ in _finished(run)), default=None)
 
 
 def read_newest_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run that is whole, on the CPU; None if it has written none yet.
-    Damaged ones are warned of and set aside. Raises ConfigError if all are damaged."""
-    found = sorted(_finished(run), reverse=True)
+    """The newest undamaged checkpoint of a run, on the CPU; None without any checkpoint. Warns of
+    damaged ones and renames them. Raises ConfigError if all are damaged."""
+    checkpoints = sorted(_finished(run), reverse=True)
     reasons = []
-    for _, path in found:
+    for _, path in checkpoints:
         try:
             checkpoint = read_checkpoint(path)
         except DamagedError as damage:
@@ -101,20 +101,20 @@ def read_newest_checkpoint(run: Path) -> Checkpoint | None:
             reasons.append(f"{path.name}: {damage}")
             continue
         if reasons:
-            log.warning("going on from the one before, %s", path)
-        for _, damaged in found[: len(reasons)]:
+            log.warning("resuming from an earlier checkpoint, %s", path)
+        for _, damaged in checkpoints[: len(reasons)]:
             _set_aside(damaged)
         return checkpoint
     if reasons:
         raise ConfigError(
             f"{run / FOLDER}: every checkpoint is damaged ({'; '.join(reasons)}); remove that"
-            " folder, and the run starts from its beginning"
+            " folder to start the run from its beginning"
         )
     return None
 
 
 def _set_aside(damaged: Path) -> None:
-    """Gives a damaged checkpoint a name that no other has."""
+    """Renames a damaged checkpoint to an unused name."""
     names = (f"{BROKEN}{damaged.name}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 99))))
     free = (name for name in names if not damaged.with_name(name).exists())
     try:
@@ -124,7 +124,7 @@ def _set_aside(damaged: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """One checkpoint, on the CPU. Raises DamagedError if it is not what was written."""
+    """One checkpoint, on the CPU. Raises DamagedError if it differs from what was written."""
     manifest = _read_manifest(path)
     for name in (TENSORS, NUMBERS):
         _compare(path / name, manifest["files"].get(name))
@@ -155,17 +155,17 @@ def _describe(file: Path) -> dict[str, Any]:
 
 def _compare(file: Path, expected: Any) -> None:
     if not isinstance(expected, dict):
-        raise DamagedError(f"{MANIFEST} does not know {file.name}")
+        raise DamagedError(f"{MANIFEST} does not list {file.name}")
     try:
-        found = _describe(file)
+        actual = _describe(file)
     except FileNotFoundError as error:
         raise DamagedError(f"no {file.name}") from error
     except OSError as error:
         raise DamagedError(f"{file.name}: {error.strerror}") from error
-    if found["bytes"] != expected.get("bytes"):
-        told = f"{found['bytes']} bytes in place of {expected.get('bytes')}"
-        raise DamagedError(f"{file.name} has {told}")
-    if found["sha256"] != expected.get("sha256"):
+    if actual["bytes"] != expected.get("bytes"):
+        sizes = f"{actual['bytes']} bytes instead of {expected.get('bytes')}"
+        raise DamagedError(f"{file.name} has {sizes}")
+    if actual["sha256"] != expected.get("sha256"):
         raise DamagedError(f"{file.name} has another checksum")
 
 
@@ -174,17 +174,17 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 
 
 def _finished(run: Path) -> list[tuple[int, Path]]:
-    found = []
+    checkpoints = []
     for path in (run / FOLDER).glob("phase-*"):
         if match := re.fullmatch(r"phase-(\d+)", path.name):
-            found.append((int(match[1]), path))
-    return found
+            checkpoints.append((int(match[1]), path))
+    return checkpoints
 
 
 def _remove_superseded(run: Path) -> None:
-    found = sorted(_finished(run), reverse=True)
-    older = found[KEPT:]
-    best = max(found, key=lambda item: (_score(item[1]), -item[0]), default=None)
+    checkpoints = sorted(_finished(run), reverse=True)
+    older = checkpoints[KEPT:]
+    best = max(checkpoints, key=lambda item: (_score(item[1]), -item[0]), default=None)
     for item in older:
         if item != best or _score(item[1]) == -math.inf:
             _remove(item[1])
@@ -199,12 +199,12 @@ def _score(path: Path) -> float:
 
 
 def _remove(path: Path) -> None:
-    """Removes a checkpoint, which loses its name first: what is half removed is none."""
+    """Removes a checkpoint, renaming it first: a half-removed folder never counts as one."""
     if path.exists():
         hidden = path.with_name(f".{path.name}.removed")
         shutil.rmtree(hidden, ignore_errors=True)
         path.rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)  # what stays is cleared up at the next one
+        shutil.rmtree(hidden, ignore_errors=True)  # the next write retries
 
 
 def _clear_leftovers(root: Path) -> None:
@@ -213,13 +213,13 @@ def _clear_leftovers(root: Path) -> None:
 
 
 def remove_checkpoints(run: Path) -> None:
-    """Removes all checkpoints below a folder that needs them no more."""
+    """Removes all checkpoints of a run that no longer needs them."""
     shutil.rmtree(run / FOLDER, ignore_errors=True)
 
 
 @dataclass(kw_only=True)
 class _Write:
-    """A checkpoint on its way: `settled` is set once nothing of it is in memory that changes."""
+    """A checkpoint being written: `settled` is set once all of its tensors are copied."""
 
     thread: threading.Thread
     settled: threading.Event
@@ -227,18 +227,18 @@ class _Write:
 
 
 class CheckpointWriter:
-    """Writes checkpoints on a thread, so that training goes on.
+    """Writes checkpoints on a thread while training continues.
 
-    What the optimizer changes is copied on that thread as well, while the next rollout runs: only
-    the optimizer's next step waits until that is done. All else is copied at once. A copy of the
-    weights and of Adam's moments is in memory until it is written. A checkpoint that cannot be
-    written is warned of; the ones before it stay.
+    The thread also copies the tensors that the optimizer changes, while the next rollout runs; the
+    optimizer's next step waits for that copy. All other tensors are copied at once. Memory holds a
+    copy of the weights and of Adam's moments until they are written. If a checkpoint cannot be
+    written, a warning is logged and the earlier ones stay.
     """
 
     def __init__(self, run: Path, optimizer: torch.optim.Optimizer | None = None) -> None:
         self._run, self._optimizer = run, optimizer
         self._write: _Write | None = None
-        self.waited_s = 0.0  # that steps of the optimizer waited for copies
+        self.waited_s = 0.0  # seconds that the optimizer's steps waited for copies
         if optimizer is not None:
             self._hook = optimizer.register_step_pre_hook(lambda *_: self._wait_until_settled())
 
@@ -250,13 +250,13 @@ class CheckpointWriter:
         *,
         score: float | None = None,
     ) -> None:
-        """Begins to write what the tensors and numbers are now, after what is still being
-        written."""
+        """Starts to write the tensors and numbers as they are now, once the previous write is
+        done."""
         self.wait()
         resting = self._resting()
         copies = {n: t.detach().clone() for n, t in tensors.items() if id(t) not in resting}
         later = {n: t for n, t in tensors.items() if id(t) in resting}
-        text = json.dumps(numbers)  # now, for the same reason
+        text = json.dumps(numbers)  # now, since the caller may change them
         settled = threading.Event()
 
         def work() -> None:
@@ -274,7 +274,7 @@ class CheckpointWriter:
         thread.start()
 
     def wait(self) -> bool:
-        """Returns when nothing is being written; whether all that was has been written."""
+        """Waits for the current write. Returns False if it failed."""
         if self._write is None:
             return True
         self._write.thread.join()
@@ -282,19 +282,19 @@ class CheckpointWriter:
         if problem is not None:
             reason = str(problem).partition("\n")[0] or type(problem).__name__
             log.warning(
-                "a checkpoint could not be written (%s); those before it are kept, and training"
-                " goes on", reason,
+                "a checkpoint could not be written (%s); earlier ones are kept, and training"
+                " continues", reason,
             )  # fmt: skip
         return problem is None
 
     def close(self) -> None:
-        """Waits, and lets go of the optimizer."""
+        """Waits, and removes the hook from the optimizer."""
         self.wait()
         if self._optimizer is not None:
             self._hook.remove()
 
     def _resting(self) -> set[int]:
-        """What stays as it is until the optimizer's next step."""
+        """The ids of the tensors that do not change before the optimizer's next step."""
         return set() if self._optimizer is None else set(map(id, _held(self._optimizer)))
 
     def _wait_until_settled(self) -> None:
@@ -312,7 +312,7 @@ def _held(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """A copy on the CPU, made by this thread alone: torch would wake others for it."""
+    """A copy on the CPU, made by numpy on this thread: torch would use more threads."""
     source = tensor.detach()
     if source.device.type != "cpu":
         return source.cpu()

@@ -1,5 +1,4 @@
-"""What every stage is handed besides its parts: where to write, on what to compute, from which
-seed."""
+"""The context of a stage's run, besides its parts: the folder, the device, the seed."""
 
 from dataclasses import dataclass, field
 
@@ -13,9 +12,9 @@ from rlhf_exp.settings import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """The surroundings of one run of one stage. A resumed run goes on from the newest checkpoint
-    in its folder, or begins anew if it has none; `stop` is whether it is asked to end early. What
-    the stage adds to `presentation` is shown after its result is written."""
+    """The context of one run of one stage. A resumed run continues from the newest checkpoint in
+    its folder, or starts over without one; `stop` can end it early. Tables and figures that the
+    stage adds to `presentation` are shown after its result is written."""
 
     folder: RunFolder
     seed: int
@@ -32,8 +31,8 @@ class TrainingError(RuntimeError):
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA if there is one, else the CPU. Raises ConfigError for
-    one that this machine does not have."""
+    """The device of that name; "auto" is CUDA if available, else the CPU. Raises ConfigError if
+    this machine does not have it."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():

@@ -1,7 +1,7 @@
 """A run's folder: metrics.jsonl, samples.jsonl, histograms.jsonl, result.json, status.json,
 environment.txt.
 
-Metrics are flushed line by line: they are the source of truth, whatever happens to other loggers.
+Metrics are flushed line by line: they are the source of truth, even if other loggers fail.
 """
 
 import json
@@ -43,8 +43,8 @@ Status = Literal["running", "done", "failed", "interrupted"]
 
 @runtime_checkable
 class Sink(Protocol):
-    """Another place that metrics and samples go to, such as W&B. A subclass ignores what it does
-    not define."""
+    """Another destination of metrics and samples, such as W&B. A subclass ignores what it does not
+    define."""
 
     def log(self, phase: int, metrics: Mapping[str, float]) -> None:
         """The metrics of a phase, or of an update in supervised stages."""
@@ -59,7 +59,7 @@ class Sink(Protocol):
         return
 
     def log_summary(self, summary: Mapping[str, float]) -> None:
-        """What the run has come to so far, which replaces what was said before."""
+        """The run's summary so far, which replaces the earlier one."""
         return
 
     def log_result(self, result: Mapping[str, Any], path: Path) -> None:
@@ -76,8 +76,8 @@ def local_only() -> AbstractContextManager[list[Sink]]:
 
 
 class RunFolder:
-    """Writes what a run leaves behind. Nothing is created before the first write. Its path is
-    absolute, so that a reward that changes the process's folder does not scatter the run."""
+    """Writes a run's files. Nothing is created before the first write. The path is absolute, since
+    a reward may change the working folder."""
 
     def __init__(self, path: Path, open_sinks: OpenSinks = local_only) -> None:
         self.path = path.absolute()
@@ -96,7 +96,7 @@ class RunFolder:
             self._stack.__exit__(kind, *error)
 
     def start(self) -> None:
-        """Says that everything is loaded and the work begins; opens the other sinks."""
+        """Marks the run as running, once everything is loaded, and opens the other sinks."""
         self._sinks = self._stack.enter_context(self._open_sinks())
         self.write_status("running")
         self.write_environment()
@@ -108,7 +108,7 @@ class RunFolder:
         self._append(METRICS, [{"phase": phase, **finite}])
         self._pass_on(lambda sink: sink.log(phase, metrics))
         if self._sinks and "eval/score" in metrics:
-            # From the file, which also has what was evaluated before the run was resumed.
+            # From the file, which also has the evaluations before the run was resumed.
             summary = summarize(self.rows())
             self._pass_on(lambda sink: sink.log_summary(summary))
 
@@ -128,8 +128,8 @@ class RunFolder:
         self._pass_on(lambda sink: sink.log_result(result, self.path))
 
     def rows(self, name: str = METRICS) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl, or of another such file, so far. Broken lines are left out and
-        warned of."""
+        """The rows so far of metrics.jsonl, or of another such file. Skips broken lines with a
+        warning."""
         return [row for _, row in self._lines(name)]
 
     def sizes(self) -> dict[str, int]:
@@ -138,13 +138,13 @@ class RunFolder:
         return {name: file.stat().st_size for name, file in files.items() if file.exists()}
 
     def sync(self) -> None:
-        """Returns when the disk has the rows so far."""
+        """Waits until the disk has the rows so far."""
         for name in self.sizes():
             sync(self.path / name)
 
     def rewind(self, sizes: Mapping[str, int]) -> None:
-        """Removes the rows written since the files had those sizes, which a resumed run writes
-        again. A file that is shorter than that has lost rows and is warned of."""
+        """Cuts the files back to those sizes: a resumed run writes the later rows again. Warns of
+        a file that is shorter and so has lost rows."""
         for name in ROWS:
             file, size = self.path / name, sizes.get(name, 0)
             if not file.exists() and size == 0:
@@ -158,7 +158,7 @@ class RunFolder:
 
     @staticmethod
     def _end_line(file: Path) -> None:
-        """Ends a line that was cut off, so that the next row is one of its own."""
+        """Ends an incomplete last line, so that the next row starts a new one."""
         with file.open("rb+") as content:
             if content.seek(0, os.SEEK_END) == 0:
                 return
@@ -168,18 +168,18 @@ class RunFolder:
 
     @property
     def run_id(self) -> str:
-        """What the run is called in W&B, the same when it is resumed."""
+        """The run's id in W&B, which a resumed run keeps."""
         file = self.path / RUN_ID
         try:
-            known = file.read_text(encoding="ascii").strip()
+            recorded = file.read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError):
-            known = ""
-        if re.fullmatch(r"[\w.-]{1,64}", known, re.ASCII):
-            return known
+            recorded = ""
+        if re.fullmatch(r"[\w.-]{1,64}", recorded, re.ASCII):
+            return recorded
         run_id = secrets.token_hex(4)
         write_whole(file, f"{run_id}\n")
-        if known:
-            log.warning("%s is no id of a W&B run; this run is %s", known, run_id)
+        if recorded:
+            log.warning("%s is no id of a W&B run; this run is %s", recorded, run_id)
         return run_id
 
     def clear(self) -> None:

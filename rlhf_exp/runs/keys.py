@@ -1,4 +1,4 @@
-"""The keys of a configuration: the values of those that are not groups, and what each key is for.
+"""The keys of a configuration: the values of keys that are not groups, and the use of every key.
 
 It knows names of keys, not the classes of stages: reading a command line must not import torch.
 """
@@ -24,18 +24,18 @@ from rlhf_exp.settings import (
 
 @dataclass(frozen=True, kw_only=True)
 class Use:
-    """What a key is for. `results`: it is part of what determines a job's results, by which a sweep
-    knows its jobs. `resume`: whether a resumed run may have another value, or a larger one.
-    `compared`: the report may name it as a parameter that runs differ in."""
+    """The use of a key. `results`: it affects a job's results, so it is part of the job's identity
+    in a sweep. `resume`: whether a resumed run may have another value, or a larger one.
+    `compared`: the report may list it as a parameter in which runs differ."""
 
     results: bool = True
     resume: Literal["fixed", "larger", "free"] = "fixed"
     compared: bool = True
 
 
-PLACE = Use(results=False, resume="free", compared=False)  # where results go, and who shows them
+PLACE = Use(results=False, resume="free", compared=False)  # where results go and are shown
 LENGTH = Use(resume="larger")
-REPORTING = Use(resume="free", compared=False)  # how often training saves or shows itself
+REPORTING = Use(resume="free", compared=False)  # how often training saves or logs
 
 
 @settings
@@ -58,11 +58,11 @@ class RunSettings:
 
 
 GROUPS = {"stage", *PARTS, "logger", "hub"}
-# Of one start of a run: a resumed run does not take them over.
+# Keys of a single start: a resumed run does not inherit them.
 OF_ONE_START = ("resume", "resume_with", "dry_run")
 SEEDS = ("seed", "prepare_seed")
-MAX_KL_SUM = "stage.guards.max_kl_sum"  # a run that it ended may be given more
-PPO = "rlhf_exp.stages.ppo.PPO"  # evaluations choose none of its weights
+MAX_KL_SUM = "stage.guards.max_kl_sum"  # a run that it ended may continue with another value
+PPO = "rlhf_exp.stages.ppo.PPO"  # its eval_every does not affect the weights
 USES = {
     **{key: hint.__metadata__[-1]
        for key, hint in get_type_hints(RunSettings, include_extras=True).items()},
@@ -76,8 +76,8 @@ USES = {
 
 
 def use_of(key: str, config: Mapping[str, Any]) -> Use:
-    """What a dotted key is for in a configuration of dotted keys. A step of `prepare` is never
-    resumed with another value."""
+    """The use of a dotted key in a configuration of dotted keys. A step of `prepare` never resumes
+    with another value."""
     step = re.match(r"prepare\.[^.]+\.", key)
     place = step[0] if step else ""
     name = key.removeprefix(place)
@@ -88,8 +88,8 @@ def use_of(key: str, config: Mapping[str, Any]) -> Use:
 
 
 def read_run_settings(config: Mapping[str, Any]) -> RunSettings:
-    """The configuration's keys that are not groups. Raises ConfigError with everything that is
-    wrong with them, unknown keys included."""
+    """The settings that are not in a group. Raises ConfigError with all of their problems, unknown
+    keys included."""
     try:
         return RunSettings(**{key: config[key] for key in config.keys() - GROUPS})
     except pydantic.ValidationError as error:

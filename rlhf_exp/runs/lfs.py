@@ -1,4 +1,4 @@
-"""Git LFS pointers: what a clone without Git LFS holds in place of large files."""
+"""Git LFS pointers: the small files that a clone without Git LFS has instead of large ones."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def refuse_lfs_pointer(file: Path, *, field: str) -> None:
-    """Raises ConfigError if the file is a pointer, naming the field that the file is set by, and
+    """Raises ConfigError if the file is a pointer, naming the field that sets the file, and
     OSError if it cannot be read."""
     with file.open("rb") as content:
         is_pointer = content.read(len(POINTER)) == POINTER

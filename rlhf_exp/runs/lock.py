@@ -1,4 +1,4 @@
-"""Which process a run's folder belongs to. A claim ends with its process, however that ends."""
+"""Locks a run's folder for one process. The lock ends with its process, even after a crash."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +9,12 @@ from filelock import FileLock, Timeout
 from rlhf_exp.runs.paths import LOCK
 from rlhf_exp.settings import ConfigError
 
-PATIENCE_S = 2.0  # who asks whether a folder is claimed holds the lock for a moment
+PATIENCE_S = 2.0  # a call of `is_locked` elsewhere holds the lock for a moment
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """The folder is this process's own within the block. Raises ConfigError if it is another's."""
+    """Locks the folder within the block. Raises ConfigError if another process holds the lock."""
     path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.absolute() / LOCK)
     try:
@@ -28,7 +28,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a living process has claimed the folder."""
+    """Whether a living process has locked the folder."""
     if not (path / LOCK).is_file():
         return False
     try:

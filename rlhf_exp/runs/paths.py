@@ -1,6 +1,6 @@
-"""The names of a run's files, which no other package knows, and the smallest of them read.
+"""The names of a run's files, which no other package knows, and readers of the small files.
 
-It imports nothing that takes time, so that a command line is read at once.
+It imports only fast modules, so that a command line is read at once.
 """
 
 import json
@@ -17,9 +17,9 @@ STATUS, RESULT, RESOLVED_CONFIG = "status.json", "result.json", "resolved_config
 METRICS, SAMPLES, HISTOGRAMS = "metrics.jsonl", "samples.jsonl", "histograms.jsonl"
 ENVIRONMENT, LOG, RUN_ID, LOCK = "environment.txt", "train.log", "run_id.txt", ".lock"
 HYDRA, CONFIG, OVERRIDES = ".hydra", ".hydra/config.yaml", ".hydra/overrides.yaml"
-RESUMED = ".hydra/resumed"  # what the last resume was started with
+RESUMED = ".hydra/resumed"  # the configuration of the last resume's command line
 MODEL, CHECKPOINTS, CURVES = "model", "checkpoints", "curves.png"
-MADE_OF = "made_of.json"  # of an artifact: what its hash stands for
+MADE_OF = "made_of.json"  # in an artifact: the content of its hash
 
 
 def read_result(folder: Path) -> Any:
@@ -80,7 +80,7 @@ def runs_below(folder: Path) -> list[Path]:
 
 
 def newest_finished(roots: Sequence[Path]) -> list[Path]:
-    """The folders with a result below the roots, those of sweeps included, the newest first."""
+    """The folders with a result below the roots, jobs of sweeps included, newest first."""
     patterns = ("*", "*/*", "*/sweeps/*/*")
     files = {
         file.resolve()
@@ -92,5 +92,5 @@ def newest_finished(roots: Sequence[Path]) -> list[Path]:
 
 
 def forget_status(run: Path) -> None:
-    """Makes a job look as if it had not begun."""
+    """Removes a job's status, so that it counts as not started."""
     (run / STATUS).unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""What a run shows once its result is written: tables, figures, a model card.
+"""Output after a run's result is written: tables, figures, a model card.
 
-It knows that none of this is worth losing a run for, and nothing of what is shown.
+It knows that a failure here must not fail the run, and nothing of what is shown.
 """
 
 import logging
@@ -10,13 +10,13 @@ log = logging.getLogger(__name__)
 
 
 class Presentation:
-    """Parts to show in their order, each by itself: one that fails takes no other down."""
+    """Parts to show in order; a part that fails does not affect the others."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[str, Callable[[], object]]] = []
 
     def add(self, name: str, show: Callable[[], object]) -> None:
-        """Has `show()` called once the result is written. `name` is for the warning if it fails."""
+        """Registers `show()` for after the result. `name` is for the warning if it fails."""
         self._parts.append((name, show))
 
     def show(self) -> None:
@@ -26,7 +26,7 @@ class Presentation:
 
 
 def attempt(name: str, call: Callable[[], object]) -> None:
-    """Makes a call that a finished run can do without: warns if it fails."""
+    """Makes a call that a finished run does not need: warns if it fails."""
     try:
         call()
     except (Exception, SystemExit) as error:  # SystemExit: rich's answer to a closed pipe

@@ -1,4 +1,4 @@
-"""What a result may depend on beside its configuration: the code, as it was, and the machine."""
+"""The environment of a run, on which its result may depend: the code and the machine."""
 
 import functools
 import hashlib
@@ -19,10 +19,10 @@ MAX_DIFF = 1 << 16  # bytes
 
 
 def environment() -> list[str]:
-    """A line each: the commit, with "+" if files differ from it, Python, CPU, memory, GPUs, torch
-    and all packages; after an empty one what differs from the commit, at most 64 KiB of it and
-    without secrets. Files that git does not know are not among that. An installed package has no
-    commit, but a hash of its code."""
+    """Lines for the commit, with "+" if files differ from it, Python, CPU, memory, GPUs, torch and
+    all packages; then an empty line and the diff from the commit, at most 64 KiB, without secrets
+    and without untracked files. An installed package has a hash of its code instead of a
+    commit."""
     missing = "unknown" if REPOSITORY else "none"
     commit = _git("rev-parse", "HEAD").decode().strip() or missing
     diff = _git("diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD", limit=MAX_DIFF + 1)
@@ -40,8 +40,8 @@ def environment() -> list[str]:
 
 
 def _cpu() -> str:
-    """The processor's name with the cores that it has and that this process may use, and the
-    threads of torch."""
+    """The processor's name, its cores, the processors that this process may use, and torch's
+    threads."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = psutil.cpu_count(logical=False) or "unknown"
     return (
@@ -53,19 +53,19 @@ def _cpu() -> str:
 @functools.cache
 def _processor() -> str:
     try:
-        # Linux alone has it, and there platform.processor() says nothing.
+        # Only Linux has this file, and its platform.processor() is empty.
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
-    found = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    model_line = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", text, re.MULTILINE)
+    return model_line[1].strip() if model_line else platform.processor() or platform.machine()
 
 
 def _gpus() -> list[str]:
     if not torch.cuda.is_available():
         return ["gpu none"]
-    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    lines = [f"gpu {gpu.name}, {gpu.total_memory / 2**30:.1f} GiB" for gpu in found]
+    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    lines = [f"gpu {gpu.name}, {gpu.total_memory / 2**30:.1f} GiB" for gpu in devices]
     return [*lines, f"driver {_driver()}, CUDA {torch.version.cuda}"]
 
 
@@ -86,8 +86,8 @@ def _build() -> str:
 
 @functools.cache  # reading the metadata of 200 packages takes longer than a phase of a small model
 def _packages() -> tuple[str, ...]:
-    found = {f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions()}
-    return tuple(sorted(found))
+    packages = {f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions()}
+    return tuple(sorted(packages))
 
 
 def _shown(diff: bytes) -> list[str]:
@@ -114,7 +114,7 @@ def _code_hash() -> str:
 
 
 def _git(*arguments: str, limit: int = 1 << 10) -> bytes:
-    """What git says, at most `limit` bytes of it; nothing if there is no git or no repository."""
+    """At most `limit` bytes of git's output; empty without git or a repository."""
     if not REPOSITORY:  # the folder of an environment may lie in another repository
         return b""
     command = ["git", "-C", str(REPOSITORY), *arguments]
@@ -123,8 +123,8 @@ def _git(*arguments: str, limit: int = 1 << 10) -> bytes:
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
         ) as process:
             assert process.stdout is not None
-            said = process.stdout.read(limit)
-            process.kill()  # it may have much more to say
+            output = process.stdout.read(limit)
+            process.kill()  # its output may be much longer
     except OSError:
         return b""
-    return said
+    return output

@@ -1,7 +1,7 @@
-"""Run folders as records: found below any path and read whatever state they are in.
+"""Reads run folders below any path into records, also unfinished and damaged ones.
 
-It knows files and their faults, not what the numbers mean. What cannot be read becomes a line of
-`problems` with its path; nothing here raises for the content of a folder.
+It knows files and their faults, not what the numbers mean. An unreadable file becomes a line of
+`problems` with its path; the content of a folder never raises an error here.
 """
 
 import json
@@ -40,9 +40,8 @@ EVALUATED = ("eval/", "heldout/")
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """Metrics by phase; NaN where a phase has none. Each array is as long as `phases`. `nulls`: the
-    phases at which a metric was written as null, which is how training writes what is not
-    finite."""
+    """Metrics by phase, NaN for a missing value. Each array is as long as `phases`. `nulls`: the
+    phases at which a metric is null, which training writes for a number that is not finite."""
 
     phases: list[int]
     values: dict[str, np.ndarray]
@@ -54,7 +53,7 @@ class Curves:
         return points[-1][1] if points else None
 
     def points(self, name: str) -> list[tuple[int, float]]:
-        """(phase, value) wherever there is a value."""
+        """(phase, value) for each phase with a value."""
         array = self.values.get(name)
         if array is None:
             return []
@@ -64,7 +63,7 @@ class Curves:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run: what it was asked (`config`, dotted keys) and what it left behind."""
+    """One run: its configuration (`config`, dotted keys) and its results."""
 
     folder: Path
     name: str
@@ -85,11 +84,12 @@ class Run:
         return seed if isinstance(seed, int) else None
 
     def curves(self, metric: str) -> Curves:
-        """The curves that the metric is among."""
+        """The set of curves that the metric belongs to."""
         return self.evaluated if metric.startswith(EVALUATED) else self.train
 
     def final(self, metric: str) -> float | None:
-        """The metric at the run's end: its last value after phase 0, else that of result.json."""
+        """The metric at the run's end: its last value after phase 0, else its value in
+        result.json."""
         points = self.curves(metric).points(metric)
         if points and (points[-1][0] > 0 or self.status == "done"):
             return points[-1][1]
@@ -97,15 +97,15 @@ class Run:
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """The runs at and below the paths, each once, and what could not be read."""
+    """The runs at and below the paths, without duplicates, and the problems in reading them."""
     problems: list[str] = []
     folders: dict[Path, Path] = {}
     for path in paths:
         before = len(problems)
-        found = list(_find(path, MAX_DEPTH, problems, set()))
-        if not found and len(problems) == before:
+        run_folders = list(_find(path, MAX_DEPTH, problems, set()))
+        if not run_folders and len(problems) == before:
             problems.append(f"{path}: no run in it (a run has a status.json or a metrics.jsonl)")
-        for folder in found:
+        for folder in run_folders:
             folders.setdefault(_resolved(folder), folder)
     names = _distinct_names(list(folders.values()))
     runs = [_read_run(folder, names[folder], problems) for folder in folders.values()]
@@ -113,8 +113,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 
 def read_run(path: Path) -> Run:
-    """The run in a folder. Raises ConfigError, with what could not be read, if there is not exactly
-    one."""
+    """The run in a folder. Raises ConfigError with the problems unless it holds exactly one."""
     runs, problems = read_runs([path])
     if len(runs) != 1:
         reason = f"{len(runs)} runs are below it: name one" if runs else "; ".join(problems)
@@ -122,30 +121,30 @@ def read_run(path: Path) -> Run:
     return runs[0]
 
 
-def _find(path: Path, depth: int, problems: list[str], seen: set[Path]) -> Iterator[Path]:
+def _find(path: Path, depth: int, problems: list[str], visited: set[Path]) -> Iterator[Path]:
     try:
-        inside = set(os.listdir(path))
+        entries = set(os.listdir(path))
     except OSError as error:
         problems.append(f"{path}: {error.strerror}")
         return
-    if STATUS in inside or METRICS in inside:
+    if STATUS in entries or METRICS in entries:
         yield path
         return
-    if HYDRA in inside:
-        problems.append(f"{path}: a job that has not begun, or was killed before it did")
+    if HYDRA in entries:
+        problems.append(f"{path}: a job that did not start, or was killed while starting")
         return
-    if _resolved(path) in seen or not depth:
+    if _resolved(path) in visited or not depth:
         return
-    seen.add(_resolved(path))
-    for name in sorted(inside, key=_numerically):
+    visited.add(_resolved(path))
+    for name in sorted(entries, key=_numerically):
         if name.startswith(".") or name in NO_RUNS or not os.path.isdir(path / name):
             continue
         count = len(problems)
-        below = list(_find(path / name, depth - 1, problems, seen))
-        yield from below
+        runs = list(_find(path / name, depth - 1, problems, visited))
+        yield from runs
         # Job folders begin with their number.
-        job = name[0].isdigit() and not SWEEP_FILES.isdisjoint(inside)
-        if job and not below and len(problems) == count:
+        job = name[0].isdigit() and not SWEEP_FILES.isdisjoint(entries)
+        if job and not runs and len(problems) == count:
             problems.append(f"{path / name}: no status.json and no metrics.jsonl")
 
 
@@ -159,7 +158,7 @@ def _resolved(path: Path) -> Path:
 
 
 def _distinct_names(folders: Sequence[Path]) -> dict[Path, str]:
-    """Each folder's name, with its parents' where two have the same."""
+    """Each folder's name, with its parents' names if two are equal."""
     names = {folder: _resolved(folder).name for folder in folders}
     for level in (2, 3, 4):
         counts: dict[str, int] = {}
@@ -198,8 +197,8 @@ def _read_run(folder: Path, name: str, problems: list[str]) -> Run:
 
 
 def read_rows(path: Path, problems: list[str], *, growing: bool) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl that are objects with a phase. `growing`: a run is writing it, so
-    that an unfinished last line is no fault."""
+    """The rows of a metrics.jsonl that are objects with a phase. `growing`: a run is writing the
+    file, so an unfinished last line is no problem."""
     content = _read_bytes(path, problems)
     rows, wrong = [], []
     lines = content.split(b"\n")
@@ -244,7 +243,7 @@ def _is_phase(value: Any) -> bool:
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     """The entries that are finite numbers."""
-    found = {}
+    numbers = {}
     for name, value in row.items():
         if isinstance(value, (float, int)) and not isinstance(value, bool):
             try:
@@ -252,12 +251,12 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
             except OverflowError:  # an integer of 309 digits
                 continue
             if math.isfinite(number):
-                found[name] = number
-    return found
+                numbers[name] = number
+    return numbers
 
 
 def _curves(rows: Sequence[Mapping[str, Any]]) -> tuple[Curves, Curves]:
-    """Training's and the evaluations' curves. Of a metric that a phase has twice, the later
+    """The curves of training and of evaluations. If a phase has a metric twice, the later value
     counts: a resumed run wrote it again."""
     by_phase: dict[int, dict[str, Any]] = {}
     names: dict[str, None] = {}
@@ -271,8 +270,8 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> tuple[Curves, Curves]:
 
 
 def _aligned(by_phase: Mapping[int, Mapping[str, Any]], names: Sequence[str]) -> Curves:
-    own = set(names)
-    phases = sorted(p for p, row in by_phase.items() if not own.isdisjoint(row))
+    columns = set(names)
+    phases = sorted(p for p, row in by_phase.items() if not columns.isdisjoint(row))
     table = [by_phase[phase] for phase in phases]
     arrays = {name: _array([row.get(name) for row in table]) for name in names}
     holes = [name for name, array in arrays.items() if np.isnan(array).any()]
@@ -285,8 +284,8 @@ def _aligned(by_phase: Mapping[int, Mapping[str, Any]], names: Sequence[str]) ->
 
 
 def _array(values: Sequence[Any]) -> np.ndarray:
-    """The values as numbers, NaN for what is none or not finite."""
-    # Of 900,000 values of a sweep nearly all are floats, which numpy converts at once.
+    """The values as numbers, NaN for values that are not finite numbers."""
+    # Nearly all of a sweep's 900,000 values are floats, which numpy converts at once.
     if {*map(type, values)} <= {float, NoneType}:
         array = np.array(values, dtype=float)
         array[np.isinf(array)] = math.nan
@@ -297,7 +296,7 @@ def _array(values: Sequence[Any]) -> np.ndarray:
 def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
     content = _read_bytes(path, problems)
     if not content:
-        # Not path.is_file(), which raises where the folder is out of reach.
+        # Not path.is_file(), which raises if the folder is not accessible.
         if os.path.isfile(path) and os.access(path, os.R_OK):
             problems.append(f"{path}: empty")
         return {}
@@ -321,7 +320,7 @@ def _read_commits(folder: Path, problems: list[str]) -> tuple[str, ...]:
 
 
 def _read_config(folder: Path, problems: list[str]) -> dict[str, Any]:
-    """The resolved configuration, dotted; else Hydra's, in which ${...} stays text."""
+    """The resolved configuration with dotted keys, else Hydra's, in which ${...} stays text."""
     config = _read_json(folder / RESOLVED_CONFIG, problems)
     path = folder / CONFIG
     if not config and os.path.isfile(path):
@@ -348,7 +347,7 @@ def _flatten(config: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON can hold it: YAML also knows dates, infinity and keys of any kind."""
+    """The value as JSON can hold it: YAML also has dates, infinity and keys of any type."""
     if isinstance(value, Mapping):
         return {encodable(str(key)): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list):

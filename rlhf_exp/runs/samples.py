@@ -1,6 +1,6 @@
 """The first and the last evaluation's samples of a run, side by side.
 
-It reads the two ends of samples.jsonl alone: a sweep's files are hundreds of megabytes.
+It reads only the two ends of samples.jsonl: a sweep's files are hundreds of megabytes.
 """
 
 import json
@@ -12,12 +12,12 @@ from typing import Any, BinaryIO
 
 SHOWN = 8
 HEAD = 1 << 16
-MAX_TAIL = 1 << 24  # an evaluation of more is shown without its samples
+MAX_TAIL = 1 << 24  # bytes; samples of a larger evaluation are not shown
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A prompt's completions at the first and the last evaluation; None where there is none."""
+    """A prompt's completions at the first and the last evaluation; None if missing."""
 
     prompt: str
     before: str
@@ -27,12 +27,12 @@ class Sample:
 
 
 def encodable(text: str) -> str:
-    """The text with what UTF-8 cannot hold (lone surrogates, names that are no text) replaced."""
+    """The text with lone surrogates, as in undecodable file names, replaced for UTF-8."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def read_samples(path: Path, problems: list[str]) -> list[Sample]:
-    """Up to eight prompts with their first and last completions; none if there is no such file."""
+    """Up to eight prompts with their first and last completions; empty without the file."""
     try:
         with path.open("rb") as file:
             first, last = _ends(file)
@@ -65,7 +65,7 @@ def _ends(file: BinaryIO) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     head, length = b"", HEAD
     while head.count(b"\n") < SHOWN and len(head) < size and length <= MAX_TAIL:
         head, length = _block(file, 0, length), length * 4
-    # So many lines and not all: each is parsed.
+    # A few lines only, since each is parsed.
     first = _rows(head.split(b"\n")[: 4 * SHOWN])
     first = [row for row in first if row["phase"] == first[0]["phase"]][:SHOWN]
     length = HEAD
@@ -86,7 +86,8 @@ def _block(file: BinaryIO, offset: int, length: int) -> bytes:
 
 
 def _start_of_last(lines: list[bytes]) -> int:
-    """Where the last phase's rows begin; 0 if it is at the beginning or before."""
+    """The index of the last phase's first row; 0 if the phase starts at or before the first
+    line."""
     rows = (row for line in reversed(lines) for row in _rows([line]))
     last = next(rows, None)
     if last is None:
@@ -100,7 +101,7 @@ def _is_other(line: bytes, mark: bytes) -> bool:
 
 
 def _rows(lines: Iterable[bytes]) -> list[dict[str, Any]]:
-    found = []
+    rows = []
     for line in lines:
         try:
             row = json.loads(line)
@@ -108,8 +109,8 @@ def _rows(lines: Iterable[bytes]) -> list[dict[str, Any]]:
             continue
         texts = isinstance(row, dict) and (row.get("prompt"), row.get("completion"))
         if texts and all(isinstance(t, str) for t in texts) and isinstance(row.get("phase"), int):
-            found.append(row)
-    return found
+            rows.append(row)
+    return rows
 
 
 def _score(row: dict[str, Any]) -> float | None:

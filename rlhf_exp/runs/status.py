@@ -1,4 +1,4 @@
-"""How far the jobs of a sweep are, read from what they write into their folders: the same for every
+"""The state of a sweep's jobs, read from the files in their folders, so that it works for every
 launcher and every machine that shares the disk."""
 
 import json
@@ -9,14 +9,14 @@ from typing import Any
 
 from rlhf_exp.runs.paths import METRICS, STATUS
 
-KNOWN = ("running", "done", "failed", "interrupted")
+STATUSES = ("running", "done", "failed", "interrupted")
 TAIL = 1 << 14  # bytes; a row of metrics.jsonl has about 1 kB
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobState:
-    """`status` is that of status.json, or "waiting" without a known one; score and KL are the
-    newest of metrics.jsonl, of an evaluation if the run is done."""
+    """`status` is from status.json, "waiting" if missing or unknown; score and KL are the newest in
+    metrics.jsonl, of an evaluation if the run is done."""
 
     status: str
     error: str | None = None
@@ -26,7 +26,7 @@ class JobState:
 
 
 def read_state(folder: Path) -> JobState:
-    """The state of a job; what cannot be read counts as not there yet."""
+    """The state of a job; an unreadable file counts as missing."""
     status = _read_json(folder / STATUS)
     newest: dict[str, Any] = {}
     evaluated: dict[str, Any] = {}
@@ -41,7 +41,7 @@ def read_state(folder: Path) -> JobState:
     source = evaluated if side == "eval" else newest
     error, phase = status.get("error"), _number(newest.get("phase"))
     return JobState(
-        status=status["status"] if status.get("status") in KNOWN else "waiting",
+        status=status["status"] if status.get("status") in STATUSES else "waiting",
         error=error if isinstance(error, str) else None,
         phase=None if phase is None else int(phase),
         score=_number(source.get(score)),

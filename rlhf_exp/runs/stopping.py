@@ -1,4 +1,4 @@
-"""What asks a run to end before its work is done: signals and a limit of time.
+"""Requests to stop a run early: signals and a time limit.
 
 It knows when a run may stop, not what it does then.
 """
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# What ends a process with a word of warning. Not all systems have all of them.
+# Signals that ask a process to end. Some systems lack some of them.
 SIGNALS = tuple(
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
@@ -23,9 +23,9 @@ TIME_IS_UP = 75  # EX_TEMPFAIL of sysexits.h: come again
 
 
 class Interrupted(BaseException):
-    """A run that was asked to stop, and can go on; the message says why. `exit_code` is 128 plus
-    the signal's number, or 75 where the time was up. No Exception, as KeyboardInterrupt is none:
-    what handles a failing reward or W&B must not swallow it."""
+    """A run that was asked to stop and can be resumed; the message gives the reason. `exit_code` is
+    128 plus the signal's number, or 75 if the time is up. Like KeyboardInterrupt it is not an
+    Exception, so that the handlers of a failing reward or W&B do not swallow it."""
 
     def __init__(self, why: str, exit_code: int) -> None:
         super().__init__(why)
@@ -33,19 +33,19 @@ class Interrupted(BaseException):
 
     @property
     def to_be_requeued(self) -> bool:
-        """Whether a queue sent the signal that says so."""
+        """Whether the signal was SIGUSR1, by which a queue announces the end of its time."""
         return self.exit_code == 128 + getattr(signal, "SIGUSR1", 0)
 
 
 class StopRequests:
-    """Whether a run is asked to stop. Within `steps` a first signal waits for the end of a step;
-    outside of it, as while a model is loaded, it raises Interrupted at once. A second signal ends
-    the process where it is, after `abandon(why)`; but a caller that has hung up may have
-    interrupted before.
+    """Requests to stop a run. Within `steps` the first signal takes effect at the end of the step;
+    elsewhere, for instance while a model is loaded, it raises Interrupted at once. A second signal
+    calls `abandon(why)` and ends the process; a second SIGHUP is ignored, since a caller that hung
+    up may have sent an interrupt before.
 
-    A process that is forked within `listening`, by a reward for instance, does not answer for the
-    run: SIGTERM ends it as if nobody listened. The other signals, which a terminal or a queue sends
-    to all processes of a job, it ignores the first time, so that the run can finish its step.
+    In a process that is forked within `listening`, for instance by a reward, SIGTERM has its normal
+    effect. The first of the other signals, which terminals and queues send to all processes of a
+    job, is ignored there, so that the run can finish its step.
     """
 
     def __init__(self, *, abandon: Callable[[str], None] = lambda why: None) -> None:
@@ -58,14 +58,14 @@ class StopRequests:
         self._before: dict[int, Any] = {}
 
     def limit(self, minutes: float, *, began: float) -> None:
-        """The run may take so long, counted from `began` of time.monotonic(): the time is up where
-        another step as long as the longest so far would not fit. One step is always made."""
+        """Limits the run to `minutes` from `began` of time.monotonic(): it stops before a step as
+        long as the longest so far would exceed them. It always makes at least one step."""
         self._limit_s, self._began = 60 * minutes, began
 
     @contextmanager
     def listening(self) -> Iterator["StopRequests"]:
-        """Signals ask within the block. Python handles them on the main thread alone, so that
-        elsewhere nothing is listened to."""
+        """Handles signals within the block. Does nothing outside the main thread, the only one on
+        which Python handles signals."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -82,8 +82,8 @@ class StopRequests:
 
     @contextmanager
     def steps(self) -> Iterator[None]:
-        """A loop of steps that are finished or not begun. Raises Interrupted if a stop was asked
-        for before."""
+        """A loop of steps that stops only between steps. Raises Interrupted if a stop was already
+        requested."""
         if self._asked is not None:
             raise self._asked
         self._in_steps, self._last, self._longest = True, time.monotonic(), 0.0
@@ -93,18 +93,18 @@ class StopRequests:
             self._in_steps = False
 
     def asked(self) -> Interrupted | None:
-        """Why to stop now, at the end of a step; None to go on. Each step has to ask."""
+        """The reason to stop now, or None to continue. Call it at the end of each step."""
         now = time.monotonic()
         self._longest = max(self._longest, now - self._last)
         self._last = now
         left = self._began + self._limit_s - now
         if self._asked is None and left < self._longest:
-            why = f"max_minutes={self._limit_s / 60:g} would be over before another step was"
+            why = f"max_minutes={self._limit_s / 60:g} would end before another step does"
             self._asked = Interrupted(why, TIME_IS_UP)
         return self._asked
 
     def release_sigterm(self) -> None:
-        """Gives SIGTERM back to the handler that it had before `listening`."""
+        """Restores the handler that SIGTERM had before `listening`."""
         if signal.SIGTERM in self._before:
             signal.signal(signal.SIGTERM, self._before[signal.SIGTERM])
 
@@ -145,13 +145,13 @@ def _release_sigterm() -> None:
     _unblock_sigterm()
 
 
-# Not left to the handler: Python drops what a child receives before it is fully forked, and calls
-# no handler in one that waits in C code.
+# The handler is not enough: Python drops signals that a child receives before it is fully forked,
+# and calls no handler in a child that waits in C code.
 os.register_at_fork(
     before=_block_sigterm, after_in_parent=_unblock_sigterm, after_in_child=_release_sigterm
 )
 
 
 def _say(line: str) -> None:
-    # Not by a logger or print, which may be in the middle of a line of the code interrupted.
+    # Not by a logger or print: the signal may have interrupted one in the middle of a line.
     os.write(2, line.encode())

@@ -1,4 +1,4 @@
-"""Numbers computed from samples for people to read; nothing is trained on them."""
+"""Summaries of metrics and samples for people to read; training does not use them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 NUM_BINS = 64
-TAIL = 0.005  # the share of the values that lie beyond the equal bins, on each side
+TAIL = 0.005  # the share of the values outside the equal bins, on each side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +22,9 @@ class Histogram:
 
 def histogram(values: Float[Tensor, " token"], *, num_bins: int = NUM_BINS) -> Histogram:
     """The histogram of the finite values: equal bins from their 0.5 % to their 99.5 % quantile (the
-    nearest values), of which the first and the last are widened to the least and the greatest, so
-    that an outlier does not squeeze all others into one bin. If the quantiles are equal, the bins
-    are equal from the least to the greatest; around a single value they are 1 wide together."""
+    nearest values). The first and the last bin are widened to the minimum and the maximum, so that
+    outliers do not squeeze all other values into one bin. If the quantiles are equal, the bins
+    divide minimum to maximum equally; if all values are equal, a width of 1 around them."""
     values = values.float().cpu()
     # In float64 the edges between two neighboring numbers differ.
     ordered = values[values.isfinite()].double().sort().values
@@ -37,7 +37,7 @@ def histogram(values: Float[Tensor, " token"], *, num_bins: int = NUM_BINS) -> H
 
 
 def _core(ordered: Float[Tensor, " token"]) -> tuple[float, float]:
-    """Where most of the values in rising order lie: two different numbers."""
+    """The ends of the range with most of the values in rising order: two different numbers."""
     if not len(ordered):
         return 0.0, 1.0
     tail = round(TAIL * (len(ordered) - 1))
@@ -45,14 +45,14 @@ def _core(ordered: Float[Tensor, " token"]) -> tuple[float, float]:
         low, high = ordered[cut].item(), ordered[-1 - cut].item()
         if low < high:
             return low, high
-    # Beside 1e20 an edge that is 0.5 away would be no other number.
+    # At 1e20 adding 0.5 gives the same float.
     half = max(0.5, 1e-6 * abs(low))
     return low - half, low + half
 
 
 def summarize(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """What a run came to, from the rows of its metrics.jsonl: the evaluation with the best score,
-    the first of equals, and all numbers of the last one. Empty before the first evaluation."""
+    """A run's summary from the rows of its metrics.jsonl: the score and phase of the best
+    evaluation (the first of equals), and all numbers of the last. Empty without evaluations."""
     evaluated = [row for row in rows if row.get("eval/score") is not None]
     if not evaluated:
         return {}
@@ -69,7 +69,7 @@ def summarize(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def describe(metrics: Mapping[str, float | None]) -> str:
-    """The metrics as one line. None is what files hold for a number that was not finite."""
+    """The metrics as one line. None stands for a number that is not finite."""
     return "  ".join(f"{name} {show_number(value)}" for name, value in metrics.items())
 
 

@@ -125,7 +125,7 @@ def test_a_forest_that_predicts_nothing_gives_no_numbers():
     runs, scores = random_search(30, lambda run: 0.0)
     found = measure_importance(runs, scores, ["lr", "kl"])
     assert (found.parameters, found.pairs, found.noise) == ([], [], None)
-    assert "no better than their mean" in found.note
+    assert "no better than the mean" in found.note
 
 
 @pytest.mark.parametrize(

@@ -170,8 +170,8 @@ def test_the_one_before_a_damaged_one_serves(
     assert f"{path} is damaged" in caplog.text
     if file != "manifest.json" and damage in ("cut off", "empty"):
         assert f"{file} has " in caplog.text
-        assert " bytes in place of " in caplog.text
-    assert "going on from the one before" in caplog.text
+        assert " bytes instead of " in caplog.text
+    assert "resuming from an earlier checkpoint" in caplog.text
     # It is set aside: it does not count as one of the newest.
     assert folders(tmp_path) == ["broken-phase-000006", "phase-000003"]
     for phase in (4, 5):
@@ -346,7 +346,7 @@ def test_nothing_of_a_folder_elsewhere_is_touched(tmp_path: Path) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["../../../secret"] = manifest["files"].pop("state.json")
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DamagedError, match=r"does not know state\.json"):
+    with pytest.raises(DamagedError, match=r"does not list state\.json"):
         read_checkpoint(path)
     assert secret.read_text() == "x"
 

@@ -68,7 +68,7 @@ def test_a_folder_without_runs_and_a_path_that_is_none_are_named(tmp_path):
     assert problems == [
         f"{tmp_path}/empty: no run in it (a run has a status.json or a metrics.jsonl)",
         f"{sweep}/1_seed=2: no status.json and no metrics.jsonl",
-        f"{sweep}/2_seed=3: a job that has not begun, or was killed before it did",
+        f"{sweep}/2_seed=3: a job that did not start, or was killed while starting",
         f"{tmp_path}/nowhere: No such file or directory",
     ]
 

@@ -187,7 +187,7 @@ def test_the_time_is_up_before_a_step_that_would_not_fit(monkeypatch):
     # At 110, 130, 131 and 134, steps of at most 10, 20, 20 and 20 seconds.
     assert [asked is not None for asked in seen] == [False, False, True, True]
     assert seen[2].exit_code == 75
-    assert str(seen[2]) == "max_minutes=1 would be over before another step was"
+    assert str(seen[2]) == "max_minutes=1 would end before another step does"
     assert not seen[2].to_be_requeued
 
 
