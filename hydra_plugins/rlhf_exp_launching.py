@@ -1,6 +1,4 @@
-"""Hydra's part of starting a sweep's jobs: composing and checking them, and handing them to a
-launcher, whatever becomes of it.
-"""
+"""Hydra's part of starting a sweep's jobs: composes, checks and launches them."""
 
 import os
 import shlex
@@ -49,16 +47,16 @@ from rlhf_exp.sweeps.jobs import (
 from rlhf_exp.sweeps.monitor import Monitor, problems, summary
 from rlhf_exp.sweeps.reaping import await_and_mark, await_end, mark_dead, mark_failed, unreported
 
-OWN = ("skip_completed=", "dry_run=")  # of the sweep, not of its jobs
+SWEEP_WORDS = ("skip_completed=", "dry_run=")  # of the sweep, not of its jobs
 OF_THE_SWEEP = ("launcher", "sweeper", "sweep")  # parts of Hydra's configuration
-MANY = 20  # jobs that take long enough to check to say so
+MANY = 20  # jobs; checking so many takes long enough for a message
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What has to be known of a launcher. `at_once` is how many jobs it runs at a time, `counts`
-    whether it keeps to that itself; `keeps` says that a job that has not started yet may still do
-    so after the launcher has failed; `here` that its processes are this machine's."""
+    """The properties of a launcher. `at_once`: the number of jobs that it runs at a time; `counts`:
+    it enforces that limit itself; `keeps`: a waiting job may still start after the launcher fails;
+    `here`: its processes run on this machine."""
 
     at_once: int
     counts: bool = True
@@ -67,7 +65,7 @@ class Kind:
 
 
 class Launching:
-    """Checks and launches the jobs of one sweep, which has a folder to itself."""
+    """Checks and launches the jobs of one sweep, in the sweep's own folder."""
 
     def __init__(self, context: HydraContext, function: TaskFunction, config: DictConfig) -> None:
         self._context, self._config = context, config
@@ -81,15 +79,16 @@ class Launching:
         self.console = Console()
 
     def say(self, line: str) -> None:
-        """Prints a line, however long, as it is but for secrets."""
+        """Prints a line without wrapping it, and without secrets."""
         self.console.print(Text(printable(scrub(line))), soft_wrap=True)
 
     def parse(self, params: Mapping[str, Any], arguments: Sequence[str]) -> list[Override]:
-        """A sweeper's params, then those words of the command line that concern jobs. Raises
-        ConfigError for a sweep over what is no part of a job."""
+        """A sweeper's params, then the overrides of the command line for jobs. Raises ConfigError
+        for a sweep over a key that does not affect results."""
         words = [*(f"{key}={value}" for key, value in params.items()), *arguments]
         parser = OverridesParser.create(config_loader=self._context.config_loader)
-        overrides = parser.parse_overrides([w for w in words if not w.lstrip("+").startswith(OWN)])
+        words = [word for word in words if not word.lstrip("+").startswith(SWEEP_WORDS)]
+        overrides = parser.parse_overrides(words)
         for override in overrides:
             key = override.get_key_element().lstrip("+~")
             if override.is_sweep_override() and not use_of(key, {}).results:
@@ -102,8 +101,8 @@ class Launching:
         *,
         metrics: Sequence[str] = (),
     ) -> list[SweepJob]:
-        """The jobs, each given as its words and those of them that are swept. Raises BadJobs with
-        all that cannot run or will not have one of the metrics."""
+        """The checked jobs. Each input is a job's words and the swept ones among them. Raises
+        BadJobs with all jobs that cannot run or lack one of the metrics."""
         if len(jobs) >= MANY:
             self.say(f"checking {len(jobs)} jobs")
         checked: list[SweepJob] = []
@@ -115,7 +114,7 @@ class Launching:
             try:
                 config = run.check(
                     self._compose(words),
-                    self.folder / str(number),  # its folder has no name before all are checked
+                    self.folder / str(number),  # its folder is named once all are checked
                     words,
                     sweep=True,
                     here=self.kind.here,
@@ -135,11 +134,11 @@ class Launching:
     def _compose(self, words: Sequence[str]) -> DictConfig:
         config = self._context.config_loader.load_sweep_config(self._config, list(words))
         for part in OF_THE_SWEEP:
-            own, used = (OmegaConf.to_container(c.hydra[part]) for c in (config, self._config))
-            if own != used:
+            job, sweep = (OmegaConf.to_container(c.hydra[part]) for c in (config, self._config))
+            if job != sweep:
                 raise ConfigError(
-                    f"hydra.{part} is of the whole sweep, and a swept experiment that sets it would"
-                    " be ignored: set it on the command line"
+                    f"hydra.{part} applies to the whole sweep, so a swept experiment cannot set it:"
+                    " set it on the command line"
                 )
         with open_dict(config):
             del config["hydra"]
@@ -147,19 +146,19 @@ class Launching:
 
     @contextmanager
     def owned(self) -> Iterator[None]:
-        """The sweep's folder is this process's own within the block. Raises ConfigError for a
-        folder that holds a sweep unless that is to be completed, for a completion without a folder,
-        and while jobs of the sweep are running."""
+        """Locks the sweep's folder within the block. Raises ConfigError if the folder holds a sweep
+        and skip_completed is false, if skip_completed has no folder, and if jobs of the sweep are
+        running."""
         if self.skip_completed and not read_record(self.folder):
             self._refuse_new_folder()
         with locked(self.folder):
-            known = read_record(self.folder)
-            if known and not self.skip_completed:
+            recorded_jobs = read_record(self.folder)
+            if recorded_jobs and not self.skip_completed:
                 raise ConfigError(
                     f"hydra.sweep.dir={self.folder} holds a sweep already: add skip_completed=true"
                     " to run what is missing there, or name another folder"
                 )
-            running = [job for job in known if is_locked(job.folder)]
+            running = [job for job in recorded_jobs if is_locked(job.folder)]
             if running:
                 raise ConfigError(
                     f"job {running[0].number} in {running[0].folder} is still running: wait for it,"
@@ -169,7 +168,7 @@ class Launching:
 
     def _refuse_new_folder(self) -> None:
         if any(word.startswith("hydra.sweep.dir=") for word in self._config.hydra.overrides.hydra):
-            return  # one command for the first time and for all others
+            return  # the same command starts the sweep and completes it
         old = sorted(self.folder.parent.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime)
         hint = f"; the newest is {old[-1].parent}" if old else ""
         raise ConfigError(
@@ -178,8 +177,8 @@ class Launching:
         )
 
     def run(self, jobs: Sequence[SweepJob], *, batch_size: int | None, title: str = "") -> None:
-        """Launches placed jobs, at most so many at a time, and returns when all have ended, done or
-        not."""
+        """Launches placed jobs, at most `batch_size` at a time, and returns when all have ended,
+        done or not."""
         write_record(self.folder, jobs, command=sys.argv)
         write_whole(self.folder / "multirun.yaml", run.to_yaml(self._config))
         for job in jobs:
@@ -190,7 +189,7 @@ class Launching:
             share = max(1, (os.cpu_count() or 1) // size)
             os.environ.setdefault("OMP_NUM_THREADS", str(share))
         if self.kind.here and not self.kind.keeps:
-            os.environ[SWEEP_PID] = str(os.getpid())  # whose end ends the jobs
+            os.environ[SWEEP_PID] = str(os.getpid())  # jobs end when it ends
         try:
             with _signals_interrupt(), Monitor(jobs, self.console, title=title):
                 for begin in range(0, len(jobs), size):
@@ -204,7 +203,7 @@ class Launching:
             raise
 
     def _launch(self, jobs: Sequence[SweepJob]) -> None:
-        again: set[int] = set()
+        retried: set[int] = set()
         while jobs:
             broken = False
             words = [[*job.overrides, f"hydra.sweep.subdir='{job.folder.name}'"] for job in jobs]
@@ -214,16 +213,16 @@ class Launching:
                     if result.status == JobStatus.FAILED:
                         # Not return_value, which raises and prints.
                         mark_failed(job, result._return_value)
-            except Exception as error:  # of the launcher; jobs keep theirs to themselves
+            except Exception as error:  # the launcher's; jobs handle their own errors
                 self.say(f"launcher: {type(error).__name__}: {error}")
                 broken = True
             await_end(jobs)
-            # A pool that broke has ended jobs that had nothing to do with it: once more, once.
-            innocent = [j for j in unreported(jobs) if broken and j.number not in again]
+            # A broken pool also ends jobs that did not break it: retry these once.
+            innocent = [j for j in unreported(jobs) if broken and j.number not in retried]
             if self.kind.keeps:
                 innocent = []
             for job in innocent:
-                again.add(job.number)
+                retried.add(job.number)
                 forget_status(job.folder)
             mark_dead(jobs, "failed")
             left = [job for job in jobs if read_state(job.folder).status == "waiting"]
@@ -232,23 +231,23 @@ class Launching:
             jobs = left
 
     def conclude(self, jobs: Sequence[SweepJob]) -> None:
-        """Says how the jobs ended and what to do next. Raises AlreadySaid if one is not done."""
+        """Prints how the jobs ended and the next command. Raises AlreadySaid if one is not done."""
         self.console.print(summary(jobs))
-        found = problems(jobs)
-        for line in found:
+        undone = problems(jobs)
+        for line in undone:
             self.say(line)
         script = ["python", os.path.relpath(SCRIPTS / "compare.py")]
         if not REPOSITORY:
             script = [sys.executable, "-m", "rlhf_exp.scripts.compare"]
         self.say(f"compare them: {shlex.join([*script, str(self.folder)])}")
-        if found:
+        if undone:
             self.say_how_to_go_on()
             raise run.AlreadySaid(1)
 
     def say_how_to_go_on(self) -> None:
-        """The command that completes the sweep."""
-        given = ("hydra.sweep.dir=", "skip_completed=")
-        words = [word for word in sys.argv if not word.startswith(given)]
+        """Prints the command that completes the sweep."""
+        replaced = ("hydra.sweep.dir=", "skip_completed=")
+        words = [word for word in sys.argv if not word.startswith(replaced)]
         words += [f"hydra.sweep.dir={self.folder}", "skip_completed=true"]
         python = ["python"] if sys.argv[0].endswith(".py") else []  # else it is the console script
         self.say(f"run what is missing: {shlex.join([*python, *redact_words(words)])}")
@@ -256,8 +255,8 @@ class Launching:
 
 @contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """Has SIGTERM, a queue's SIGUSR1 and a closed terminal end the sweep as Ctrl-C does, with their
-    own exit codes."""
+    """Within the block SIGTERM, a queue's SIGUSR1 and a closed terminal end the sweep as Ctrl-C
+    does, with their own exit codes."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -276,21 +275,21 @@ def _signals_interrupt() -> Iterator[None]:
 
 
 def _kind(config: DictConfig) -> Kind:
-    """What kind of launcher is chosen. Raises ConfigError where it would run as many jobs as there
-    are cores without having been asked to."""
+    """The properties of the chosen launcher. Raises ConfigError if it would by default run as many
+    jobs as there are cores."""
     launcher, cores = config.hydra.launcher, os.cpu_count() or 1
     target = str(launcher.get("_target_"))
     if "hydra_joblib_launcher" in target:
-        given = [w for w in config.hydra.overrides.hydra if w.startswith("hydra.launcher.n_jobs=")]
-        if launcher.n_jobs == -1 and not given:
+        words = [w for w in config.hydra.overrides.hydra if w.startswith("hydra.launcher.n_jobs=")]
+        if launcher.n_jobs == -1 and not words:
             raise ConfigError(
-                "hydra/launcher=joblib starts as many jobs as there are cores, each with a model of"
-                " its own: say how many, hydra.launcher.n_jobs=2"
+                "hydra/launcher=joblib starts as many jobs as there are cores, each with its own"
+                " model: set the number, hydra.launcher.n_jobs=2"
             )
         return Kind(at_once=int(launcher.n_jobs) if launcher.n_jobs > 0 else cores)
     if "SlurmLauncher" in target:
         return Kind(at_once=int(launcher.array_parallelism), keeps=True, here=False)
-    if "LocalLauncher" in target:  # of submitit; it starts all that it is given
+    if "LocalLauncher" in target:  # of submitit; it starts all of its jobs at once
         at_once = int(config.hydra.sweeper.max_batch_size or cores)
         return Kind(at_once=at_once, counts=False, keeps=True)
     if "hydra_ray_launcher" in target:

@@ -1,9 +1,9 @@
-"""Hydra's sweepers: which jobs there are. Here since Hydra takes plugins from no other package."""
+"""Hydra's sweepers: the jobs of a grid or a search. Hydra finds plugins only in this package."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Private, and the one place that knows how Hydra makes a grid; hydra-core is pinned below 1.4.
+# A private class, the only one that makes Hydra's grid; hydra-core is pinned below 1.4.
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.plugins.sweeper import Sweeper
@@ -52,16 +52,16 @@ class GridSweeper(Sweeper):
                 raise ConfigError(f"{key}: an interval is for a search; add hydra/sweeper=search")
         [grid] = BasicSweeper.split_arguments(overrides, None)
         swept = {o.get_key_element() for o in overrides if o.is_sweep_override()}
-        given = [(row, [w for w in row if w.split("=")[0] in swept]) for row in grid]
-        checked = launching.check(given)
+        rows = [(row, [w for w in row if w.split("=")[0] in swept]) for row in grid]
+        checked = launching.check(rows)
         jobs = place(launching.folder, checked)
-        if len(jobs) < len(given):
-            launching.say(f"{len(given) - len(jobs)} of {len(given)} jobs are others again")
+        if len(jobs) < len(rows):
+            launching.say(f"{len(rows) - len(jobs)} of {len(rows)} jobs repeat others")
         if launching.dry_run:
             show_plan(jobs, launching.console, at_once=launching.kind.at_once)
             return
         with launching.owned():
-            jobs = place(launching.folder, checked)  # the folder may have been another's until now
+            jobs = place(launching.folder, checked)  # another process may have changed the folder
             todo = [job for job in jobs if read_state(job.folder).status != "done"]
             done = f", {len(jobs) - len(todo)} of them done" if len(todo) < len(jobs) else ""
             launching.say(f"sweep: {len(jobs)} jobs{done}, in {launching.folder}")
@@ -70,7 +70,7 @@ class GridSweeper(Sweeper):
 
 
 class SearchSweeper(Sweeper):
-    """Settings drawn by Optuna, each batch after the results of the one before."""
+    """Settings drawn by Optuna, each batch after the results of the previous one."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class SearchSweeper(Sweeper):
         _check_counts(max_batch_size=max_batch_size, n_trials=n_trials)
         if both := {*maximize} & {*minimize}:
             raise ConfigError(
-                f"{min(both)}: it is in hydra.sweeper.maximize and in minimize: leave it out of one"
+                f"{min(both)}: it is in hydra.sweeper.maximize and minimize: remove it from one"
             )
         self._metrics = dict.fromkeys(maximize, "maximize") | dict.fromkeys(minimize, "minimize")
         check_search(sampler, self._metrics)
@@ -118,15 +118,15 @@ class SearchSweeper(Sweeper):
                 launching.folder, sampler=self._sampler, seed=self._seed, metrics=self._metrics
             )
             begin = search.num_done
-            for number in range(begin, self._n_trials, batch_size):  # also where some fail, it ends
+            for number in range(begin, self._n_trials, batch_size):  # ends even if trials fail
                 size = min(batch_size, self._n_trials - number)
                 title = f"trial {number + 1} to {number + size} of {self._n_trials}: "
                 trials = [search.ask(space) for _ in range(size)]
                 self._run_batch(search, trials, fixed, title=title)
             best = search.best()
             for values, metrics in best[:BEST]:
-                found = dict(zip(self._metrics, metrics, strict=True))
-                launching.say(f"best: {found} with {values}")
+                results = dict(zip(self._metrics, metrics, strict=True))
+                launching.say(f"best: {results} with {values}")
             if len(best) > BEST:
                 launching.say(f"and {len(best) - BEST} more on the Pareto front")
             launching.conclude(read_record(launching.folder))
@@ -139,7 +139,7 @@ class SearchSweeper(Sweeper):
         for trial in trials:
             try:
                 [job] = launching.check([_of_values(fixed, trial.values)])
-            except BadJobs as error:  # values that are right, but not together
+            except BadJobs as error:  # each value is valid, but not the combination
                 launching.say(f"trial {trial.number}: {error}")
                 search.tell(trial, None)
                 continue
@@ -154,7 +154,7 @@ class SearchSweeper(Sweeper):
 
 
 def _space(overrides: Sequence[Override]) -> tuple[Space, list[str]]:
-    """The swept keys with what they range over, and the words of the others."""
+    """The swept keys with their intervals or values, and the overrides of the other keys."""
     space: dict[str, Interval | tuple[str, ...]] = {}
     fixed = []
     for override in overrides:
@@ -173,8 +173,8 @@ def _space(overrides: Sequence[Override]) -> tuple[Space, list[str]]:
             fixed.append(f"{key}={override.get_value_element_as_str()}")
     for key, values in space.items():
         words = [f"{key}={values.low if isinstance(values, Interval) else ','.join(values)}"]
-        if redact_words(words) != words:  # the study's file would have them
-            raise ConfigError(f"{key}: secrets are not searched; give it one value")
+        if redact_words(words) != words:  # the study's file would hold them
+            raise ConfigError(f"{key}: a secret cannot be searched; give it one value")
     if not space:
         raise ConfigError(
             "nothing to search: give a key an interval, stage.kl_coef=interval(0.1,1)"

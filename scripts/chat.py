@@ -1,4 +1,4 @@
-"""Talk to a run's policy, or to any saved model; what it says appears as it is sampled.
+"""Talk to a run's policy, or to any saved model; answers appear as they are sampled.
 
     python scripts/chat.py RUN
 
@@ -18,7 +18,7 @@ from rlhf_exp.settings import ConfigError
 
 
 def lines() -> Iterator[str]:
-    """What the user writes, until the end of input or /quit."""
+    """The user's lines, until the end of input or /quit."""
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
     arguments = parser.parse_args()
     try:
-        hub_url()  # raises, where importing the hub's client would
+        hub_url()  # raises for a malformed address, before the import of the hub's client does
         quieten_transformers()
         talk = Talk(
             arguments.model,
@@ -50,7 +50,7 @@ def main() -> None:
             prepend_bos=prepend_bos_of(arguments.model),
             trust_remote_code=arguments.trust_remote_code,
         )
-        print(f"{talk.kind}; /reset forgets what was said, /quit or Ctrl-D ends", file=sys.stderr)
+        print(f"{talk.kind}; /reset clears the conversation, /quit or Ctrl-D ends", file=sys.stderr)
         for line in lines():
             talk.take(line, max_new_tokens=arguments.gen_len)
     except ConfigError as error:

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--score", default=Names.score, help=f"metric to raise ({Names.score})")
     parser.add_argument("--kl", default=Names.kl, help=f"metric to keep low ({Names.kl})")
     parser.add_argument("--wandb", action="store_true", help="add the figures to the sweep in W&B")
-    parser.add_argument("--no-html", action="store_true", help="Markdown and pictures alone")
+    parser.add_argument("--no-html", action="store_true", help="only Markdown and pictures")
     arguments = parser.parse_args()
     paths = arguments.paths
     if arguments.wandb and len(paths) > 1:
@@ -49,7 +49,7 @@ def main() -> None:
     for path in written:
         print(path)
     if arguments.wandb:
-        from rlhf_exp.report.wandb_report import log_report  # takes torch along
+        from rlhf_exp.report.wandb_report import log_report  # imports torch
 
         log_report(paths[0], pictures, page=page)
 

@@ -14,7 +14,7 @@ from rlhf_exp.tasks.protocol import LabelledTask
 
 
 def main() -> None:
-    """Prints what the reward and the judge say of the samples before and after."""
+    """Prints the reward's and the judge's scores of the samples before and after training."""
     make_streams_unbreakable()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a finished run")
@@ -32,7 +32,7 @@ def main() -> None:
     if not isinstance(reward, Classifier):
         parser.error("the run's reward names no label; only reward=classifier has one")
     split = task.labelled_split()
-    # The order of the labels is that of a classifier trained on the task.
+    # Sorted as in a classifier trained on the task.
     labels = sorted({text.label for text in split.train})
     try:
         label = labels[reward.find_label(labels, of="the task")]

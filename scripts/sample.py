@@ -1,4 +1,4 @@
-"""Completions of a run's policy beside those of the model that it began as.
+"""Completions of a run's policy beside those of its base model.
 
 python scripts/sample.py RUN --prompt "This movie was" --prompt "I think" --num 2
 """
@@ -19,7 +19,7 @@ from rlhf_exp.settings import ConfigError
 
 
 def _problem(error: ValidationError) -> str:
-    """Which argument is out of range, and why."""
+    """A message that names the argument that is out of range, and the reason."""
     detail = error.errors()[0]
     name = str(detail["loc"][0]).replace("_", "-")
     return f"--{name}={detail['input']}: {detail['msg']}"
@@ -31,8 +31,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", help="folder of a finished run")
     parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
-    parser.add_argument("--num", type=int, default=1, help="completions a prompt (1)")
-    parser.add_argument("--gen-len", type=int, default=32, help="tokens a completion, at most (32)")
+    parser.add_argument("--num", type=int, default=1, help="completions per prompt (1)")
+    parser.add_argument("--gen-len", type=int, default=32, help="most tokens per completion (32)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (1)")
     parser.add_argument("--top-k", type=int, help="sample from this many tokens; 1 is greedy")
     parser.add_argument("--seed", type=int, default=0, help="0")
@@ -41,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     prompts = [prompt for prompt in arguments.prompt for _ in range(arguments.num)]
     try:
-        hub_url()  # raises, where importing the hub's client would
+        hub_url()  # raises for a malformed address, before the import of the hub's client does
         quieten_transformers()
         run = read_run(arguments.run, trust_remote_code=arguments.trust_remote_code)
         sampler = CachedSampler(
@@ -63,7 +63,7 @@ def main() -> None:
         sys.exit(f"error: {error if isinstance(error, ConfigError) else _problem(error)}")
     Console().print(side_by_side(prompts, base, tuned))
     if base is None:
-        print("the run began from nothing: there is no base model to show")
+        print("the run trained from scratch: there is no base model to show")
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def test_a_sweep_tells_no_secret_and_is_completed(tmp_path, words):
 def test_a_search_over_secrets_is_refused(tmp_path, words):
     outcome = train(tmp_path, "-m", *words, "sweep=search", f"+reward.api_key={SECRETS[0]},other")
     assert outcome.code == 2
-    assert re.search(r"reward\.api_key: secrets are not searched", outcome.err)
+    assert re.search(r"reward\.api_key: a secret cannot be searched", outcome.err)
 
 
 def test_what_was_kept_out_of_a_file_is_asked_for(tmp_path, words):

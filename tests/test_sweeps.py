@@ -240,7 +240,7 @@ def test_what_makes_no_other_job_is_not_swept(tmp_path):
     outcome = train(tmp_path, "-m", *SMALL, "logger.notes=a,b")
     assert_refused(outcome, r"logger\.notes: the jobs would be the same; give it one value")
     outcome = train(tmp_path, "-m", *SMALL, "seed=1,1,2", "--dry-run")
-    assert "1 of 3 jobs are others again" in outcome.out
+    assert "1 of 3 jobs repeat others" in outcome.out
     assert "2 of 2 jobs to run" in outcome.out
 
 
@@ -299,7 +299,7 @@ def test_what_is_the_whole_sweeps_is_not_taken_from_a_swept_experiment(tmp_path,
     words = ["--config-dir", str(folder.parent), "-m", *small, "--dry-run"]
     outcome = train(tmp_path, *words, "experiment=plain,own")
     assert_refused(
-        outcome, rf"hydra\.{part} is of the whole sweep.*\n  in job 1 \(experiment=own\)"
+        outcome, rf"hydra\.{part} applies to the whole sweep.*\n  in job 1 \(experiment=own\)"
     )
     alone = train(tmp_path, *words, "experiment=own", "seed=1,2")
     assert (alone.code, alone.raised) == (0, None), alone.out + alone.err
@@ -326,7 +326,7 @@ def test_completing_needs_the_folder(tmp_path):
 
 def test_joblib_is_told_how_many(tmp_path):
     outcome = train(tmp_path, "-m", *SMALL, "seed=1,2", "hydra/launcher=joblib")
-    assert_refused(outcome, r"say how many, hydra\.launcher\.n_jobs=2")
+    assert_refused(outcome, r"set the number, hydra\.launcher\.n_jobs=2")
     missing = train(tmp_path, "-m", *SMALL, "seed=1,2", "hydra/launcher=ray")
     assert_refused(missing, r"pip install 'rlhf_exp\[ray\]'")
 

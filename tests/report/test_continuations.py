@@ -1,4 +1,4 @@
-"""A run beside the model that it began as."""
+"""A run beside its base model."""
 
 import io
 import json

@@ -67,13 +67,13 @@ def test_a_grid_with_holes_is_decomposed_as_well():
     assert "grid" in found.note
 
 
-def test_without_seeds_the_rest_is_the_noise_and_interactions_are_not_told():
+def test_without_seeds_the_rest_is_the_noise_and_includes_interactions():
     runs = grid(a=[1, 2, 3, 4], b=[1, 2, 3])
     scores = [r["a"] + 0.01 * ((3 * r["a"] + 5 * r["b"]) % 7) for r in runs]
     found = measure_importance(runs, scores, ["a", "b"])
     assert found.parameters[0] == ("a", pytest.approx(1, abs=0.01))
     assert found.pairs == []
-    assert "interactions cannot be told" in found.note
+    assert "it includes interactions" in found.note
 
 
 def test_pure_noise_has_no_important_parameter():
