@@ -20,7 +20,7 @@ ROWS = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """How good each completion is."""
+    """The score of each completion."""
 
     exact: Bool[Tensor, " batch"]
     true_rewards: Float[Tensor, " batch"]
@@ -29,7 +29,7 @@ class Judgement:
 def judge_answers(
     task: AnswerTask, tokenizer: PreTrainedTokenizerBase, completions: Completions
 ) -> Judgement:
-    """Each completion beside the exact answer to its prompt."""
+    """The judgement of each completion against the exact answer to its prompt."""
     prompts, texts = completions.prompts.texts, completions.texts
     rewards = [task.true_reward(p, t) for p, t in zip(prompts, texts, strict=True)]
     return Judgement(

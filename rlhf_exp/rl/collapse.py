@@ -1,4 +1,4 @@
-"""Signs that a policy collapses, told while it happens: log lines, and metrics that are 0 or 1.
+"""Warnings of a policy's collapse while it trains: log lines, and metrics that are 0 or 1.
 
 The thresholds are rules of thumb; a warning is a reason to look, not a verdict.
 """
@@ -14,8 +14,8 @@ from rlhf_exp.types import Rollout
 
 log = logging.getLogger(__name__)
 
-FIRST = 5  # phases whose numbers later ones are held against
-SETTLED = 8  # phases after which values should predict something
+FIRST = 5  # phases with which later ones are compared
+SETTLED = 8  # phases after which values should predict the returns
 COLLAPSED = 0.5  # of the first distinct-3
 LOW_ENTROPY = 0.1  # nats a token
 HIGH_KL = 1.0  # nats a token: each token is e times as likely as to the reference
@@ -26,8 +26,8 @@ Sign = tuple[bool, str]
 
 @dataclass(kw_only=True)
 class CollapseMonitor:
-    """Compares each phase with the first ones. A warning is logged when it comes up, and again only
-    after a phase without it."""
+    """Compares each phase with the first ones. A warning is logged when it appears, and again
+    only after a phase without it."""
 
     first_distinct: list[float] = field(default_factory=list)
     first_entropy: list[float] = field(default_factory=list)

@@ -1,5 +1,4 @@
-"""What surrounds steps 1 to 3: rewards on a thread, rewards that fail, and rollouts that are made a
-phase ahead."""
+"""Steps 1 to 3 with rewards on a thread, failing rewards, and rollouts collected a phase ahead."""
 
 import logging
 import math
@@ -29,9 +28,9 @@ SCORING = (
 
 
 class Scorer:
-    """Step 2. With `on_thread` the reward scores on a thread of its own. If it fails in spite of
-    the guards' retries, the scores are NaN with on_reward_error="skip". `penalty` [batch] is taken
-    off the scores."""
+    """Step 2. With `on_thread` the reward scores on a separate thread. If it fails despite the
+    guards' retries, the scores are NaN with on_reward_error="skip". `penalty` [batch] is
+    subtracted from the scores."""
 
     def __init__(
         self,
@@ -110,7 +109,7 @@ class Rollouts:
         rollout = replace(self._next[0], scores=self._next[1]())
         self._next = rollout, lambda: rollout.scores
         completions, prompts = rollout.completions, rollout.completions.prompts
-        # A row is saved as its index: each is one of the task's, and may be equal to others.
+        # A row is saved as its index in the task, since rows may be equal.
         places = {id(row): i for i, row in enumerate(self._prompts.rows)}
         return {
             "rollout": _tensors(rollout),
@@ -137,7 +136,7 @@ class Rollouts:
                 texts=tuple(state["texts"]),
                 **completions,
             ),
-            **{"values": None, **rollout},  # a rollout without values has saved none
+            **{"values": None, **rollout},  # a rollout may be saved without values
         )
         self._next = whole, lambda: whole.scores
 

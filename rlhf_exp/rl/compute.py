@@ -1,4 +1,4 @@
-"""How policy and reference compute: in which precision, compiled or not, how much at a time."""
+"""How policy and reference compute: precision, compilation, batch sizes."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -18,7 +18,7 @@ from rlhf_exp.settings import Count, settings
 
 @settings
 class Compute:
-    """Speed and memory. Of these only async_reward changes what is learned from."""
+    """Settings of speed and memory. Only async_reward changes the training data."""
 
     dtype: Dtype = "auto"
     """Dtype of passes: bf16, fp32; auto: bf16 on devices with instructions for it (CPU: from a
@@ -37,7 +37,7 @@ class Compute:
     """Scores a batch while the next one is sampled, which is then one update old."""
 
     def problems(self, model: ModelSettings, sampler: Sampler) -> list[str]:
-        """What is wrong between these settings, the model's and the sampler's."""
+        """Conflicts between these settings, the model's and the sampler's."""
         problems = []
         wants_plain = {
             "gradient_checkpointing": self.gradient_checkpointing,
@@ -101,13 +101,13 @@ class Compute:
             and fast
             and policy.device.type == "cuda"
             and not self.gradient_checkpointing
-            and bool(setup.train_prompts.mask.all())  # else widths vary, and each is compiled
+            and bool(setup.train_prompts.mask.all())  # else each width is compiled
         ):
             policy.compile_passes()
 
 
 def warm_up(setup: Setup, *, rows: int) -> None:
-    """Compiles what learning runs, `rows` completions a pass, so that no phase's time includes it.
+    """Compiles the code of learning for passes of `rows` completions, before any phase is timed.
     Does nothing for a policy that is not compiled."""
     policy, width = setup.policy, setup.train_prompts.tokens.shape[1]
     if not policy.is_compiled:

@@ -1,7 +1,7 @@
 """Step 4, credit: from a scored rollout to the advantage of each token.
 
-An estimator knows one formula. It does not know where the scores come from or what is learned from
-its advantages.
+An estimator knows one formula. It does not know where the scores come from or how its
+advantages are used.
 """
 
 from abc import ABC, abstractmethod
@@ -64,7 +64,7 @@ class Estimator(ABC):
 def credit(
     estimator: Estimator, rollout: Rollout, rewards: Float[Tensor, "batch completion"]
 ) -> Experience:
-    """Step 4. Raises TrainingError naming an estimator that returns something else than it says."""
+    """Step 4. Raises TrainingError naming an estimator whose output breaks its declaration."""
     experience = estimator(rollout, rewards)
     is_whole = isinstance(experience, Experience)
     if not is_whole or (experience.returns is not None) != estimator.needs_values:
@@ -91,8 +91,7 @@ class GAE(Estimator):
 
     def __call__(self, rollout: Rollout, rewards: Float[Tensor, "batch completion"]) -> Experience:
         """Advantages by functional.advantages.gae; returns are advantages plus values, before any
-        whitening. Where no reward tells completions apart, advantages are 0 and only the values
-        learn."""
+        whitening. If all rewards are equal, advantages are 0 and only the values learn."""
         assert rollout.values is not None
         values, mask = rollout.values, rollout.completions.mask
         advantages = gae(values, rewards, mask, gamma=self.gamma, gae_lambda=self.gae_lambda)

@@ -30,10 +30,10 @@ from rlhf_exp.types import Generation, PromptBatch, Rollout, concatenate
 log = logging.getLogger(__name__)
 
 ROWS, TABLE_ROWS = 64, 6
-SAID_S = 10  # an evaluation that takes longer says so
+SAID_S = 10  # a longer evaluation logs a line
 METRICS = ("eval/score", "eval/kl", "eval/kl_sum", "eval/entropy", "eval/distinct_3",
            "eval/len_mean")  # fmt: skip
-# Of a task that knows exact answers, too.
+# Also for a task that knows exact answers.
 ANSWER_METRICS = ("eval/true_reward", "eval/reward_gap", "eval/exact_match",
                   "eval/greedy_exact_match")  # fmt: skip
 
@@ -66,9 +66,9 @@ def evaluate(
     """Scores, exact KL and diversity of `num_samples` completions of the held-out prompts; with a
     task that knows exact answers also exact-match rates, sampled and greedy, and the true reward.
 
-    The prompts are the same at every call with one seed, in the same order, repeated if there are
-    fewer of them than samples; so is the stream of random numbers, which pairs evaluations and
-    makes their differences less noisy. Rollouts draw from other streams. Raises TrainingError
+    Calls with the same seed use the same prompts in the same order, repeated if there are fewer
+    than samples, and the same random numbers; so evaluations are paired, and their differences less
+    noisy. Rollouts draw from other streams. Raises TrainingError
     naming the phase for logits that are not finite, and RewardError as the reward does.
     """
     policy, prompts, answers = setup.policy, setup.eval_prompts, setup.answers
@@ -158,7 +158,7 @@ def _metrics(chunks: list[Rollout]) -> dict[str, float]:
 
 
 def brief(metrics: Mapping[str, float]) -> str:
-    """The metrics of an evaluation as a line, "eval/" left out."""
+    """The metrics of an evaluation as a line, without "eval/"."""
     return describe({name.removeprefix("eval/"): value for name, value in metrics.items()})
 
 

@@ -1,4 +1,4 @@
-"""Limits on a run: steps that are not taken, phases that are skipped, and when to stop.
+"""Limits on a run: when to skip a step or a phase, and when to stop.
 
 They read metrics; they know neither policy nor reward.
 """
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @settings
 class Guards:
-    """Limits on KL, on steps that are not finite and on rewards that fail."""
+    """Limits on KL, on non-finite steps and on failing rewards."""
 
     max_approx_kl: Positive | None = None
     """Stops a phase's learning before the first step whose policy/approxkl exceeds it (nats a

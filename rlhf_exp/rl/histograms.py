@@ -1,4 +1,4 @@
-"""The distributions behind a phase's means, from what the last pass of learning computes anyway."""
+"""The distributions behind a phase's means, from tensors of the last pass of learning."""
 
 from collections.abc import Callable
 
@@ -10,8 +10,8 @@ from rlhf_exp.types import Experience, LossOutput, Pass
 
 
 class HistogramCollector:
-    """Notes the last pass over a rollout, or the one that a guard stopped. It computes nothing and
-    never makes the host wait for a GPU; `histograms` does the work afterwards."""
+    """Records the last pass over a rollout, or the one that a guard stopped. Recording computes
+    nothing and never waits for a GPU; `histograms` does the work afterwards."""
 
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
@@ -20,13 +20,13 @@ class HistogramCollector:
         self.active = False
 
     def start(self, *, active: bool) -> None:
-        """Begins a phase. It notes nothing unless it is active."""
+        """Begins a phase. Records nothing unless active."""
         self._parts, self._num_rows, self.active = [], 0, active
 
     def watch(
         self, objective: Callable[[Pass, Experience], LossOutput]
     ) -> Callable[[Pass, Experience], LossOutput]:
-        """The objective, its calls noted."""
+        """The objective, with its calls recorded."""
 
         def watched(new: Pass, batch: Experience) -> LossOutput:
             output = objective(new, batch)
@@ -40,8 +40,8 @@ class HistogramCollector:
         if self._num_rows == self._batch_size:  # another pass begins
             self.start(active=True)
         rollout = batch.rollout  # not kept, for its hidden states
-        kept = (rollout.completions.mask, batch.advantages, rollout.kl, rollout.logprobs)
-        self._parts.append((logprobs, *kept))
+        tensors = (rollout.completions.mask, batch.advantages, rollout.kl, rollout.logprobs)
+        self._parts.append((logprobs, *tensors))
         self._num_rows += len(logprobs)
 
     def histograms(self) -> dict[str, Histogram]:

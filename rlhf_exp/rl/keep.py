@@ -1,4 +1,4 @@
-"""Step 6, keep: the metrics of a phase; logs, evaluates and saves."""
+"""Step 6, keep: computes the metrics of a phase, logs, evaluates and saves."""
 
 import logging
 from collections.abc import Mapping, Sequence

@@ -38,7 +38,7 @@ def explained_variance(
 
 
 def read_metrics(rows: Iterable[Mapping[str, Tensor]]) -> list[dict[str, float]]:
-    """The numbers of rows that all have the same metrics, brought over from a GPU at once."""
+    """Rows of equal metrics as numbers, copied from a GPU in one transfer."""
     rows = list(rows)
     names = list(rows[0])
     numbers = torch.stack([torch.stack([row[name] for name in names]) for row in rows]).tolist()
@@ -46,12 +46,12 @@ def read_metrics(rows: Iterable[Mapping[str, Tensor]]) -> list[dict[str, float]]
 
 
 def mean_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each metric over rows that all have the same ones."""
+    """The mean of each metric over rows of equal metrics."""
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
 def rollout_metrics(experience: Experience, *, truncates: bool) -> dict[str, float]:
-    """What a rollout was like, before learning from it. KL is exact, of the policy that sampled."""
+    """Metrics of a rollout before learning from it. KL is exact, of the policy that sampled."""
     rollout, mask = experience.rollout, experience.rollout.completions.mask
     metrics = {
         "objective/scores": rollout.scores.mean().item(),

@@ -1,4 +1,4 @@
-"""What learning maximises, from a pass over a minibatch to a loss with its terms.
+"""Step 5's objective: from a pass over a minibatch to a loss with its terms.
 
 An objective sees log-probs, KL, entropy and values. It does not know policy, reference, engine or
 layout.

@@ -1,4 +1,4 @@
-"""What samples and what scores, loaded and checked against each other."""
+"""Loads policy, reference, reward and prompts, and checks that they fit each other."""
 
 import contextlib
 import logging
@@ -55,8 +55,8 @@ def load_setup(
     intervention: Intervention = NO_INTERVENTION,
     value_head: bool = True,
 ) -> Setup:
-    """The policy, what of it is trained, its reference, the reward and the prompts, on the
-    context's device. Raises ConfigError for what cannot be loaded or does not fit."""
+    """The policy with its trained weights selected, its reference, the reward and the prompts, on
+    the context's device. Raises ConfigError if one cannot be loaded or does not fit the others."""
     policy = load_sampled_policy(context, task, model, sampler, value_head=value_head)
     train, held_out = (
         fitting_prompts(policy, task, texts, sampler)
@@ -107,14 +107,14 @@ def check_frozen(setup: Setup, expected: str) -> None:
 
 
 def without(prompts: PromptBatch, others: PromptBatch) -> PromptBatch:
-    """The prompts that are not among the others, token by token; all if all of them are: cut to
-    their first tokens, two texts may be one prompt."""
+    """The prompts whose tokens are not among the others', or all prompts if none is left. Different
+    texts may be equal once cut to their first tokens."""
     taken = set(_ids(others))
-    kept = [i for i, ids in enumerate(_ids(prompts)) if ids not in taken]
-    if not kept:
+    new = [i for i, ids in enumerate(_ids(prompts)) if ids not in taken]
+    if not new:
         log.warning("every held-out prompt is trained on too: evaluations measure no new prompts")
         return prompts
-    return take(prompts, torch.tensor(kept, device=prompts.tokens.device))
+    return take(prompts, torch.tensor(new, device=prompts.tokens.device))
 
 
 def _ids(prompts: PromptBatch) -> list[tuple[int, ...]]:
@@ -136,7 +136,7 @@ def load_sampled_policy(
     policy = build_policy(
         model, tokenizer_factory(task), device=context.device, seed=seed, value_head=value_head
     )
-    eos_token(policy, stop_at_eos=sampler.stop_at_eos)  # raises here rather than while sampling
+    eos_token(policy, stop_at_eos=sampler.stop_at_eos)  # raises here, not while sampling
     if isinstance(sampler, BridgeSampler) and policy.engine.is_plain:  # loading checks the other
         check_hooked(policy)
     return policy
@@ -151,7 +151,7 @@ def load_reward(
     prompts: Sequence[PromptBatch],
 ) -> RewardFunction:
     """The reward's function. Raises ConfigError if it cannot be loaded or cannot read the prompts
-    or what the policy writes after them."""
+    or the policy's completions."""
     for batch in prompts:
         if isinstance(reward, ReadsPrompts):
             reward.check_prompts(batch.texts)
@@ -161,7 +161,7 @@ def load_reward(
                 prepend_bos=bool(leading_ids(policy.tokenizer, prepend_bos=task.prepend_bos)),
                 num_tokens=batch.tokens.shape[1] + sampler.gen_len,
             )
-    with contextlib.chdir("."):  # puts the folder back if the reward changes it
+    with contextlib.chdir("."):  # the reward may change the working folder
         return reward.load(context.device)
 
 

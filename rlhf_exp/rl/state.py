@@ -1,4 +1,4 @@
-"""What changes from phase to phase of PPO, all in one place."""
+"""The state of PPO that changes from phase to phase."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,7 +24,7 @@ from rlhf_exp.types import PromptBatch
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Everything that changes from phase to phase. Of the policy only trained weights are saved."""
+    """Everything that changes from phase to phase. Only the policy's trained weights are saved."""
 
     policy: TransformerWithValueHead
     optimizer: torch.optim.Optimizer
@@ -76,7 +76,7 @@ class TrainState:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Trained parameters, moments, where the prompts and the generators stand, and the rest."""
+        """Trained parameters, moments, positions of the prompts and generators, and the rest."""
         return {
             "policy": trained_state(self.policy),
             "optimizer": optimizer_state(self.optimizer),
@@ -96,7 +96,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores the state. Raises ConfigError if it is of another model or of other inputs."""
+        """Restores the state. Raises ConfigError if it belongs to another model or other inputs."""
         check_inputs(self.inputs, state["inputs"])
         load_trained_state(self.policy, state["policy"])
         self.phase = state["phase"]
