@@ -33,7 +33,7 @@ NEEDS = "stage=classifier needs labelled texts: task=reviews or task=labelled_te
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierParts:
-    """What training a classifier takes."""
+    """The parts for training a classifier."""
 
     task: LabelledTask = field(metadata={"needs": NEEDS})
     model: ScratchClassifier
@@ -60,7 +60,7 @@ class TrainClassifier(Supervised, Stage[ClassifierParts]):
     """Fraction of the tokens that are replaced by random ones, 0-0.2."""
 
     def check_texts(self, parts: ClassifierParts) -> list[str]:
-        """What is wrong between the schedule and the number of updates that the texts give."""
+        """Conflicts between the schedule and the number of updates that the texts give."""
         return self.check_updates(parts.schedule, len(parts.task.labelled_split().train))
 
     def artifact(self, parts: ClassifierParts, upstream: Upstream, *, path: str) -> Artifact:
@@ -73,7 +73,7 @@ class TrainClassifier(Supervised, Stage[ClassifierParts]):
     def run(self, context: Context, parts: ClassifierParts) -> StageResult:
         """Trains, measures held-out accuracy, saves model and tokenizer; returns the result.
 
-        Nothing is chosen by the held-out texts. Raises TrainingError naming the update if the loss
+        The held-out texts choose nothing. Raises TrainingError naming the update if the loss
         is not finite.
         """
         clock, task, model = Stopwatch(), parts.task, parts.model
@@ -169,7 +169,7 @@ def encode_labelled(
 
 
 def with_leading_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer made to put BOS before every text, which the classifier reads its answer at."""
+    """The tokenizer, changed to start each text with BOS, where the classifier reads its answer."""
     from tokenizers.processors import TemplateProcessing
 
     bos = tokenizer.bos_token

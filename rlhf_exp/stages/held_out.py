@@ -46,7 +46,7 @@ class HeldOut:
         self._answers: tuple[AnswerTask, PromptBatch] | None = None
 
     def with_answers(self, task: AnswerTask, prompts: Sequence[str]) -> "HeldOut":
-        """This one, measuring exact matches too; `prompts` are those of the examples."""
+        """A copy that also measures exact matches; `prompts` are those of the examples."""
         encoded = encode_prompts(
             self.policy.tokenizer, prompts, prepend_bos=task.prepend_bos, device=self.policy.device
         )
@@ -60,14 +60,14 @@ class HeldOut:
         return metrics | self._exact_match(chosen, ("sampled",))
 
     def measure(self, update: int) -> dict[str, float]:
-        """`during`, with a log line; training goes on."""
+        """`during`, with a log line; training continues."""
         metrics = self.during()
         self.policy.language_model.train()
         log.info("update %d: %s", update, describe(metrics))
         return metrics
 
     def final(self) -> dict[str, float]:
-        """Loss over the examples that chose nothing, or over all if there are no others;
+        """Loss over the examples that chose no weights, or over all if there are no others;
         exact-match rates, sampled and greedy, of examples that `during` does not see, or of the
         same ones if there are no others."""
         has_others = len(self.examples) > self.num_samples
@@ -114,8 +114,8 @@ def next_token_loss(network: PreTrainedModel, batch: ExampleBatch) -> torch.Tens
 def held_out_loss(
     network: PreTrainedModel, examples: Sequence[Example], *, batch_size: int
 ) -> float:
-    """Mean cross-entropy a token, every token weighing the same. The network must be in evaluation
-    mode."""
+    """Mean cross-entropy per token, with equal weight for every token. The network must be in
+    evaluation mode."""
     losses, counts = [], []
     for i in range(0, len(examples), batch_size):
         batch = pad(examples[i : i + batch_size])

@@ -1,4 +1,4 @@
-"""Encoded pairs with the scores that a reward model gives them, measured and reported."""
+"""Encoded pairs and their scores under a reward model, with metrics and tables."""
 
 from collections.abc import Sequence
 
@@ -38,26 +38,26 @@ class PairData:
         self._width = max(max(len(p.chosen), len(p.rejected)) for p in pairs)
         self.rewards: Scores | None = None
         if pairs[0].pair.chosen_reward is not None:
-            known = [(p.pair.chosen_reward, p.pair.rejected_reward) for p in pairs]
-            chosen, rejected = torch.tensor(known, device=self.device).unbind(dim=1)
+            rewards = [(p.pair.chosen_reward, p.pair.rejected_reward) for p in pairs]
+            chosen, rejected = torch.tensor(rewards, device=self.device).unbind(dim=1)
             self.rewards = chosen, rejected
-        self._kept = self._compute() if keep_features else None
+        self._cache = self._compute() if keep_features else None
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def multiplications(self, num_pairs: int) -> int:
-        """About as many as the scores of so many pairs take."""
-        computed = self.model if self._kept is None else self.model.head
-        states = self._width if self._kept is None else self._kept.states.shape[1]
+        """The approximate number of multiplications for the scores of so many pairs."""
+        computed = self.model if self._cache is None else self.model.head
+        states = self._width if self._cache is None else self._cache.states.shape[1]
         return 2 * num_pairs * states * sum(p.numel() for p in computed.parameters())
 
     def scores(self, index: Tensor) -> Scores:
         """Scores of the pairs at `index`."""
-        if self._kept is None:
+        if self._cache is None:
             features = self._features([self.pairs[i] for i in index.tolist()])
         else:
-            features = self._kept[torch.cat([index, index + len(self)])]
+            features = self._cache[torch.cat([index, index + len(self)])]
         chosen, rejected = self.model.head(features).float().chunk(2)
         return chosen, rejected
 
@@ -86,7 +86,7 @@ class PairData:
 
 def pair_loss(scores: Scores, rewards: Scores | None, *, rank_coef: float) -> Float[Tensor, ""]:
     """Mean squared error of both answers' scores plus rank_coef times the rank loss; without
-    rewards the rank loss alone."""
+    rewards only the rank loss."""
     rank = pairwise_rank_loss(*scores)
     if rewards is None:
         return rank

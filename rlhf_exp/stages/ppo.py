@@ -1,4 +1,4 @@
-"""PPO with a KL penalty to a frozen reference: its settings, and rl/loop.py with them in it."""
+"""PPO with a KL penalty to a frozen reference: its settings, and rl/loop.py run with them."""
 
 import logging
 import math
@@ -56,7 +56,7 @@ TRUNCATION_NOTE = (
 
 @dataclass(frozen=True, kw_only=True)
 class PPOParts:
-    """What PPO takes."""
+    """The parts for PPO."""
 
     task: Task
     model: ModelSettings
@@ -134,18 +134,18 @@ class PPO(Stage[PPOParts]):
 
     @property
     def minibatch_size(self) -> int:
-        """Completions an optimizer step."""
+        """Completions per optimizer step."""
         return self.batch_size // self.num_minibatches
 
     def check(self, parts: PPOParts) -> list[str]:
-        """What is wrong between this stage and its parts. Raises ConfigError for a part whose files
+        """Conflicts between this stage and its parts. Raises ConfigError for a part whose files
         are missing or malformed."""
         model, sampler = parts.model, parts.sampler
         for part in (parts.task, parts.reward, parts.intervention):
             if isinstance(part, Fingerprinted):
                 part.fingerprint()
         if isinstance(model, Pretrained):
-            locate_model(model.base_model)  # not its hash, for which all weights are read
+            locate_model(model.base_model)  # not its hash, which reads all weights
         problems = check_schedule(
             parts.schedule, total_steps=self.total_phases, field="stage.total_phases"
         )
@@ -179,7 +179,7 @@ class PPO(Stage[PPOParts]):
             inputs = fingerprints(setup.policy.language_model, **files)
             inputs["finetune"] = setup.reference_hash
             state = start(self, setup, parts.optimizer, parts.schedule, context.seed, inputs)
-            clock.seconds = state.seconds  # those of a resumed run go on
+            clock.seconds = state.seconds  # a resumed run adds to its seconds
             phases = Phases(self, setup, state, clock)
             saver = Saver(
                 context, {"loop": state, "ahead": phases.rollouts},
@@ -212,7 +212,7 @@ class PPO(Stage[PPOParts]):
 
 
 def _contradictions(ppo: PPO) -> Iterator[str]:
-    """What is wrong between the settings of the stage."""
+    """Conflicts between the settings of the stage."""
     for name in ("num_minibatches", "samples_per_prompt"):
         if ppo.batch_size % (count := getattr(ppo, name)):
             yield f"batch_size={ppo.batch_size} must be a multiple of {name}={count}"
@@ -245,7 +245,7 @@ def start(
 
 
 def train(ppo: PPO, context: Context, phases: "Phases", saver: Saver) -> None:
-    """Runs phases until they are all done or a guard ends the run."""
+    """Runs phases until all are done or a guard ends the run."""
     with saver.steps(), Progress(ppo.total_phases, unit="phase") as progress:
         keeper = Keeper(
             context=context, setup=phases.setup, state=phases.state, scorer=phases.scorer,
@@ -259,7 +259,7 @@ def train(ppo: PPO, context: Context, phases: "Phases", saver: Saver) -> None:
 
 
 class Phases:
-    """The steps of rl/loop.py with a stage's settings in them, and with what surrounds them: the
+    """The steps of rl/loop.py with a stage's settings and with the code around them: the
     clock of the run and the lap of the phase, explanations of memory, rewards on a thread, skipped
     phases, histograms and guards."""
 
@@ -315,7 +315,7 @@ class Phases:
         return wait
 
     def measure(self, generation: Generation, phase: int) -> Rollout:
-        """Step 3; the scores are NaN until they are there."""
+        """Step 3; the scores are NaN until they are computed."""
         doing = f"phase {phase}: measuring the samples"
         unscored = generation.logprobs.new_full(generation.logprobs.shape[:1], math.nan)
         with self.lap("measure"), explaining_memory(doing, self._less):
@@ -391,7 +391,7 @@ class Phases:
 
 
 def coefficients(ppo: PPO, kl_coef: float) -> Coefficients:
-    """The weights of the loss's terms while the KL's is `kl_coef`."""
+    """The weights of the loss's terms, with `kl_coef` for the KL."""
     return Coefficients(
         clip_coef=ppo.clip_coef, vf_coef=ppo.vf_coef, value_clip_coef=ppo.value_clip_coef,
         ent_coef=ppo.ent_coef, kl_coef=kl_coef if ppo.kl_penalty == "loss" else 0.0,

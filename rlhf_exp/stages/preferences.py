@@ -1,5 +1,5 @@
-"""Preference pairs from a policy's own answers: two are sampled to each prompt, and a reward says
-which is better."""
+"""Preference pairs from a policy's own answers: two are sampled for each prompt, and a reward
+decides which is better."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ from rlhf_exp.training.seeding import stream
 from rlhf_exp.types import PromptBatch
 
 log = logging.getLogger(__name__)
-# Sampling goes on until there are enough pairs, but not where next to all of them are ties.
+# Sampling continues until there are enough pairs, unless almost all are ties.
 MIN_USABLE, MIN_TRIED = 0.01, 2000
 LOGGED = 64
 BOTH = ("chosen", "rejected")
@@ -40,7 +40,7 @@ BOTH = ("chosen", "rejected")
 
 @dataclass(frozen=True, kw_only=True)
 class PreferencesParts:
-    """What sampling preference pairs takes."""
+    """The parts for sampling preference pairs."""
 
     task: Task
     model: ModelSettings
@@ -72,7 +72,7 @@ class Preferences(Stage[PreferencesParts]):
     """Batches between checkpoints, and one at the end; null: only when asked to stop."""
 
     def check(self, parts: PreferencesParts) -> list[str]:
-        """What is wrong between this stage and its parts. Raises ConfigError for a task whose file
+        """Conflicts between this stage and its parts. Raises ConfigError for a task whose file
         is missing or malformed."""
         parts.task.fingerprint()
         if parts.sampler.stop_at_eos:
@@ -105,7 +105,7 @@ class Preferences(Stage[PreferencesParts]):
         context.folder.start()
         knobs = f"lower stage.batch_size (now {self.batch_size})", "lower sampler.gen_len", *SCORING
         explaining = explaining_memory("sampling", knobs)
-        progress = Progress(sum(source.wanted), unit="pair")
+        progress = Progress(sum(source.targets), unit="pair")
         with clock("sample"), explaining, saver.steps(), progress:
             while not source.is_complete:
                 source.sample_batch(progress)
@@ -127,7 +127,7 @@ class Preferences(Stage[PreferencesParts]):
 
 class _PairSource:
     """Samples pairs of the prompts to train on, then of the held-out ones, and counts what it
-    sampled. All that changes from batch to batch is its state."""
+    sampled. Its state holds everything that changes from batch to batch."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class _PairSource:
         order = stream(context.seed, "prompts")
         self.streams = [PromptStream(batch, stage.batch_size, order) for batch in prompts]
         self.generator = stream(context.seed, "sampling", context.device)
-        self.wanted = (stage.num_pairs, stage.num_held_out)
+        self.targets = (stage.num_pairs, stage.num_held_out)
         self.pairs: tuple[list[Pair], list[Pair]] = ([], [])
         self.tried = [0, 0]
         self.num_batches = self.num_prompts = self.num_ties = 0
@@ -158,12 +158,12 @@ class _PairSource:
     @property
     def splits(self) -> tuple[list[Pair], list[Pair]]:
         """The pairs to train on and the held-out ones, in the order in which they were sampled."""
-        train, held_out = (p[:n] for p, n in zip(self.pairs, self.wanted, strict=True))
+        train, held_out = (p[:n] for p, n in zip(self.pairs, self.targets, strict=True))
         return train, held_out
 
     @property
     def _split(self) -> int | None:
-        short = [len(p) < n for p, n in zip(self.pairs, self.wanted, strict=True)]
+        short = [len(p) < n for p, n in zip(self.pairs, self.targets, strict=True)]
         return short.index(True) if any(short) else None
 
     def sample_batch(self, progress: Progress) -> None:
@@ -176,14 +176,14 @@ class _PairSource:
         self.num_batches += 1
         progress.advance(min(progress.total, self.num_prompts - self.num_ties), self.metrics())
         tried, num_usable = self.tried[split], len(self.pairs[split])
-        if tried >= MIN_TRIED and num_usable < min(self.wanted[split], MIN_USABLE * tried):
+        if tried >= MIN_TRIED and num_usable < min(self.targets[split], MIN_USABLE * tried):
             raise TrainingError(
                 f"of {tried} prompts only {num_usable} gave two answers of different reward;"
                 " raise sampler.temperature or choose another reward or model"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the prompts and the generator stand, and the pairs and counts so far."""
+        """Positions of the prompts and the generator, and the pairs and counts so far."""
         return {
             "prompts": {str(i): prompts.state_dict() for i, prompts in enumerate(self.streams)},
             "sampling": self.generator.get_state(),
@@ -227,7 +227,7 @@ class _PairSource:
         return usable
 
     def metrics(self) -> dict[str, float]:
-        """What was sampled so far."""
+        """Metrics of the samples so far."""
         usable = max(1, self.num_prompts - self.num_ties)
         return {
             "pairs/prompts": float(self.num_prompts),

@@ -1,6 +1,6 @@
-"""What a stage is: the parts that it takes, its checks before anything runs, its run, its result.
+"""The protocol of a stage: its parts, its checks before anything runs, its run, its result.
 
-It knows no stage: each one says itself what its artifact will be.
+It knows no particular stage: each one describes its own artifact.
 """
 
 from abc import ABC, abstractmethod
@@ -58,16 +58,16 @@ class Stage(ABC, Generic[P]):
         return problems
 
     def check(self, parts: P) -> list[str]:
-        """What is wrong between the stage and its parts. Raises ConfigError for a part whose files
+        """Conflicts between the stage and its parts. Raises ConfigError for a part whose files
         are missing or malformed."""
         return []
 
     def check_texts(self, parts: P) -> list[str]:
-        """What is wrong between the stage and its task's texts, which take a second to read."""
+        """Conflicts between the stage and its task's texts, which take a second to read."""
         return []
 
     def check_upstream(self, parts: P, upstream: Upstream) -> list[str]:
-        """What is wrong between the parts and the artifacts that earlier steps will make. Each part
+        """Conflicts between the parts and the artifacts that earlier steps will make. Each part
         checks itself, completions must leave room for a prompt in the model's context, and an
         intervention's sites must be in the model."""
         by_name = vars(parts)
@@ -78,8 +78,8 @@ class Stage(ABC, Generic[P]):
         return problems + _check_intervention(model, by_name.get("intervention"), upstream)
 
     def artifact(self, parts: P, upstream: Upstream, *, path: str) -> Artifact:
-        """What is known of the stage's artifact before it is made, by default the context of its
-        model. `path` is where the parts stand in the configuration."""
+        """The properties of the stage's artifact before it is made, by default its model's context
+        length. `path` is the parts' place in the configuration."""
         model = vars(parts).get("model")
         if isinstance(model, Scratch):
             key = f"{path}model.context_len"
@@ -99,7 +99,7 @@ Built = tuple[Stage[Any], Any]  # a stage and its parts
 
 
 def look_up(built: Mapping[str, Built]) -> Upstream:
-    """The function that returns what is known of an artifact, from the stages of the steps."""
+    """A function that returns an artifact's properties, from the stages of the steps."""
 
     def upstream(reference: str) -> Artifact | None:
         if not is_reference(reference):

@@ -51,7 +51,7 @@ NEEDS = "stage=reward_model needs preference pairs: task=pairs task.path=FILE"
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelParts:
-    """What training a reward model takes."""
+    """The parts for training a reward model."""
 
     task: PairTask = field(metadata={"needs": NEEDS})
     model: ModelSettings
@@ -62,10 +62,10 @@ class RewardModelParts:
 @settings
 class TrainRewardModel(Supervised, Stage[RewardModelParts]):
     """Squared error of the rewards plus rank_coef times the rank loss of each pair, or with
-    loss="rank" the rank loss alone, for pairs whose order is all that is known.
+    loss="rank" only the rank loss, for pairs without rewards.
 
-    The head that measured best on one half of the held-out prompts is kept; what is reported is
-    measured on the other half. With unfreeze_layers the last blocks are trained with the head.
+    Keeps the head that is best on one half of the held-out prompts, and reports results on the
+    other half. With unfreeze_layers the last blocks are trained with the head.
     """
 
     Parts = RewardModelParts
@@ -108,13 +108,13 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
         return self
 
     def check(self, parts: RewardModelParts) -> list[str]:
-        """What is wrong between this stage and its parts. Raises ConfigError for pairs that are
+        """Conflicts between this stage and its parts. Raises ConfigError for pairs that are
         missing or malformed."""
         parts.task.fingerprint()
         return must_be_plain(parts.model, stage="reward_model")
 
     def check_texts(self, parts: RewardModelParts) -> list[str]:
-        """What is wrong between this stage and the pairs."""
+        """Conflicts between this stage and the pairs."""
         train = parts.task.pair_split().train
         problems = self.check_updates(parts.schedule, len(train))
         if self.loss == "mse_rank" and train[0].chosen_reward is None:
@@ -174,7 +174,7 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
 def _load(
     stage: TrainRewardModel, context: Context, task: PairTask, model: ModelSettings
 ) -> tuple[RewardModel, tuple[Sequence[EncodedPair], ...]]:
-    """The model with a fresh head, and the pairs to train on, to stop by and to report."""
+    """The model with a fresh head, and the pairs for training, for stopping and for the report."""
     network, tokenizer = model.language_model(None, seed=stream_seed(context.seed, "model"))
     if tokenizer.eos_token_id is None:
         raise ConfigError("stage=reward_model needs a tokenizer with an EOS token")

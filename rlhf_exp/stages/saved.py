@@ -1,6 +1,6 @@
-"""Whether a saved model is the trained one: reads it again and compares logits of a few tokens.
+"""Checks that a saved model is the trained one: loads it and compares logits of a few tokens.
 
-For that time it needs memory for one more copy of the weights on the CPU.
+Meanwhile it needs memory for one more copy of the weights on the CPU.
 """
 
 from pathlib import Path

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class SFTParts:
-    """What fine-tuning takes."""
+    """The parts for fine-tuning."""
 
     task: Task
     model: ModelSettings
@@ -95,7 +95,7 @@ class SFT(Supervised, Stage[SFTParts]):
         return updates if self.max_updates is None else min(updates, self.max_updates)
 
     def check(self, parts: SFTParts) -> list[str]:
-        """What is wrong between this stage and its parts."""
+        """Conflicts between this stage and its parts."""
         problems, task = [], parts.task
         if self.data == "texts" and not isinstance(task, CorpusTask):
             problems.append(
@@ -109,7 +109,7 @@ class SFT(Supervised, Stage[SFTParts]):
         return problems + must_be_plain(parts.model, stage="sft")
 
     def check_texts(self, parts: SFTParts) -> list[str]:
-        """What is wrong between the schedule and the number of updates that the texts give."""
+        """Conflicts between the schedule and the number of updates that the texts give."""
         return self.check_updates(parts.schedule, len(_split(self, parts.task).train))
 
     def metric_names(self, parts: SFTParts) -> tuple[str, ...]:
@@ -224,7 +224,7 @@ def _held_out(
 
 def batches_of(stage: SFT, context: Context, examples: Sequence[Example]) -> BatchStream:
     """Batches of the layout, in a random order."""
-    # Padding asks for texts of like length together; packing does without.
+    # Padding needs batches of texts of similar length; packing does not.
     order = length_bucketed if stage.layout == "pad" else shuffled
     generator = stream(context.seed, "minibatches")
     return BatchStream(order, [*map(len, examples)], stage.batch_size, generator)
@@ -237,7 +237,7 @@ def losses_of(
     examples: Sequence[Example],
     batches: BatchStream,
 ) -> Iterator[torch.Tensor]:
-    """The loss of each batch, computed when it is asked for."""
+    """The loss of each batch, computed lazily."""
     limit = context_len(network)
     for index in batches:
         chosen = [examples[i] for i in index]
