@@ -8,13 +8,13 @@ from pydantic.dataclasses import is_pydantic_dataclass
 
 
 def forbidden_module(
-    target: str, allowed: tuple[str, ...], own: tuple[str, ...], *, find: Callable[[str], Any]
+    target: str, allowed: tuple[str, ...], ours: tuple[str, ...], *, find: Callable[[str], Any]
 ) -> str | None:
     """The module of a target, or None if the target is allowed. A name that starts with an allowed
     module may still lead to a module that it imports: rlhf_exp.app.run.shutil.rmtree."""
     if not target.startswith(allowed):
         return target.rpartition(".")[0] or target
-    if not target.startswith(own):
+    if not target.startswith(ours):
         return None  # the user trusts it
     try:
         module = inspect.getmodule(find(target))
@@ -25,10 +25,10 @@ def forbidden_module(
     return module.__name__
 
 
-def unusable(target: str, own: tuple[str, ...], *, find: Callable[[str], Any]) -> bool:
+def unusable(target: str, ours: tuple[str, ...], *, find: Callable[[str], Any]) -> bool:
     """Whether one of our own targets is not a class of settings. Building settings has no side
     effects; a function or a method, such as one of a module's dictionary, may do anything."""
-    if not target.startswith(own):
+    if not target.startswith(ours):
         return False
     try:
         class_or_function = find(target)
@@ -40,18 +40,18 @@ def unusable(target: str, own: tuple[str, ...], *, find: Callable[[str], Any]) -
     )
 
 
-def instructions(config: Any, own: tuple[str, ...]) -> Iterator[str]:
+def instructions(config: Any, ours: tuple[str, ...]) -> Iterator[str]:
     """Hydra's keys other than `_target_` in the configuration of our own classes, which take
     neither positional arguments nor parts that are not built."""
     if isinstance(config, Mapping):
-        if str(config.get("_target_", "")).startswith(own):
+        if str(config.get("_target_", "")).startswith(ours):
             yield from (
                 key for key in ("_args_", "_convert_", "_partial_", "_recursive_") if key in config
             )
         config = list(config.values())
     if isinstance(config, list):
         for value in config:
-            yield from instructions(value, own)
+            yield from instructions(value, ours)
 
 
 def targets(config: Any, path: str) -> Iterator[tuple[str, str]]:

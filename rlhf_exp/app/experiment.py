@@ -207,7 +207,7 @@ def _run_stage(
     instantiate: Instantiate,
 ) -> None:
     stage, parts = step.build(instantiate)
-    shown = redact({**config, **step.config})
+    resolved_config = redact({**config, **step.config})
     seed_shared_generators(job.seed)
     info = RunInfo(
         name=job.path.name,
@@ -219,7 +219,7 @@ def _run_stage(
 
     @contextmanager
     def begin() -> Iterator[list[Sink]]:
-        folder.write_config(shown)
+        folder.write_config(resolved_config)
         if not job.resume:
             folder.clear()
         if wandb_id := not (job.sweep or job.resume) and os.environ.get("WANDB_RUN_ID"):
@@ -243,7 +243,7 @@ def _run_stage(
         show = context.presentation
         show.add("copying the figures of prepared steps", lambda: prepared.copy_figures(job.path))
         if folder.model.is_dir():
-            show.add("the model card", lambda: write_model_card(job.path, shown, content))
+            show.add("the model card", lambda: write_model_card(job.path, resolved_config, content))
         show.add("telling the loggers the result", lambda: folder.log_result(content))
         show.show()
     log.info("seconds: %s", "  ".join(f"{k} {v:.1f}" for k, v in seconds.items()))

@@ -384,8 +384,8 @@ def guard(main: Callable[[], None]) -> None:
             raise
         from rlhf_exp.app.exit_codes import bounded
 
-        shown = message if isinstance(error, BadJobs) else bounded(message)
-        print(f"error: {shown}", file=sys.stderr)
+        text = message if isinstance(error, BadJobs) else bounded(message)
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -205,36 +205,36 @@ class RunFolder:
         self._write_json(RESOLVED_CONFIG, config)
 
     def write_made_of(self, description: Mapping[str, Any]) -> None:
-        """Writes what an artifact is made of."""
+        """Writes made_of.json, the description that an artifact's hash covers."""
         self._write_json(MADE_OF, description)
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         write_whole(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def write_status(self, status: Status, error: str | None = None) -> None:
-        """Writes status.json, without secrets and with nothing that a terminal obeys."""
-        told = {"status": status, "error": error and printable(scrub(error))}
-        write_whole(self.path / STATUS, json.dumps(told) + "\n")
+        """Writes status.json, without secrets and without control characters."""
+        content = {"status": status, "error": error and printable(scrub(error))}
+        write_whole(self.path / STATUS, json.dumps(content) + "\n")
 
     def write_environment(self) -> None:
-        """Writes environment.txt: what of code and machine a result may depend on. That of a run
-        that goes on in another one is environment-2.txt and so on, and what is new is warned of."""
+        """Writes environment.txt: the code and the machine. A run that is resumed in a different
+        environment writes environment-2.txt and so on, and logs the changes as a warning."""
         lines = environment()
         file = self.path / ENVIRONMENT
         files = [file, *(file.with_stem(f"{file.stem}-{i}") for i in range(2, 99))]
-        known = [file for file in files if file.is_file()]
-        if known:
-            before = known[-1].read_text(encoding="utf-8", errors="replace").splitlines()
+        existing_files = [file for file in files if file.is_file()]
+        if existing_files:
+            before = existing_files[-1].read_text(encoding="utf-8", errors="replace").splitlines()
             if before == lines:
                 return
             new = [line for line in lines if line and line not in before]
-            shown = "; ".join(line for line in new if not line.startswith(("memory", "differs")))
-            log.warning("since this run was begun there is new, so that it may go on with other"
-                        " numbers: %s", shown[:300] or "what differs from the commit")  # fmt: skip
-        write_whole(files[len(known)], "\n".join(lines) + "\n")
+            changes = "; ".join(line for line in new if not line.startswith(("memory", "differs")))
+            log.warning("the environment has changed since the run began, so its numbers may"
+                        " change: %s", changes[:300] or "what differs from the commit")  # fmt: skip
+        write_whole(files[len(existing_files)], "\n".join(lines) + "\n")
 
     def keep_id(self, run_id: str) -> None:
-        """Gives the run its name in W&B, unless it has one."""
+        """Sets the run's id in W&B, unless it has one."""
         if not (self.path / RUN_ID).is_file():
             write_whole(self.path / RUN_ID, f"{run_id}\n")
 
@@ -250,10 +250,10 @@ class RunFolder:
                             name, reason.splitlines()[0])  # fmt: skip
 
     def _lines(self, name: str) -> list[tuple[str, dict[str, Any]]]:
-        """The lines that are rows, each with its row."""
+        """Each line that is a row, with the parsed row."""
         path = self.path / name
-        # Not splitlines(), which also splits at characters that JSON leaves in a text. What follows
-        # the last end of a line was being written when the run died.
+        # Not splitlines(), which also splits at characters that JSON leaves in a text. Text after
+        # the last line end is a row that a killed run was writing.
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
         parsed = [(line, row) for line in lines if (row := _parse_row(line)) is not None]
         broken = len(lines) - len(parsed)

@@ -51,7 +51,7 @@ class StopRequests:
     def __init__(self, *, abandon: Callable[[str], None] = lambda why: None) -> None:
         self._abandon = abandon
         self._limit_s, self._began = math.inf, 0.0
-        self._asked: Interrupted | None = None
+        self._request: Interrupted | None = None
         self._in_steps = False
         self._last = self._longest = 0.0
         self._process = os.getpid()
@@ -84,8 +84,8 @@ class StopRequests:
     def steps(self) -> Iterator[None]:
         """A loop of steps that stops only between steps. Raises Interrupted if a stop was already
         requested."""
-        if self._asked is not None:
-            raise self._asked
+        if self._request is not None:
+            raise self._request
         self._in_steps, self._last, self._longest = True, time.monotonic(), 0.0
         try:
             yield
@@ -98,10 +98,10 @@ class StopRequests:
         self._longest = max(self._longest, now - self._last)
         self._last = now
         left = self._began + self._limit_s - now
-        if self._asked is None and left < self._longest:
+        if self._request is None and left < self._longest:
             why = f"max_minutes={self._limit_s / 60:g} would end before another step does"
-            self._asked = Interrupted(why, TIME_IS_UP)
-        return self._asked
+            self._request = Interrupted(why, TIME_IS_UP)
+        return self._request
 
     def release_sigterm(self) -> None:
         """Restores the handler that SIGTERM had before `listening`."""
@@ -111,18 +111,18 @@ class StopRequests:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         name, code = signal.Signals(number).name, 128 + number
         is_run = os.getpid() == self._process
-        if self._asked is not None:
+        if self._request is not None:
             if name == "SIGHUP":
                 return
             if is_run:
                 self._abandon(f"{name}, the second")
                 _say(f"\n{name} once more: ending at once\n")
             os._exit(code)
-        self._asked = Interrupted(name, code)
+        self._request = Interrupted(name, code)
         if not is_run:
             return
         if not self._in_steps:
-            raise self._asked
+            raise self._request
         _say(f"\n{name}: finishing this step and saving; once more ends at once\n")
 
 
