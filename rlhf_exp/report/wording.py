@@ -17,7 +17,7 @@ def show_number(value: float | None) -> str:
 
 
 def show_interval(interval: Mapping[str, float | None]) -> str:
-    """The interval as "0.97 [0.96, 0.98]"; the mean alone if there is no interval."""
+    """The interval as "0.97 [0.96, 0.98]"; only the mean if there is no interval."""
     if interval["low"] is None or interval["high"] is None:
         return show_number(interval["mean"])
     mean, low, high = (f"{interval[end]:.3g}" for end in ("mean", "low", "high"))

@@ -64,7 +64,7 @@ class SFT(Supervised, Stage[SFTParts]):
     Parts = SFTParts
 
     data: Literal["texts", "demonstrations"] = "texts"
-    """texts: every token is learned; demonstrations: the answers alone."""
+    """texts: every token is learned; demonstrations: only the answers."""
     layout: Literal["pad", "pack"] = "pad"
     """pad: a text a row, like lengths together; pack: several a row, any lengths together."""
     max_updates: Count | None = None
