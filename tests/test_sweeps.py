@@ -262,7 +262,7 @@ def test_what_makes_no_other_job_is_not_swept(tmp_path):
         ),
         (
             ["sweep=search", "hydra.sweeper.minimize=[eval/kl,eval/score]"],
-            r"eval/score: it is in hydra\.sweeper\.maximize and in minimize",
+            r"eval/score: it is in hydra\.sweeper\.maximize and minimize",
         ),
         (
             ["hydra/sweeper=search", "stage.kl_coef=interval(1,0.1)"],
