@@ -15,14 +15,12 @@ from rlhf_exp.machine.network import hub_url
 from rlhf_exp.machine.streams import make_streams_unbreakable
 from rlhf_exp.report.continuations import continuations, read_run, side_by_side
 from rlhf_exp.rollout.cached import CachedSampler
-from rlhf_exp.settings import ConfigError
+from rlhf_exp.settings import ConfigError, field_problem
 
 
 def _problem(error: ValidationError) -> str:
     """A message that names the argument that is out of range, and the reason."""
-    detail = error.errors()[0]
-    name = str(detail["loc"][0]).replace("_", "-")
-    return f"--{name}={detail['input']}: {detail['msg']}"
+    return "--" + field_problem("", error.errors()[0]).replace("_", "-")
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The process that train.py makes, for tests."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,10 @@ import rlhf_exp.machine.environment  # noqa: F401, I001  it must precede the imp
 from rlhf_exp.machine.processor import use_processor_well
 
 use_processor_well()
+
+# Ignored where the tests were started in the background; what they start would ignore it too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The files that take longest, the longest first: begun last, one would leave the other processes
 # without work. `make test` keeps this order.

@@ -65,14 +65,17 @@ def _groups() -> list[str]:
 
 def _run_section() -> Iterator[str]:
     lines = (CONF / "config.yaml").read_text(encoding="utf-8").splitlines()
-    matches = [re.fullmatch(r"(\w+): (.*?) +# (.*)", line) for line in lines]
+    matches = [re.fullmatch(r" *(\w+): (.*?) +# (.*)", line) for line in lines]
     comments = {match[1]: match for match in matches if match}
     yield "## The run"
     rows = ["| key | meaning | default |\n| --- | --- | --- |"]
-    for key in yaml.safe_load("\n".join(lines)).keys() - {"defaults", "hydra"}:
-        if key not in comments:
+    content = yaml.safe_load("\n".join(lines))
+    content = {key: value for key, value in content.items() if key not in ("defaults", "hydra")}
+    for key in [*content.keys() - {"logger"}, *(f"logger.{key}" for key in content["logger"])]:
+        match = comments.get(key.rpartition(".")[2])
+        if match is None:
             raise ValueError(f"{key}: needs a comment in conf/config.yaml")
-        rows.append(f"| `{key}` | {_cell(comments[key][3])} | `{comments[key][2]}` |")
+        rows.append(f"| `{key}` | {_cell(match[3])} | `{match[2]}` |")
     yield "\n".join([rows[0], *sorted(rows[1:])])
 
 

@@ -87,7 +87,9 @@ def test_a_language_model_whose_weights_are_a_pickle_is_refused(
     shape = {"kind": "token_sum", "width": 4, "read_layers": 1, "prepend_bos": True}
     (path / "reward_head.json").write_text(json.dumps(shape))
     poison(path, ran, old="model.safetensors", new="pytorch_model.bin")
-    with pytest.raises(ConfigError, match=r"its weights are a pickle that would run code; save it"):
+    with pytest.raises(
+        ConfigError, match=r"its weights are a pickle that would run code; if you trust it, save it"
+    ):
         load(path)
     assert not ran.exists()
 

@@ -71,5 +71,5 @@ def test_prompts_of_another_task_are_refused_before_anything_is_sampled():
     ):
         ArithmeticReward().check_prompts([*good, "this movie"])
     terms = {"a": Term(weight=1.0, reward=ArithmeticReward())}
-    with pytest.raises(ConfigError, match="'this movie' is no prompt"):
+    with pytest.raises(ConfigError, match="'this movie' is not a prompt"):
         WeightedSum(terms=terms).check_prompts(["this movie"])

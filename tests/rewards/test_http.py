@@ -614,11 +614,11 @@ def test_a_token_in_place_of_a_variables_name_is_refused_and_not_repeated(token)
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"timeout_s": 0}, "greater than 0"),
-        ({"max_retries": -1}, "greater than or equal to 0"),
-        ({"backoff_s": -0.1}, "greater than or equal to 0"),
-        ({"batch_size": 0}, "greater than or equal to 1"),
-        ({"token_env": ""}, "at least 1 character"),
+        ({"timeout_s": 0}, "above 0"),
+        ({"max_retries": -1}, "at least 0"),
+        ({"backoff_s": -0.1}, "at least 0"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"token_env": ""}, "a text that is not empty"),
     ],
 )
 def test_settings_out_of_range_are_refused(wrong, said):
