@@ -74,7 +74,7 @@ _SHARED: Rules = {
     "THING": _words("plot story script soundtrack score ending premise finale tone mood"),
     "MASS": _words("acting dialogue pacing music editing photography direction humour lighting"),
     "PARTS": _words(
-        "setup characters jokes songs costumes effects performances visuals twists sets "
+        "actors characters jokes songs costumes effects performances visuals twists sets "
         "colours stunts leads"
     ),
     "EACH": _phrases("""

@@ -1,3 +1,4 @@
+import hashlib
 import math
 import random
 import subprocess
@@ -247,3 +248,11 @@ def test_the_tokenizer_knows_every_review(language):
         assert tokenizer.unk_token_id not in ids
         assert tokenizer.decode(ids) == text
     assert SMALL.build_tokenizer().get_vocab() == tokenizer.get_vocab()
+
+
+def test_the_reviews_are_those_that_the_documented_figures_were_measured_on():
+    reviews = Reviews(num_reviews=200, num_labelled=100, num_held_out=50)
+    labelled = [f"{text.label} {text.text}" for text in reviews.labelled_split().train]
+    text = "\n".join([*reviews.language_split().train, *labelled])
+    digest = "b90d6ee66c7caf33de368e27298738c30cec8cd8a158d76bca73a797b36599fe"
+    assert hashlib.sha256(text.encode()).hexdigest() == digest
