@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def explain(error: BaseException, conf: Path) -> str | None:
             return f"{link.full_key}: {str(link).splitlines()[0]}"
     group = re.search(r"Could not override '([^']+)'", str(error))
     if isinstance(error, HydraException) and group:
-        return f"{group[1]}: no such key or group.{_suggestion(group[1], conf)}"
+        return f"{group[1]}: no such key or group.{_suggestion(group[1], conf, _known_keys(conf))}"
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"{error.filename}: {error.strerror}: shorten it"
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
@@ -141,13 +141,15 @@ def _unknown_keys(first: str, conf: Path) -> list[str]:
         elsewhere = ("hydra.", "prepare.", *(f"{key}." for key in keys))
         if is_key and key not in keys_and_groups and not key.startswith(elsewhere):
             keys.append(key)
-    return [f"{key}: no such key.{_suggestion(key, conf)}" for key in dict.fromkeys(keys)]
+    return [
+        f"{key}: no such key.{_suggestion(key, conf, keys_and_groups)}"
+        for key in dict.fromkeys(keys)
+    ]
 
 
-def _suggestion(key: str, conf: Path) -> str:
+def _suggestion(key: str, conf: Path, keys_and_groups: Sequence[str]) -> str:
     """A hint for an unknown key: its new name, the options that have it, or the closest key or
     group."""
-    keys_and_groups = _known_keys(conf)
     new = RENAMED.get(key, key)
     if new != key and new.partition("=")[0] in keys_and_groups:
         return f" It is {new} now"
