@@ -29,6 +29,7 @@ from rlhf_exp.runs.paths import (
     STATUS,
 )
 from rlhf_exp.runs.samples import Sample, encodable, read_samples
+from rlhf_exp.runs.status import finite_number
 from rlhf_exp.settings import ConfigError
 
 # Folders in sweeps and runs that hold no runs of their own.
@@ -243,16 +244,8 @@ def _is_phase(value: Any) -> bool:
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     """The entries that are finite numbers."""
-    numbers = {}
-    for name, value in row.items():
-        if isinstance(value, (float, int)) and not isinstance(value, bool):
-            try:
-                number = float(value)
-            except OverflowError:  # an integer of 309 digits
-                continue
-            if math.isfinite(number):
-                numbers[name] = number
-    return numbers
+    numbers = {name: finite_number(value) for name, value in row.items()}
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
 def _curves(rows: Sequence[Mapping[str, Any]]) -> tuple[Curves, Curves]:

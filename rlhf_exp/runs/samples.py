@@ -4,11 +4,12 @@ It reads only the two ends of samples.jsonl: a sweep's files are hundreds of meg
 """
 
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from rlhf_exp.runs.status import finite_number
 
 SHOWN = 8
 HEAD = 1 << 16
@@ -52,8 +53,8 @@ def read_samples(path: Path, problems: list[str]) -> list[Sample]:
             prompt=encodable(old["prompt"]),
             before=encodable(old["completion"]),
             after=None if new is None else encodable(new["completion"]),
-            score_before=_score(old),
-            score_after=_score(new or {}),
+            score_before=finite_number(old.get("score")),
+            score_after=finite_number((new or {}).get("score")),
         )
         for old, new in pairs
         if new is None or new["prompt"] == old["prompt"]
@@ -111,13 +112,3 @@ def _rows(lines: Iterable[bytes]) -> list[dict[str, Any]]:
         if texts and all(isinstance(t, str) for t in texts) and isinstance(row.get("phase"), int):
             rows.append(row)
     return rows
-
-
-def _score(row: dict[str, Any]) -> float | None:
-    score = row.get("score")
-    if isinstance(score, bool) or not isinstance(score, float | int):
-        return None
-    try:
-        return float(score) if math.isfinite(score) else None
-    except OverflowError:  # an integer of 309 digits
-        return None

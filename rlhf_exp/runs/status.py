@@ -39,13 +39,13 @@ def read_state(folder: Path) -> JobState:
         ("eval", "eval/score") if done and evaluated else ("objective", "objective/scores")
     )
     source = evaluated if side == "eval" else newest
-    error, phase = status.get("error"), _number(newest.get("phase"))
+    error, phase = status.get("error"), finite_number(newest.get("phase"))
     return JobState(
         status=status["status"] if status.get("status") in STATUSES else "waiting",
         error=error if isinstance(error, str) else None,
         phase=None if phase is None else int(phase),
-        score=_number(source.get(score)),
-        kl=_number(source.get(f"{side}/kl")),
+        score=finite_number(source.get(score)),
+        kl=finite_number(source.get(f"{side}/kl")),
     )
 
 
@@ -54,7 +54,7 @@ def is_done(run: Path) -> bool:
     return bool(_read_json(run / STATUS).get("status") == "done")
 
 
-def _number(value: Any) -> float | None:
+def finite_number(value: Any) -> float | None:
     """The value if it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
