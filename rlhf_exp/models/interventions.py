@@ -93,14 +93,17 @@ class Add(Intervention):
 
     def fingerprint(self) -> str:
         """A hash of the file. Raises ConfigError if it does not hold the vector."""
+        self._check_vector()
+        return _hash(self.path)
+
+    def _check_vector(self) -> None:
         if not self.sites:
             raise ConfigError("intervention.sites is empty: set [blocks.LAYER.hook_resid_post]")
         read_vector(self.path, self.tensor, field="intervention.path")
-        return _hash(self.path)
 
     def edits(self, network: PreTrainedModel) -> Edits:
         """Adds the vector."""
-        self.fingerprint()
+        self._check_vector()
         sites = Sites(network).find(self.sites, field="intervention.sites")
         edits: list[tuple[str, Site, Edit]] = []
         for name, width in measure_widths(network, sites).items():
@@ -159,6 +162,10 @@ class Ablate(Intervention):
     def fingerprint(self) -> str:
         """A hash of the files. Raises ConfigError if they lack a vector, or if nothing is
         ablated."""
+        self._check_vectors()
+        return _hash(self.direction, self.means)
+
+    def _check_vectors(self) -> None:
         names = [*self._heads, *self._mlps, *self.sites]
         if not names:
             raise ConfigError(
@@ -171,11 +178,10 @@ class Ablate(Intervention):
             for name in names:
                 if "*" not in name:
                     read_vector(self.means, name, field="intervention.means")
-        return _hash(self.direction, self.means)
 
     def edits(self, network: PreTrainedModel) -> Edits:
         """Replaces the ablated outputs and components."""
-        self.fingerprint()
+        self._check_vectors()
         model_sites = Sites(network)
         outputs = model_sites.find([*self._heads], field="intervention.heads")
         outputs |= model_sites.find(self._mlps, field="intervention.mlps")

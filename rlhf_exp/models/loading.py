@@ -30,7 +30,7 @@ from rlhf_exp.models.hub import (
 from rlhf_exp.models.lora import has_adapter
 from rlhf_exp.models.policy import TransformerWithValueHead, initialise_value_head
 from rlhf_exp.models.probing import check_hooked, with_fast_paths
-from rlhf_exp.settings import ConfigError, Text, is_reference, settings
+from rlhf_exp.settings import ConfigError, Text, settings
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 ValueHeadInit = Literal["default", "zero"]
@@ -120,7 +120,7 @@ class Pretrained:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         directory = locate_model(self.base_model)
-        if is_reference(self.base_model) or not Path(directory).is_dir():
+        if not Path(directory).is_dir():  # a hub name, or artifact:NAME
             return None
         code = {"trust_remote_code": self.trust_remote_code}
         config = from_pretrained(
