@@ -1,8 +1,3 @@
-import pytest
+from tests.models.conftest import architecture
 
-from tests.builders import ARCHITECTURES
-
-
-@pytest.fixture(params=ARCHITECTURES)
-def architecture(request: pytest.FixtureRequest) -> str:
-    return request.param
+__all__ = ["architecture"]
