@@ -43,9 +43,8 @@ def varied_parameters(runs: Sequence[Run]) -> list[str]:
     main_values = {values[name] for name in parameters if not name.startswith("prepare.")}
     names = [n for n in parameters if not n.startswith("prepare.") or values[n] not in main_values]
     if len(names) > MANY:
-        names = list({_partition(configured, name): name for name in reversed(names)}.values())[
-            ::-1
-        ]
+        first_names = {_partition(configured, name): name for name in reversed(names)}
+        names = [*reversed(first_names.values())]
     return names
 
 
