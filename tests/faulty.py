@@ -17,8 +17,8 @@ import psutil
 import torch
 
 from rlhf_exp.sweeps.isolation import call_in_process
+from tests.forked import TRAIN
 
-TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 OFFLINE = {
     "WANDB_MODE": "disabled",
     "WANDB_ERROR_REPORTING": "false",

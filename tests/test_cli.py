@@ -22,6 +22,7 @@ from rlhf_exp.models.scratch import Scratch, ScratchClassifier
 from rlhf_exp.tasks.tokenizers import word_tokenizer
 from tests.app.test_run import OFFLINE, TINY, TRAIN, Outcome, train, written
 from tests.builders import assert_near
+from tests.forked import Command
 
 # The default experiment, every number in it small.
 SMALL = (
@@ -46,19 +47,6 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     return {**kept, **OFFLINE, **wandb, "OMP_NUM_THREADS": "1", **more}
 
 
-def start(folder: Path, *arguments: str, **more: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(TRAIN), *arguments],
-        cwd=folder,
-        env=environment(folder / "of wandb", **more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # Tests may run in the background of a shell, where processes ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
 def json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -71,11 +59,14 @@ def status(folder: Path) -> str:
 def first(tmp_path_factory) -> tuple[Path, str]:
     """The folder of a first run, W&B offline, in a process of its own, and what it said."""
     folder = tmp_path_factory.mktemp("reviews")
-    with start(folder, *SMALL, WANDB_MODE="offline") as process:
-        said = process.stdout.read()
-    assert process.returncode == 0, said
+    done = subprocess.run(
+        [sys.executable, str(TRAIN), *SMALL], cwd=folder,
+        env=environment(folder / "of wandb", WANDB_MODE="offline"),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
     [path] = (folder / "outputs" / "reviews").iterdir()
-    return path, said
+    return path, done.stdout
 
 
 def again(first: tuple[Path, str], folder: Path, *more: str, flags: Sequence[str] = ()) -> Outcome:
@@ -269,17 +260,14 @@ def test_the_jobs_of_a_sweep_share_their_artifacts(first, tmp_path):
 
 def test_control_c_while_it_learns_ends_a_run_in_a_line(first, tmp_path):
     more = [f"artifacts_dir={artifacts_of(first)}", "stage.total_phases=300"]
-    with start(tmp_path, *SMALL, *more, WANDB_MODE="offline") as process:
-        said = []
-        for line in process.stdout:
-            said.append(line)
-            if line.startswith("phase "):
-                break
-        process.send_signal(signal.SIGINT)
-        said += process.stdout.readlines()
-    assert process.returncode == 130, said
-    assert "Traceback" not in "".join(said)
-    assert said[-1].startswith("stopped by SIGINT; go on with: python train.py resume=outputs/rev")
+    variables = environment(tmp_path / "of wandb", WANDB_MODE="offline")
+    with Command(tmp_path, *SMALL, *more, environment=variables) as command:
+        command.await_that(lambda: "\nphase " in command.said())
+        os.kill(command.pid, signal.SIGINT)
+        assert command.wait() == 130, command.said()
+    assert "Traceback" not in command.said()
+    last = command.said().splitlines()[-1]
+    assert last.startswith("stopped by SIGINT; go on with: python train.py resume=outputs/rev")
     [folder] = tmp_path.glob("outputs/reviews/*")
     assert status(folder) == "interrupted"
     assert len(json_lines(folder / "metrics.jsonl")) >= 2

@@ -335,11 +335,21 @@ def by_itself(option: str) -> tuple[list[str], str]:
     return given, config[group]["_target_"].rpartition(".")[2]
 
 
-@pytest.mark.parametrize("option", [o for o in PARTS if o.startswith(("reward/", "sampler/"))])
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+SWAPPED = [option for option in PARTS if option.startswith(("reward/", "sampler/"))]
+
+
+def swaps() -> Iterator[Any]:
+    """Every experiment with every reward and sampler that it can have; each of them once or twice
+    outside of `make soak`."""
+    for i, experiment in enumerate(EXPERIMENTS):
+        for j, option in enumerate(SWAPPED):
+            if experiment in MADE.get(option, {experiment}):
+                seldom = (i - j) % min(len(EXPERIMENTS), len(SWAPPED)) and option not in MADE
+                yield pytest.param(experiment, option, marks=pytest.mark.soak if seldom else ())
+
+
+@pytest.mark.parametrize(("experiment", "option"), swaps())
 def test_a_reward_or_sampler_can_be_swapped_under_any_experiment(experiment, option, data):
-    if experiment not in MADE.get(option, {experiment}):
-        return
     group = option.partition("/")[0]
     given, chosen = by_itself(option)
     steps = build_all([f"experiment={experiment}", *given, *data.get(experiment, [])])

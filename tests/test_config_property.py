@@ -1,5 +1,5 @@
-"""Hundreds of configurations drawn at random: a wrong one is refused by name before anything is
-loaded, a right one passes every check."""
+"""Configurations drawn at random, hundreds in `make soak`: a wrong one is refused by name before
+anything is loaded, a right one passes every check."""
 
 import json
 import random
@@ -20,7 +20,8 @@ from tests.builders import without_checks
 from tests.config_cases import Base, Case, invalid_cases, valid_cases
 from tests.reliability import count_cases
 
-SEED, COUNT = 7, 300
+SEED = 7
+COUNTS = [80, pytest.param(300, marks=pytest.mark.soak)]
 SMALL_REVIEWS = ["task.num_reviews=60", "task.num_labelled=40", "task.num_held_out=20"]
 STAGES = {
     "ppo": ["~experiment", *SMALL_REVIEWS],
@@ -102,11 +103,16 @@ def names(said: str, case: Case) -> bool:
     return any(line.removeprefix("error: ").startswith(begins) for line in said.splitlines())
 
 
+@pytest.mark.parametrize("count", COUNTS)
 def test_what_is_wrong_is_refused_by_name(
-    bases: dict[str, Base], nothing_loads: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    count: int,
+    bases: dict[str, Base],
+    nothing_loads: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    cases = invalid_cases(random.Random(SEED), [*bases.values()], COUNT)
+    cases = invalid_cases(random.Random(SEED), [*bases.values()], count)
     accepted, unnamed = [], []
     for case in cases:
         said = complaint(bases[case.base], case, tmp_path / "run")
@@ -116,17 +122,22 @@ def test_what_is_wrong_is_refused_by_name(
             unnamed.append((case, said))
     assert (accepted, unnamed) == ([], []), f"seed {SEED}"
     assert written(tmp_path) == []
-    assert len(cases) == COUNT
+    assert len(cases) == count
     assert len({case.kind for case in cases}) == 8
     assert {case.base for case in cases} == bases.keys()
     count_cases("invalid configurations", len(cases), lost=len(accepted))
 
 
+@pytest.mark.parametrize("count", COUNTS)
 def test_what_is_right_passes(
-    bases: dict[str, Base], nothing_loads: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    count: int,
+    bases: dict[str, Base],
+    nothing_loads: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    cases = valid_cases(random.Random(SEED), [*bases.values()], COUNT)
+    cases = valid_cases(random.Random(SEED), [*bases.values()], count)
     refused = [
         (case, said)
         for case in cases
@@ -134,7 +145,7 @@ def test_what_is_right_passes(
     ]
     assert refused == [], f"seed {SEED}"
     assert written(tmp_path) == []
-    assert len(cases) == COUNT
+    assert len(cases) == count
     assert {case.base for case in cases} == bases.keys()
     count_cases("valid configurations", len(cases), lost=len(refused))
 

@@ -37,17 +37,34 @@ def nines(completions, **_):
 """
 
 
+COMMAND = [*SMALL, "model=local", "model.base_model=base", "reward.function=my_reward.py:nines"]
+
+
+def begin(folder: Path) -> list[str]:
+    """A small run on a saved model, its reward in a file: its words, to be called in the folder."""
+    save_policy(tiny_policy(), folder / "base")
+    (folder / "my_reward.py").write_text(REWARD)
+    return COMMAND
+
+
 @pytest.fixture
 def command(tmp_path: Path) -> list[str]:
-    """A small run on a saved model, its reward in a file."""
-    save_policy(tiny_policy(), tmp_path / "base")
-    (tmp_path / "my_reward.py").write_text(REWARD)
-    return [
-        *SMALL,
-        "model=local",
-        f"model.base_model={tmp_path / 'base'}",
-        f"reward.function={tmp_path / 'my_reward.py'}:nines",
-    ]
+    return begin(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that its reward ended, `broken`."""
+    folder = tmp_path_factory.mktemp("ended")
+    assert train(folder, *begin(folder), "hydra.run.dir=broken").code == 2
+    return folder
+
+
+@pytest.fixture
+def broken(ended: Path, tmp_path: Path) -> Path:
+    """A copy of that run, of its model and its reward."""
+    shutil.copytree(ended, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "broken"
 
 
 def untimed(path: Path) -> list[dict[str, Any]]:
@@ -109,9 +126,7 @@ def test_a_run_has_its_agents_id_and_keeps_it(tmp_path, command, monkeypatch):
     assert (broken / "run_id.txt").read_text() == "agent-07\n"
 
 
-def test_what_cannot_be_resumed_is_refused_and_nothing_changes(tmp_path, command):
-    broken = tmp_path / "broken"
-    assert train(tmp_path, *command, f"hydra.run.dir={broken}").code == 2
+def test_what_cannot_be_resumed_is_refused_and_nothing_changes(tmp_path, broken):
     before = {p.relative_to(tmp_path): p.read_bytes() for p in broken.rglob("*") if p.is_file()}
     assert_refused(
         train(tmp_path, f"resume={tmp_path / 'nowhere'}"),
@@ -131,7 +146,7 @@ def test_what_cannot_be_resumed_is_refused_and_nothing_changes(tmp_path, command
     assert_refused(train(tmp_path, "-m", f"resume={broken}"), r"resume is for a single run")
     elsewhere = train(tmp_path, f"resume={broken}", f"hydra.run.dir={tmp_path / 'elsewhere'}")
     assert_refused(elsewhere, r"goes on in that folder: leave out hydra\.run\.dir")
-    again = train(tmp_path, *command, f"hydra.run.dir={broken}")
+    again = train(tmp_path, *COMMAND, f"hydra.run.dir={broken}")
     assert_refused(again, r"holds a run already: .* go on with it: .*resume=\S*broken")
     after = {p.relative_to(tmp_path): p.read_bytes() for p in broken.rglob("*") if p.is_file()}
     passing = {"train.log", ".lock"}
@@ -140,9 +155,7 @@ def test_what_cannot_be_resumed_is_refused_and_nothing_changes(tmp_path, command
     }
 
 
-def test_a_run_may_differ_in_what_is_allowed_and_stays_so(tmp_path, command):
-    broken = tmp_path / "broken"
-    assert train(tmp_path, *command, f"hydra.run.dir={broken}").code == 2
+def test_a_run_may_differ_in_what_is_allowed_and_stays_so(tmp_path, broken):
     words = ["stage.kl_coef=3", "stage.total_phases=6", "logger=local", "resume_with=stage.kl_coef"]
     (tmp_path / "mended").touch()
     words[-1] = "resume_with=[stage.kl_coef]"
@@ -160,9 +173,7 @@ def test_a_run_may_differ_in_what_is_allowed_and_stays_so(tmp_path, command):
     ]  # fmt: skip
 
 
-def test_a_change_that_does_not_fit_the_checkpoint_is_not_kept(tmp_path, command):
-    broken = tmp_path / "broken"
-    assert train(tmp_path, *command, f"hydra.run.dir={broken}").code == 2
+def test_a_change_that_does_not_fit_the_checkpoint_is_not_kept(tmp_path, broken):
     before = [(broken / ".hydra" / name).read_text() for name in ("config.yaml", "overrides.yaml")]
     save_policy(tiny_policy(seed=1), tmp_path / "other")
     words = [f"model.base_model={tmp_path / 'other'}", "resume_with=[model]"]
@@ -227,9 +238,7 @@ def test_auto_goes_on_with_the_newest_unfinished_and_a_named_folder_begins_one(t
     assert "run folder: outputs/x/other" in found.out
 
 
-def test_a_run_of_an_earlier_version_is_not_resumed(tmp_path, command):
-    broken = tmp_path / "broken"
-    assert train(tmp_path, *command, f"hydra.run.dir={broken}").code == 2
+def test_a_run_of_an_earlier_version_is_not_resumed(tmp_path, broken):
     config = OmegaConf.load(broken / ".hydra/config.yaml")
     config.stage.kl_target = None
     OmegaConf.save(config, broken / ".hydra/config.yaml")
@@ -240,9 +249,7 @@ def test_a_run_of_an_earlier_version_is_not_resumed(tmp_path, command):
     )
 
 
-def test_what_may_differ_is_a_key(tmp_path, command):
-    broken = tmp_path / "broken"
-    assert train(tmp_path, *command, f"hydra.run.dir={broken}").code == 2
+def test_what_may_differ_is_a_key(tmp_path, broken):
     again = train(tmp_path, f"resume={broken}", "stage.kl_coef=3", "resume_with=[stage.kl_target]")
     assert_refused(again, r"resume_with: stage\.kl_target is no key of the configuration")
 
@@ -257,9 +264,7 @@ def test_a_finished_run_is_not_resumed(tmp_path, command):
     )
 
 
-def test_a_run_whose_model_changed_is_not_resumed(tmp_path, command):
-    broken = tmp_path / "broken"
-    assert train(tmp_path, *command, f"hydra.run.dir={broken}").code == 2
+def test_a_run_whose_model_changed_is_not_resumed(tmp_path, broken):
     save_policy(tiny_policy(seed=1), tmp_path / "base")
     assert_refused(
         train(tmp_path, f"resume={broken}"),
@@ -267,9 +272,8 @@ def test_a_run_whose_model_changed_is_not_resumed(tmp_path, command):
     )
 
 
-def test_a_run_goes_on_with_its_model_copied_anew(tmp_path, command):
-    broken, base = tmp_path / "broken", tmp_path / "base"
-    assert train(tmp_path, *command, f"hydra.run.dir={broken}").code == 2
+def test_a_run_goes_on_with_its_model_copied_anew(tmp_path, broken):
+    base = tmp_path / "base"
     base.rename(tmp_path / "old")
     shutil.copytree(tmp_path / "old", base, copy_function=shutil.copyfile)
     (base / "README.md").write_text("what this is")

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 
 from rlhf_exp.runs.lock import is_locked
 from tests.app.test_run import TINY, TRAIN, assert_refused, train, written
+from tests.forked import Command
 from tests.test_cli import environment
 
 SMALL = [*TINY, "logger=local", "hydra.sweep.dir=sweep"]
@@ -51,26 +52,10 @@ for number in range(12):
 """
 
 
-def sweep(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(TRAIN), "-m", *words],
-        cwd=folder,
-        env=environment(folder / "of wandb"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-
-
-def begin(folder: Path, *words: str, **options: Any) -> subprocess.Popen:
-    """The same, not waited for."""
-    return subprocess.Popen(
-        [sys.executable, str(TRAIN), "-m", *words],
-        cwd=folder, env=environment(folder / "of wandb"), text=True,
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options},
-    )  # fmt: skip
+def begin(folder: Path, *words: str, ignore: Sequence[signal.Signals] = ()) -> Command:
+    """`python train.py -m WORDS`, not waited for."""
+    variables = environment(folder / "of wandb")
+    return Command(folder, "-m", *words, environment=variables, ignore=ignore)
 
 
 def states(folder: Path) -> dict[int, dict[str, Any]]:
@@ -84,14 +69,6 @@ def states(folder: Path) -> dict[int, dict[str, Any]]:
 def phases(job: Path) -> list[int]:
     rows = [json.loads(line) for line in (job / "metrics.jsonl").read_text().splitlines()]
     return [row["phase"] for row in rows if "eval/score" not in row]
-
-
-def await_that(holds: Callable[[], bool], process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 100
-    while not holds():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_one_bad_job_and_none_starts(tmp_path):
@@ -125,35 +102,41 @@ def test_a_dry_run_of_one_run_checks_it(tmp_path):
 FEW = [1, 3, 5, 7]  # of the functions
 
 
-@pytest.mark.parametrize("given", [FEW, pytest.param([*range(12)], marks=pytest.mark.soak)])
-def test_of_many_jobs_three_fail_and_are_completed(tmp_path, given):
+@pytest.mark.parametrize(
+    ("given", "launcher"),
+    [
+        pytest.param(FEW, [], id="one after the other"),
+        pytest.param([*range(12)], TWO_AT_A_TIME, id="two at a time", marks=pytest.mark.soak),
+    ],
+)
+def test_of_many_jobs_three_fail_and_are_completed(tmp_path, given, launcher):
     (tmp_path / "rewards.py").write_text(REWARDS)
     functions = ",".join(f"rewards.py:f{number}" for number in given)
-    words = [*SMALL, *TWO_AT_A_TIME, "reward=function", f"reward.function={functions}"]
+    words = [*SMALL, *launcher, "reward=function", f"reward.function={functions}"]
     words += ["stage.total_phases=5", "stage.checkpoint_every=2", "skip_completed=true"]
-    first = sweep(tmp_path, *words)
-    assert first.returncode == 1, first.stdout
-    assert "Traceback" not in first.stdout
-    found = states(tmp_path)
-    failed = {given[job] for job, state in found.items() if state["status"] != "done"}
-    assert (len(found), failed) == (len(given), {3, 5, 7})
+    first = train(tmp_path, "-m", *words)
+    assert (first.code, first.raised) == (1, None), first.out + first.err
+    assert "Traceback" not in first.out + first.err
+    states_after = states(tmp_path)
+    failed = {given[job] for job, state in states_after.items() if state["status"] != "done"}
+    assert (len(states_after), failed) == (len(given), {3, 5, 7})
     for number, reason in {
         3: "the judge is out of order",
         5: "killed by SIGKILL",
         7: "nan",
     }.items():
         job = given.index(number)
-        assert reason in found[job]["error"]
+        assert reason in states_after[job]["error"]
         line = rf"^job {job} \(function=rewards\.py:f{number}\) failed: .*{reason}.*; see sweep/"
-        assert re.search(line, first.stdout, re.MULTILINE)
+        assert re.search(line, first.out, re.MULTILINE)
     [log] = (tmp_path / "sweep").glob(f"{given.index(3)}_*/train.log")
     assert "RuntimeError: the judge is out of order" in log.read_text()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("sweep/*/metrics.jsonl")}
 
     (tmp_path / "mended").touch()
-    second = sweep(tmp_path, *words)
-    assert second.returncode == 0, second.stdout
-    assert f"sweep: {len(given)} jobs, {len(given) - 3} of them done" in second.stdout
+    second = train(tmp_path, "-m", *words)
+    assert (second.code, second.raised) == (0, None), second.out + second.err
+    assert f"sweep: {len(given)} jobs, {len(given) - 3} of them done" in second.out
     assert {state["status"] for state in states(tmp_path).values()} == {"done"}
     for path, changed in before.items():
         mended = given[int(path.parent.name.partition("_")[0])] in failed
@@ -161,16 +144,6 @@ def test_of_many_jobs_three_fail_and_are_completed(tmp_path, given):
         assert phases(path.parent) == [1, 2, 3, 4, 5]
         went_on = "going on after phase 2" in (path.parent / "train.log").read_text()
         assert went_on == mended
-
-
-def test_a_killed_job_takes_no_other_down_in_the_plain_launcher(tmp_path):
-    (tmp_path / "rewards.py").write_text(REWARDS)
-    words = ["reward=function", "reward.function=rewards.py:f5,rewards.py:f1"]
-    words += ["stage.total_phases=5", "stage.checkpoint_every=2"]
-    outcome = train(tmp_path, "-m", *SMALL, *words)
-    assert (outcome.code, outcome.raised) == (1, None)
-    assert {n: state["status"] for n, state in states(tmp_path).items()} == {0: "failed", 1: "done"}
-    assert "job 0 (function=rewards.py:f5) failed: killed by SIGKILL" in outcome.out
 
 
 def test_a_dry_run_removes_nothing_that_was_there(tmp_path):
@@ -189,32 +162,31 @@ def test_a_dry_run_removes_nothing_that_was_there(tmp_path):
     assert written(tmp_path / "cut") == before
 
 
-def test_two_at_once_in_one_folder_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGINT", 130), pytest.param("SIGTERM", 143, marks=pytest.mark.soak)]
+)
+def test_a_sweep_is_alone_in_its_folder_and_ends_with_how_it_goes_on(tmp_path, name, code):
     words = [*SMALL, "stage.total_phases=5000", "seed=1,2", "skip_completed=true"]
-    process = begin(tmp_path, *words)
-    with process:
+    with begin(tmp_path, *words) as sweep:
         rows = tmp_path / "sweep" / "0_seed=1" / "metrics.jsonl"
-        await_that(lambda: rows.is_file() and rows.read_text().count("\n") > 3, process)
+        sweep.await_that(lambda: rows.is_file() and rows.read_text().count("\n") > 3)
         outcome = train(tmp_path, "-m", *words)
         assert_refused(outcome, r"sweep: another process is running in this folder")
-        process.send_signal(signal.SIGTERM)
-        said = process.stdout.read()
-    assert process.returncode == 143, said
-    assert "run what is missing" in said
+        os.killpg(sweep.pid, getattr(signal, name))
+        assert sweep.wait() == code, sweep.said()
+    assert "Traceback" not in sweep.said()
+    again = r"run what is missing: python .* hydra\.sweep\.dir=sweep .*skip_completed=true"
+    assert re.search(again, sweep.said())
     assert {n: state["status"] for n, state in states(tmp_path).items()} == {0: "interrupted"}
 
 
 def test_the_end_of_a_sweep_is_that_of_its_jobs(tmp_path):
     words = [*SMALL, *TWO_AT_A_TIME, "stage.total_phases=5000", "seed=1,2"]
-    process = begin(tmp_path, *words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     jobs = [tmp_path / "sweep" / name for name in ("0_seed=1", "1_seed=2")]
-    deadline = time.monotonic() + 100
-    while not all((job / "metrics.jsonl").is_file() for job in jobs):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
+    with begin(tmp_path, *words) as sweep:
+        sweep.await_that(lambda: all((job / "metrics.jsonl").is_file() for job in jobs))
+        sweep.process.kill()
+        assert sweep.wait() == -9
     deadline = time.monotonic() + 20
     while any(is_locked(job) for job in jobs):
         assert time.monotonic() < deadline, "a job outlives its sweep"
@@ -224,15 +196,11 @@ def test_the_end_of_a_sweep_is_that_of_its_jobs(tmp_path):
 @pytest.mark.soak
 def test_a_sweep_under_nohup_outlives_its_terminal(tmp_path):
     words = [*SMALL, "stage.total_phases=80", "seed=1,2"]
-    process = begin(
-        tmp_path, *words, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    )
-    with process:
+    with begin(tmp_path, *words, ignore=[signal.SIGHUP]) as sweep:
         rows = tmp_path / "sweep" / "0_seed=1" / "metrics.jsonl"
-        await_that(lambda: rows.is_file() and rows.read_text().count("\n") > 3, process)
-        process.send_signal(signal.SIGHUP)
-        said = process.stdout.read()
-    assert process.returncode == 0, said
+        sweep.await_that(lambda: rows.is_file() and rows.read_text().count("\n") > 3)
+        os.kill(sweep.pid, signal.SIGHUP)
+        assert sweep.wait() == 0, sweep.said()
     assert {state["status"] for state in states(tmp_path).values()} == {"done"}
 
 
@@ -331,27 +299,6 @@ def test_joblib_is_told_how_many(tmp_path):
     assert_refused(missing, r"pip install 'rlhf_exp\[ray\]'")
 
 
-def test_control_c_ends_a_sweep_that_says_how_it_goes_on(tmp_path):
-    words = [*SMALL, "stage.total_phases=5000", "seed=1,2"]
-    process = begin(
-        tmp_path,
-        *words,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    with process:
-        rows = tmp_path / "sweep" / "0_seed=1" / "metrics.jsonl"
-        await_that(lambda: rows.is_file() and rows.read_text().count("\n") > 3, process)
-        os.killpg(process.pid, signal.SIGINT)
-        said = process.stdout.read()
-    assert process.returncode == 130, said
-    assert "Traceback" not in said
-    assert re.search(
-        r"run what is missing: python .* hydra\.sweep\.dir=sweep skip_completed=true", said
-    )
-    assert {n: state["status"] for n, state in states(tmp_path).items()} == {0: "interrupted"}
-
-
 @pytest.mark.soak
 def test_a_preempted_job_is_queued_again_and_goes_on(tmp_path):
     (tmp_path / "rewards.py").write_text(
@@ -361,10 +308,9 @@ def test_a_preempted_job_is_queued_again_and_goes_on(tmp_path):
     words = [*SMALL, "hydra/launcher=submitit_local", "seed=1,2", "reward=function",
              "reward.function=rewards.py:slow", "stage.total_phases=12", "stage.eval_every=12",
              "stage.checkpoint_every=2"]  # fmt: skip
-    process = begin(tmp_path, *words)
     job = tmp_path / "sweep" / "0_seed=1"
-    with process:
-        await_that(lambda: (job / "checkpoints" / "phase-000002").is_dir(), process)
+    with begin(tmp_path, *words) as sweep:
+        sweep.await_that(lambda: (job / "checkpoints" / "phase-000002").is_dir())
         [task] = [
             found.pid
             for found in psutil.process_iter(["cmdline"])
@@ -372,8 +318,7 @@ def test_a_preempted_job_is_queued_again_and_goes_on(tmp_path):
             and found.ppid() == _controller(tmp_path, job)
         ]
         os.kill(task, signal.SIGUSR2)
-        said = process.stdout.read()
-    assert process.returncode == 0, said
+        assert sweep.wait() == 0, sweep.said()
     assert {n: state["status"] for n, state in states(tmp_path).items()} == {0: "done", 1: "done"}
     assert "going on after phase" in (job / "train.log").read_text()
     assert "going on" not in (tmp_path / "sweep" / "1_seed=2" / "train.log").read_text()
@@ -416,7 +361,7 @@ def test_a_search_draws_runs_and_goes_on(tmp_path):
 def test_a_terminal_shows_a_table_that_lives(tmp_path):
     main, terminal = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, str(TRAIN), "-m", *SMALL, "seed=1,2", "stage.total_phases=40"],
+        [sys.executable, str(TRAIN), "-m", *SMALL, "seed=1,2", "stage.total_phases=20"],
         cwd=tmp_path, stdout=terminal, stderr=terminal, close_fds=True,
         env=environment(tmp_path / "of wandb", TERM="xterm", COLUMNS="90", LINES="30"),
     )  # fmt: skip
@@ -431,6 +376,6 @@ def test_a_terminal_shows_a_table_that_lives(tmp_path):
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode())
     assert "2 waiting" in text
     assert "1 running, 1 waiting" in text
-    assert re.search(r"0 +seed=1 +running +\d+/40", text)
+    assert re.search(r"0 +seed=1 +running +\d+/20", text)
     last = text[text.rindex("#  job") :]
-    assert re.search(r"0 +seed=1 +done +40/40 .*\n1 +seed=2 +done +40/40", last.replace("\r", ""))
+    assert re.search(r"0 +seed=1 +done +20/20 .*\n1 +seed=2 +done +20/20", last.replace("\r", ""))

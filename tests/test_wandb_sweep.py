@@ -3,8 +3,6 @@
 import functools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,8 @@ from omegaconf import OmegaConf
 from rlhf_exp.app.run import ALLOWED_TARGETS, CONF, instantiate, to_container
 from rlhf_exp.app.steps import read_steps
 from rlhf_exp.runs.summary import summarize
-from tests.app.test_run import OFFLINE, TINY, TRAIN
+from tests.app.test_run import OFFLINE, TINY
+from tests.forked import Command
 
 from .tracking.wandb_runs import inspect, offline_runs
 
@@ -74,11 +73,9 @@ def test_the_runs_of_a_sweep_lie_in_one_folder_and_are_told_apart(tmp_path: Path
     environment = {**kept, **OFFLINE, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     # As under an agent whose program is a sweep of Hydra: its one id cannot be that of every job.
     environment |= {"WANDB_SWEEP_ID": "sweep123", "WANDB_RUN_ID": "agent-07"}
-    done = subprocess.run(
-        [sys.executable, str(TRAIN), "-m", "seed=1,2", "stage.histograms_every=1", *TINY],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    words = ("-m", "seed=1,2", "stage.histograms_every=1", *TINY)
+    with Command(tmp_path, *words, environment=environment) as sweeping:
+        assert sweeping.wait() == 0, sweeping.said()
     [sweep] = tmp_path.glob("outputs/run/sweeps/*")
     runs = offline_runs(sweep)
     assert len(runs) == len([*sweep.rglob("*.wandb")]) == 2

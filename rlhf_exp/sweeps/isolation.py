@@ -22,9 +22,10 @@ from rlhf_exp.machine.streams import make_streams_unbreakable
 
 # Modules that nearly every run imports, and the slowest imports.
 PRELOADED = (
-    "rlhf_exp.machine.environment", "rlhf_exp.app.experiment", "rlhf_exp.stages.ppo",
-    "transformers.modeling_utils", "transformers.models.auto.modeling_auto",
-    "transformers.models.gpt2.modeling_gpt2", "matplotlib.backends.backend_agg",
+    "rlhf_exp.machine.environment", "rlhf_exp.app.main", "rlhf_exp.app.experiment",
+    "rlhf_exp.stages.ppo", "transformers.modeling_utils", "transformers.models.auto.modeling_auto",
+    "transformers.models.gpt2.modeling_gpt2", "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
 )  # fmt: skip
 SWEEP_PID = "RLHF_EXP_SWEEP_PID"  # environment variable: jobs end when this process ends
 LONGEST_TEMP_DIR = 70  # of the 104 characters that macOS allows; multiprocessing adds 32

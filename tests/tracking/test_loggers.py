@@ -34,6 +34,7 @@ from rlhf_exp.tracking.loggers import LocalLogger, Logger, WandbLogger
 from .wandb_runs import info, inspect, offline_runs, own_folders
 
 KEY = "a" * 40
+SOAK = pytest.mark.soak
 ROW = {"prompt": "a", "completion": "[b]", "score": 0.5}
 
 
@@ -192,14 +193,19 @@ NO_ANSWER = "no usable answer within 2 s"
 @pytest.mark.parametrize(
     ("respond", "reason"),
     [
-        (lambda r: answer(r, 401, b"who are you?"), ".*returned error 401.*"),
-        (lambda r: answer(r, 403, b"not yours"), ".*returned error 403.*"),
-        (lambda r: answer(r, 500, b"{}"), NO_ANSWER),
-        (lambda r: answer(r, 200, b"<html>Log in</html>"), "the server's answer is not W&B's.*"),
-        (reset, NO_ANSWER),
-        (lambda _: time.sleep(20), NO_ANSWER),
+        pytest.param(lambda r: answer(r, 401, b"who are you?"), ".*returned error 401.*", id="401"),
+        pytest.param(
+            lambda r: answer(r, 403, b"no"), ".*returned error 403.*", id="403", marks=SOAK
+        ),
+        pytest.param(lambda r: answer(r, 500, b"{}"), NO_ANSWER, id="500", marks=SOAK),
+        pytest.param(
+            lambda r: answer(r, 200, b"<html>Log in</html>"),
+            "the server's answer is not W&B's.*",
+            id="html",
+        ),
+        pytest.param(reset, NO_ANSWER, id="reset", marks=SOAK),
+        pytest.param(lambda _: time.sleep(20), NO_ANSWER, id="hang"),
     ],
-    ids=["401", "403", "500", "html", "reset", "hang"],
 )
 def test_a_server_that_refuses_has_the_run_offline(tmp_path, monkeypatch, caplog, respond, reason):
     monkeypatch.setattr(loggers, "INIT_S", 2)
@@ -218,6 +224,7 @@ def assert_one_warning(caplog, pattern: str) -> None:
     assert re.fullmatch(pattern, warning), warning
 
 
+@SOAK
 def test_a_proxy_that_is_dead_has_the_run_offline(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(loggers, "INIT_S", 2)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
@@ -369,8 +376,8 @@ print(took < 1, [row["phase"] for row in folder.rows()], own[0].pid)
 @pytest.mark.parametrize(
     ("signal", "warning"),
     [
-        ("none", None),
-        ("SIGKILL", "W&B failed ("),
+        pytest.param("none", None, marks=SOAK),
+        pytest.param("SIGKILL", "W&B failed (", marks=SOAK),  # as in test_faults.py
         ("SIGSTOP", "W&B failed (not finished after 1 s; later: wandb sync "),
     ],
 )
@@ -478,7 +485,7 @@ def test_the_offline_parts_of_a_resumed_run_are_one_after_sync(tmp_path, monkeyp
     assert [row["_step"] for row in rows] == [*range(7)]
 
 
-@pytest.mark.parametrize("how", ["dies", "hangs"])
+@pytest.mark.parametrize("how", [pytest.param("dies", marks=SOAK), "hangs"])
 def test_a_server_that_goes_away_holds_nothing_up(tmp_path, monkeypatch, caplog, how):
     monkeypatch.setattr(wandb_run, "SERVICE_S", 1.0)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
