@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf_exp.runs.files import move_whole
+from rlhf_exp.runs.files import move_whole, parse_object
 from rlhf_exp.settings import ConfigError
 
 log = logging.getLogger(__name__)
@@ -137,12 +137,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_object((path / MANIFEST).read_bytes())
     except FileNotFoundError as error:
         raise DamagedError(f"no {MANIFEST}") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         raise DamagedError(f"{MANIFEST} cannot be read") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    if manifest is None or not isinstance(manifest.get("files"), dict):
         raise DamagedError(f"{MANIFEST} is no manifest")
     return manifest
 

@@ -1,7 +1,26 @@
-"""Files and folders written atomically, so that they are complete even after a power failure."""
+"""Files and folders written atomically, so that they are complete even after a power failure; and
+JSON that may be damaged."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
+
+
+def parse_object(text: str | bytes) -> dict[str, Any] | None:
+    """The JSON object in a text; None for anything else, broken JSON included."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):  # includes what is not UTF-8
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def parse_row(line: str | bytes) -> dict[str, Any] | None:
+    """The JSON object in a line of metrics, samples or histograms; None if it has no phase."""
+    row = parse_object(line)
+    phase = row.get("phase") if row else None
+    return row if isinstance(phase, int) and not isinstance(phase, bool) and phase >= 0 else None
 
 
 def write_whole(path: Path, text: str) -> None:

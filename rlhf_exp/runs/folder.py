@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from rlhf_exp.runs.files import sync, write_whole
+from rlhf_exp.runs.files import parse_row, sync, write_whole
 from rlhf_exp.runs.paths import (
     ENVIRONMENT,
     HISTOGRAMS,
@@ -255,7 +255,7 @@ class RunFolder:
         # Not splitlines(), which also splits at characters that JSON leaves in a text. Text after
         # the last line end is a row that a killed run was writing.
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-        parsed = [(line, row) for line in lines if (row := _parse_row(line)) is not None]
+        parsed = [(line, row) for line in lines if (row := parse_row(line)) is not None]
         broken = len(lines) - len(parsed)
         if broken > self._broken.get(name, 0):
             log.warning("%s: %d broken line(s) left out", path, broken)
@@ -266,13 +266,3 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _parse_row(line: str) -> dict[str, Any] | None:
-    """The row; None if a crash or a disk left something else."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    phase = row.get("phase") if isinstance(row, dict) else None
-    return row if isinstance(phase, int) and not isinstance(phase, bool) else None

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_exp.runs.files import parse_object, parse_row
 from rlhf_exp.runs.paths import (
     CHECKPOINTS,
     CONFIG,
@@ -200,20 +201,14 @@ def _read_run(folder: Path, name: str, problems: list[str]) -> Run:
 def read_rows(path: Path, problems: list[str], *, growing: bool) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl that are objects with a phase. `growing`: a run is writing the
     file, so an unfinished last line is no problem."""
-    content = _read_bytes(path, problems)
-    rows, wrong = [], []
-    lines = content.split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        row = _parse(line)
-        if isinstance(row, dict) and _is_phase(row.get("phase")):
-            rows.append(row)
-        elif number == len(lines) and _parse(line) is None:
-            if not growing:
-                problems.append(f"{path}: the last line is cut off; left out")
-        else:
-            wrong.append(number)
+    *lines, last = _read_bytes(path, problems).split(b"\n")
+    parsed = [(number, parse_row(line)) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [row for _, row in parsed if row]
+    wrong = [number for number, row in parsed if not row]
+    if row := parse_row(last):
+        rows.append(row)
+    elif last.strip() and not growing:
+        problems.append(f"{path}: the last line is cut off; left out")
     if wrong:
         what = "a line is not" if len(wrong) == 1 else f"{len(wrong)} lines are not"
         first = f"line {wrong[0]}" if len(wrong) == 1 else f"line {wrong[0]} first"
@@ -229,17 +224,6 @@ def _read_bytes(path: Path, problems: list[str]) -> bytes:
     except OSError as error:
         problems.append(f"{path}: {error.strerror}")
         return b""
-
-
-def _parse(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):  # includes what is not UTF-8
-        return None
-
-
-def _is_phase(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
@@ -293,11 +277,10 @@ def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
         if os.path.isfile(path) and os.access(path, os.R_OK):
             problems.append(f"{path}: empty")
         return {}
-    parsed = _parse(content)
-    if isinstance(parsed, dict):
-        return parsed
-    problems.append(f"{path}: not a JSON object")
-    return {}
+    parsed = parse_object(content)
+    if parsed is None:
+        problems.append(f"{path}: not a JSON object")
+    return parsed or {}
 
 
 def _read_commits(folder: Path, problems: list[str]) -> tuple[str, ...]:
@@ -328,25 +311,19 @@ def _read_config(folder: Path, problems: list[str]) -> dict[str, Any]:
             config = {}
     if not config:
         problems.append(f"{folder}: no configuration: its parameters and seed are unknown")
-    return dict(_flatten(config))
+    return dict(_flatten(_plain(config)))
 
 
-def _flatten(config: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _plain(config: Mapping[Any, Any]) -> dict[str, Any]:
+    """The configuration as JSON can hold it: YAML also has dates, infinity and lists as keys."""
+    text = json.dumps(config, default=str, ensure_ascii=False, skipkeys=True)
+    plain: dict[str, Any] = json.loads(encodable(text), parse_constant=str)
+    return plain
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
             yield from _flatten(value, f"{prefix}{key}.")
         else:
-            yield encodable(f"{prefix}{key}"), _plain(value)
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON can hold it: YAML also has dates, infinity and keys of any type."""
-    if isinstance(value, Mapping):
-        return {encodable(str(key)): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_plain(entry) for entry in value]
-    if value is None or isinstance(value, bool | int):
-        return value
-    if isinstance(value, float) and math.isfinite(value):
-        return value
-    return encodable(str(value))
+            yield f"{prefix}{key}", value

@@ -3,12 +3,12 @@
 It reads only the two ends of samples.jsonl: a sweep's files are hundreds of megabytes.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from rlhf_exp.runs.files import parse_row
 from rlhf_exp.runs.status import finite_number
 
 SHOWN = 8
@@ -102,13 +102,5 @@ def _is_other(line: bytes, mark: bytes) -> bool:
 
 
 def _rows(lines: Iterable[bytes]) -> list[dict[str, Any]]:
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        texts = isinstance(row, dict) and (row.get("prompt"), row.get("completion"))
-        if texts and all(isinstance(t, str) for t in texts) and isinstance(row.get("phase"), int):
-            rows.append(row)
-    return rows
+    rows = [row for line in lines if (row := parse_row(line)) is not None]
+    return [r for r in rows if all(isinstance(r.get(k), str) for k in ("prompt", "completion"))]

@@ -1,12 +1,12 @@
 """The state of a sweep's jobs, read from the files in their folders, so that it works for every
 launcher and every machine that shares the disk."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_exp.runs.files import parse_object
 from rlhf_exp.runs.paths import METRICS, STATUS
 
 STATUSES = ("running", "done", "failed", "interrupted")
@@ -67,10 +67,9 @@ def finite_number(value: Any) -> float | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return parse_object(path.read_bytes()) or {}
+    except OSError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _last_rows(path: Path) -> list[dict[str, Any]]:
@@ -82,12 +81,5 @@ def _last_rows(path: Path) -> list[dict[str, Any]]:
             lines = file.read().split(b"\n")
     except OSError:
         return []
-    rows = []
-    for line in lines[1 if begin else 0 : -1]:  # the last is being written
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+    rows = map(parse_object, lines[1 if begin else 0 : -1])  # the last is being written
+    return [row for row in rows if row]
