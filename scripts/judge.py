@@ -6,9 +6,10 @@ from pathlib import Path
 
 from rlhf_exp.app.run import ALLOWED_TARGETS, instantiate
 from rlhf_exp.machine.streams import make_streams_unbreakable
-from rlhf_exp.report.judge import judge, read_samples
+from rlhf_exp.report.judge import judge
 from rlhf_exp.rewards.classifier import Classifier
 from rlhf_exp.runs.paths import SAMPLES, read_hydra_config
+from rlhf_exp.runs.samples import read_ends
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.protocol import LabelledTask
 
@@ -38,7 +39,7 @@ def main() -> None:
         label = labels[reward.find_label(labels, of="the task")]
     except ConfigError as error:
         parser.error(str(error))
-    verdict = judge(split, label, *read_samples(run))
+    verdict = judge(split, label, *read_ends(run / SAMPLES))
     print(f"judge: TF-IDF logistic regression, {verdict.held_out_accuracy:.3f} on held-out texts")
     for name, (old, new) in (
         ("reward, mean", verdict.reward),

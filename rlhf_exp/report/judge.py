@@ -5,14 +5,11 @@ It knows nothing of grammar or meaning; it shows whether another model sees the 
 which words cause it.
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from rlhf_exp.runs.paths import SAMPLES
 from rlhf_exp.tasks.protocol import LabelledText, Split
 
 CONTAINED = 10  # a word is listed if at least this many samples contain it, before or after
@@ -29,15 +26,6 @@ class Verdict:
     share: tuple[float, float]
     rising: list[tuple[str, int, int]]
     falling: list[tuple[str, int, int]]
-
-
-def read_samples(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The samples of the first and of the last evaluation in a run's samples.jsonl."""
-    # Not splitlines(), which also splits at characters that JSON leaves in texts, such as U+2028.
-    lines = (run / SAMPLES).read_text(encoding="utf-8").split("\n")
-    rows = [json.loads(line) for line in lines if line]
-    first, last = rows[0]["phase"], rows[-1]["phase"]
-    return [r for r in rows if r["phase"] == first], [r for r in rows if r["phase"] == last]
 
 
 def judge(

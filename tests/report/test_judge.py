@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf_exp.report.judge import judge, read_samples
+from rlhf_exp.report.judge import judge
 from rlhf_exp.tasks.reviews import Reviews
 
 from ..scripts import call_script
@@ -42,23 +42,6 @@ def test_words_are_counted_once_a_sample_and_the_rare_are_left_out() -> None:
     assert verdict.rising[0] == ("fine", 0, 11)
     assert verdict.falling[0] == ("dull", 12, 2)
     assert "odd" not in {word for word, _, _ in verdict.rising}
-
-
-def test_samples_are_those_of_the_first_and_the_last_evaluation(tmp_path: Path) -> None:
-    lines = [{"phase": phase, "n": n} for phase in (0, 25, 40) for n in range(2)]
-    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    before, after = read_samples(tmp_path)
-    assert [row["phase"] for row in before + after] == [0, 0, 40, 40]
-
-
-def test_a_line_of_samples_may_hold_a_separator_of_lines(tmp_path: Path) -> None:
-    samples = [
-        {"phase": phase, "prompt": "this", "completion": " is\u2028it\x85", "score": 0.5}
-        for phase in (0, 1)
-    ]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
-    (tmp_path / "samples.jsonl").write_text(text, encoding="utf-8")
-    assert read_samples(tmp_path) == ([samples[0]], [samples[1]])
 
 
 def rated_run(path: Path, **label: object) -> Path:

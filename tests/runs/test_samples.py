@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from rlhf_exp.runs.samples import encodable, read_samples
+from rlhf_exp.runs.samples import encodable, read_ends, read_samples
 from tests.report.build_runs import samples, write_lines
 
 
@@ -14,7 +14,6 @@ def read(path):
 
 @pytest.mark.parametrize("count", [3, 64, 2000])
 def test_the_first_and_last_completions_of_the_same_prompts(tmp_path, count):
-    # 2000 rows of an evaluation are 400 kB: both ends are read in several blocks.
     path = tmp_path / "samples.jsonl"
     written = samples([0, 10, 20], count=count)
     write_lines(path, written)
@@ -24,6 +23,15 @@ def test_the_first_and_last_completions_of_the_same_prompts(tmp_path, count):
         (old["prompt"], old["completion"], new["completion"], 0.5, 0.9)
         for old, new in list(zip(written, written[2 * count :], strict=False))[:8]
     ]
+
+
+def test_all_rows_of_both_ends(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    rows = samples([0, 25, 40], count=20)
+    rows[3]["completion"] = " is\u2028it\x85"  # JSON leaves these separators of lines in a text
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+    assert read_ends(path) == (rows[:20], rows[40:])
 
 
 def test_one_evaluation_has_no_after(tmp_path):
