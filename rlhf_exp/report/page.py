@@ -6,11 +6,11 @@ It knows how to embed data safely in HTML; `assets/` knows what the data means.
 import base64
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from rlhf_exp.runs.files import write_whole
 
 ASSETS = Path(__file__).parent / "assets"
 # In the order of their dependencies.
@@ -20,13 +20,7 @@ SCRIPTS = ("base.js", "figures.js", "parameters.js", "tables.js", "page.js")
 def write_page(payload: Mapping[str, Any], path: Path) -> Path:
     """Writes the report of a payload atomically; returns its path. Raises ValueError if the payload
     has a NaN or an infinity, which JSON cannot hold."""
-    text = _page(payload)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A temporary folder, not a file: the file then has the permissions of the user's files.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        partial = Path(folder) / path.name
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+    write_whole(path, _page(payload))
     return path
 
 

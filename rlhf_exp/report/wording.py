@@ -1,6 +1,7 @@
 """Numbers, intervals and other wording that Markdown and terminal share."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,17 +40,15 @@ def front_of(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
 def best_first(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The groups on the front, then the others; each part by mean score, groups without one
     last."""
-    means = [group["score"]["mean"] for group in groups]
-    order = sorted(
-        range(len(groups)),
-        key=lambda i: (not groups[i]["pareto"], means[i] is None, -(means[i] or 0.0)),
-    )
-    return [groups[i] for i in order]
+
+    def rank(group: Mapping[str, Any]) -> tuple[bool, bool, float]:
+        mean = group["score"]["mean"]
+        return not group["pareto"], mean is None, -(mean or 0.0)
+
+    return sorted(groups, key=rank)
 
 
 def count_statuses(payload: Mapping[str, Any]) -> str:
     """The number of runs by status, as "11 done, 1 failed"."""
-    counts: dict[str, int] = {}
-    for run in payload["runs"]:
-        counts[run["status"]] = counts.get(run["status"], 0) + 1
+    counts = Counter(run["status"] for run in payload["runs"])
     return ", ".join(f"{count} {status}" for status, count in counts.items())

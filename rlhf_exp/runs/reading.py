@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,9 +164,7 @@ def _distinct_names(folders: Sequence[Path]) -> dict[Path, str]:
     """Each folder's name, with its parents' names if two are equal."""
     names = {folder: _resolved(folder).name for folder in folders}
     for level in (2, 3, 4):
-        counts: dict[str, int] = {}
-        for name in names.values():
-            counts[name] = counts.get(name, 0) + 1
+        counts = Counter(names.values())
         for folder, name in names.items():
             if counts[name] > 1:
                 names[folder] = "/".join(_resolved(folder).parts[-level:])
@@ -210,9 +209,9 @@ def read_rows(path: Path, problems: list[str], *, growing: bool) -> list[dict[st
     elif last.strip() and not growing:
         problems.append(f"{path}: the last line is cut off; left out")
     if wrong:
-        what = "a line is not" if len(wrong) == 1 else f"{len(wrong)} lines are not"
-        first = f"line {wrong[0]}" if len(wrong) == 1 else f"line {wrong[0]} first"
-        problems.append(f"{path}: {what} a JSON object with a phase ({first}); left out")
+        what = "a line is" if len(wrong) == 1 else f"{len(wrong)} lines are"
+        first = f"line {wrong[0]}{' first' * (len(wrong) > 1)}"
+        problems.append(f"{path}: {what} not a JSON object with a phase ({first}); left out")
     return rows
 
 
@@ -263,11 +262,11 @@ def _aligned(by_phase: Mapping[int, Mapping[str, Any]], names: Sequence[str]) ->
 def _array(values: Sequence[Any]) -> np.ndarray:
     """The values as numbers, NaN for values that are not finite numbers."""
     # Nearly all of a sweep's 900,000 values are floats, which numpy converts at once.
-    if {*map(type, values)} <= {float, NoneType}:
-        array = np.array(values, dtype=float)
-        array[np.isinf(array)] = math.nan
-        return array
-    return np.array([_numbers({"": value}).get("", math.nan) for value in values], dtype=float)
+    if not {*map(type, values)} <= {float, NoneType}:
+        values = [finite_number(value) for value in values]
+    array = np.array(values, dtype=float)
+    array[np.isinf(array)] = math.nan
+    return array
 
 
 def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
