@@ -29,11 +29,8 @@ from rlhf_exp.runs.reading import Curves, Run, read_runs
 from rlhf_exp.runs.samples import Sample, encodable
 
 MAX_NUMBERS = 1_000_000  # in curves: 7 MB of JSON beside Plotly's 5 in a page of 15
-ENOUGH_PHASES = 100  # drop the metrics below before thinning curves to fewer phases
 MAX_TEXT_BYTES = 2_000_000  # of all samples as JSON
 MAX_TEXT = 2000  # characters of a prompt or a completion
-# Prefixes of the metrics that a large report drops, in this order.
-LESS_TELLING = ("time/", "lr/", "grad_norm/", "loss/")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,30 +145,15 @@ def _choose_curves(
     all) to keep a page of many runs small."""
     train = list(dict.fromkeys(name for run in runs for name in run.train.values))
     evaluated = list(dict.fromkeys(name for run in runs for name in run.evaluated.values))
+    metrics = {"train": train, "eval": evaluated}
     copies = len(runs) + 3 * len(groups)
     longest = max((len(run.train.phases) for run in runs), default=0)
-    dropped = []
-    for prefix in LESS_TELLING:
-        fitting = longest / max(1, _stride(len(train), longest, copies))
-        rest = [name for name in train if not name.startswith(prefix)]
-        if fitting < min(longest, ENOUGH_PHASES) and len(rest) < len(train):
-            train = rest
-            dropped.append(f"{prefix}*")
-    if dropped:
-        problems.append(
-            f"curves: without {', '.join(dropped)} to keep the report small; metrics.jsonl has them"
-        )
-    metrics = {"train": train, "eval": evaluated}
-    stride = _stride(len(train), longest, copies)
+    stride = math.ceil(len(train) * longest * copies / MAX_NUMBERS)
     if stride <= 1:
         return metrics, None
     problems.append(f"curves: one phase in {stride}, to keep the report small")
     phases = sorted({phase for run in runs for phase in run.train.phases})
     return metrics, {*phases[::stride], *(run.train.phases[-1] for run in runs if run.train.phases)}
-
-
-def _stride(metrics: int, phases: int, copies: int) -> int:
-    return math.ceil(metrics * phases * copies / MAX_NUMBERS)
 
 
 def _describe_run(
@@ -181,10 +163,8 @@ def _describe_run(
     final = {
         "score": run.final(names.score),
         "kl": run.final(names.kl),
-        "entropy": _either(run.evaluated.last("eval/entropy"), run.train.last("objective/entropy")),
-        "distinct_3": _either(
-            run.evaluated.last("eval/distinct_3"), run.train.last("sample/distinct_3")
-        ),
+        "entropy": _last(run, "eval/entropy", "objective/entropy"),
+        "distinct_3": _last(run, "eval/distinct_3", "sample/distinct_3"),
         "best_score": max(best, default=None),
         "seconds": run.seconds,
     }
@@ -203,8 +183,10 @@ def _describe_run(
     }
 
 
-def _either(first: float | None, second: float | None) -> float | None:
-    return second if first is None else first
+def _last(run: Run, evaluated: str, trained: str) -> float | None:
+    """The last number of an evaluation metric, or else of the training metric."""
+    value = run.evaluated.last(evaluated)
+    return run.train.last(trained) if value is None else value
 
 
 def _run_curves(
@@ -261,11 +243,7 @@ def _describe_groups(
                 "curves": _group_curves(members or [runs[i] for i in group.runs], metrics, thinned),
             }
         )
-    points = [
-        tuple(math.nan if g[m]["mean"] is None else g[m]["mean"] for m in ("kl", "score"))
-        for g in described
-    ]
-    front = pareto_front([(kl, score) for kl, score in points])
+    front = pareto_front([(group["kl"]["mean"], group["score"]["mean"]) for group in described])
     return [{**group, "pareto": on} for group, on in zip(described, front, strict=True)]
 
 

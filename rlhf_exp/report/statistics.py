@@ -1,6 +1,5 @@
 """Means over seeds with t-intervals, and the Pareto front. It knows arrays, not runs."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,15 +36,13 @@ def mean_interval(table: np.ndarray, *, confidence: float = 0.95) -> Interval:
         return Interval(mean=mean, low=mean - reach, high=mean + reach)
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
+def pareto_front(points: Sequence[tuple[float | None, float | None]]) -> list[bool]:
     """Whether each (KL, score) is on the front: no other point has KL <= its KL and score >= its
-    score, one of them strictly. Equal points are both on the front; a point with a NaN is not."""
-    front = []
-    for kl, score in points:
-        dominated = any(
-            k <= kl and s >= score and (k < kl or s > score)
-            for k, s in points
-            if not (math.isnan(k) or math.isnan(s))
-        )
-        front.append(not (dominated or math.isnan(kl) or math.isnan(score)))
-    return front
+    score, one of them strictly. Equal points are both on the front; a point with a None is not."""
+    known = {(kl, score) for kl, score in points if kl is not None and score is not None}
+    front = {
+        (kl, score)
+        for kl, score in known
+        if not any(k <= kl and s >= score for k, s in known - {(kl, score)})
+    }
+    return [point in front for point in points]

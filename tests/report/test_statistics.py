@@ -65,7 +65,7 @@ def test_no_runs_and_no_columns():
 
 
 def test_the_pareto_front_by_hand():
-    points = [(0.1, 0.5), (0.2, 0.8), (0.2, 0.7), (0.3, 0.8), (0.05, 0.4), (0.2, 0.8), (NAN, 0.9)]
+    points = [(0.1, 0.5), (0.2, 0.8), (0.2, 0.7), (0.3, 0.8), (0.05, 0.4), (0.2, 0.8), (None, 0.9)]
     assert pareto_front(points) == [True, True, False, False, True, True, False]
     assert pareto_front([]) == []
-    assert pareto_front([(0.1, NAN), (0.5, 0.1)]) == [False, True]
+    assert pareto_front([(0.1, None), (0.5, 0.1)]) == [False, True]
