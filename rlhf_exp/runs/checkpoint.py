@@ -13,8 +13,8 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rlhf_exp.machine.background import Background
 from rlhf_exp.runs.files import move_whole, parse_object
 from rlhf_exp.settings import ConfigError
 
@@ -64,7 +65,8 @@ def write_checkpoint(
     _clear_leftovers(root)
     partial.mkdir()
     try:
-        save_file({name: _on_cpu(tensor) for name, tensor in tensors.items()}, partial / TENSORS)
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(on_cpu, partial / TENSORS)
         (partial / NUMBERS).write_text(json.dumps(numbers) + "\n", encoding="utf-8")
         files = {name: _describe(partial / name) for name in (TENSORS, NUMBERS)}
         manifest = {"phase": phase, "score": score, "files": files}
@@ -91,24 +93,23 @@ def newest_phase(run: Path) -> int | None:
 def read_newest_checkpoint(run: Path) -> Checkpoint | None:
     """The newest undamaged checkpoint of a run, on the CPU; None without any checkpoint. Warns of
     damaged ones and renames them. Raises ConfigError if all are damaged."""
-    checkpoints = sorted(_finished(run), reverse=True)
-    reasons = []
-    for _, path in checkpoints:
+    damages: dict[Path, str] = {}
+    for _, path in sorted(_finished(run), reverse=True):
         try:
             checkpoint = read_checkpoint(path)
         except DamagedError as damage:
             log.warning("%s is damaged (%s)", path, damage)
-            reasons.append(f"{path.name}: {damage}")
+            damages[path] = f"{path.name}: {damage}"
             continue
-        if reasons:
+        if damages:
             log.warning("resuming from an earlier checkpoint, %s", path)
-        for _, damaged in checkpoints[: len(reasons)]:
+        for damaged in damages:
             _set_aside(damaged)
         return checkpoint
-    if reasons:
+    if damages:
         raise ConfigError(
-            f"{run / FOLDER}: every checkpoint is damaged ({'; '.join(reasons)}); remove that"
-            " folder to start the run from its beginning"
+            f"{run / FOLDER}: every checkpoint is damaged ({'; '.join(damages.values())});"
+            " remove that folder to start the run from its beginning"
         )
     return None
 
@@ -169,16 +170,9 @@ def _compare(file: Path, expected: Any) -> None:
         raise DamagedError(f"{file.name} has another checksum")
 
 
-def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
-
-
 def _finished(run: Path) -> list[tuple[int, Path]]:
-    checkpoints = []
-    for path in (run / FOLDER).glob("phase-*"):
-        if match := re.fullmatch(r"phase-(\d+)", path.name):
-            checkpoints.append((int(match[1]), path))
-    return checkpoints
+    matches = ((re.fullmatch(r"phase-(\d+)", p.name), p) for p in (run / FOLDER).glob("phase-*"))
+    return [(int(match[1]), path) for match, path in matches if match]
 
 
 def _remove_superseded(run: Path) -> None:
@@ -217,15 +211,6 @@ def remove_checkpoints(run: Path) -> None:
     shutil.rmtree(run / FOLDER, ignore_errors=True)
 
 
-@dataclass(kw_only=True)
-class _Write:
-    """A checkpoint being written: `settled` is set once all of its tensors are copied."""
-
-    thread: threading.Thread
-    settled: threading.Event
-    problem: Exception | None = None
-
-
 class CheckpointWriter:
     """Writes checkpoints on a thread while training continues.
 
@@ -237,7 +222,10 @@ class CheckpointWriter:
 
     def __init__(self, run: Path, optimizer: torch.optim.Optimizer | None = None) -> None:
         self._run, self._optimizer = run, optimizer
-        self._write: _Write | None = None
+        self._thread = Background("checkpoint")
+        self._write: Future[Path] | None = None
+        self._settled = threading.Event()  # set once all tensors of the current write are copied
+        self._settled.set()
         self.waited_s = 0.0  # seconds that the optimizer's steps waited for copies
         if optimizer is not None:
             self._hook = optimizer.register_step_pre_hook(lambda *_: self._wait_until_settled())
@@ -257,35 +245,29 @@ class CheckpointWriter:
         copies = {n: t.detach().clone() for n, t in tensors.items() if id(t) not in resting}
         later = {n: t for n, t in tensors.items() if id(t) in resting}
         text = json.dumps(numbers)  # now, since the caller may change them
-        settled = threading.Event()
+        self._settled.clear()
 
-        def work() -> None:
+        def write() -> Path:
             try:
-                try:
-                    whole = {**copies, **{name: _copy(tensor) for name, tensor in later.items()}}
-                finally:
-                    settled.set()
-                write_checkpoint(self._run, phase, whole, json.loads(text), score=score)
-            except Exception as error:  # a full disk, a folder that is gone, no memory
-                write.problem = error
+                whole = {**copies, **{name: _copy(tensor) for name, tensor in later.items()}}
+            finally:
+                self._settled.set()
+            return write_checkpoint(self._run, phase, whole, json.loads(text), score=score)
 
-        thread = threading.Thread(target=work, name="checkpoint", daemon=True)
-        write = self._write = _Write(thread=thread, settled=settled)
-        thread.start()
+        self._write = self._thread.submit(write)
 
     def wait(self) -> bool:
         """Waits for the current write. Returns False if it failed."""
         if self._write is None:
             return True
-        self._write.thread.join()
-        problem, self._write = self._write.problem, None
-        if problem is not None:
-            reason = str(problem).partition("\n")[0] or type(problem).__name__
-            log.warning(
-                "a checkpoint could not be written (%s); earlier ones are kept, and training"
-                " continues", reason,
-            )  # fmt: skip
-        return problem is None
+        # A full disk, a folder that is gone, no memory.
+        error, self._write = self._write.exception(), None
+        if error is None:
+            return True
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        log.warning("a checkpoint could not be written (%s); earlier ones are kept, and training"
+                    " continues", reason)  # fmt: skip
+        return False
 
     def close(self) -> None:
         """Waits, and removes the hook from the optimizer."""
@@ -295,20 +277,16 @@ class CheckpointWriter:
 
     def _resting(self) -> set[int]:
         """The ids of the tensors that do not change before the optimizer's next step."""
-        return set() if self._optimizer is None else set(map(id, _held(self._optimizer)))
+        if self._optimizer is None:
+            return set()
+        parameters = (group["params"] for group in self._optimizer.param_groups)
+        moments = (state.values() for state in self._optimizer.state.values())
+        return {id(value) for values in (*parameters, *moments) for value in values}
 
     def _wait_until_settled(self) -> None:
-        if self._write is not None:
-            began = time.perf_counter()
-            self._write.settled.wait()
-            self.waited_s += time.perf_counter() - began
-
-
-def _held(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
-    for moments in optimizer.state.values():
-        yield from (value for value in moments.values() if isinstance(value, Tensor))
+        began = time.perf_counter()
+        self._settled.wait()
+        self.waited_s += time.perf_counter() - began
 
 
 def _copy(tensor: Tensor) -> Tensor:
