@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
 
 from rlhf_exp.runs.artifacts import content_hash
 from rlhf_exp.runs.files import write_whole
@@ -41,6 +43,20 @@ class SweepJob:
         """The swept overrides without secrets, each key shortened to its last part where that is
         unambiguous."""
         return ",".join(_shortened(redact_words(self.swept))) or "all defaults"
+
+
+class _Row(BaseModel, strict=True):
+    overrides: tuple[str, ...]
+    swept: tuple[str, ...]
+    identity: str
+    phases: int | None
+    number: int
+    # A name directly below the sweep's folder, since the folder's files may be removed.
+    folder: Annotated[str, Field(pattern=r"\A\w[\w.=,+-]*\z")]
+
+
+class _Record(BaseModel, strict=True):
+    jobs: tuple[_Row, ...]
 
 
 class BadJobs(ConfigError):
@@ -110,37 +126,14 @@ def read_record(sweep: Path) -> list[SweepJob]:
     if not path.is_file():
         return []
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["jobs"]
-        return [_recorded(row, sweep) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        record = _Record.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = error if isinstance(error, OSError) else "it lacks a value or has another type"
         raise ConfigError(
-            f"{path} cannot be read ({str(error)[:80]}): name another hydra.sweep.dir, or remove"
+            f"{path} cannot be read ({reason}): name another hydra.sweep.dir, or remove"
             " the file and let all jobs run again"
         ) from error
-
-
-def _recorded(row: Mapping[str, Any], sweep: Path) -> SweepJob:
-    """The job of a row. Raises ValueError, KeyError or TypeError for a row no sweep writes."""
-    texts = [*row["overrides"], *row["swept"], row["identity"], row["folder"]]
-    numbers = [row["number"], 0 if row["phases"] is None else row["phases"]]
-    if not all(isinstance(text, str) for text in texts) or {*map(type, numbers)} != {int}:
-        raise TypeError("a job with a value of another type")
-    return SweepJob(
-        overrides=tuple(row["overrides"]),
-        swept=tuple(row["swept"]),
-        identity=row["identity"],
-        phases=row["phases"],
-        number=row["number"],
-        folder=sweep / _own_name(row["folder"]),
-    )
-
-
-def _own_name(folder: str) -> str:
-    """The name of a folder directly below the sweep's. Raises ValueError for any other path, since
-    the folder's files may be removed."""
-    if not re.fullmatch(r"\w[\w.=,+-]*", folder):
-        raise ValueError(f"{folder!r} is no name of a job's folder")
-    return folder
+    return [SweepJob(**{**dict(row), "folder": sweep / row.folder}) for row in record.jobs]
 
 
 def write_record(sweep: Path, jobs: Sequence[SweepJob], *, command: Sequence[str]) -> None:
