@@ -60,19 +60,15 @@ class Search:
         self._metrics = tuple(metrics)
         self._highest_first = next(iter(metrics.values())) == "maximize"
         storage = _open_journal(folder / STUDY)
-        names = [study.study_name for study in optuna.get_all_study_summaries(storage)]
-        drawn = 0
-        if names:
-            drawn = len(optuna.load_study(study_name="sweep", storage=storage).trials)
-        kinds = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
         self._study = optuna.create_study(
             study_name="sweep",
             storage=storage,
             load_if_exists=True,
             directions=list(metrics.values()),
-            # A resumed search must not repeat its earlier draws.
-            sampler=kinds[sampler](seed=seed + drawn),
         )
+        kinds = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+        # A resumed search must not repeat its earlier draws.
+        self._study.sampler = kinds[sampler](seed=seed + len(self._study.trials))
         self._refuse_other(metrics, folder)
         self._take_up()
 
@@ -108,7 +104,7 @@ class Search:
         """The number of trials with a result."""
         from optuna.trial import TrialState
 
-        return sum(trial.state == TrialState.COMPLETE for trial in self._study.trials)
+        return len(self._study.get_trials(states=(TrialState.COMPLETE,)))
 
     def ask(self, space: Space) -> Trial:
         """Draws a setting. Raises ConfigError if the space does not fit the study's earlier one."""
@@ -128,14 +124,9 @@ class Search:
         metric."""
         from optuna.trial import TrialState
 
-        if folder is None:
-            self._study.tell(trial.number, state=TrialState.FAIL)
-            return
-        metrics = read_metrics(folder, self._metrics)
-        if metrics is None:
-            self._study.tell(trial.number, state=TrialState.FAIL)
-        else:
-            self._study.tell(trial.number, metrics)
+        metrics = None if folder is None else read_metrics(folder, self._metrics)
+        state = TrialState.FAIL if metrics is None else TrialState.COMPLETE
+        self._study.tell(trial.number, metrics, state)
 
     def best(self) -> list[tuple[dict[str, Any], list[float]]]:
         """The Pareto-optimal settings with their metrics, sorted by the first metric, best
