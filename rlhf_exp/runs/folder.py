@@ -130,7 +130,16 @@ class RunFolder:
     def rows(self, name: str = METRICS) -> list[dict[str, Any]]:
         """The rows so far of metrics.jsonl, or of another such file. Skips broken lines with a
         warning."""
-        return [row for _, row in self._lines(name)]
+        path = self.path / name
+        # Not splitlines(), which also splits at characters that JSON leaves in a text. Text after
+        # the last line end is a row that a killed run was writing.
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        rows = [row for line in lines if (row := parse_row(line)) is not None]
+        broken = len(lines) - len(rows)
+        if broken > self._broken.get(name, 0):
+            log.warning("%s: %d broken line(s) left out", path, broken)
+        self._broken[name] = broken
+        return rows
 
     def sizes(self) -> dict[str, int]:
         """The bytes of each file of rows so far."""
@@ -248,19 +257,6 @@ class RunFolder:
                 name, reason = type(sink).__name__, f"{type(error).__name__}: {error}"
                 log.warning("%s failed (%s); going on without it, the run's folder has all",
                             name, reason.splitlines()[0])  # fmt: skip
-
-    def _lines(self, name: str) -> list[tuple[str, dict[str, Any]]]:
-        """Each line that is a row, with the parsed row."""
-        path = self.path / name
-        # Not splitlines(), which also splits at characters that JSON leaves in a text. Text after
-        # the last line end is a row that a killed run was writing.
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-        parsed = [(line, row) for line in lines if (row := parse_row(line)) is not None]
-        broken = len(lines) - len(parsed)
-        if broken > self._broken.get(name, 0):
-            log.warning("%s: %d broken line(s) left out", path, broken)
-        self._broken[name] = broken
-        return parsed
 
     def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

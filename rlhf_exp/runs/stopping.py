@@ -13,12 +13,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# Signals that ask a process to end. Some systems lack some of them.
-SIGNALS = tuple(
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-    if hasattr(signal, name)
-)
+# Signals that ask a process to end.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 TIME_IS_UP = 75  # EX_TEMPFAIL of sysexits.h: come again
 
 
@@ -34,7 +30,7 @@ class Interrupted(BaseException):
     @property
     def to_be_requeued(self) -> bool:
         """Whether the signal was SIGUSR1, by which a queue announces the end of its time."""
-        return self.exit_code == 128 + getattr(signal, "SIGUSR1", 0)
+        return self.exit_code == 128 + signal.SIGUSR1
 
 
 class StopRequests:
