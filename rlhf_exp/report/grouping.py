@@ -77,12 +77,12 @@ def group_runs(runs: Sequence[Run], parameters: Sequence[str]) -> list[Group]:
         values = settings_of(run, parameters) if run.config else {}
         label = label_of(values) or (str(run.config["name"]) if "name" in run.config else run.name)
         groups.append(Group(label=label, parameters=values, runs=members))
-    unknown = {groups.index(g): not runs[g.runs[0]].config for g in groups}
-    order = sorted(
-        range(len(groups)),
-        key=lambda i: (unknown[i], [sortable(v) for v in groups[i].parameters.values()]),
-    )
-    return [groups[i] for i in order]
+
+    def rank(group: Group) -> tuple[bool, list[Any]]:
+        is_unknown = not runs[group.runs[0]].config
+        return is_unknown, [sortable(value) for value in group.parameters.values()]
+
+    return sorted(groups, key=rank)
 
 
 def repeated(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
@@ -170,9 +170,8 @@ def _value(run: Run, name: str) -> Any:
 def _partition(runs: Sequence[Run], name: str) -> tuple[int | str, ...]:
     """A number per run, equal for runs that share a value: two keys that change together have the
     same partition. If no two runs share a value, the partition is the key's name."""
-    numbers: dict[str, int] = {}
-    places = [numbers.setdefault(_key(_value(run, name)), len(numbers)) for run in runs]
-    return (name,) if len(numbers) == len(runs) > 2 else tuple(places)
+    keys = [_key(_value(run, name)) for run in runs]
+    return (name,) if len(set(keys)) == len(runs) > 2 else tuple(map(keys.index, keys))
 
 
 def _key(value: Any) -> str:

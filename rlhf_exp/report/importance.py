@@ -5,10 +5,9 @@ few to separate an effect from the noise between seeds, a note says so and no nu
 """
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,10 +28,10 @@ class Importance:
     were computed or why not. Shares need not sum to 1: interactions of three or more parameters
     are left out."""
 
-    parameters: list[tuple[str, float]]
-    pairs: list[tuple[str, str, float]]
-    noise: float | None
     note: str
+    parameters: list[tuple[str, float]] = field(default_factory=list)
+    pairs: list[tuple[str, str, float]] = field(default_factory=list)
+    noise: float | None = None
 
 
 def measure_importance(
@@ -44,7 +43,7 @@ def measure_importance(
     columns, copies = _without_copies(columns)
     reason = _too_few(columns, scores)
     if reason:
-        return Importance(parameters=[], pairs=[], noise=None, note=reason)
+        return Importance(note=reason)
     target = np.asarray(scores, dtype=float)
     cells = len(set(zip(*columns.values(), strict=True)))
     full = cells >= FULL * math.prod(len(set(codes)) for codes in columns.values())
@@ -62,11 +61,9 @@ def _codes(values: Sequence[Any]) -> list[float]:
     """The values if they are numbers, else their ranks in sorted order."""
     if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         return [float(value) for value in values]
-    keys = [json.dumps(value, sort_keys=True, default=str) for value in values]
-    order = {key: place for place, (_, key) in enumerate(
-        sorted({(sortable(value), key) for value, key in zip(values, keys, strict=True)})
-    )}  # fmt: skip
-    return [float(order[key]) for key in keys]
+    keys = [sortable(value) for value in values]
+    ranks = {key: float(rank) for rank, key in enumerate(sorted(set(keys)))}
+    return [ranks[key] for key in keys]
 
 
 def _without_copies(
@@ -74,18 +71,15 @@ def _without_copies(
 ) -> tuple[dict[str, list[float]], list[tuple[str, str]]]:
     """The columns that copy no earlier one, and (copy, original) for the others."""
     firsts: dict[tuple[int, ...], str] = {}
-    originals, copies = {}, []
+    copies = []
     for name, codes in columns.items():
-        numbers: dict[float, int] = {}
-        partition = tuple(numbers.setdefault(code, len(numbers)) for code in codes)
-        if len(numbers) == len(codes):  # all different, as in a random search: compare the order
-            partition = tuple(np.argsort(np.asarray(codes)).tolist())
-        first = firsts.setdefault(partition, name)
-        if first == name:
-            originals[name] = codes
-        else:
+        partition = [codes.index(code) for code in codes]
+        if len(set(codes)) == len(codes):  # as in a random search: compare the order
+            partition = np.argsort(np.asarray(codes)).tolist()
+        first = firsts.setdefault(tuple(partition), name)
+        if first != name:
             copies.append((name, first))
-    return originals, copies
+    return {name: columns[name] for name in firsts.values()}, copies
 
 
 def _too_few(columns: Mapping[str, Sequence[float]], scores: Sequence[float]) -> str | None:
@@ -115,11 +109,15 @@ def _decompose_grid(columns: Mapping[str, Sequence[float]], target: np.ndarray) 
     additive = fits["mains"] = _fit(target, list(mains.values()))
     kind = next((kind for kind in fits if fits[kind][1] >= MIN_NOISE_DF), None)
     if kind is None:
-        note = "no importances: too few runs to tell effects from noise; add seeds"
-        return Importance(parameters=[], pairs=[], noise=None, note=note)
+        return Importance(note="no importances: too few runs to tell effects from noise; add seeds")
     square = fits[kind][0] / fits[kind][1]
     total = float(((target - target.mean()) ** 2).sum())
-    share = _share_against(target, square, total)
+
+    def share(without: Sequence[np.ndarray], whole: Fit) -> float:
+        """An effect's share, from the design without it and the fit with it."""
+        rest, df = _fit(target, without)
+        return max(0.0, (rest - whole[0] - (df - whole[1]) * square) / total)
+
     single = [
         (name, share([m for other, m in mains.items() if other != name], additive))
         for name in names
@@ -156,18 +154,6 @@ def _fit(target: np.ndarray, blocks: Sequence[np.ndarray]) -> Fit:
     return float(((target - design @ solution) ** 2).sum()), len(target) - int(rank)
 
 
-def _share_against(
-    target: np.ndarray, square: float, total: float
-) -> Callable[[Sequence[np.ndarray], Fit], float]:
-    """A function that returns an effect's share from the design without it and the fit with it."""
-
-    def share(without: Sequence[np.ndarray], whole: Fit) -> float:
-        rest, df = _fit(target, without)
-        return max(0.0, (rest - whole[0] - (df - whole[1]) * square) / total)
-
-    return share
-
-
 def _indicators(codes: Sequence[float]) -> np.ndarray:
     """One centered column per level, so that a pair's columns overlap little with the singles."""
     levels = np.unique(np.asarray(codes))
@@ -179,16 +165,13 @@ def _decompose_forest(columns: Mapping[str, Sequence[float]], target: np.ndarray
     of its predictions averaged over all other parameters. Unlike the paper, averages are over the
     observed settings, and shares are scaled by the out-of-bag R squared."""
     if len(target) < MIN_FOREST_RUNS:
-        note = (
-            f"no importances: {len(target)} finished runs that are no grid are too few;"
-            f" {MIN_FOREST_RUNS} are needed"
-        )
-        return Importance(parameters=[], pairs=[], noise=None, note=note)
+        few = f"{len(target)} finished runs that are no grid are too few"
+        return Importance(note=f"no importances: {few}; {MIN_FOREST_RUNS} are needed")
     try:
         from sklearn.ensemble import RandomForestRegressor
     except ImportError:
         note = f"no importances: the runs are no grid, and a forest needs scikit-learn: {INSTALL}"
-        return Importance(parameters=[], pairs=[], noise=None, note=note)
+        return Importance(note=note)
     table = np.array(list(columns.values())).T
     forest = RandomForestRegressor(200, min_samples_leaf=2, oob_score=True, random_state=0)
     forest.fit(table, target)
@@ -198,7 +181,7 @@ def _decompose_forest(columns: Mapping[str, Sequence[float]], target: np.ndarray
             "no importances: on held-out runs a random forest is no better than the mean"
             f" (R squared {explained:.2f}): the scores are noise, or the runs are too few"
         )
-        return Importance(parameters=[], pairs=[], noise=None, note=note)
+        return Importance(note=note)
     single, both = _marginals(forest.predict, table, list(columns))
     whole = float(np.var(forest.predict(table))) or 1.0
     note = (

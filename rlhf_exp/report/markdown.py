@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.report.grouping import short_names, show_value
+from rlhf_exp.report.grouping import show_value
 from rlhf_exp.report.wording import (
     INTERVALS,
     best_first,
@@ -150,7 +150,9 @@ def _warnings(payload: Mapping[str, Any]) -> list[str]:
         for run in payload["runs"]
         for warning in run["warnings"]
     ]
-    return ["## Warnings", "\n".join(_bounded(lines, "- "))] if lines else []
+    left = len(lines) - MAX_ROWS
+    more = [f"- ... and {left} more in report.html"] if left > 0 else []
+    return ["## Warnings", "\n".join([*lines[:MAX_ROWS], *more])] if lines else []
 
 
 def _samples(payload: Mapping[str, Any]) -> list[str]:
@@ -177,11 +179,7 @@ def _samples(payload: Mapping[str, Any]) -> list[str]:
 
 
 def _configuration(payload: Mapping[str, Any]) -> list[str]:
-    short = short_names(list(payload["differing"]))
-    rows = [
-        [f"{escape(short[key])}" if short[key] == key else escape(key), _values(values)]
-        for key, values in payload["differing"].items()
-    ]
+    rows = [[escape(key), _values(values)] for key, values in payload["differing"].items()]
     table = _table(["key", "values"], rows, "---") if rows else []
     lines = [f"{json.dumps(k)[1:-1]}: {json.dumps(v)}" for k, v in payload["common"].items()]
     folded = [
@@ -206,13 +204,7 @@ def _problems(payload: Mapping[str, Any]) -> list[str]:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], rule: str) -> list[str]:
     """A table of escaped cells, with all columns but the first aligned by the rule; then a line
     with the number of rows left out."""
-    shown_rows = rows[:MAX_ROWS]
-    lines = [head, ["---", *[rule] * (len(head) - 1)], *shown_rows]
+    lines = [head, ["---", *[rule] * (len(head) - 1)], *rows[:MAX_ROWS]]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    left = len(rows) - len(shown_rows)
-    return [text, f"... and {left} more in report.html"] if left else [text]
-
-
-def _bounded(lines: list[str], mark: str) -> list[str]:
-    left = len(lines) - MAX_ROWS
-    return [*lines[:MAX_ROWS], f"{mark}... and {left} more in report.html"] if left > 0 else lines
+    left = len(rows) - MAX_ROWS
+    return [text, f"... and {left} more in report.html"] if left > 0 else [text]

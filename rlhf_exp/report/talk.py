@@ -43,14 +43,10 @@ class Talk:
             return "a chat: the conversation goes on"
         return "no chat template: each line is continued"
 
-    def reset(self) -> None:
-        """Clears the conversation."""
-        self._said.clear()
-
     def take(self, line: str, *, max_new_tokens: int) -> None:
         """Handles a line of the user: resets on /reset, else answers it or prints the error."""
         if line.strip() == "/reset":
-            self.reset()
+            self._said.clear()
             return
         try:
             self.answer(line, max_new_tokens=max_new_tokens)

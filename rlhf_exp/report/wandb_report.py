@@ -63,11 +63,8 @@ def tabulate_runs(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
 
 
 def _best(run: Run) -> tuple[float | None, int | None]:
-    points = run.evaluated.points("eval/score")
-    if not points:
-        return None, None
-    phase, score = max(points, key=lambda pair: pair[1])
-    return score, phase
+    points = [(score, phase) for phase, score in run.evaluated.points("eval/score")]
+    return max(points, key=lambda point: point[0], default=(None, None))
 
 
 def _cell(value: Any) -> Any:

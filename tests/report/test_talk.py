@@ -53,7 +53,7 @@ def test_with_a_template_the_conversation_goes_on_until_it_is_reset(tmp_path, ca
     assert first == greedy(model, "one three two", 4)
     second = talk.answer("four", max_new_tokens=4)
     assert second == greedy(model, f"one three two {first} one four two", 4)
-    talk.reset()
+    talk.take("/reset", max_new_tokens=4)
     assert talk.answer("three", max_new_tokens=4) == first
     capsys.readouterr()
 
