@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rlhf_exp.report.grouping import short_names, show_value
 from rlhf_exp.report.wording import INTERVALS, best_first, front_of
 from rlhf_exp.tracking.curves import INK, MUTED, SCORE
@@ -111,14 +113,13 @@ def draw_curves(payload: Mapping[str, Any], folder: Path) -> Path | None:
             curves = group["curves"][side]
             if name not in curves:
                 continue
-            band = {end: _floats(curves[name][end]) for end in ("mean", "low", "high")}
-            style = {"color": colors[group["id"]], "linewidth": 1.2}
-            mark = "o-" if side == "eval" else "-"
-            axis.plot(
-                curves["phase"], band["mean"], mark, label=_label(group), markersize=4, **style
+            mean, low, high = (
+                np.array(curves[name][end], dtype=float) for end in ("mean", "low", "high")
             )
-            axis.fill_between(curves["phase"], band["low"], band["high"], color=style["color"],
-                              alpha=0.18, linewidth=0)  # fmt: skip
+            mark, color = "o-" if side == "eval" else "-", colors[group["id"]]
+            axis.plot(curves["phase"], mean, mark, label=_label(group), markersize=4,
+                      color=color, linewidth=1.2)  # fmt: skip
+            axis.fill_between(curves["phase"], low, high, color=color, alpha=0.18, linewidth=0)
         axis.set_title(name, loc="left", color=INK, fontsize=9)
     figure.suptitle(f"lines: means over seeds; bands: {INTERVALS}", color=INK, fontsize=9)
     _legend_below(figure, panels)
@@ -207,10 +208,6 @@ def _error(interval: Mapping[str, float | None]) -> list[list[float]] | None:
         return None
     # Separate rounding may put an end on the wrong side of the mean.
     return [[max(0.0, mean - low)], [max(0.0, high - mean)]]
-
-
-def _floats(values: Sequence[float | None]) -> list[float]:
-    return [math.nan if value is None else value for value in values]
 
 
 def _panels(count: int, *, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:

@@ -90,11 +90,11 @@ class ArtifactStore:
         self.root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.root / f".{final.name}.lock")
         try:
-            lock.acquire(timeout=0)
+            acquired = lock.acquire(timeout=0)
         except Timeout:
             log.info("%s: another job is building it, waiting", name)
-            lock.acquire()
-        try:
+            acquired = lock.acquire()
+        with acquired:
             if final.is_dir():
                 log.info("%s: reusing %s", name, final)
                 return final
@@ -104,5 +104,3 @@ class ArtifactStore:
             move_whole(partial, final)
             log.info("%s: built %s", name, final)
             return final
-        finally:
-            lock.release()

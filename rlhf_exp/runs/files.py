@@ -44,16 +44,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_tree(folder: Path) -> None:
-    """Waits until the disk has everything in the folder."""
-    for path in [*folder.rglob("*"), folder]:
-        if not path.is_symlink():
-            sync(path)
-
-
 def move_whole(partial: Path, final: Path) -> None:
     """Renames a finished folder to its final name, after all of it is on the disk. The name must be
     unused."""
-    sync_tree(partial)
+    for path in [*partial.rglob("*"), partial]:
+        if not path.is_symlink():
+            sync(path)
     os.replace(partial, final)
     sync(final.parent)

@@ -70,16 +70,11 @@ class Sink(Protocol):
 OpenSinks = Callable[[], AbstractContextManager[list[Sink]]]
 
 
-def local_only() -> AbstractContextManager[list[Sink]]:
-    """No sinks but the folder's own files."""
-    return nullcontext([])
-
-
 class RunFolder:
     """Writes a run's files. Nothing is created before the first write. The path is absolute, since
     a reward may change the working folder."""
 
-    def __init__(self, path: Path, open_sinks: OpenSinks = local_only) -> None:
+    def __init__(self, path: Path, open_sinks: OpenSinks = lambda: nullcontext([])) -> None:
         self.path = path.absolute()
         self._open_sinks = open_sinks
         self._stack = ExitStack()

@@ -16,15 +16,12 @@ PATIENCE_S = 2.0  # a call of `is_locked` elsewhere holds the lock for a moment
 def locked(path: Path) -> Iterator[None]:
     """Locks the folder within the block. Raises ConfigError if another process holds the lock."""
     path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.absolute() / LOCK)
     try:
-        lock.acquire(timeout=PATIENCE_S)
+        acquired = FileLock(path.absolute() / LOCK).acquire(timeout=PATIENCE_S)
     except Timeout as error:
         raise ConfigError(f"{path}: another process is running in this folder") from error
-    try:
+    with acquired:
         yield
-    finally:
-        lock.release()
 
 
 def is_locked(path: Path) -> bool:

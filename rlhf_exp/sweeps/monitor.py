@@ -82,16 +82,11 @@ class Monitor:
 
     def _count(self) -> str:
         of = Counter(state.status for state in self._states.values())
-        words = [f"{of[status]} {status}" for status in ("done", *FIRST[:-1]) if of[status]]
-        return ", ".join(words)
+        return ", ".join(f"{of[status]} {status}" for status in ("done", *FIRST[:-1]) if of[status])
 
     def _picture(self, now: float) -> Group:
         left = self._seconds_left(now)
-        title = (
-            self._title
-            + self._count()
-            + (f"; about {duration(left)} left" if left is not None else "")
-        )
+        about = "" if left is None else f"; about {duration(left)} left"
         rows = sorted(
             self._jobs, key=lambda job: (FIRST.index(self._states[job.number].status), job.number)
         )
@@ -105,7 +100,7 @@ class Monitor:
             eta = [self._eta(job, state, now)] if is_wide else []
             _add_row(table, job, state, *eta)
         more = [Text(f"{len(rows) - room} more")] if len(rows) > room else []
-        return Group(Text(title, no_wrap=True), table, *more)
+        return Group(Text(f"{self._title}{self._count()}{about}", no_wrap=True), table, *more)
 
     def _eta(self, job: SweepJob, state: JobState, now: float) -> str:
         if state.status != "running" or job.phases is None or job.number not in self._began:
@@ -118,9 +113,9 @@ class Monitor:
         if not self._took:
             return None
         mean = sum(self._took) / len(self._took)
-        states = [(job, self._states[job.number].status) for job in self._jobs]
-        running = [now - self._started.get(job.number, now) for job, s in states if s == "running"]
-        waiting = sum(s == "waiting" for _, s in states)
+        statuses = {number: state.status for number, state in self._states.items()}
+        running = [now - self._started.get(n, now) for n, s in statuses.items() if s == "running"]
+        waiting = list(statuses.values()).count("waiting")
         work = sum(max(0.0, mean - spent) for spent in running) + waiting * mean
         return work / max(1, len(running))
 
