@@ -139,10 +139,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = parse_object((path / MANIFEST).read_bytes())
-    except FileNotFoundError as error:
-        raise DamagedError(f"no {MANIFEST}") from error
     except OSError as error:
-        raise DamagedError(f"{MANIFEST} cannot be read") from error
+        raise DamagedError(f"{MANIFEST}: {error.strerror}") from error
     if manifest is None or not isinstance(manifest.get("files"), dict):
         raise DamagedError(f"{MANIFEST} is no manifest")
     return manifest
@@ -159,13 +157,10 @@ def _compare(file: Path, expected: Any) -> None:
         raise DamagedError(f"{MANIFEST} does not list {file.name}")
     try:
         actual = _describe(file)
-    except FileNotFoundError as error:
-        raise DamagedError(f"no {file.name}") from error
     except OSError as error:
         raise DamagedError(f"{file.name}: {error.strerror}") from error
-    if actual["bytes"] != expected.get("bytes"):
-        sizes = f"{actual['bytes']} bytes instead of {expected.get('bytes')}"
-        raise DamagedError(f"{file.name} has {sizes}")
+    if actual["bytes"] != (size := expected.get("bytes")):
+        raise DamagedError(f"{file.name} has {actual['bytes']} bytes instead of {size}")
     if actual["sha256"] != expected.get("sha256"):
         raise DamagedError(f"{file.name} has another checksum")
 
@@ -177,9 +172,8 @@ def _finished(run: Path) -> list[tuple[int, Path]]:
 
 def _remove_superseded(run: Path) -> None:
     checkpoints = sorted(_finished(run), reverse=True)
-    older = checkpoints[KEPT:]
-    best = max(checkpoints, key=lambda item: (_score(item[1]), -item[0]), default=None)
-    for item in older:
+    best = max(checkpoints, key=lambda item: (_score(item[1]), -item[0]))
+    for item in checkpoints[KEPT:]:
         if item != best or _score(item[1]) == -math.inf:
             _remove(item[1])
 

@@ -1,7 +1,8 @@
 """Reads run folders below any path into records, also unfinished and damaged ones.
 
 It knows files and their faults, not what the numbers mean. An unreadable file becomes a line of
-`problems` with its path; the content of a folder never raises an error here.
+`problems` with its path; the content of a folder never raises an error here. Readers of JSON lines
+such as those of `datasets` refuse a whole file for one broken line.
 """
 
 import json

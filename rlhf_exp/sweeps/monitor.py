@@ -1,5 +1,9 @@
 """A running sweep's display: a live table on a terminal, elsewhere a line for each job that starts
-or ends; and the table at its end."""
+or ends; and the table at its end.
+
+Rich draws it. The states come from the jobs' files, because Hydra's launchers report nothing before
+a job ends.
+"""
 
 import threading
 import time
