@@ -3,6 +3,7 @@
 Text from a model or a configuration is escaped, so that it stays plain text in one cell.
 """
 
+import html
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -52,8 +53,7 @@ def escape(text: str, *, limit: int = MAX_CELL) -> str:
     """The text as one line of Markdown without effect: no markup, HTML, link, formula or end of a
     cell."""
     text = text if len(text) <= limit else f"{text[:limit]}…"
-    text = one_line(text)
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = html.escape(one_line(text), quote=False)
     text = SPECIAL.sub(r"\\\1", text.replace("\t", " "))
     # Bare addresses become links too.
     text = text.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
