@@ -25,7 +25,7 @@ def environment() -> list[str]:
     commit."""
     missing = "unknown" if REPOSITORY else "none"
     commit = _git("rev-parse", "HEAD").decode().strip() or missing
-    diff = _git("diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD", limit=MAX_DIFF + 1)
+    diff = _git("diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD")
     return [
         f"commit {commit}{'+' if diff else ''}",
         *_installed(),
@@ -113,18 +113,12 @@ def _code_hash() -> str:
     return digest.hexdigest()[:12]
 
 
-def _git(*arguments: str, limit: int = 1 << 10) -> bytes:
-    """At most `limit` bytes of git's output; empty without git or a repository."""
+def _git(*arguments: str) -> bytes:
+    """Git's output; empty without git or a repository."""
     if not REPOSITORY:  # the folder of an environment may lie in another repository
         return b""
     command = ["git", "-C", str(REPOSITORY), *arguments]
     try:
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
-        ) as process:
-            assert process.stdout is not None
-            output = process.stdout.read(limit)
-            process.kill()  # its output may be much longer
+        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stdout
     except OSError:
         return b""
-    return output
