@@ -17,6 +17,7 @@ from rlhf_exp.report.wording import (
     count_statuses,
     front_of,
     one_line,
+    score_rank,
     show_interval,
     show_number,
 )
@@ -127,12 +128,8 @@ def _parameters(payload: Mapping[str, Any], names: set[str]) -> list[str]:
 
 
 def _runs(payload: Mapping[str, Any]) -> list[str]:
-    def rank(run: Mapping[str, Any]) -> tuple[bool, float]:
-        score = run["final"]["score"]
-        return (score is None, -(score or 0.0))
-
     rows = []
-    for run in sorted(payload["runs"], key=rank):
+    for run in sorted(payload["runs"], key=lambda run: score_rank(run["final"]["score"])):
         final = run["final"]
         status = run["status"] + (f": {run['error']}" if run["error"] else "")
         names = ("score", "best_score", "kl", "entropy", "distinct_3", "seconds")
@@ -158,7 +155,7 @@ def _warnings(payload: Mapping[str, Any]) -> list[str]:
 def _samples(payload: Mapping[str, Any]) -> list[str]:
     """The samples of the best run of each group on the front, or else of the best runs."""
     runs = [run for run in payload["runs"] if run["samples"]]
-    runs.sort(key=lambda run: -(run["final"]["score"] or float("-inf")))
+    runs.sort(key=lambda run: score_rank(run["final"]["score"]))
     front = {group["id"] for group in front_of(payload)}
     firsts = {run["group"]: run for run in reversed(runs) if run["group"] in front}
     parts = []

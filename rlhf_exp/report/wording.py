@@ -40,12 +40,12 @@ def front_of(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
 def best_first(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The groups on the front, then the others; each part by mean score, groups without one
     last."""
+    return sorted(groups, key=lambda g: (not g["pareto"], *score_rank(g["score"]["mean"])))
 
-    def rank(group: Mapping[str, Any]) -> tuple[bool, bool, float]:
-        mean = group["score"]["mean"]
-        return not group["pareto"], mean is None, -(mean or 0.0)
 
-    return sorted(groups, key=rank)
+def score_rank(score: float | None) -> tuple[bool, float]:
+    """A key that sorts high scores first and missing ones last."""
+    return score is None, -(score or 0.0)
 
 
 def count_statuses(payload: Mapping[str, Any]) -> str:
