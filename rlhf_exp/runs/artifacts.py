@@ -84,23 +84,21 @@ class ArtifactStore:
         for path in (final, partial):
             if path.is_symlink():
                 raise ConfigError(f"{path} is a link: remove it, or name another artifacts_dir=...")
-        if final.is_dir():
-            log.info("%s: reusing %s", name, final)
-            return final
-        self.root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.root / f".{final.name}.lock")
-        try:
-            acquired = lock.acquire(timeout=0)
-        except Timeout:
-            log.info("%s: another job is building it, waiting", name)
-            acquired = lock.acquire()
-        with acquired:
-            if final.is_dir():
-                log.info("%s: reusing %s", name, final)
-                return final
-            log.info("%s: building", name)
-            partial.mkdir(exist_ok=True)
-            build(partial)
-            move_whole(partial, final)
-            log.info("%s: built %s", name, final)
-            return final
+        if not final.is_dir():
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.root / f".{final.name}.lock")
+            try:
+                acquired = lock.acquire(timeout=0)
+            except Timeout:
+                log.info("%s: another job is building it, waiting", name)
+                acquired = lock.acquire()
+            with acquired:
+                if not final.is_dir():
+                    log.info("%s: building", name)
+                    partial.mkdir(exist_ok=True)
+                    build(partial)
+                    move_whole(partial, final)
+                    log.info("%s: built %s", name, final)
+                    return final
+        log.info("%s: reusing %s", name, final)
+        return final

@@ -17,12 +17,12 @@ from types import NoneType
 from typing import Any
 
 import numpy as np
+import yaml  # type: ignore[import-untyped]
 
 from rlhf_exp.runs.files import parse_object, parse_row
 from rlhf_exp.runs.paths import (
     CHECKPOINTS,
     CONFIG,
-    ENVIRONMENT,
     HYDRA,
     METRICS,
     MODEL,
@@ -286,9 +286,8 @@ def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
 def _read_commits(folder: Path, problems: list[str]) -> tuple[str, ...]:
     """The commit in each environment file, or the hash of the code if the package was installed
     without its repository; a resumed run may have several."""
-    files = [folder / ENVIRONMENT]
-    if os.path.isfile(files[0]):
-        files += sorted(folder.glob("environment-*.txt"))
+    # environment.txt, environment-2.txt and so on.
+    files = sorted(folder.glob("environment*.txt"), key=lambda file: (len(file.name), file.name))
     lines = [line for f in files for line in _read_bytes(f, problems).splitlines()[:2]]
     matches = [re.match(rb"commit (\S+)$|code (\S+) of ", line) for line in lines]
     names = [(m[1] or m[2]).decode(errors="replace") for m in matches if m]
@@ -300,8 +299,6 @@ def _read_config(folder: Path, problems: list[str]) -> dict[str, Any]:
     config = _read_json(folder / RESOLVED_CONFIG, problems)
     path = folder / CONFIG
     if not config and os.path.isfile(path):
-        import yaml  # type: ignore[import-untyped]
-
         try:
             config = yaml.safe_load(_read_bytes(path, problems))
         except (yaml.YAMLError, ValueError, RecursionError):
