@@ -5,13 +5,13 @@ It knows runs' folders and plain configurations, and nothing of Hydra.
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf_exp.app.overrides import unquoted
-from rlhf_exp.runs.keys import MAX_KL_SUM, OF_ONE_START, use_of
+from rlhf_exp.runs.keys import MAX_KL_SUM, OF_ONE_START, leaves, use_of
 from rlhf_exp.runs.lock import is_locked
 from rlhf_exp.runs.paths import CONFIG, is_run, last_written, read_overrides, runs_below
 from rlhf_exp.runs.status import is_done
@@ -111,20 +111,12 @@ def _shown(value: Any) -> str:
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
     """The leaves that differ, in the order of their keys."""
-    old, new = dict(_leaves(before)), dict(_leaves(after))
+    old, new = dict(leaves(before)), dict(leaves(after))
     return [
         Change(key=key, before=old.get(key, ABSENT), after=new.get(key, ABSENT))
         for key in sorted(old.keys() | new.keys())
         if old.get(key, ABSENT) != new.get(key, ABSENT)
     ]
-
-
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def check_changes(changes: Sequence[Change], allowed: Sequence[str], *, run: Path) -> None:
@@ -142,7 +134,7 @@ def check_changes(changes: Sequence[Change], allowed: Sequence[str], *, run: Pat
 
 def check_allowed(allowed: Sequence[str], *configs: Mapping[str, Any]) -> None:
     """Raises ConfigError if a name in `allowed` is neither a key nor a group of `configs`."""
-    keys = [f"{key}." for config in configs for key, _ in _leaves(config)]
+    keys = [f"{key}." for config in configs for key, _ in leaves(config)]
     for name in allowed:
         if not any(key.startswith(f"{name}.") for key in keys):
             raise ConfigError(f"resume_with: {name} is no key of the configuration")

@@ -4,7 +4,7 @@ It knows names of keys, not the classes of stages: reading a command line must n
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -85,6 +85,15 @@ def use_of(key: str, config: Mapping[str, Any]) -> Use:
         return Use(compared=False)
     use = USES.get(name) or (Use() if step else USES.get(key.partition(".")[0], Use()))
     return Use(results=use.results, compared=use.compared) if step else use
+
+
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each dotted key of a nested configuration with its value."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def read_run_settings(config: Mapping[str, Any]) -> RunSettings:

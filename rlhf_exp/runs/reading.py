@@ -20,6 +20,7 @@ import numpy as np
 import yaml  # type: ignore[import-untyped]
 
 from rlhf_exp.runs.files import parse_object, parse_row
+from rlhf_exp.runs.keys import leaves
 from rlhf_exp.runs.paths import (
     CHECKPOINTS,
     CONFIG,
@@ -308,7 +309,7 @@ def _read_config(folder: Path, problems: list[str]) -> dict[str, Any]:
             config = {}
     if not config:
         problems.append(f"{folder}: no configuration: its parameters and seed are unknown")
-    return dict(_flatten(_plain(config)))
+    return dict(leaves(_plain(config)))
 
 
 def _plain(config: Mapping[Any, Any]) -> dict[str, Any]:
@@ -316,11 +317,3 @@ def _plain(config: Mapping[Any, Any]) -> dict[str, Any]:
     text = json.dumps(config, default=str, ensure_ascii=False, skipkeys=True)
     plain: dict[str, Any] = json.loads(encodable(text), parse_constant=str)
     return plain
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
