@@ -16,8 +16,8 @@ from rlhf_exp.app.overrides import command
 from rlhf_exp.machine.slurm import requeue
 from rlhf_exp.runs.checkpoint import newest_phase
 from rlhf_exp.runs.context import TrainingError
-from rlhf_exp.runs.folder import RunFolder, Status
-from rlhf_exp.runs.status import is_done
+from rlhf_exp.runs.folder import RunFolder
+from rlhf_exp.runs.status import Status, is_done
 from rlhf_exp.runs.stopping import Interrupted, StopRequests
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tracking.progress import file_log

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from rlhf_exp.runs.files import parse_row, sync, write_whole
 from rlhf_exp.runs.paths import (
@@ -31,6 +31,7 @@ from rlhf_exp.runs.paths import (
 )
 from rlhf_exp.runs.presentation import attempt
 from rlhf_exp.runs.provenance import environment
+from rlhf_exp.runs.status import Status
 from rlhf_exp.runs.summary import Histogram, summarize
 from rlhf_exp.security.printable import printable
 from rlhf_exp.security.redaction import scrub
@@ -38,7 +39,6 @@ from rlhf_exp.security.redaction import scrub
 log = logging.getLogger(__name__)
 ROWS = (METRICS, SAMPLES, HISTOGRAMS)
 TABLE_ROWS = 32  # of each evaluation's samples, shown by trackers
-Status = Literal["running", "done", "failed", "interrupted"]
 
 
 @runtime_checkable

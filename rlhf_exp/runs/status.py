@@ -4,12 +4,12 @@ launcher and every machine that shares the disk."""
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from rlhf_exp.runs.files import parse_object
 from rlhf_exp.runs.paths import METRICS, STATUS
 
-STATUSES = ("running", "done", "failed", "interrupted")
+Status = Literal["running", "done", "failed", "interrupted"]
 TAIL = 1 << 14  # bytes; a row of metrics.jsonl has about 1 kB
 
 
@@ -41,7 +41,7 @@ def read_state(folder: Path) -> JobState:
     source = evaluated if side == "eval" else newest
     error, phase = status.get("error"), finite_number(newest.get("phase"))
     return JobState(
-        status=status["status"] if status.get("status") in STATUSES else "waiting",
+        status=status["status"] if status.get("status") in get_args(Status) else "waiting",
         error=error if isinstance(error, str) else None,
         phase=None if phase is None else int(phase),
         score=finite_number(source.get(score)),
