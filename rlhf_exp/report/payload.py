@@ -209,14 +209,11 @@ def _table(
     sources: Sequence[Curves], phases: Sequence[int], metrics: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """For each metric an array with a row per run and a column per phase; NaN for no value."""
-    place = {phase: column for column, phase in enumerate(phases)}
     tables = {name: np.full((len(sources), len(phases)), math.nan) for name in metrics}
     for row, source in enumerate(sources):
-        rows_used = [i for i, phase in enumerate(source.phases) if phase in place]
-        columns = [place[source.phases[i]] for i in rows_used]
-        for name in metrics:
-            if name in source.values:
-                tables[name][row, columns] = source.values[name][rows_used]
+        _, columns, places = np.intersect1d(phases, source.phases, return_indices=True)
+        for name in source.values.keys() & tables.keys():
+            tables[name][row, columns] = source.values[name][places]
     return tables
 
 
@@ -250,8 +247,7 @@ def _describe_groups(
 def _interval(runs: Sequence[Run], metric: str) -> dict[str, float | None]:
     values = [value for run in runs if (value := run.final(metric)) is not None]
     interval = mean_interval(np.array(values, dtype=float).reshape(-1, 1))
-    ends = {"mean": interval.mean, "low": interval.low, "high": interval.high}
-    return {name: rounded(float(array[0])) for name, array in ends.items()}
+    return {end: rounded(float(array[0])) for end, array in interval._asdict().items()}
 
 
 def _path(runs: Sequence[Run], names: Names) -> list[dict[str, Any]]:
@@ -286,10 +282,9 @@ def _group_curves(
         if names:
             tables = _table(sources, phases, names)
             interval = mean_interval(np.hstack([tables[name] for name in names]))
-            parts = [np.split(a, len(names)) for a in (interval.mean, interval.low, interval.high)]
+            ends = {end: np.split(a, len(names)) for end, a in interval._asdict().items()}
             for i, name in enumerate(names):
-                ends = zip(("mean", "low", "high"), parts, strict=True)
-                columns[name] = {end: _rounded_all(part[i]) for end, part in ends}
+                columns[name] = {end: _rounded_all(parts[i]) for end, parts in ends.items()}
         curves[side] = columns
     return curves
 

@@ -1,13 +1,12 @@
 """Means over seeds with t-intervals, and the Pareto front. It knows arrays, not runs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 
-@dataclass(frozen=True, kw_only=True)
-class Interval:
+class Interval(NamedTuple):
     """Means and the ends of their intervals, one entry per column; NaN for unknown."""
 
     mean: np.ndarray
