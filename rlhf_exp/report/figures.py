@@ -169,8 +169,7 @@ def choose_groups(payload: Mapping[str, Any], count: int = len(COLORS)) -> list[
 
 
 def _places(axis: Any, values: Sequence[Any]) -> list[float]:
-    """The values' positions on the x axis: the numbers, or one tick per value if some are not
-    numbers."""
+    """The positions on the x axis: the values, or a tick for each if some are not numbers."""
     if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         if min(values) > 0 and max(values) / min(values) >= LOG_FROM:
             axis.set_xscale("log")

@@ -49,8 +49,7 @@ def varied_parameters(runs: Sequence[Run]) -> list[str]:
 
 
 def settings_of(run: Run, parameters: Sequence[str]) -> dict[str, Any]:
-    """The run's values of the parameters: for a group the name of its class, None for a missing
-    key."""
+    """The run's parameters: for a group the name of its class, None for a missing key."""
     values = {name: _value(run, name) for name in parameters}
     return {n: show_value(v) if f"{n}{TARGET}" in run.config else v for n, v in values.items()}
 

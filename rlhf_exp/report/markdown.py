@@ -51,8 +51,7 @@ def write_markdown(payload: Mapping[str, Any], pictures: Sequence[Path], path: P
 
 
 def escape(text: str, *, limit: int = MAX_CELL) -> str:
-    """The text as one line of Markdown without effect: no markup, HTML, link, formula or end of a
-    cell."""
+    """The text as one line without markup, HTML, links, formulas or the end of a cell."""
     text = text if len(text) <= limit else f"{text[:limit]}…"
     text = html.escape(one_line(text), quote=False)
     text = SPECIAL.sub(r"\\\1", text.replace("\t", " "))

@@ -54,8 +54,7 @@ class Talk:
             print(f"error: {error}", file=sys.stderr)
 
     def answer(self, line: str, *, max_new_tokens: int) -> str:
-        """The answer to a line, printed while it is sampled. Raises ConfigError if the model's
-        context has no room for it."""
+        """The answer, printed while it is sampled. Raises ConfigError if the context is full."""
         from transformers import GenerationConfig, TextStreamer
 
         ids = self._ids(line)

@@ -38,8 +38,7 @@ def front_of(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def best_first(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The groups on the front, then the others; each part by mean score, groups without one
-    last."""
+    """The groups on the front, then the others; both by mean score, missing ones last."""
     return sorted(groups, key=lambda g: (not g["pareto"], *score_rank(g["score"]["mean"])))
 
 

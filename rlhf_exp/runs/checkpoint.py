@@ -232,8 +232,7 @@ class CheckpointWriter:
         *,
         score: float | None = None,
     ) -> None:
-        """Starts to write the tensors and numbers as they are now, once the previous write is
-        done."""
+        """Starts to write the tensors and numbers as they are now, after the previous write."""
         self.wait()
         resting = self._resting()
         copies = {n: t.detach().clone() for n, t in tensors.items() if id(t) not in resting}

@@ -31,8 +31,7 @@ class TrainingError(RuntimeError):
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA if available, else the CPU. Raises ConfigError if
-    this machine does not have it."""
+    """The device; "auto" is CUDA if available, else the CPU. Raises ConfigError if it is absent."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():

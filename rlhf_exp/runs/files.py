@@ -24,8 +24,7 @@ def parse_row(line: str | bytes) -> dict[str, Any] | None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text in UTF-8 atomically: readers see the old text or the new one. Creates the
-    folder if it does not exist."""
+    """Writes a text atomically: readers see the old text or the new one. Creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
@@ -45,8 +44,7 @@ def sync(path: Path) -> None:
 
 
 def move_whole(partial: Path, final: Path) -> None:
-    """Renames a finished folder to its final name, after all of it is on the disk. The name must be
-    unused."""
+    """Renames a finished folder to its unused final name, after all of it is on the disk."""
     for path in [*partial.rglob("*"), partial]:
         if not path.is_symlink():
             sync(path)

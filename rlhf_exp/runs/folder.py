@@ -43,8 +43,7 @@ TABLE_ROWS = 32  # of each evaluation's samples, shown by trackers
 
 @runtime_checkable
 class Sink(Protocol):
-    """Another destination of metrics and samples, such as W&B. A subclass ignores what it does not
-    define."""
+    """Another destination, such as W&B. A subclass ignores what it does not define."""
 
     def log(self, phase: int, metrics: Mapping[str, float]) -> None:
         """The metrics of a phase, or of an update in supervised stages."""
@@ -97,8 +96,7 @@ class RunFolder:
         self.write_environment()
 
     def log(self, phase: int, metrics: Mapping[str, float]) -> None:
-        """Appends a row to metrics.jsonl, flushed, and passes it on. Non-finite numbers become
-        null."""
+        """Appends a row to metrics.jsonl and passes it on. Non-finite numbers become null."""
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self._append(METRICS, [{"phase": phase, **finite}])
         self._pass_on(lambda sink: sink.log(phase, metrics))
@@ -123,8 +121,7 @@ class RunFolder:
         self._pass_on(lambda sink: sink.log_result(result, self.path))
 
     def rows(self, name: str = METRICS) -> list[dict[str, Any]]:
-        """The rows so far of metrics.jsonl, or of another such file. Skips broken lines with a
-        warning."""
+        """The rows so far of such a file. Skips broken lines with a warning."""
         path = self.path / name
         # Not splitlines(), which also splits at characters that JSON leaves in a text. Text after
         # the last line end is a row that a killed run was writing.

@@ -97,8 +97,7 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def read_run_settings(config: Mapping[str, Any]) -> RunSettings:
-    """The settings that are not in a group. Raises ConfigError with all of their problems, unknown
-    keys included."""
+    """The settings outside groups. Raises ConfigError with all problems and unknown keys."""
     try:
         return RunSettings(**{key: config[key] for key in config.keys() - GROUPS})
     except pydantic.ValidationError as error:

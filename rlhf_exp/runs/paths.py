@@ -28,8 +28,7 @@ def read_result(folder: Path) -> Any:
 
 
 def read_resolved_config(folder: Path) -> Any:
-    """The configuration that a run began with, without secrets. Raises OSError or ValueError if it
-    cannot be read."""
+    """The configuration that a run began with, without secrets. Raises as `read_result` does."""
     return json.loads((folder / RESOLVED_CONFIG).read_text(encoding="utf-8"))
 
 
@@ -45,8 +44,7 @@ def read_hydra_config(folder: Path) -> Any:
 
 
 def read_overrides(folder: Path) -> list[str]:
-    """The words of the command line that made a run's configuration. Raises ConfigError if they
-    cannot be read."""
+    """The words of a run's command line. Raises ConfigError if they cannot be read."""
     try:
         lines = (folder / OVERRIDES).read_text(encoding="utf-8").splitlines()
         words = yaml.safe_load("\n".join(lines))

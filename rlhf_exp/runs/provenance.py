@@ -40,8 +40,7 @@ def environment() -> list[str]:
 
 
 def _cpu() -> str:
-    """The processor's name, its cores, the processors that this process may use, and torch's
-    threads."""
+    """The processor's name, its cores, those that this process may use, and torch's threads."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = psutil.cpu_count(logical=False) or "unknown"
     return (

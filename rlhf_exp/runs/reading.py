@@ -93,8 +93,7 @@ class Run:
         return self.evaluated if metric.startswith(EVALUATED) else self.train
 
     def final(self, metric: str) -> float | None:
-        """The metric at the run's end: its last value after phase 0, else its value in
-        result.json."""
+        """The metric's last value after phase 0, else its value in result.json."""
         points = self.curves(metric).points(metric)
         if points and (points[-1][0] > 0 or self.status == "done"):
             return points[-1][1]

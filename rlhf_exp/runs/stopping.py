@@ -78,8 +78,7 @@ class StopRequests:
 
     @contextmanager
     def steps(self) -> Iterator[None]:
-        """A loop of steps that stops only between steps. Raises Interrupted if a stop was already
-        requested."""
+        """A loop that stops only between steps. Raises Interrupted if a stop was requested."""
         if self._request is not None:
             raise self._request
         self._in_steps, self._last, self._longest = True, time.monotonic(), 0.0

@@ -40,8 +40,7 @@ class SweepJob:
 
     @property
     def label(self) -> str:
-        """The swept overrides without secrets, each key shortened to its last part where that is
-        unambiguous."""
+        """The swept overrides without secrets, each key shortened to its last part if unique."""
         return ",".join(_shortened(redact_words(self.swept))) or "all defaults"
 
 
@@ -137,8 +136,7 @@ def read_record(sweep: Path) -> list[SweepJob]:
 
 
 def write_record(sweep: Path, jobs: Sequence[SweepJob], *, command: Sequence[str]) -> None:
-    """Writes sweep.json: the jobs, those already recorded included, and the command line, without
-    secrets."""
+    """Writes sweep.json: new and recorded jobs and the command line, without secrets."""
     all_jobs = {job.identity: job for job in [*read_record(sweep), *jobs]}
     rows = [
         {

@@ -119,9 +119,8 @@ class Search:
         return Trial(number=trial.number, values={k: str(v) for k, v in trial.params.items()})
 
     def tell(self, trial: Trial, folder: Path | None) -> None:
-        """Records the result of a trial from its run's `folder`; None means that the run did not
-        finish. A trial fails if a metric is not finite. Raises ConfigError if the result lacks a
-        metric."""
+        """Records a trial's result from its run's `folder`, None for a run that did not finish. The
+        trial fails if a metric is not finite. Raises ConfigError if the result lacks one."""
         from optuna.trial import TrialState
 
         metrics = None if folder is None else read_metrics(folder, self._metrics)
@@ -129,8 +128,7 @@ class Search:
         self._study.tell(trial.number, metrics, state)
 
     def best(self) -> list[tuple[dict[str, Any], list[float]]]:
-        """The Pareto-optimal settings with their metrics, sorted by the first metric, best
-        first."""
+        """The Pareto-optimal settings with their metrics, the best by the first metric first."""
         front = [(trial.params, list(trial.values)) for trial in self._study.best_trials]
         return sorted(front, key=lambda pair: pair[1], reverse=self._highest_first)
 
