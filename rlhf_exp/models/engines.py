@@ -5,7 +5,7 @@ hooked engine runs the same parameters through TransformerBridge and computes ev
 textbooks; tests require that both agree.
 """
 
-from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -27,17 +27,16 @@ EngineName = Literal["fast", "hooked"]
 LogitsAndValues = tuple[Float[Tensor, "batch seq vocab"], Float[Tensor, "batch seq"] | None]
 
 
-class Engine(ABC):
-    """Runs passes of a transformer."""
+@dataclass(frozen=True)
+class FastEngine:
+    """Runs a shared prompt once, no padding after the longest completion, and the head only on real
+    tokens, one tile of the vocabulary at a time."""
 
-    is_plain: ClassVar[bool]
+    is_plain: ClassVar[bool] = True
     """True if passes run the plain module; bf16, compilation, gradient checkpointing and adapters
     need it."""
+    transformer: CausalTransformer
 
-    def __init__(self, transformer: CausalTransformer) -> None:
-        self.transformer = transformer
-
-    @abstractmethod
     def logits_and_values(
         self,
         tokens: Int[Tensor, "batch seq"],
@@ -46,36 +45,14 @@ class Engine(ABC):
         prompt_len: int | None = None,
     ) -> LogitsAndValues:
         """Logits and values at every position; the first `prompt_len` tokens are the prompt."""
-
-    @abstractmethod
-    def learning_pass(
-        self, rollout: Rollout, ref_head: Head, layout: Layout, *, temperature: float
-    ) -> Pass:
-        """The pass over a rollout's completions. `ref_head` is the reference's unembedding, and
-        `layout` the completions' layout."""
-
-
-class FastEngine(Engine):
-    """Runs a shared prompt once, no padding after the longest completion, and the head only on real
-    tokens, one tile of the vocabulary at a time."""
-
-    is_plain = True
-
-    def logits_and_values(
-        self,
-        tokens: Int[Tensor, "batch seq"],
-        mask: Bool[Tensor, "batch seq"],
-        *,
-        prompt_len: int | None = None,
-    ) -> LogitsAndValues:
-        """See Engine; computed by the plain module."""
         hidden = self.transformer.hidden_states(tokens, mask, prompt_len=prompt_len)
         return self.transformer.unembed(hidden), self.transformer.values(hidden)
 
     def learning_pass(
         self, rollout: Rollout, ref_head: Head, layout: Layout, *, temperature: float
     ) -> Pass:
-        """See Engine; computed by kernels.vocab_head, never with the logits of a whole batch."""
+        """The pass over a rollout's completions, of layout `layout`, by kernels.vocab_head: never
+        with the logits of a whole batch. `ref_head` is the reference's unembedding."""
         model, completions = self.transformer, rollout.completions
         with model.learning_head() as head:
             hidden = layout.pick(model.completion_states(completions, layout))
@@ -97,10 +74,12 @@ class FastEngine(Engine):
         )
 
 
-class HookedEngine(Engine):
+@dataclass(frozen=True)
+class HookedEngine:
     """Runs TransformerBridge, with the value head as a hook function."""
 
-    is_plain = False
+    is_plain: ClassVar[bool] = False
+    transformer: CausalTransformer
 
     def logits_and_values(
         self,
@@ -109,7 +88,7 @@ class HookedEngine(Engine):
         *,
         prompt_len: int | None = None,
     ) -> LogitsAndValues:
-        """See Engine; computed by the bridge."""
+        """As FastEngine's, by the bridge."""
         model = self.transformer
         with model.edits.in_bridge(mask, prompt_len) as hooks:
             return model.view.run_with_value_head(model.value_head, tokens, mask, hooks)[:2]
@@ -117,14 +96,17 @@ class HookedEngine(Engine):
     def learning_pass(
         self, rollout: Rollout, ref_head: Head, layout: Layout, *, temperature: float
     ) -> Pass:
-        """See Engine; computed by `textbook_pass`."""
+        """As FastEngine's, by `textbook_pass`."""
         prompt_len = rollout.completions.prompt_len
         sequences = rollout.completions.sequences
         logits, values = self.logits_and_values(*sequences, prompt_len=prompt_len)
         return textbook_pass(logits, values, rollout, ref_head, temperature=temperature)
 
 
-ENGINES: dict[EngineName, type[Engine]] = {"fast": FastEngine, "hooked": HookedEngine}
+ENGINES: dict[EngineName, type[FastEngine] | type[HookedEngine]] = {
+    "fast": FastEngine,
+    "hooked": HookedEngine,
+}
 
 
 def textbook_pass(
