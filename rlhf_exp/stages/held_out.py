@@ -45,13 +45,12 @@ class HeldOut:
         self._order = order
         self._answers: tuple[AnswerTask, PromptBatch] | None = None
 
-    def with_answers(self, task: AnswerTask, prompts: Sequence[str]) -> "HeldOut":
-        """A copy that also measures exact matches; `prompts` are those of the examples."""
+    def with_answers(self, task: AnswerTask, prompts: Sequence[str]) -> None:
+        """Measures exact matches too; `prompts` are those of the examples."""
         encoded = encode_prompts(
             self.policy.tokenizer, prompts, prepend_bos=task.prepend_bos, device=self.policy.device
         )
         self._answers = task, encoded[torch.tensor(self._order, device=self.policy.device)]
-        return self
 
     def during(self) -> dict[str, float]:
         """Loss, and the exact-match rate of answers sampled at temperature 1."""

@@ -2,7 +2,7 @@
 once, and a head on them."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -108,13 +108,10 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
         return self
 
     def check(self, parts: RewardModelParts) -> list[str]:
-        """Conflicts between this stage and its parts. Raises ConfigError for pairs that are
-        missing or malformed."""
         parts.task.fingerprint()
         return must_be_plain(parts.model, stage="reward_model")
 
     def check_texts(self, parts: RewardModelParts) -> list[str]:
-        """Conflicts between this stage and the pairs."""
         train = parts.task.pair_split().train
         problems = self.check_updates(parts.schedule, len(train))
         if self.loss == "mse_rank" and train[0].chosen_reward is None:
@@ -135,11 +132,11 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
         Raises ConfigError for pairs that the model or the loss cannot read, and TrainingError
         naming the update if the loss is not finite.
         """
-        clock, task, model = Stopwatch(), parts.task, parts.model
+        clock = Stopwatch()
         with clock("load"), self.explaining("loading"):
             if problems := self.check_texts(parts):
                 raise ConfigError("\n".join(problems))
-            scorer, encoded = _load(self, context, task, model)
+            scorer, encoded = self._load(context, parts.task, parts.model)
         context.folder.start()
         log.info(
             "training a %s head of %.2f M parameters on %d pairs; %d held out to stop by, %d to"
@@ -153,8 +150,7 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
                 for pairs in encoded
             )
         with clock("train"), threads_for(train.multiplications(self.batch_size)):
-            inputs = fingerprints(scorer.backbone.language_model, task=task, model=model)
-            last = _train(self, context, scorer, train, stop_by, parts, inputs=inputs)
+            last = self._train(context, parts, train, stop_by)
         with clock("evaluate"), self.explaining("evaluating"):
             scores = report.all_scores()
             metrics = pair_metrics(scores, report.rewards)
@@ -166,129 +162,108 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
             check_saved_reward_model(scorer, path)
         rows = score_rows(report, scores)
         context.folder.log_samples(0, rows)
-        _present(self, context, report, scores, rows)
+        self._present(context, report, scores, rows)
         log.info("%s", describe(metrics))
         return StageResult(after=metrics, seconds=clock.seconds)
 
-
-def _load(
-    stage: TrainRewardModel, context: Context, task: PairTask, model: ModelSettings
-) -> tuple[RewardModel, tuple[Sequence[EncodedPair], ...]]:
-    """The model with a fresh head, and the pairs for training, for stopping and for the report."""
-    network, tokenizer = model.language_model(None, seed=stream_seed(context.seed, "model"))
-    if tokenizer.eos_token_id is None:
-        raise ConfigError("stage=reward_model needs a tokenizer with an EOS token")
-    backbone = with_fast_paths(CausalTransformer(network.to(context.device), tokenizer))
-    shape = HeadShape(
-        kind=stage.head,
-        width=stage.width,
-        read_layers=stage.read_layers,
-        prepend_bos=bool(leading_ids(tokenizer, prepend_bos=task.prepend_bos)),
-    )
-    try:
-        scorer = RewardModel(backbone, shape)
-        scorer.unfreeze(stage.unfreeze_layers)
-    except ValueError as error:
-        raise ConfigError(f"stage: {error}") from error
-    encoded = [
-        encode_pairs(
-            tokenizer, pairs, sources,
-            prepend_bos=task.prepend_bos, limit=backbone.context_len,
+    def _load(
+        self, context: Context, task: PairTask, model: ModelSettings
+    ) -> tuple[RewardModel, tuple[Sequence[EncodedPair], ...]]:
+        """The model with a fresh head, and the pairs for training, stopping and the report."""
+        network, tokenizer = model.language_model(None, seed=stream_seed(context.seed, "model"))
+        if tokenizer.eos_token_id is None:
+            raise ConfigError("stage=reward_model needs a tokenizer with an EOS token")
+        backbone = with_fast_paths(CausalTransformer(network.to(context.device), tokenizer))
+        shape = HeadShape(
+            kind=self.head,
+            width=self.width,
+            read_layers=self.read_layers,
+            prepend_bos=bool(leading_ids(tokenizer, prepend_bos=task.prepend_bos)),
         )
-        for pairs, sources in zip(task.pair_split(), task.sources(), strict=True)
-    ]  # fmt: skip
-    if shared := num_shared(task.pair_split()):
-        log.warning(
-            "%d of %d held-out pairs have a prompt that is trained on too: what is reported is"
-            " no measure of new prompts", shared, len(encoded[1]),
+        try:
+            scorer = RewardModel(backbone, shape)
+            scorer.unfreeze(self.unfreeze_layers)
+        except ValueError as error:
+            raise ConfigError(f"stage: {error}") from error
+        train, held_out = (
+            encode_pairs(
+                tokenizer, pairs, sources,
+                prepend_bos=task.prepend_bos, limit=backbone.context_len,
+            )
+            for pairs, sources in zip(task.pair_split(), task.sources(), strict=True)
         )  # fmt: skip
-    halves = hold_out(
-        encoded[1], fraction=0.5, salt=f"stop {context.seed}", prompt_of=lambda e: e.pair.prompt
-    )
-    if not all(halves):
-        raise ConfigError(
-            f"task.path: {len(encoded[1])} held-out pairs are too few to stop by one half and"
-            " report the other: raise task.held_out_fraction or give more pairs"
+        if shared := num_shared(task.pair_split()):
+            log.warning(
+                "%d of %d held-out pairs have a prompt that is trained on too: what is reported is"
+                " no measure of new prompts", shared, len(held_out),
+            )  # fmt: skip
+        halves = hold_out(
+            held_out, fraction=0.5, salt=f"stop {context.seed}", prompt_of=lambda e: e.pair.prompt
         )
-    return scorer, (encoded[0], *halves)
+        if not all(halves):
+            raise ConfigError(
+                f"task.path: {len(held_out)} held-out pairs are too few to stop by one half and"
+                " report the other: raise task.held_out_fraction or give more pairs"
+            )
+        return scorer, (train, *halves)
 
+    def _train(
+        self, context: Context, parts: RewardModelParts, train: PairData, stop_by: PairData
+    ) -> int:
+        """Trains the head and restores its best; returns the number of updates."""
+        scorer, known = train.model, train.rewards if self.loss == "mse_rank" else None
+        mean = 0.0 if known is None else torch.cat(known).mean().item()
+        scorer.initialise_head(stream(context.seed, "head"), bias=mean)
+        adamw = parts.optimizer.build(scorer.backbone, scorer.head)
+        num_updates = self.num_updates(len(train))
+        early_stopping = EarlyStopping(
+            context, scorer,
+            lambda update: {LOSS: self._loss(stop_by.all_scores(), stop_by.rewards).item()},
+            eval_every=self.eval_every, patience=self.patience,
+            lr_fields="optimizer.head_lr and optimizer.base_lr",
+        )  # fmt: skip
+        generator = stream(context.seed, "minibatches")
+        batches = BatchStream(shuffled, range(len(train)), self.batch_size, generator)
+        network = scorer.backbone.language_model
+        state = SupervisedState(
+            network=scorer,
+            optimizer=adamw,
+            scheduler=parts.schedule.build(adamw, total_steps=num_updates),
+            batches=batches,
+            early_stopping=early_stopping,
+            inputs=fingerprints(network, task=parts.task, model=parts.model),
+        )
+        self.fit(context, state, self._losses(train, batches), num_updates=num_updates)
+        early_stopping.restore_best(state.update)
+        if known is None:  # ranks fix no offset: centre the scores
+            scorer.shift(-torch.cat(train.all_scores()).mean().item())
+        return state.update
 
-def _train(
-    stage: TrainRewardModel,
-    context: Context,
-    scorer: RewardModel,
-    train: PairData,
-    stop_by: PairData,
-    parts: RewardModelParts,
-    *,
-    inputs: Mapping[str, str],
-) -> int:
-    """Trains the head and restores its best; returns the number of updates."""
-    rewards = train.rewards if stage.loss == "mse_rank" else None
-    mean = 0.0 if rewards is None else torch.cat(rewards).mean().item()
-    scorer.initialise_head(stream(context.seed, "head"), bias=mean)
-    adamw = parts.optimizer.build(scorer.backbone, scorer.head)
-    num_updates = stage.num_updates(len(train))
+    def _losses(self, train: PairData, batches: BatchStream) -> Iterator[Tensor]:
+        for chosen in batches:
+            index = torch.tensor(chosen, device=train.device)
+            rewards = train.rewards
+            if rewards is not None:
+                rewards = rewards[0][index], rewards[1][index]
+            yield self._loss(train.scores(index), rewards)
 
-    def measure(update: int) -> dict[str, float]:
-        return {LOSS: _loss(stage, stop_by.all_scores(), stop_by.rewards).item()}
+    def _loss(self, scores: Scores, rewards: Scores | None) -> Tensor:
+        rewards = rewards if self.loss == "mse_rank" else None
+        return pair_loss(scores, rewards, rank_coef=self.rank_coef)
 
-    early_stopping = EarlyStopping(
-        context, scorer, measure,
-        eval_every=stage.eval_every, patience=stage.patience,
-        lr_fields="optimizer.head_lr and optimizer.base_lr",
-    )  # fmt: skip
-    generator = stream(context.seed, "minibatches")
-    batches = BatchStream(shuffled, range(len(train)), stage.batch_size, generator)
-    state = SupervisedState(
-        network=scorer,
-        optimizer=adamw,
-        scheduler=parts.schedule.build(adamw, total_steps=num_updates),
-        batches=batches,
-        early_stopping=early_stopping,
-        inputs=inputs,
-    )
-    losses = _losses(stage, context, train, batches)
-    stage.fit(context, state, losses, num_updates=num_updates)
-    early_stopping.restore_best(state.update)
-    if rewards is None:  # ranks fix no offset: centre the scores
-        scorer.shift(-torch.cat(train.all_scores()).mean().item())
-    return state.update
+    def _present(
+        self, context: Context, report: PairData, scores: Scores, rows: list[dict[str, object]]
+    ) -> None:
+        folder, add = context.folder, context.presentation.add
+        path, title = folder.path / "held_out.png", "reward model on held-out pairs"
 
+        def plot_held_out() -> None:
+            if report.rewards is None or self.loss == "rank":
+                plot_margins((scores[0] - scores[1]).tolist(), path, title=title)
+            else:
+                true = torch.cat(report.rewards).tolist()
+                plot_predictions(true, torch.cat(scores).tolist(), path, title=title)
 
-def _losses(
-    stage: TrainRewardModel, context: Context, train: PairData, batches: BatchStream
-) -> Iterator[Tensor]:
-    for chosen in batches:
-        index = torch.tensor(chosen, device=context.device)
-        rewards = train.rewards
-        if rewards is not None:
-            rewards = rewards[0][index], rewards[1][index]
-        yield _loss(stage, train.scores(index), rewards)
-
-
-def _loss(stage: TrainRewardModel, scores: Scores, rewards: Scores | None) -> Tensor:
-    rewards = rewards if stage.loss == "mse_rank" else None
-    return pair_loss(scores, rewards, rank_coef=stage.rank_coef)
-
-
-def _present(
-    stage: TrainRewardModel,
-    context: Context,
-    report: PairData,
-    scores: Scores,
-    rows: list[dict[str, object]],
-) -> None:
-    folder, add = context.folder, context.presentation.add
-    path, title = folder.path / "held_out.png", "reward model on held-out pairs"
-
-    def plot_held_out() -> None:
-        if report.rewards is None or stage.loss == "rank":
-            plot_margins((scores[0] - scores[1]).tolist(), path, title=title)
-        else:
-            true = torch.cat(report.rewards).tolist()
-            plot_predictions(true, torch.cat(scores).tolist(), path, title=title)
-
-    present_losses(context, title="reward model")
-    add("held_out.png", plot_held_out)
-    add("the table of pairs", lambda: print_pairs(rows[: stage.num_examples], Console()))
+        present_losses(context, title="reward model")
+        add("held_out.png", plot_held_out)
+        add("the table of pairs", lambda: print_pairs(rows[: self.num_examples], Console()))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from pydantic import model_validator
 
-from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
+from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.machine.precision import Dtype, autocast, fp32_logits
 from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.cache import context_len
@@ -95,7 +95,6 @@ class SFT(Supervised, Stage[SFTParts]):
         return updates if self.max_updates is None else min(updates, self.max_updates)
 
     def check(self, parts: SFTParts) -> list[str]:
-        """Conflicts between this stage and its parts."""
         problems, task = [], parts.task
         if self.data == "texts" and not isinstance(task, CorpusTask):
             problems.append(
@@ -109,8 +108,7 @@ class SFT(Supervised, Stage[SFTParts]):
         return problems + must_be_plain(parts.model, stage="sft")
 
     def check_texts(self, parts: SFTParts) -> list[str]:
-        """Conflicts between the schedule and the number of updates that the texts give."""
-        return self.check_updates(parts.schedule, len(_split(self, parts.task).train))
+        return self.check_updates(parts.schedule, len(self._split(parts.task).train))
 
     def metric_names(self, parts: SFTParts) -> tuple[str, ...]:
         exact = isinstance(parts.task, AnswerTask) and self.data == "demonstrations"
@@ -124,13 +122,17 @@ class SFT(Supervised, Stage[SFTParts]):
         """
         clock, task = Stopwatch(), parts.task
         with clock("load"), self.explaining("loading"):
-            policy = _load(self, context, task, parts.model)
-            network, tokenizer = policy.language_model, policy.tokenizer
-            train, held_out = (
-                _encode(self, task, tokenizer, examples, limit=policy.context_len)
-                for examples in _split(self, task)
-            )
-            measured = _held_out(self, context, task, policy, held_out)
+            policy = self._load(context, task, parts.model)
+            network = policy.language_model
+            split = self._split(task)
+            train, held_out = (self._encode(task, policy, examples) for examples in split)
+            measured = HeldOut(
+                policy, held_out,
+                num_samples=self.eval_samples, chooses=self.eval_every is not None,
+                batch_size=self.batch_size, seed=context.seed,
+            )  # fmt: skip
+            if isinstance(task, AnswerTask) and self.data == "demonstrations":
+                measured.with_answers(task, [d.prompt for d in split.held_out])
         context.folder.start()
         log.info(
             "training %.2f M parameters on %d examples, %d tokens; %d examples held out",
@@ -144,7 +146,7 @@ class SFT(Supervised, Stage[SFTParts]):
                 eval_every=self.eval_every, stop_at=self.stop_at, max_seconds=self.max_seconds,
             )  # fmt: skip
             network.train()
-            batches = batches_of(self, context, train)
+            batches = self.batches(context, train)
             state = SupervisedState(
                 network=network,
                 optimizer=adamw,
@@ -153,7 +155,7 @@ class SFT(Supervised, Stage[SFTParts]):
                 early_stopping=early_stopping,
                 inputs=fingerprints(network, task=task, model=parts.model),
             )
-            losses = losses_of(self, context, network, train, batches)
+            losses = self.losses(network, train, batches)
             self.fit(context, state, losses, num_updates=num_updates)
         with clock("evaluate"), self.explaining("evaluating"):
             early_stopping.restore_best(state.update)
@@ -162,87 +164,52 @@ class SFT(Supervised, Stage[SFTParts]):
         log.info("%s", describe(metrics))
         with clock("save"):
             network.save_pretrained(context.folder.model)
-            tokenizer.save_pretrained(context.folder.model)
+            policy.tokenizer.save_pretrained(context.folder.model)
             check_saved_language_model(network, context.folder.model)
         present_losses(context, title="language model")
         return StageResult(after=metrics, seconds=clock.seconds)
 
-
-def _load(
-    stage: SFT, context: Context, task: Task, model: ModelSettings
-) -> TransformerWithValueHead:
-    network, tokenizer = model.language_model(
-        tokenizer_factory(task), seed=stream_seed(context.seed, "model")
-    )
-    if tokenizer.eos_token_id is None:
-        raise ConfigError("stage=sft needs a tokenizer with an EOS token")
-    policy = with_fast_paths(TransformerWithValueHead(network.to(context.device), tokenizer))
-    if stage.layout == "pack" and not supports_packing(policy):
-        raise ConfigError(
-            f"stage.layout=pack: examples in one row would see each other in"
-            f" {type(network).__name__}; set stage.layout=pad"
+    def _load(self, context: Context, task: Task, model: ModelSettings) -> TransformerWithValueHead:
+        network, tokenizer = model.language_model(
+            tokenizer_factory(task), seed=stream_seed(context.seed, "model")
         )
-    return policy
+        if tokenizer.eos_token_id is None:
+            raise ConfigError("stage=sft needs a tokenizer with an EOS token")
+        policy = with_fast_paths(TransformerWithValueHead(network.to(context.device), tokenizer))
+        if self.layout == "pack" and not supports_packing(policy):
+            raise ConfigError(
+                f"stage.layout=pack: examples in one row would see each other in"
+                f" {type(network).__name__}; set stage.layout=pad"
+            )
+        return policy
 
+    def _split(self, task: Any) -> Split[Any]:
+        return task.language_split() if self.data == "texts" else task.demonstration_split()
 
-def _split(stage: SFT, task: Any) -> Split[Any]:
-    return task.language_split() if stage.data == "texts" else task.demonstration_split()
+    def _encode(
+        self, task: Task, policy: TransformerWithValueHead, examples: Sequence[Any]
+    ) -> list[Example]:
+        tokenizer, limit = policy.tokenizer, policy.context_len
+        if self.data == "texts":
+            return encode_texts(tokenizer, examples, limit=limit)
+        return encode_demonstrations(tokenizer, examples, prepend_bos=task.prepend_bos, limit=limit)
 
+    def batches(self, context: Context, examples: Sequence[Example]) -> BatchStream:
+        """Batches of the layout, in a random order."""
+        # Padding needs batches of texts of similar length; packing does not.
+        order = length_bucketed if self.layout == "pad" else shuffled
+        generator = stream(context.seed, "minibatches")
+        return BatchStream(order, [*map(len, examples)], self.batch_size, generator)
 
-def _encode(
-    stage: SFT,
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Any],
-    *,
-    limit: int,
-) -> list[Example]:
-    if stage.data == "texts":
-        return encode_texts(tokenizer, examples, limit=limit)
-    return encode_demonstrations(tokenizer, examples, prepend_bos=task.prepend_bos, limit=limit)
-
-
-def _held_out(
-    stage: SFT,
-    context: Context,
-    task: Task,
-    policy: TransformerWithValueHead,
-    examples: list[Example],
-) -> HeldOut:
-    held_out = HeldOut(
-        policy,
-        examples,
-        num_samples=stage.eval_samples,
-        chooses=stage.eval_every is not None,
-        batch_size=stage.batch_size,
-        seed=context.seed,
-    )
-    if isinstance(task, AnswerTask) and stage.data == "demonstrations":
-        held_out.with_answers(task, [d.prompt for d in _split(stage, task).held_out])
-    return held_out
-
-
-def batches_of(stage: SFT, context: Context, examples: Sequence[Example]) -> BatchStream:
-    """Batches of the layout, in a random order."""
-    # Padding needs batches of texts of similar length; packing does not.
-    order = length_bucketed if stage.layout == "pad" else shuffled
-    generator = stream(context.seed, "minibatches")
-    return BatchStream(order, [*map(len, examples)], stage.batch_size, generator)
-
-
-def losses_of(
-    stage: SFT,
-    context: Context,
-    network: PreTrainedModel,
-    examples: Sequence[Example],
-    batches: BatchStream,
-) -> Iterator[torch.Tensor]:
-    """The loss of each batch, computed lazily."""
-    limit = context_len(network)
-    for index in batches:
-        chosen = [examples[i] for i in index]
-        batch = pad(chosen) if stage.layout == "pad" else pack(chosen, limit=limit)
-        head = network.get_output_embeddings()
-        with autocast(stage.dtype, context.device), fp32_logits(head):
-            loss = next_token_loss(network, batch)
-        yield loss
+    def losses(
+        self, network: PreTrainedModel, examples: Sequence[Example], batches: BatchStream
+    ) -> Iterator[torch.Tensor]:
+        """The loss of each batch, computed lazily."""
+        limit = context_len(network)
+        for index in batches:
+            chosen = [examples[i] for i in index]
+            batch = pad(chosen) if self.layout == "pad" else pack(chosen, limit=limit)
+            head = network.get_output_embeddings()
+            with autocast(self.dtype, network.device), fp32_logits(head):
+                loss = next_token_loss(network, batch)
+            yield loss

@@ -13,7 +13,7 @@ from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.stages.held_out import HeldOut, held_out_loss
 from rlhf_exp.stages.protocol import StageResult
-from rlhf_exp.stages.sft import SFT, batches_of, losses_of
+from rlhf_exp.stages.sft import SFT
 from rlhf_exp.tasks.examples import encode_demonstrations, encode_texts
 from rlhf_exp.tasks.prefix import Prefix
 from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
@@ -101,7 +101,7 @@ def test_padded_batches_are_of_like_lengths_and_packed_ones_of_any(
         with_kwargs=True,
     )
     stage, given = SFT(batch_size=16, layout=layout), context(tmp_path)
-    losses = losses_of(stage, given, network, examples, batches_of(stage, given, examples))
+    losses = stage.losses(network, examples, stage.batches(given, examples))
     for _ in range(6):
         next(losses)
     lengths = []
