@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 from rlhf_exp.functional.logprobs import completion_part, token_logprobs
@@ -184,8 +184,7 @@ def save_reward_model(model: RewardModel, path: str | Path) -> Path:
     path = Path(path)
     model.backbone.language_model.save_pretrained(path)
     model.backbone.tokenizer.save_pretrained(path)
-    head = {name: tensor.contiguous() for name, tensor in model.head.state_dict().items()}
-    save_file(head, path / HEAD_FILE, metadata={"format": "pt"})
+    save_model(model.head, str(path / HEAD_FILE), metadata={"format": "pt"})
     (path / SHAPE_FILE).write_text(json.dumps(asdict(model.shape), indent=2) + "\n")
     return path
 

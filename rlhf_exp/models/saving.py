@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save_model
 
 from rlhf_exp.models.loading import VALUE_HEAD_FILE
 from rlhf_exp.models.lora import has_adapter, merged_state, save_adapter
@@ -25,6 +25,5 @@ def save_policy(policy: TransformerWithValueHead, path: str | Path) -> Path:
         model.save_pretrained(path)
     policy.tokenizer.save_pretrained(path)
     if policy.value_head is not None:
-        head = {name: t.contiguous() for name, t in policy.value_head.state_dict().items()}
-        save_file(head, path / VALUE_HEAD_FILE, metadata={"format": "pt"})
+        save_model(policy.value_head, str(path / VALUE_HEAD_FILE), metadata={"format": "pt"})
     return path
