@@ -12,6 +12,14 @@ from rlhf_exp.models.engines import EngineName
 from rlhf_exp.models.loading import LanguageModel, TokenizerFactory, ValueHeadInit
 from rlhf_exp.settings import BelowOne, ConfigError, Count, settings
 
+# Each architecture's settings of dropout.
+DROPOUTS = {
+    "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    "llama": ("attention_dropout",),
+    "qwen2": ("attention_dropout",),
+    "gpt_neox": ("hidden_dropout", "attention_dropout"),
+}
+
 
 def _check_heads(d_model: int, num_heads: int) -> None:
     if d_model % num_heads:
@@ -84,41 +92,27 @@ class Scratch:
     def _model(
         self, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> PreTrainedModel:
-        import transformers as hf
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         common: dict[str, Any] = {name: getattr(tokenizer, name, None) for name in names}
         common["vocab_size"] = vocab_size
         if self.tie_embeddings is not None:
             common["tie_word_embeddings"] = self.tie_embeddings
-        if self.architecture == "gpt2":
-            return hf.GPT2LMHeadModel(
-                hf.GPT2Config(
-                    n_layer=self.num_layers,
-                    n_embd=self.d_model,
-                    n_head=self.num_heads,
-                    n_positions=self.context_len,
-                    resid_pdrop=self.dropout,
-                    embd_pdrop=self.dropout,
-                    attn_pdrop=self.dropout,
-                    **common,
-                )
-            )
-        shape = {
-            "num_hidden_layers": self.num_layers,
-            "hidden_size": self.d_model,
-            "intermediate_size": 4 * self.d_model,
-            "num_attention_heads": self.num_heads,
-            "max_position_embeddings": self.context_len,
-            "attention_dropout": self.dropout,
-        }
-        if self.architecture == "llama":
-            return hf.LlamaForCausalLM(hf.LlamaConfig(**shape, **common))
+        if self.architecture != "gpt2":  # where it is 4 d_model by default
+            common["intermediate_size"] = 4 * self.d_model
         if self.architecture == "qwen2":
-            shape["num_key_value_heads"] = self.num_heads
-            return hf.Qwen2ForCausalLM(hf.Qwen2Config(**shape, **common))
-        config = hf.GPTNeoXConfig(hidden_dropout=self.dropout, **shape, **common)
-        return hf.GPTNeoXForCausalLM(config)
+            common["num_key_value_heads"] = self.num_heads
+        config = AutoConfig.for_model(
+            self.architecture,
+            num_hidden_layers=self.num_layers,
+            hidden_size=self.d_model,
+            num_attention_heads=self.num_heads,
+            max_position_embeddings=self.context_len,
+            **dict.fromkeys(DROPOUTS[self.architecture], self.dropout),
+            **common,
+        )
+        return AutoModelForCausalLM.from_config(config)
 
 
 @settings
