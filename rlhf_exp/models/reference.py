@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -15,26 +14,6 @@ from rlhf_exp.models.lora import adapter_off, plain_name
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.types import Completions, Layout
-
-
-@runtime_checkable
-class Reference(Protocol):
-    """A frozen language model."""
-
-    def completion_states(
-        self, completions: Completions, layout: Layout
-    ) -> Float[Tensor, "batch num_columns d_model"]:
-        """The final hidden states from which each token of the completions is predicted."""
-        ...
-
-    def unembed(self, hidden: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes vocab"]:
-        """Logits from final hidden states."""
-        ...
-
-    @property
-    def head(self) -> Head:
-        """The output embedding's weights."""
-        ...
 
 
 class WithoutAdapter:
@@ -58,6 +37,10 @@ class WithoutAdapter:
     def head(self) -> Head:
         """The policy's output embedding."""
         return self._policy.head
+
+
+Reference = CausalTransformer | WithoutAdapter
+"""A frozen language model."""
 
 
 def compute_reference_in(
