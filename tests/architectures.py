@@ -19,7 +19,7 @@ from rlhf_exp.models.loading import load_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.probing import find_fast_paths, supports_packing
 from rlhf_exp.models.saving import save_policy
-from rlhf_exp.rollout.cached import CachedSampler, decode_static, prefill
+from rlhf_exp.rollout.cached import CachedSampler, prefill
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import eos_token
 from rlhf_exp.rollout.static import StaticDecoder
@@ -210,7 +210,7 @@ def sample(policy: TransformerWithValueHead, batch: PromptBatch, *, static: bool
         seen = None if batch.mask.all() else batch.mask
         cache, hidden = prefill(policy, batch, seen, width + SAMPLER.gen_len)
         assert cache is not None
-        return decode_static(decoder, policy, batch, cache, hidden, uniforms, eos=eos)
+        return decoder.run(batch, cache, hidden, uniforms, eos=eos)
 
 
 def largest_error(policy: TransformerWithValueHead, reference: Any, *, static: bool) -> float:

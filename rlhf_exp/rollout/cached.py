@@ -16,7 +16,7 @@ from rlhf_exp.hf import Cache
 from rlhf_exp.models.cache import decoding_cache
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rollout.sampler import Drawn, Sampler, as_completions, check_finite, draw, eos_token
-from rlhf_exp.rollout.static import StaticDecoder, StaticDecoders
+from rlhf_exp.rollout.static import StaticDecoders
 from rlhf_exp.settings import settings
 from rlhf_exp.types import Generation, PromptBatch
 
@@ -45,7 +45,7 @@ class CachedSampler(Sampler):
         if self.cuda_graphs and policy.device.type == "cuda" and policy.fast_paths.static:
             assert cache is not None
             decoder = self._decoders.get(policy, batch, prompt_len)
-            return decode_static(decoder, policy, prompts, cache, hidden, uniforms, eos=eos)
+            return decoder.run(prompts, cache, hidden, uniforms, eos=eos)
         return self._decode(policy, prompts, attended, cache, hidden, uniforms, eos=eos)
 
     def _decode(
@@ -144,26 +144,3 @@ def prefill(
             cache.reorder_cache(torch.zeros(batch, dtype=torch.long, device=hidden.device))
         hidden = hidden.expand(batch, -1)
     return cache, hidden
-
-
-def decode_static(
-    decoder: StaticDecoder,
-    policy: TransformerWithValueHead,
-    prompts: PromptBatch,
-    cache: Cache,
-    hidden: Tensor,
-    uniforms: Tensor,
-    *,
-    eos: int | None,
-) -> Generation:
-    """The generation of a decoder whose steps have fixed shapes."""
-    columns = decoder.run(prompts.mask, cache, hidden, uniforms, eos=eos)
-    check_finite(columns.logprobs.where(columns.mask, 0))
-    mask, values = columns.mask, policy.values(columns.hidden)
-    return Generation(
-        completions=as_completions(policy, prompts, columns.tokens * mask, mask),
-        logprobs=columns.logprobs.where(mask, 0),
-        values=None if values is None else values.where(mask, 0),
-        hidden=columns.hidden.where(mask[..., None], 0),
-        kept_mass=columns.kept_mass.where(mask, 0),
-    )

@@ -4,7 +4,8 @@ A step reads no tensor on the host, which only sets the number of steps. Rows th
 the end, and their results are masked.
 """
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,23 +14,20 @@ from rlhf_exp.hf import Cache
 from rlhf_exp.models.cache import fill_static_cache, static_cache
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.transformer import position_ids
-from rlhf_exp.rollout.sampler import Sampler, draw, through_first_eos
+from rlhf_exp.rollout.sampler import (
+    Sampler,
+    as_completions,
+    check_finite,
+    draw,
+    through_first_eos,
+)
+from rlhf_exp.types import Generation, PromptBatch
 
 # Steps between checks whether all rows have ended; each check makes the host wait.
 CHECK_EVERY = 16
 
 # Buffers and graphs are kept for this many shapes; prompts of many widths would fill the memory.
 MAX_SHAPES = 8
-
-
-class Columns(NamedTuple):
-    """The decoded tokens [batch completion] and their results, valid where the mask is True."""
-
-    tokens: Tensor
-    mask: Tensor
-    logprobs: Tensor
-    kept_mass: Tensor
-    hidden: Tensor
 
 
 class StaticDecoders:
@@ -56,38 +54,33 @@ class StaticDecoder:
         self, policy: TransformerWithValueHead, sampler: Sampler, batch: int, prompt_len: int
     ) -> None:
         self._policy, self._sampler, self._prompt_len = policy, sampler, prompt_len
-        device, gen_len = policy.device, sampler.gen_len
-        width = policy.head.weight.shape[1]
-        self._allowed = torch.zeros(
-            (batch, 1, 1, prompt_len + gen_len), dtype=torch.bool, device=device
-        )
-        self._step = torch.zeros(1, dtype=torch.long, device=device)
-        self._slot = torch.zeros(1, dtype=torch.long, device=device)
-        self._positions = torch.zeros((batch, 1), dtype=torch.long, device=device)
-        self._uniforms = torch.zeros((batch, gen_len), device=device)
-        self._tokens = torch.zeros((batch, gen_len), dtype=torch.long, device=device)
-        self._logprobs = torch.zeros((batch, gen_len), device=device)
-        self._kept_mass = torch.zeros((batch, gen_len), device=device)
+        shape, width = (batch, sampler.gen_len), policy.head.weight.shape[1]
+        zeros = partial(torch.zeros, device=policy.device)
+        self._allowed = zeros((batch, 1, 1, prompt_len + sampler.gen_len), dtype=torch.bool)
+        self._step, self._slot = zeros(1, dtype=torch.long), zeros(1, dtype=torch.long)
+        self._positions = zeros((batch, 1), dtype=torch.long)
+        self._tokens = zeros(shape, dtype=torch.long)
+        self._uniforms, self._logprobs, self._kept_mass = (zeros(shape) for _ in range(3))
         self._last: Tensor | None = None
-        self._hidden = torch.zeros((batch, gen_len, width), device=device)
+        self._hidden = zeros((*shape, width))
         self._cache: Cache | None = None
         self._graph: Any = None
 
     def run(
         self,
-        prompt_mask: Tensor,
+        prompts: PromptBatch,
         cache: Cache,
         hidden: Tensor,
         uniforms: Tensor,
         *,
         eos: int | None,
-    ) -> Columns:
-        """Decodes from `cache`, which holds the prompts' keys and values, and `hidden`
-        [batch d_model], their last states. The next call overwrites the tensors it returns."""
-        self._load(prompt_mask, cache, hidden, uniforms)
+    ) -> Generation:
+        """The generation from `cache`, which holds the prompts' keys and values, and `hidden`
+        [batch d_model], their last states."""
+        self._load(prompts.mask, cache, hidden, uniforms)
         if self._graph is None and hidden.is_cuda:
             self._capture()
-            self._load(prompt_mask, cache, hidden, uniforms)
+            self._load(prompts.mask, cache, hidden, uniforms)
         for t in range(self._sampler.gen_len):
             if self._graph is None:
                 self._advance()
@@ -97,12 +90,16 @@ class StaticDecoder:
                 ended = torch.eq(self._tokens[:, : t + 1], eos).any(dim=1)
                 if bool(ended.all()):
                     break
-        return Columns(
-            tokens=self._tokens,
-            mask=through_first_eos(self._tokens, eos),
-            logprobs=self._logprobs,
-            kept_mass=self._kept_mass,
-            hidden=self._hidden,
+        mask = through_first_eos(self._tokens, eos)
+        check_finite(self._logprobs.where(mask, 0))
+        values = self._policy.values(self._hidden)
+        # Copies: the next call overwrites the buffers.
+        return Generation(
+            completions=as_completions(self._policy, prompts, self._tokens, mask),
+            logprobs=self._logprobs.where(mask, 0),
+            values=None if values is None else values.where(mask, 0),
+            hidden=self._hidden.where(mask[..., None], 0),
+            kept_mass=self._kept_mass.where(mask, 0),
         )
 
     def _load(self, prompt_mask: Tensor, cache: Cache, hidden: Tensor, uniforms: Tensor) -> None:
@@ -140,23 +137,19 @@ class StaticDecoder:
         self._positions += 1
 
     def _capture(self) -> None:
-        # Without autocast's cache of converted weights, which is freed before the graph is.
-        dtype = torch.get_autocast_dtype("cuda")
-        enabled = torch.is_autocast_enabled("cuda")
-        with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
-            self._record()
-
-    def _record(self) -> None:
         # As PyTorch's notes on CUDA graphs ask: a step on another stream first, whose results are
-        # not used, so that libraries allocate their memory before the capture.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._advance()
-            self._step.zero_()
-            self._slot.fill_(self._prompt_len)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device during the capture: a reward, a checkpoint's copy.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._advance()
+        # not used, so that libraries allocate their memory before the capture. Without autocast's
+        # cache of converted weights, which is freed before the graph is.
+        dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+        with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._advance()
+                self._step.zero_()
+                self._slot.fill_(self._prompt_len)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            # Other threads may use the device during the capture: a reward, a checkpoint's copy.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._advance()

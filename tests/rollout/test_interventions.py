@@ -10,7 +10,7 @@ from rlhf_exp.models.finetune import Full, LastLayers, Lora
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.transformer import FastPaths
 from rlhf_exp.rollout.bridge import BridgeSampler
-from rlhf_exp.rollout.cached import CachedSampler, decode_static, prefill
+from rlhf_exp.rollout.cached import CachedSampler, prefill
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import eos_token
 from rlhf_exp.rollout.static import StaticDecoder
@@ -102,7 +102,7 @@ def static_generation(
         width = batch.tokens.shape[1]
         cache, hidden = prefill(policy, batch, seen, width + SAMPLER.gen_len)
         assert cache is not None
-        return decode_static(decoder, policy, batch, cache, hidden, uniforms, eos=eos)
+        return decoder.run(batch, cache, hidden, uniforms, eos=eos)
 
 
 @pytest.mark.parametrize("texts", TEXTS)

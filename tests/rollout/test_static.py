@@ -5,7 +5,7 @@ import torch
 
 from rlhf_exp.models.loading import build_policy
 from rlhf_exp.models.scratch import Scratch
-from rlhf_exp.rollout.cached import CachedSampler, decode_static, prefill
+from rlhf_exp.rollout.cached import CachedSampler, prefill
 from rlhf_exp.rollout.sampler import eos_token
 from rlhf_exp.rollout.static import StaticDecoder
 from rlhf_exp.tasks.prompts import encode_prompts
@@ -35,7 +35,7 @@ def test_static_steps_give_what_the_loop_gives(
     for again in (uniforms.flip(0), uniforms):  # the second call must not see the first's
         with torch.no_grad():
             cache, hidden = prefill(policy, prompts, seen, width + 20)
-            found = decode_static(decoder, policy, prompts, cache, hidden, again, eos=eos)
+            found = decoder.run(prompts, cache, hidden, again, eos=eos)
     completions = expected.completions
     assert torch.equal(found.completions.tokens, completions.tokens)
     assert torch.equal(found.completions.mask, completions.mask)
