@@ -47,22 +47,19 @@ class CollapseMonitor:
         if len(self.first_distinct) < FIRST:
             self.first_distinct.append(metrics["sample/distinct_3"])
             self.first_entropy.append(metrics["objective/entropy"])
-        signs = {
-            **self._of_samples(metrics),
-            **_of_rollout(rollout, gen_len=gen_len, ended=ended),
-            **_of_kl(metrics),
-            **_of_values(phase, metrics),
-        }
+        signs = self._of_metrics(phase, metrics)
+        signs |= _of_rollout(rollout, gen_len=gen_len, ended=ended)
         for name, (is_up, text) in signs.items():
             if is_up and name not in self.up:
                 log.warning("phase %d, %s: %s", phase, name, text)
         self.up = [name for name, (is_up, _) in signs.items() if is_up]
         return {name: float(is_up) for name, (is_up, _) in signs.items()}
 
-    def _of_samples(self, metrics: Mapping[str, float]) -> dict[str, Sign]:
+    def _of_metrics(self, phase: int, metrics: Mapping[str, float]) -> dict[str, Sign]:
         first = sum(self.first_distinct) / len(self.first_distinct)
         distinct, entropy = metrics["sample/distinct_3"], metrics["objective/entropy"]
-        return {
+        kl = metrics["objective/kl"]
+        signs = {
             "warn/repeats": (
                 distinct < COLLAPSED * first,
                 f"sample/distinct_3 is {distinct:.3g}, at first it was {first:.3g}: completions"
@@ -74,7 +71,20 @@ class CollapseMonitor:
                 f"the entropy is {entropy:.2g} nats a token: the policy no longer explores; raise"
                 " stage.ent_coef or stage.kl_coef, unless each prompt has one right answer",
             ),
+            "warn/high_kl": (
+                kl > HIGH_KL,
+                f"the KL to the reference is {kl:.3g} nats a token; raise stage.kl_coef or lower"
+                " optimizer.base_lr",
+            ),
         }
+        if (explained := metrics.get("val/explained_variance")) is not None:
+            signs["warn/bad_values"] = (
+                phase > SETTLED and explained < BAD_VALUES,
+                f"val/explained_variance is {explained:.3g}: the value head predicts far worse"
+                " than a constant; raise optimizer.head_lr or stage.vf_coef, or take larger"
+                " batches",
+            )
+        return signs
 
 
 def _of_rollout(
@@ -97,29 +107,5 @@ def _of_rollout(
             ended is not None and not bool(ended.any()),
             f"no completion ends within sampler.gen_len={gen_len}; raise it, or set"
             " stage.missing_eos_penalty",
-        ),
-    }
-
-
-def _of_kl(metrics: Mapping[str, float]) -> dict[str, Sign]:
-    kl = metrics["objective/kl"]
-    return {
-        "warn/high_kl": (
-            kl > HIGH_KL,
-            f"the KL to the reference is {kl:.3g} nats a token; raise stage.kl_coef or lower"
-            " optimizer.base_lr",
-        ),
-    }
-
-
-def _of_values(phase: int, metrics: Mapping[str, float]) -> dict[str, Sign]:
-    explained = metrics.get("val/explained_variance")
-    if explained is None:
-        return {}
-    return {
-        "warn/bad_values": (
-            phase > SETTLED and explained < BAD_VALUES,
-            f"val/explained_variance is {explained:.3g}: the value head predicts far worse than a"
-            " constant; raise optimizer.head_lr or stage.vf_coef, or take larger batches",
         ),
     }
