@@ -2,7 +2,7 @@
 reward, sampled or greedy."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,8 +18,7 @@ from rlhf_exp.types import Completions, PromptBatch
 ROWS = 128
 
 
-@dataclass(frozen=True, kw_only=True)
-class Judgement:
+class Judgement(NamedTuple):
     """The score of each completion."""
 
     exact: Bool[Tensor, " batch"]

@@ -89,8 +89,7 @@ def evaluate(
     metrics, samples = _metrics(chunks), sample_rows(chunks)
     if answers is not None:
         judged = [judge_answers(answers, policy.tokenizer, chunk.completions) for chunk in chunks]
-        exact = torch.cat([j.exact for j in judged])
-        true = torch.cat([j.true_rewards for j in judged])
+        exact, true = map(torch.cat, zip(*judged, strict=True))
         distinct = take(prompts, order[:num_samples].to(device))
         metrics |= {
             "eval/true_reward": true.mean().item(),
