@@ -21,6 +21,12 @@ from rlhf_exp.training.saver import check_inputs
 from rlhf_exp.training.seeding import stream
 from rlhf_exp.types import PromptBatch
 
+# Fields that a checkpoint holds as they are.
+PLAIN = (
+    "phase", "best_score", "best_phase", "kl_coef", "skipped_steps", "skipped_rewards", "stopped",
+    "kl_sum_at_stop",
+)  # fmt: skip
+
 
 @dataclass(kw_only=True)
 class TrainState:
@@ -82,33 +88,22 @@ class TrainState:
             "optimizer": optimizer_state(self.optimizer),
             "prompts": self.prompts.state_dict(),
             "generators": {name: g.get_state() for name, g in self._generators().items()},
-            "phase": self.phase,
-            "best_score": self.best_score,
-            "best_phase": self.best_phase,
             "inputs": dict(self.inputs),
-            "kl_coef": self.kl_coef,
-            "skipped_steps": self.skipped_steps,
-            "skipped_rewards": self.skipped_rewards,
-            "stopped": self.stopped,
-            "kl_sum_at_stop": self.kl_sum_at_stop,
             "collapse": asdict(self.collapse),
             "seconds": dict(self.seconds),
+            **{name: getattr(self, name) for name in PLAIN},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state. Raises ConfigError if it belongs to another model or other inputs."""
         check_inputs(self.inputs, state["inputs"])
         load_trained_state(self.policy, state["policy"])
-        self.phase = state["phase"]
-        self.best_score, self.best_phase = state["best_score"], state["best_phase"]
+        for name in PLAIN:
+            setattr(self, name, state[name])
         load_optimizer_state(self.optimizer, self.scheduler, state["optimizer"], step=self.phase)
         self.prompts.load_state_dict(state["prompts"])
         for name, generator in self._generators().items():
             generator.set_state(state["generators"][name])
-        self.kl_coef = state["kl_coef"]
-        self.skipped_steps = state["skipped_steps"]
-        self.skipped_rewards = state["skipped_rewards"]
-        self.stopped, self.kl_sum_at_stop = state["stopped"], state["kl_sum_at_stop"]
         self.collapse = CollapseMonitor(**state["collapse"])
         self.seconds.update(state["seconds"])
 
