@@ -35,6 +35,7 @@ def add_adapter(
     adapter cannot be merged or is never called."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import check_target_module_exists
+    from transformers.pytorch_utils import Conv1D
 
     config = LoraConfig(
         r=rank,
@@ -43,7 +44,8 @@ def add_adapter(
         target_modules=target_modules,
         task_type="CAUSAL_LM",
         base_model_name_or_path=language_model.name_or_path or None,
-        fan_in_fan_out=_is_conv1d(language_model),
+        # GPT-2's linear layers have transposed weights.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in language_model.modules()),
     )
     embeddings = (language_model.get_input_embeddings(), language_model.get_output_embeddings())
     for name, module in language_model.named_modules():
@@ -126,13 +128,6 @@ def _check_called(language_model: PreTrainedModel) -> None:
             )
 
 
-def _is_conv1d(language_model: PreTrainedModel) -> bool:
-    """Whether the linear layers are GPT-2's Conv1D, whose weights are transposed."""
-    from transformers.pytorch_utils import Conv1D
-
-    return any(isinstance(module, Conv1D) for module in language_model.modules())
-
-
 def has_adapter(language_model: PreTrainedModel) -> bool:
     """Whether the model has adapters."""
     return any("lora_" in name for name, _ in language_model.named_parameters())
@@ -159,7 +154,8 @@ def merged_state(language_model: PreTrainedModel) -> dict[str, Tensor]:
         if "lora_" not in name
     }
     for prefix, layer in _adapted_layers(language_model):
-        name = plain_name(f"{prefix}.{_parameter_name(layer)}")
+        matrix = getattr(layer, "parameter_name", "weight")  # a ParamWrapper's may be another
+        name = plain_name(f"{prefix}.{matrix}")
         delta = layer.get_delta_weight(ADAPTER)
         state[name] = (state[name].float() + delta.float()).to(state[name].dtype)
     return state
@@ -168,13 +164,6 @@ def merged_state(language_model: PreTrainedModel) -> dict[str, Tensor]:
 def plain_name(name: str) -> str:
     """A weight's name without PEFT's wrappers; experts with several matrices have several."""
     return ".".join(part for part in name.split(".") if part != WRAPPED)
-
-
-def _parameter_name(layer: Any) -> str:
-    """The name of the adapted matrix in its module."""
-    from peft.tuners.lora.layer import ParamWrapper
-
-    return layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
 
 
 def merged_copy(language_model: PreTrainedModel) -> PreTrainedModel:
