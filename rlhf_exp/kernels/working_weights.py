@@ -6,14 +6,14 @@ memory that is reused. The weights themselves stay fp32: they are trained, saved
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class _Swap:
+class _Swap(NamedTuple):
     module: nn.Module
     name: str
     weight: nn.Parameter
@@ -29,7 +29,7 @@ class WorkingWeights:
         for module, name, weight in multiplied(model, excluded=excluded):
             copy = nn.Parameter(weight.detach().to(dtype), requires_grad=weight.requires_grad)
             if weight.requires_grad:
-                copy.register_post_accumulate_grad_hook(_AddGradientTo(weight))
+                copy.register_post_accumulate_grad_hook(partial(_add_gradient, weight))
             self._swaps.append(_Swap(module, name, weight, copy))
 
     @contextmanager
@@ -59,19 +59,14 @@ class WorkingWeights:
         return (swap.copy for swap in self._swaps)
 
 
-class _AddGradientTo:
+def _add_gradient(weight: nn.Parameter, copy: Tensor) -> None:
     """A hook that adds a copy's gradient to the weight's."""
-
-    def __init__(self, weight: nn.Parameter) -> None:
-        self._weight = weight
-
-    def __call__(self, copy: Tensor) -> None:
-        assert copy.grad is not None
-        if self._weight.grad is None:
-            self._weight.grad = copy.grad.to(self._weight.dtype)
-        else:
-            self._weight.grad += copy.grad
-        copy.grad = None
+    assert copy.grad is not None
+    if weight.grad is None:
+        weight.grad = copy.grad.to(weight.dtype)
+    else:
+        weight.grad += copy.grad
+    copy.grad = None
 
 
 def multiplied(
