@@ -3,6 +3,8 @@
 Meanwhile it needs memory for one more copy of the weights on the CPU.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -18,6 +20,7 @@ from rlhf_exp.models.cache import context_len
 from rlhf_exp.models.loading import (
     DTYPES,
     VALUE_HEAD_FILE,
+    LanguageModel,
     WeightsDtype,
     load_classifier,
     load_language_model,
@@ -46,25 +49,18 @@ def check_saved_reward_model(model: RewardModel, path: Path) -> None:
 def check_saved_language_model(network: PreTrainedModel, path: Path) -> None:
     """Raises TrainingError unless the folder holds the model."""
     eager = network.config._attn_implementation == "eager"
-    try:
-        saved, _ = load_language_model(
-            str(path),
-            dtype=next(name for name in get_args(WeightsDtype) if DTYPES[name] == network.dtype),
-            attn_implementation="eager" if eager else None,
-            trust_remote_code=type(network).__module__.startswith("transformers_modules"),
-        )
-    except ConfigError as error:
-        raise _failed(path, f"it cannot be read again: {error}") from error
-    _check_logits(network, saved, path)
+    load = partial(
+        load_language_model,
+        dtype=next(name for name in get_args(WeightsDtype) if DTYPES[name] == network.dtype),
+        attn_implementation="eager" if eager else None,
+        trust_remote_code=type(network).__module__.startswith("transformers_modules"),
+    )
+    _check_logits(network, load, path)
 
 
 def check_saved_classifier(network: PreTrainedModel, path: Path) -> None:
     """Raises TrainingError unless the folder holds the classifier."""
-    try:
-        saved, _ = load_classifier(str(path), dtype=network.dtype)
-    except ConfigError as error:
-        raise _failed(path, f"it cannot be read again: {error}") from error
-    _check_logits(network, saved, path)
+    _check_logits(network, partial(load_classifier, dtype=network.dtype), path)
 
 
 def _check_head(head: nn.Module, file: Path) -> None:
@@ -80,7 +76,13 @@ def _check_head(head: nn.Module, file: Path) -> None:
 
 
 @torch.no_grad()
-def _check_logits(network: PreTrainedModel, saved: PreTrainedModel, path: Path) -> None:
+def _check_logits(
+    network: PreTrainedModel, load: Callable[[str], LanguageModel], path: Path
+) -> None:
+    try:
+        saved, _ = load(str(path))
+    except ConfigError as error:
+        raise _failed(path, f"it cannot be read again: {error}") from error
     expected, saved_logits = _logits(network), _logits(saved)
     wrong = sum(
         not logits_agree(one, other, dtype=network.dtype)
