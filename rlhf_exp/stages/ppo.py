@@ -138,8 +138,6 @@ class PPO(Stage[PPOParts]):
         return self.batch_size // self.num_minibatches
 
     def check(self, parts: PPOParts) -> list[str]:
-        """Conflicts between this stage and its parts. Raises ConfigError for a part whose files
-        are missing or malformed."""
         model, sampler = parts.model, parts.sampler
         for part in (parts.task, parts.reward, parts.intervention):
             if isinstance(part, Fingerprinted):
@@ -157,7 +155,6 @@ class PPO(Stage[PPOParts]):
         return problems
 
     def metric_names(self, parts: PPOParts) -> tuple[str, ...]:
-        """The names of the metrics in the result."""
         return METRICS + ANSWER_METRICS if isinstance(parts.task, AnswerTask) else METRICS
 
     def run(self, context: Context, parts: PPOParts) -> StageResult:

@@ -72,8 +72,6 @@ class Preferences(Stage[PreferencesParts]):
     """Batches between checkpoints, and one at the end; null: only when asked to stop."""
 
     def check(self, parts: PreferencesParts) -> list[str]:
-        """Conflicts between this stage and its parts. Raises ConfigError for a task whose file
-        is missing or malformed."""
         parts.task.fingerprint()
         if parts.sampler.stop_at_eos:
             return []
