@@ -77,27 +77,24 @@ def _preallocated_layer() -> Any:
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
                 self._allocate(key_states, value_states)
-            end = start + key_states.shape[2]
-            assert end <= self._length, "more tokens than the cache was made for"
-            self._buffers[0][:, :, start:end] = key_states
-            self._buffers[1][:, :, start:end] = value_states
-            self._set_views(end)
+            self._write(start, key_states, value_states)
             return self.keys, self.values
 
         def reorder_cache(self, index: Tensor) -> None:
             keys, values = self.keys[index], self.values[index]
-            end = keys.shape[2]
             self._allocate(keys, values)
-            self._buffers[0][:, :, :end] = keys
-            self._buffers[1][:, :, :end] = values
-            self._set_views(end)
+            self._write(0, keys, values)
 
         def _allocate(self, keys: Tensor, values: Tensor) -> None:
             self._buffers = [
                 x.new_empty((*x.shape[:2], self._length, x.shape[3])) for x in (keys, values)
             ]
 
-        def _set_views(self, end: int) -> None:
+        def _write(self, start: int, keys: Tensor, values: Tensor) -> None:
+            end = start + keys.shape[2]
+            assert end <= self._length, "more tokens than the cache was made for"
+            self._buffers[0][:, :, start:end] = keys
+            self._buffers[1][:, :, start:end] = values
             self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
 
     return PreallocatedLayer
