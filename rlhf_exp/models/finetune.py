@@ -1,7 +1,6 @@
 """Choices of the weights to train, each with its frozen reference. With every choice the reference
 computes the same numbers: those of the policy before training."""
 
-import copy
 from typing import Protocol, runtime_checkable
 
 from rlhf_exp.models.engines import ENGINES
@@ -32,11 +31,9 @@ class Full:
     """Trains all weights; the reference is a copy of them."""
 
     def check(self, model: ModelSettings) -> list[str]:
-        """The weights must be fp32."""
         return must_be_fp32(model)
 
     def attach(self, policy: TransformerWithValueHead, *, seed: int) -> Reference:
-        """The reference, a copy of the policy."""
         return policy.frozen_reference()
 
 
@@ -49,19 +46,12 @@ class LastLayers:
     """Number of trained blocks, counted from the last; 1 to all of them."""
 
     def check(self, model: ModelSettings) -> list[str]:
-        """The weights must be fp32."""
         return must_be_fp32(model)
 
     def attach(self, policy: TransformerWithValueHead, *, seed: int) -> Reference:
-        """The reference; it owns only copies of the trained weights."""
-        model = policy.language_model
-        try:
-            train_last_layers(model, self.num_layers_unfrozen, field="finetune.num_layers_unfrozen")
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        frozen = [p for p in model.parameters() if not p.requires_grad]
-        shared = {id(tensor): tensor for tensor in (*frozen, *model.buffers())}
-        return policy.frozen(copy.deepcopy(model, shared))
+        field = "finetune.num_layers_unfrozen"
+        train_last_layers(policy.language_model, self.num_layers_unfrozen, field=field)
+        return policy.frozen_reference()
 
 
 @settings
@@ -82,7 +72,6 @@ class Lora:
         return []
 
     def attach(self, policy: TransformerWithValueHead, *, seed: int) -> Reference:
-        """The reference, the policy with its adapters switched off."""
         try:
             add_adapter(
                 policy.language_model,

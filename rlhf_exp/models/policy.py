@@ -1,7 +1,5 @@
 """The policy: a causal language model with a value head on its final hidden states."""
 
-import copy
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -56,10 +54,6 @@ class TransformerWithValueHead(CausalTransformer):
         """
         model = self.language_model
         return boot_bridge(merged_copy(model) if has_adapter(model) else model, self.tokenizer)
-
-    def frozen_reference(self) -> CausalTransformer:
-        """A frozen copy of the current language model."""
-        return self.frozen(copy.deepcopy(self.language_model))
 
 
 def initialise_value_head(

@@ -4,6 +4,7 @@ Knows tensors of token ids. Position ids follow the mask, so left padding change
 is always off: with dropout the first PPO ratio is not 1.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -296,10 +297,13 @@ class CausalTransformer(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value_head(hidden.float()).squeeze(-1)
 
-    def frozen(self, twin: PreTrainedModel) -> "CausalTransformer":
-        """A frozen CausalTransformer of `twin`, a copy of this language model, with the same fast
-        paths."""
-        other = CausalTransformer(twin, self.tokenizer)
+    def frozen_reference(self) -> "CausalTransformer":
+        """A frozen copy of the current language model; it owns only copies of the trained
+        weights."""
+        model = self.language_model
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        shared = {id(tensor): tensor for tensor in (*frozen, *model.buffers())}
+        other = CausalTransformer(copy.deepcopy(model, shared), self.tokenizer)
         other.fast_paths = self.fast_paths
         return other.requires_grad_(False)
 
