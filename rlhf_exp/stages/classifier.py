@@ -6,6 +6,7 @@ Texts are cut to random prefixes while it trains: a reward reads completions tha
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,6 @@ class TrainClassifier(Supervised, Stage[ClassifierParts]):
     """Fraction of the tokens that are replaced by random ones, 0-0.2."""
 
     def check_texts(self, parts: ClassifierParts) -> list[str]:
-        """Conflicts between the schedule and the number of updates that the texts give."""
         return self.check_updates(parts.schedule, len(parts.task.labelled_split().train))
 
     def artifact(self, parts: ClassifierParts, upstream: Upstream, *, path: str) -> Artifact:
@@ -93,7 +93,9 @@ class TrainClassifier(Supervised, Stage[ClassifierParts]):
         )  # fmt: skip
         with clock("train"):
             num_updates = self.num_updates(len(train.rows))
-            adamw = parts.optimizer.build(network.base_model, _head(network))
+            base = network.base_model
+            head = nn.ModuleList([m for m in network.children() if m is not base])
+            adamw = parts.optimizer.build(base, head)
             network.train()
             generator = stream(context.seed, "minibatches")
             lengths = [*map(len, train.rows)]
@@ -140,8 +142,7 @@ class TrainClassifier(Supervised, Stage[ClassifierParts]):
         return row
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncodedTexts:
+class EncodedTexts(NamedTuple):
     """Token ids of each text, BOS first, and the index of its label."""
 
     rows: list[list[int]]
@@ -202,7 +203,3 @@ def held_out_metrics(
         "heldout/accuracy": (logits.argmax(dim=-1) == targets).float().mean().item(),
         "heldout/loss": F.cross_entropy(logits, targets).item(),
     }
-
-
-def _head(network: PreTrainedModel) -> nn.Module:
-    return nn.ModuleList([m for m in network.children() if m is not network.base_model])
