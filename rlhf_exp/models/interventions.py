@@ -62,11 +62,9 @@ class NoIntervention(Intervention):
     """The policy runs unedited."""
 
     def edits(self, network: PreTrainedModel) -> Edits:
-        """None."""
         return Edits()
 
     def check(self, model: ModelSettings) -> list[str]:
-        """Nothing can be wrong."""
         return []
 
 
@@ -102,7 +100,6 @@ class Add(Intervention):
         read_vector(self.path, self.tensor, field="intervention.path")
 
     def edits(self, network: PreTrainedModel) -> Edits:
-        """Adds the vector."""
         self._check_vector()
         sites = Sites(network).find(self.sites, field="intervention.sites")
         edits: list[tuple[str, Site, Edit]] = []
@@ -180,7 +177,6 @@ class Ablate(Intervention):
                     read_vector(self.means, name, field="intervention.means")
 
     def edits(self, network: PreTrainedModel) -> Edits:
-        """Replaces the ablated outputs and components."""
         self._check_vectors()
         model_sites = Sites(network)
         outputs = model_sites.find([*self._heads], field="intervention.heads")

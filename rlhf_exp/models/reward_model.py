@@ -100,7 +100,6 @@ class TokenSumHead(nn.Module):
         return self.score(self.out(total)).squeeze(-1)
 
     def condense(self, features: RewardFeatures) -> RewardFeatures:
-        """The features: this head reads all of them."""
         return features
 
 

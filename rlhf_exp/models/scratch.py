@@ -86,7 +86,6 @@ class Scratch:
         return model
 
     def value_head_path(self) -> Path | None:
-        """None: there is no saved head."""
         return None
 
     def _model(

@@ -120,7 +120,6 @@ class Rollouts:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores the state."""
         self._next = None
         if not state:
             return

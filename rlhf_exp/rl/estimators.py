@@ -102,7 +102,6 @@ class GAE(Estimator):
         return Experience(rollout=rollout, rewards=rewards, advantages=advantages, returns=returns)
 
     def for_minibatch(self, minibatch: Experience) -> Experience:
-        """Whitened, with whiten_advantages="minibatch"."""
         if self.whiten_advantages != "minibatch":
             return minibatch
         whitened = masked_whiten(minibatch.advantages, minibatch.rollout.completions.mask)

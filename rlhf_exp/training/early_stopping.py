@@ -91,7 +91,6 @@ class EarlyStopping:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores the state."""
         self._weights, self._num_worse = dict(state["weights"]), state["num_worse"]
         self._best = (state["best"][0], state["best"][1])
         self._began = time.monotonic() - state["seconds"]

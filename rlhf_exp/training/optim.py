@@ -135,7 +135,6 @@ class Constant(Schedule):
     """1 at every step."""
 
     def multiplier(self, step: int, *, total_steps: int) -> float:
-        """1."""
         return 1.0
 
 
