@@ -10,16 +10,12 @@ from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rl.collapse import CollapseMonitor
 from rlhf_exp.tasks.prompts import PromptStream
 from rlhf_exp.training.optim import (
-    AdamWSettings,
-    Schedule,
     load_optimizer_state,
     load_trained_state,
     optimizer_state,
     trained_state,
 )
 from rlhf_exp.training.saver import check_inputs
-from rlhf_exp.training.seeding import stream
-from rlhf_exp.types import PromptBatch
 
 # Fields that a checkpoint holds as they are.
 PLAIN = (
@@ -55,31 +51,6 @@ class TrainState:
     collapse: CollapseMonitor = field(default_factory=CollapseMonitor)
     seconds: dict[str, float] = field(default_factory=dict)
     """What the run has taken so far, by part."""
-
-    @classmethod
-    def start(
-        cls,
-        policy: TransformerWithValueHead,
-        optimizer: AdamWSettings,
-        schedule: Schedule,
-        prompts: PromptBatch,
-        *,
-        num_prompts: int,
-        total_phases: int,
-        seed: int,
-        inputs: Mapping[str, str],
-    ) -> "TrainState":
-        """The state before the first phase. Each phase takes `num_prompts` prompts."""
-        adamw = optimizer.build(policy.language_model, policy.value_head)
-        return cls(
-            policy=policy,
-            optimizer=adamw,
-            scheduler=schedule.build(adamw, total_steps=total_phases),
-            prompts=PromptStream(prompts, num_prompts, stream(seed, "prompts")),
-            sample_generator=stream(seed, "samples", policy.device),
-            minibatch_generator=stream(seed, "minibatches"),
-            inputs=inputs,
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """Trained parameters, moments, positions of the prompts and generators, and the rest."""

@@ -38,11 +38,13 @@ from rlhf_exp.runs.context import Context
 from rlhf_exp.settings import Count, Fingerprinted, NonNegative, OpenFraction, Positive, settings
 from rlhf_exp.stages.protocol import Stage, StageResult
 from rlhf_exp.stages.saved import check_saved_policy
+from rlhf_exp.tasks.prompts import PromptStream
 from rlhf_exp.tasks.protocol import AnswerTask, Task
 from rlhf_exp.tracking.progress import Progress
 from rlhf_exp.training.memory import explaining_memory
 from rlhf_exp.training.optim import AdamWSettings, Schedule, check_schedule
 from rlhf_exp.training.saver import Saver
+from rlhf_exp.training.seeding import stream
 from rlhf_exp.types import Completions, Experience, Generation, Layout, Pass, PromptBatch, Rollout
 
 log = logging.getLogger(__name__)
@@ -209,7 +211,6 @@ class PPO(Stage[PPOParts]):
 
 
 def _contradictions(ppo: PPO) -> Iterator[str]:
-    """Conflicts between the settings of the stage."""
     for name in ("num_minibatches", "samples_per_prompt"):
         if ppo.batch_size % (count := getattr(ppo, name)):
             yield f"batch_size={ppo.batch_size} must be a multiple of {name}={count}"
@@ -234,10 +235,14 @@ def start(
     inputs: Mapping[str, str],
 ) -> TrainState:  # fmt: skip
     """The state before the first phase."""
-    return TrainState.start(
-        setup.policy, optimizer, schedule, setup.train_prompts,
-        num_prompts=ppo.batch_size // ppo.samples_per_prompt, total_phases=ppo.total_phases,
-        seed=seed, inputs=inputs,
+    policy, num_prompts = setup.policy, ppo.batch_size // ppo.samples_per_prompt
+    adamw = optimizer.build(policy.language_model, policy.value_head)
+    return TrainState(
+        policy=policy, optimizer=adamw, inputs=inputs,
+        scheduler=schedule.build(adamw, total_steps=ppo.total_phases),
+        prompts=PromptStream(setup.train_prompts, num_prompts, stream(seed, "prompts")),
+        sample_generator=stream(seed, "samples", policy.device),
+        minibatch_generator=stream(seed, "minibatches"),
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.stages import ppo as ppo_stage
 from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
 from rlhf_exp.training.saver import split_state
 
@@ -103,11 +104,8 @@ def test_another_shape_is_refused_and_nothing_is_changed(kind: str, tmp_path: Pa
 
 def test_each_stream_of_randomness_is_of_the_seed_and_its_own(tmp_path: Path) -> None:
     def draws(seed: int) -> list[list[float]]:
-        state = TrainState.start(
-            setup.policy, AdamWSettings(), WarmupDecay(), setup.train_prompts,
-            num_prompts=6, total_phases=9, seed=seed,
-            inputs={},
-        )  # fmt: skip
+        ppo = ppo_with(total_phases=9, batch_size=6, num_minibatches=2)
+        state = ppo_stage.start(ppo, setup, AdamWSettings(), WarmupDecay(), seed, {})
         order = torch.Generator()
         order.set_state(state.prompts.state_dict()["generator"])
         generators = (order, state.sample_generator, state.minibatch_generator)
