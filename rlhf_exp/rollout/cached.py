@@ -8,6 +8,7 @@ graph. If a cache would change what the policy computes, every step runs over th
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,12 @@ from rlhf_exp.hf import Cache
 from rlhf_exp.models.cache import decoding_cache
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rollout.sampler import Drawn, Sampler, as_completions, check_finite, draw, eos_token
-from rlhf_exp.rollout.static import StaticDecoders
+from rlhf_exp.rollout.static import StaticDecoder
 from rlhf_exp.settings import settings
 from rlhf_exp.types import Generation, PromptBatch
+
+# Buffers and graphs are kept for this many shapes; prompts of many widths would fill the memory.
+MAX_SHAPES = 8
 
 
 @settings
@@ -29,8 +33,20 @@ class CachedSampler(Sampler):
     """On a GPU a decoding step is replayed as a captured graph; false: run by Python."""
 
     @cached_property
-    def _decoders(self) -> StaticDecoders:
-        return StaticDecoders(self)
+    def _decoders(self) -> dict[Any, StaticDecoder]:
+        return {}
+
+    def decoder(
+        self, policy: TransformerWithValueHead, batch: int, prompt_len: int
+    ) -> StaticDecoder:
+        """The decoder of fixed shapes for `batch` rows and prompts of `prompt_len` tokens, built on
+        first use; one for each policy, shape and intervention."""
+        key = (policy, batch, prompt_len, policy.is_working, policy.edits)
+        if key not in self._decoders:
+            if len(self._decoders) == MAX_SHAPES:
+                self._decoders.clear()
+            self._decoders[key] = StaticDecoder(policy, self, batch, prompt_len)
+        return self._decoders[key]
 
     @torch.no_grad()
     def __call__(
@@ -44,7 +60,7 @@ class CachedSampler(Sampler):
         uniforms = torch.rand((batch, self.gen_len), generator=generator, device=hidden.device)
         if self.cuda_graphs and policy.device.type == "cuda" and policy.fast_paths.static:
             assert cache is not None
-            decoder = self._decoders.get(policy, batch, prompt_len)
+            decoder = self.decoder(policy, batch, prompt_len)
             return decoder.run(prompts, cache, hidden, uniforms, eos=eos)
         return self._decode(policy, prompts, attended, cache, hidden, uniforms, eos=eos)
 
@@ -68,13 +84,9 @@ class CachedSampler(Sampler):
             tokens = drawn.tokens
             if eos is not None and bool((ended := tokens == eos).any()):
                 unfinished = (~ended).nonzero().squeeze(-1)
-                active, tokens, uniforms = (
-                    active[unfinished],
-                    tokens[unfinished],
-                    uniforms[unfinished],
-                )
+                active, tokens = active[unfinished], tokens[unfinished]
+                uniforms, sequences = uniforms[unfinished], sequences[unfinished]
                 attended = None if attended is None else attended[unfinished]
-                sequences = sequences[unfinished]
                 if cache is not None:
                     cache.reorder_cache(unfinished)
             if t + 1 == self.gen_len or not len(active):

@@ -26,26 +26,6 @@ from rlhf_exp.types import Generation, PromptBatch
 # Steps between checks whether all rows have ended; each check makes the host wait.
 CHECK_EVERY = 16
 
-# Buffers and graphs are kept for this many shapes; prompts of many widths would fill the memory.
-MAX_SHAPES = 8
-
-
-class StaticDecoders:
-    """A sampler's decoders, built on first use, one for each policy, shape and intervention."""
-
-    def __init__(self, sampler: Sampler) -> None:
-        self._sampler = sampler
-        self._decoders: dict[Any, StaticDecoder] = {}
-
-    def get(self, policy: TransformerWithValueHead, batch: int, prompt_len: int) -> "StaticDecoder":
-        """The decoder for `batch` rows and prompts of `prompt_len` tokens."""
-        key = (policy, batch, prompt_len, policy.is_working, policy.edits)
-        if key not in self._decoders:
-            if len(self._decoders) == MAX_SHAPES:
-                self._decoders.clear()
-            self._decoders[key] = StaticDecoder(policy, self._sampler, batch, prompt_len)
-        return self._decoders[key]
-
 
 class StaticDecoder:
     """The buffers of one decoding step, and on a GPU its graph."""

@@ -113,11 +113,11 @@ def test_static_steps_give_what_the_loop_gives(
     policy = tiny_policy(architecture)
     batch = prompts(policy, TEXTS[texts])
     rows, width = batch.tokens.shape
-    before = SAMPLER._decoders.get(policy, rows, width)
+    before = SAMPLER.decoder(policy, rows, width)
     settings(case, tmp_path, positions=positions).attach(policy)
     expected = SAMPLER(policy, batch, generator())
     uniforms = torch.rand((rows, SAMPLER.gen_len), generator=generator())
-    decoder = SAMPLER._decoders.get(policy, rows, width)
+    decoder = SAMPLER.decoder(policy, rows, width)
     assert decoder is not before  # whose graph, on a GPU, is of steps without it
     found = static_generation(policy, batch, uniforms, decoder)
     assert torch.equal(found.completions.tokens, expected.completions.tokens)
