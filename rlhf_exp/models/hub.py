@@ -133,6 +133,9 @@ def from_pretrained(loader: Any, source: str, field: str, name: str, **options: 
 
 @contextmanager
 def _explaining(loader: str, source: str, field: str, name: str) -> Iterator[bool]:
+    # The transport errors of the hub's client, such as a broken connection.
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
     local_only = _local_only(source)
     try:
         yield local_only
@@ -141,21 +144,12 @@ def _explaining(loader: str, source: str, field: str, name: str) -> Iterator[boo
             f"{field}={name!r} cannot be loaded: its weights are a pickle that would run code; if"
             " you trust it, save it as safetensors"
         ) from error
-    except _load_errors() as error:
+    except (
+        OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, HTTPError,
+    ) as error:  # fmt: skip
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         fix = _fix(str(error), loader, source, field.partition(".")[0], offline=local_only)
         raise ConfigError(f"{field}={name!r} cannot be loaded: {fix}.\n  {reason}") from error
-
-
-def _load_errors() -> tuple[type[Exception], ...]:
-    """The exceptions of `from_pretrained` for a model that cannot be loaded, including transport
-    errors of the hub's client, such as a broken connection."""
-    from huggingface_hub import errors
-
-    transport: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
-    return (
-        OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, transport,
-    )  # fmt: skip
 
 
 def _local_only(source: str) -> bool:
