@@ -73,9 +73,17 @@ class Stage(ABC, Generic[P]):
         by_name = vars(parts)
         checking = [part for part in by_name.values() if isinstance(part, ChecksUpstream)]
         problems = [problem for part in checking for problem in part.check_upstream(upstream)]
-        model = by_name.get("model")
-        problems += _check_context(model, by_name.get("sampler"), upstream)
-        return problems + _check_intervention(model, by_name.get("intervention"), upstream)
+        model, sampler, intervention = map(by_name.get, ("model", "sampler", "intervention"))
+        if (made := _made(model, upstream)) is not None:
+            length, key, model = made.context_len, made.context_len_key, made.model
+            if isinstance(sampler, Sampler) and length is not None and sampler.gen_len >= length:
+                problems.append(
+                    f"sampler.gen_len={sampler.gen_len} leaves no room for a prompt in"
+                    f" {key}={length}: lower the first or raise the second"
+                )
+        if isinstance(intervention, Intervention) and model is not None:
+            problems += intervention.check(model)
+        return problems
 
     def artifact(self, parts: P, upstream: Upstream, *, path: str) -> Artifact:
         """The properties of the stage's artifact before it is made, by default its model's context
@@ -109,26 +117,6 @@ def look_up(built: Mapping[str, Built]) -> Upstream:
         return stage.artifact(parts, upstream, path=f"prepare.{name}.")
 
     return upstream
-
-
-def _check_context(model: Any, sampler: Any, upstream: Upstream) -> list[str]:
-    made = _made(model, upstream)
-    if not isinstance(sampler, Sampler) or made is None or made.context_len is None:
-        return []
-    if sampler.gen_len < made.context_len:
-        return []
-    return [
-        f"sampler.gen_len={sampler.gen_len} leaves no room for a prompt in"
-        f" {made.context_len_key}={made.context_len}: lower the first or raise the second"
-    ]
-
-
-def _check_intervention(model: Any, intervention: Any, upstream: Upstream) -> list[str]:
-    made = _made(model, upstream)
-    model = model if made is None else made.model
-    if not isinstance(intervention, Intervention) or model is None:
-        return []
-    return intervention.check(model)
 
 
 def _made(model: Any, upstream: Upstream) -> Artifact | None:
