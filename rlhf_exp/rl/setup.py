@@ -92,14 +92,9 @@ def fingerprints(network: PreTrainedModel, **parts: Any) -> dict[str, str]:
     return hashes | {"model": f"{hashes['model']} {vars(network.config).get('_commit_hash')}"}
 
 
-def frozen_hash(setup: Setup) -> str:
-    """The hash of the reference's weights as passes use them."""
-    return reference_hash(setup.reference, setup.policy)
-
-
 def check_frozen(setup: Setup, expected: str) -> None:
     """Raises TrainingError if the reference's weights are not those of that hash any more."""
-    if frozen_hash(setup) != expected:
+    if reference_hash(setup.reference, setup.policy) != expected:
         raise TrainingError(
             "the reference's weights changed during the run, so its KL is wrong: some code wrote"
             " to frozen weights, such as a reward that shares them"

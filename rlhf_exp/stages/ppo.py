@@ -15,7 +15,7 @@ from rlhf_exp.models.finetune import Finetune
 from rlhf_exp.models.hub import locate_model
 from rlhf_exp.models.interventions import NO_INTERVENTION, Intervention
 from rlhf_exp.models.loading import ModelSettings, Pretrained
-from rlhf_exp.models.reference import resident_memory
+from rlhf_exp.models.reference import reference_hash, resident_memory
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.rewards.protocol import Reward
 from rlhf_exp.rl import loop
@@ -30,7 +30,7 @@ from rlhf_exp.rl.kl_coefficient import KLCoefficient
 from rlhf_exp.rl.learn import Minibatch, micro_batches, minibatches, optimizer_step
 from rlhf_exp.rl.metrics import read_metrics
 from rlhf_exp.rl.objectives import Coefficients, Objective, PPOClip
-from rlhf_exp.rl.setup import Setup, check_frozen, fingerprints, frozen_hash, load_setup
+from rlhf_exp.rl.setup import Setup, check_frozen, fingerprints, load_setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import Sampler
@@ -173,7 +173,7 @@ class PPO(Stage[PPOParts]):
                 intervention=parts.intervention, value_head=self.estimator.needs_values,
             )  # fmt: skip
             self.compute.prepare(setup)
-            frozen = frozen_hash(setup)
+            frozen = reference_hash(setup.reference, setup.policy)  # as passes use the weights
             files = {"task": parts.task, "model": parts.model, "intervention": parts.intervention}
             inputs = fingerprints(setup.policy.language_model, **files)
             inputs["finetune"] = setup.reference_hash
