@@ -26,15 +26,16 @@ from rlhf_exp.app import run
 from rlhf_exp.app.user_modules import import_from_config_folders
 from rlhf_exp.machine.installation import REPOSITORY, SCRIPTS
 from rlhf_exp.machine.slurm import requeue
+from rlhf_exp.runs.config_keys import use_of
 from rlhf_exp.runs.files import write_whole
-from rlhf_exp.runs.keys import use_of
 from rlhf_exp.runs.lock import is_locked, locked
 from rlhf_exp.runs.paths import forget_status
 from rlhf_exp.runs.status import read_state
 from rlhf_exp.security.printable import printable
 from rlhf_exp.security.redaction import redact_words, scrub
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs
+from rlhf_exp.sweeps.dead_jobs import await_and_mark, await_end, mark_dead, mark_failed, unreported
+from rlhf_exp.sweeps.expected_time import expected_seconds, finished_runs
 from rlhf_exp.sweeps.isolation import SWEEP_PID
 from rlhf_exp.sweeps.jobs import (
     RECORD,
@@ -45,7 +46,6 @@ from rlhf_exp.sweeps.jobs import (
     write_record,
 )
 from rlhf_exp.sweeps.monitor import Monitor, problems, summary
-from rlhf_exp.sweeps.reaping import await_and_mark, await_end, mark_dead, mark_failed, unreported
 
 SWEEP_WORDS = ("skip_completed=", "dry_run=")  # of the sweep, not of its jobs
 OF_THE_SWEEP = ("launcher", "sweeper", "sweep")  # parts of Hydra's configuration

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from rlhf_exp.functional.logprobs import token_logprobs
 from rlhf_exp.hf import PreTrainedModel
+from rlhf_exp.models.fast_paths import find_fast_paths, supports_packing
 from rlhf_exp.models.finetune import Lora
 from rlhf_exp.models.loading import load_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.models.probing import find_fast_paths, supports_packing
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.rollout.cached import CachedSampler, prefill
 from rlhf_exp.rollout.measure import measure

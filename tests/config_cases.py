@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from rlhf_exp.rl.compute import Compute
 from rlhf_exp.rl.guards import Guards
-from rlhf_exp.runs.keys import RunSettings
+from rlhf_exp.runs.config_keys import RunSettings
 from rlhf_exp.settings import PARTS
 
 # Keys that another key or a file bounds as well, by class. They are drawn one by one only to be

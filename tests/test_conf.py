@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_exp.app import run
 from rlhf_exp.app.steps import read_steps
 from rlhf_exp.rollout.bridge import BridgeSampler
-from rlhf_exp.runs.keys import GROUPS, read_run_settings
+from rlhf_exp.runs.config_keys import GROUPS, read_run_settings
 from rlhf_exp.stages.protocol import Built
 from rlhf_exp.tasks.reviews import Reviews
 

@@ -18,7 +18,7 @@ from rlhf_exp.runs.reading import read_runs
 from rlhf_exp.runs.samples import encodable
 from rlhf_exp.runs.status import read_state
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs
+from rlhf_exp.sweeps.expected_time import expected_seconds, finished_runs
 from rlhf_exp.sweeps.jobs import SweepJob, place, read_record, write_record
 from rlhf_exp.sweeps.monitor import problems, summary
 from rlhf_exp.tasks.dataset import PromptDataset

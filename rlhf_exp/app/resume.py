@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.app.overrides import unquoted
-from rlhf_exp.runs.keys import MAX_KL_SUM, OF_ONE_START, leaves, use_of
+from rlhf_exp.runs.config_keys import MAX_KL_SUM, OF_ONE_START, leaves, use_of
 from rlhf_exp.runs.lock import is_locked
 from rlhf_exp.runs.paths import CONFIG, is_run, last_written, read_overrides, runs_below
 from rlhf_exp.runs.status import is_done

@@ -43,8 +43,8 @@ from rlhf_exp.app.resume import (
 from rlhf_exp.app.user_modules import import_from_config_folders
 from rlhf_exp.machine.installation import CONF
 from rlhf_exp.machine.streams import make_streams_unbreakable
+from rlhf_exp.runs.config_keys import OF_ONE_START, read_run_settings
 from rlhf_exp.runs.files import write_whole
-from rlhf_exp.runs.keys import OF_ONE_START, read_run_settings
 from rlhf_exp.runs.lock import is_locked, locked
 from rlhf_exp.runs.paths import CONFIG, HYDRA, LOCK, OVERRIDES, RESUMED, is_run, is_unused
 from rlhf_exp.runs.status import is_done, read_state
@@ -61,7 +61,7 @@ from rlhf_exp.security.redaction import (
     scrub_tracebacks,
 )
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs
+from rlhf_exp.sweeps.expected_time import expected_seconds, finished_runs
 from rlhf_exp.sweeps.isolation import call_in_process, describe_end
 from rlhf_exp.sweeps.jobs import BadJobs
 from rlhf_exp.tracking.progress import keep_log

@@ -18,6 +18,7 @@ from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.kernels.attention import install_kernels
 from rlhf_exp.models.cache import config_context_len
 from rlhf_exp.models.engines import ENGINES, EngineName
+from rlhf_exp.models.fast_paths import check_hooked, with_fast_paths
 from rlhf_exp.models.hub import (
     directory_hash,
     find_file,
@@ -29,7 +30,6 @@ from rlhf_exp.models.hub import (
 )
 from rlhf_exp.models.lora import has_adapter
 from rlhf_exp.models.policy import TransformerWithValueHead, initialise_value_head
-from rlhf_exp.models.probing import check_hooked, with_fast_paths
 from rlhf_exp.settings import ConfigError, Text, settings
 
 VALUE_HEAD_FILE = "value_head.safetensors"

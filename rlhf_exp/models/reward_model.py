@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from rlhf_exp.functional.logprobs import completion_part, token_logprobs
 from rlhf_exp.functional.masking import masked_fill_zero
+from rlhf_exp.models.fast_paths import with_fast_paths
 from rlhf_exp.models.freezing import train_last_layers
 from rlhf_exp.models.hub import locate_model
 from rlhf_exp.models.loading import load_language_model
 from rlhf_exp.models.policy import draw_linear
-from rlhf_exp.models.probing import with_fast_paths
 from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.types import Completions, Record, record

@@ -22,8 +22,8 @@ from rlhf_exp.kernels.vocab_head import Head, unembed
 from rlhf_exp.kernels.working_weights import WorkingWeights
 from rlhf_exp.models.cache import context_len, prompt_cache
 from rlhf_exp.models.editing import Editing, Edits
+from rlhf_exp.models.head_scale import measure_unembedding
 from rlhf_exp.models.hooked import HookedView
-from rlhf_exp.models.unembedding import measure_unembedding
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.types import Completions, Layout, PromptBatch
 
@@ -39,7 +39,7 @@ BOOLEAN_MASKS = ("sdpa", ATTENTION)
 class FastPaths:
     """Which shortcuts give the numbers of plain passes on an architecture: decoding with a
     key-value cache, running a shared prompt once, decoding by steps of fixed shapes.
-    `models.probing` tests it. Everything works without them, but is slower."""
+    `models.fast_paths` tests it. Everything works without them, but is slower."""
 
     cache: bool = True
     one_prompt: bool = True

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_exp.runs.keys import SEEDS, use_of
+from rlhf_exp.runs.config_keys import SEEDS, use_of
 from rlhf_exp.runs.reading import Run
 
 TARGET = "._target_"  # ends the key that holds the class of a configuration group's option

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf_exp.machine.background import Background
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
-from rlhf_exp.training.memory import is_out_of_memory
+from rlhf_exp.training.out_of_memory import is_out_of_memory
 from rlhf_exp.types import Completions
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from rlhf_exp.rewards.protocol import RewardError, RewardFunction
 from rlhf_exp.rl.guards import Guards
 from rlhf_exp.rl.loop import PendingScores
 from rlhf_exp.rollout.sampler import have_ended
-from rlhf_exp.training.memory import explaining_memory
+from rlhf_exp.training.out_of_memory import explaining_memory
 from rlhf_exp.types import Completions, PromptBatch, Rollout
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rlhf_exp.functional.masking import masked_mean
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rewards.attempts import CheckedReward
-from rlhf_exp.rl.answers import exact_match, judge_answers
+from rlhf_exp.rl.exact_answers import exact_match, judge_answers
 from rlhf_exp.rl.metrics import distinct_n
 from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rollout.measure import measure

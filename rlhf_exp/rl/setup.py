@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from rlhf_exp.hf import PreTrainedModel
+from rlhf_exp.models.fast_paths import check_hooked
 from rlhf_exp.models.finetune import Finetune
 from rlhf_exp.models.interventions import NO_INTERVENTION, Intervention
 from rlhf_exp.models.loading import ModelSettings, build_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.models.probing import check_hooked
 from rlhf_exp.models.reference import Reference, reference_hash
 from rlhf_exp.rewards.protocol import ReadsPrompts, ReadsTokens, Reward, RewardFunction
 from rlhf_exp.rollout.bridge import BridgeSampler

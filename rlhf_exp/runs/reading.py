@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import yaml  # type: ignore[import-untyped]
 
+from rlhf_exp.runs.config_keys import leaves
 from rlhf_exp.runs.files import parse_object, parse_row
-from rlhf_exp.runs.keys import leaves
 from rlhf_exp.runs.paths import (
     CHECKPOINTS,
     CONFIG,

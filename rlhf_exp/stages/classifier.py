@@ -19,8 +19,8 @@ from rlhf_exp.models.scratch import ScratchClassifier
 from rlhf_exp.rl.setup import fingerprints
 from rlhf_exp.runs.context import Context
 from rlhf_exp.settings import Artifact, Count, Fraction, Upstream, settings
+from rlhf_exp.stages.check_saved import check_saved_classifier
 from rlhf_exp.stages.protocol import Stage, StageResult
-from rlhf_exp.stages.saved import check_saved_classifier
 from rlhf_exp.tasks.batches import BatchStream, length_bucketed, pad_right
 from rlhf_exp.tasks.protocol import LabelledTask, LabelledText
 from rlhf_exp.training.optim import AdamWSettings, Schedule

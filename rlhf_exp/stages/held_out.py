@@ -8,7 +8,7 @@ import torch
 
 from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.rl.answers import exact_match
+from rlhf_exp.rl.exact_answers import exact_match
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.runs.summary import describe
 from rlhf_exp.tasks.examples import Example, ExampleBatch, pad

@@ -25,24 +25,24 @@ from rlhf_exp.rl.estimators import GAE, Estimator, credit, token_rewards
 from rlhf_exp.rl.evaluation import ANSWER_METRICS, METRICS, present, read_evaluations, sample
 from rlhf_exp.rl.guards import Guards, clear_stop_if_allowed
 from rlhf_exp.rl.histograms import HistogramCollector
-from rlhf_exp.rl.keep import Keeper, advance, phase_metrics
 from rlhf_exp.rl.kl_coefficient import KLCoefficient
 from rlhf_exp.rl.learn import Minibatch, micro_batches, minibatches, optimizer_step
 from rlhf_exp.rl.metrics import read_metrics
 from rlhf_exp.rl.objectives import Coefficients, Objective, PPOClip
+from rlhf_exp.rl.phase_end import Keeper, advance, phase_metrics
 from rlhf_exp.rl.setup import Setup, check_frozen, fingerprints, load_setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.measure import measure
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.runs.context import Context
 from rlhf_exp.settings import Count, Fingerprinted, NonNegative, OpenFraction, Positive, settings
+from rlhf_exp.stages.check_saved import check_saved_policy
 from rlhf_exp.stages.protocol import Stage, StageResult
-from rlhf_exp.stages.saved import check_saved_policy
 from rlhf_exp.tasks.prompts import PromptStream
 from rlhf_exp.tasks.protocol import AnswerTask, Task
 from rlhf_exp.tracking.progress import Progress
-from rlhf_exp.training.memory import explaining_memory
 from rlhf_exp.training.optim import AdamWSettings, Schedule, check_schedule
+from rlhf_exp.training.out_of_memory import explaining_memory
 from rlhf_exp.training.saver import Saver
 from rlhf_exp.training.seeding import stream
 from rlhf_exp.types import Completions, Experience, Generation, Layout, Pass, PromptBatch, Rollout

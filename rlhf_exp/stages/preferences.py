@@ -26,7 +26,7 @@ from rlhf_exp.tasks.pairs import FOLDER, Format, write_pairs
 from rlhf_exp.tasks.prompts import PromptStream
 from rlhf_exp.tasks.protocol import DemonstrationTask, Pair, Prompt, PromptRow, Task
 from rlhf_exp.tracking.progress import Progress
-from rlhf_exp.training.memory import explaining_memory
+from rlhf_exp.training.out_of_memory import explaining_memory
 from rlhf_exp.training.saver import Saver, check_inputs
 from rlhf_exp.training.seeding import stream
 from rlhf_exp.types import PromptBatch

@@ -14,14 +14,15 @@ from torch import Tensor
 from rlhf_exp.machine.precision import Dtype
 from rlhf_exp.machine.threads import threads_for
 from rlhf_exp.machine.timing import Stopwatch
+from rlhf_exp.models.fast_paths import with_fast_paths
 from rlhf_exp.models.loading import ModelSettings, must_be_plain
-from rlhf_exp.models.probing import with_fast_paths
 from rlhf_exp.models.reward_model import HeadKind, HeadShape, RewardModel, save_reward_model
 from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.rl.setup import fingerprints
 from rlhf_exp.runs.context import Context
 from rlhf_exp.runs.summary import describe
 from rlhf_exp.settings import ConfigError, Count, Index, NonNegative, settings
+from rlhf_exp.stages.check_saved import check_saved_reward_model
 from rlhf_exp.stages.pair_data import (
     PairData,
     Scores,
@@ -32,7 +33,6 @@ from rlhf_exp.stages.pair_data import (
     score_rows,
 )
 from rlhf_exp.stages.protocol import Stage, StageResult
-from rlhf_exp.stages.saved import check_saved_reward_model
 from rlhf_exp.tasks.batches import BatchStream, shuffled
 from rlhf_exp.tasks.encoding import leading_ids
 from rlhf_exp.tasks.pair_tokens import EncodedPair, encode_pairs

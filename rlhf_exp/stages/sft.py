@@ -13,16 +13,16 @@ from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.machine.precision import Dtype, autocast, fp32_logits
 from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.cache import context_len
+from rlhf_exp.models.fast_paths import supports_packing, with_fast_paths
 from rlhf_exp.models.loading import ModelSettings, must_be_plain
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.models.probing import supports_packing, with_fast_paths
 from rlhf_exp.rl.setup import fingerprints
 from rlhf_exp.runs.context import Context
 from rlhf_exp.runs.summary import describe
 from rlhf_exp.settings import ConfigError, Count, OpenFraction, Positive, settings
+from rlhf_exp.stages.check_saved import check_saved_language_model
 from rlhf_exp.stages.held_out import GREEDY_EXACT, PERPLEXITY, HeldOut, next_token_loss
 from rlhf_exp.stages.protocol import Stage, StageResult
-from rlhf_exp.stages.saved import check_saved_language_model
 from rlhf_exp.tasks.batches import BatchStream, length_bucketed, shuffled
 from rlhf_exp.tasks.encoding import tokenizer_factory
 from rlhf_exp.tasks.examples import (

@@ -16,8 +16,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from rlhf_exp.runs.artifacts import content_hash
+from rlhf_exp.runs.config_keys import use_of
 from rlhf_exp.runs.files import write_whole
-from rlhf_exp.runs.keys import use_of
 from rlhf_exp.security.redaction import redact_words
 from rlhf_exp.settings import ConfigError
 

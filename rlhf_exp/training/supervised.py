@@ -14,7 +14,6 @@ from rlhf_exp.runs.context import Context, TrainingError
 from rlhf_exp.settings import Count, Index, Positive, settings
 from rlhf_exp.tracking.progress import Progress
 from rlhf_exp.training.early_stopping import EarlyStopping
-from rlhf_exp.training.memory import explaining_memory
 from rlhf_exp.training.optim import (
     Schedule,
     check_schedule,
@@ -25,6 +24,7 @@ from rlhf_exp.training.optim import (
     optimizer_state,
     trained_state,
 )
+from rlhf_exp.training.out_of_memory import explaining_memory
 from rlhf_exp.training.saver import Saver, Stateful, check_inputs
 from rlhf_exp.training.seeding import stream_seed
 

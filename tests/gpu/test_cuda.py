@@ -10,10 +10,10 @@ import torch
 
 from rlhf_exp.functional.logprobs import completion_logits, token_logprobs
 from rlhf_exp.models.engines import ENGINES
+from rlhf_exp.models.fast_paths import with_fast_paths
 from rlhf_exp.models.finetune import Finetune, Full, LastLayers, Lora
 from rlhf_exp.models.loading import Pretrained, build_policy, load_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.models.probing import with_fast_paths
 from rlhf_exp.models.reward_model import load_reward_model
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.models.scratch import Scratch

@@ -11,8 +11,8 @@ import torch
 from rlhf_exp.rewards.attempts import CheckedReward
 from rlhf_exp.rewards.length import Length
 from rlhf_exp.rl import evaluation
-from rlhf_exp.rl.answers import exact_match
 from rlhf_exp.rl.evaluation import Evaluation, evaluate, read_evaluations
+from rlhf_exp.rl.exact_answers import exact_match
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.runs.folder import RunFolder

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlhf_exp.models.scratch import Scratch
-from rlhf_exp.rl.answers import exact_match
+from rlhf_exp.rl.exact_answers import exact_match
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.stages.held_out import HeldOut, held_out_loss, next_token_loss
 from rlhf_exp.tasks.examples import Example, encode_demonstrations, pack, pad

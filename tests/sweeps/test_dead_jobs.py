@@ -8,8 +8,8 @@ import pytest
 
 from rlhf_exp.runs.lock import is_locked
 from rlhf_exp.runs.status import read_state
-from rlhf_exp.sweeps import reaping as settling
-from rlhf_exp.sweeps.reaping import await_and_mark, mark_failed
+from rlhf_exp.sweeps import dead_jobs as settling
+from rlhf_exp.sweeps.dead_jobs import await_and_mark, mark_failed
 from tests.runs.test_lock import holder
 from tests.sweeps.build_jobs import placed_jobs, write_status
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_exp.sweeps.estimate import expected_seconds, finished_runs
+from rlhf_exp.sweeps.expected_time import expected_seconds, finished_runs
 
 CONFIG = {
     "seed": 1,

@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers as hf
 
+from rlhf_exp.models.head_scale import measure_unembedding
 from rlhf_exp.models.transformer import CausalTransformer
-from rlhf_exp.models.unembedding import measure_unembedding
 from rlhf_exp.settings import ConfigError
 
 from ..builders import assert_near, build_tokenizer, stretch, tiny_policy

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf_exp.runs.context import TrainingError
-from rlhf_exp.training.memory import explaining_memory, is_out_of_memory
+from rlhf_exp.training.out_of_memory import explaining_memory, is_out_of_memory
 
 TOO_MUCH = 2**50  # bytes that no machine has
 

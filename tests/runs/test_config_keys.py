@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from rlhf_exp.runs.keys import (
+from rlhf_exp.runs.config_keys import (
     GROUPS,
     MAX_KL_SUM,
     USES,

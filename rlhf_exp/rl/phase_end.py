@@ -16,8 +16,8 @@ from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.sampler import have_ended
 from rlhf_exp.runs.context import Context
 from rlhf_exp.tracking.progress import Progress
-from rlhf_exp.training.memory import explaining_memory
 from rlhf_exp.training.optim import learning_rates
+from rlhf_exp.training.out_of_memory import explaining_memory
 from rlhf_exp.training.saver import Saver
 from rlhf_exp.types import Experience
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from rlhf_exp.rl import answers
-from rlhf_exp.rl.answers import exact_match, exact_matches, judge_answers
+from rlhf_exp.rl.exact_answers import exact_match, exact_matches, judge_answers
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.tasks.arithmetic import TEMPLATES, Arithmetic
@@ -109,7 +108,7 @@ def decoded_greedily(prompt: str, length: int) -> list[int]:
 
 @pytest.mark.parametrize("rows", [7, 128])
 def test_the_greedy_rate_is_that_of_a_loop(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "ROWS", rows)
+    monkeypatch.setattr(exact_answers, "ROWS", rows)
     task, tokenizer = EchoTask(), echo_policy().tokenizer
     right = 0
     for prompt in task.train_prompts():

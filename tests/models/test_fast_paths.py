@@ -8,9 +8,9 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+from rlhf_exp.models.fast_paths import find_fast_paths, supports_packing, with_fast_paths
 from rlhf_exp.models.loading import Pretrained, load_language_model, load_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.models.probing import find_fast_paths, supports_packing, with_fast_paths
 from rlhf_exp.models.transformer import FastPaths
 from rlhf_exp.rl.setup import fitting_prompts, load_sampled_policy
 from rlhf_exp.rollout.bridge import BridgeSampler

@@ -16,7 +16,7 @@ from rlhf_exp.models.reward_model import HEAD_FILE, HeadShape, RewardModel, save
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.runs.context import TrainingError
-from rlhf_exp.stages.saved import (
+from rlhf_exp.stages.check_saved import (
     check_saved_classifier,
     check_saved_language_model,
     check_saved_policy,
