@@ -104,9 +104,10 @@ def _installed() -> list[str]:
 
 @functools.cache
 def _code_hash() -> str:
-    """Hash of the package's Python files and their names; 12 hex digits."""
+    """Hash of the package's Python files, of the words of its reviews, and of their names; 12 hex
+    digits."""
     digest = hashlib.sha256()
-    for file in sorted(PACKAGE.rglob("*.py")):
+    for file in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.glob("tasks/*.yaml")]):
         name = file.relative_to(PACKAGE).as_posix()
         digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:12]

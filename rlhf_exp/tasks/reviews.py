@@ -46,7 +46,7 @@ class Reviews:
         if unknown:
             raise ConfigError(
                 f"task.prefix={prefix!r} holds {unknown}, which no review does: use words of "
-                "rlhf_exp/tasks/review_grammar.py, lower-case, with single spaces between"
+                "rlhf_exp/tasks/review_grammar.yaml, lower-case, with single spaces between"
             )
         return prefix
 
