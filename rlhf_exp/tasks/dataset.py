@@ -17,6 +17,7 @@ from rlhf_exp.settings import ConfigError, Count, Fraction, Index, Text, is_refe
 from rlhf_exp.tasks.hashing import hash_fraction, held_out_keys
 from rlhf_exp.tasks.protocol import Conversation, Prompt, PromptRow, Split
 from rlhf_exp.tasks.tables import read_table
+from rlhf_exp.tasks.text_files import check_unicode
 
 log = logging.getLogger(__name__)
 
@@ -220,7 +221,7 @@ def _prompt(value: Any, what: str) -> str | Conversation:
     if value is None or (isinstance(value, str) and not value.strip()):
         raise ConfigError(f"{what} is blank; fill it in, or set task.min_chars=1 to drop such rows")
     if isinstance(value, str):
-        return _unicode(value, what)
+        return check_unicode(value, what)
     if not isinstance(value, list):
         raise ConfigError(f"{what} is {reprlib.repr(value)}; give a text or a list of messages")
     messages = list(value)
@@ -247,15 +248,7 @@ def _message(message: Any, what: str) -> dict[str, str]:
             f"{what} holds the message {reprlib.repr(message)}; give role (one of"
             f" {', '.join(ROLES)}), content (a text) and no {' or '.join(CALLS)}"
         )
-    return {"role": message["role"], "content": _unicode(message["content"], what)}
-
-
-def _unicode(text: str, what: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair
-        raise ConfigError(f"{what} is not Unicode text ({error.reason}); fix it") from error
-    return text
+    return {"role": message["role"], "content": check_unicode(message["content"], what)}
 
 
 def _key(row: PromptRow) -> str:

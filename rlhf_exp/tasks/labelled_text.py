@@ -14,9 +14,9 @@ from typing import NamedTuple
 from pydantic import model_validator
 
 from rlhf_exp.hf import PreTrainedTokenizerBase
-from rlhf_exp.runs.lfs import refuse_lfs_pointer
 from rlhf_exp.settings import ConfigError, Count, Index, OpenFraction, Text, settings
 from rlhf_exp.tasks.protocol import LabelledText, Split
+from rlhf_exp.tasks.text_files import read_text
 
 MIN_TEXTS, MIN_TEXTS_PER_LABEL = 200, 20
 
@@ -133,16 +133,8 @@ class LabelledTextFile:
     @cached_property
     def _contents(self) -> _Contents:
         path = Path(self.path).expanduser()
-        try:
-            refuse_lfs_pointer(path, field="task.path")
-            data = path.read_bytes()
-        except OSError as error:
-            raise ConfigError(
-                f"task.path: cannot read {path.absolute()} ({error.strerror}): give a file of "
-                "tab-separated lines with the columns label and text"
-            ) from error
         labels_of: dict[str, set[str]] = {}
-        for label, text in _parse(_decode(data, path), path):
+        for label, text in _parse(read_text(path, field="task.path"), path):
             labels_of.setdefault(text, set()).add(label)
         texts = tuple(
             LabelledText(next(iter(labels)), text)
@@ -151,17 +143,8 @@ class LabelledTextFile:
         )
         num_contradictory = len(labels_of) - len(texts)
         _check_counts(texts, num_contradictory, path)
-        return _Contents(hashlib.sha256(data).hexdigest(), texts, num_contradictory)
-
-
-def _decode(data: bytes, path: Path) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ConfigError(
-            f"task.path: {path}, line {line} is not UTF-8: save the file as UTF-8"
-        ) from error
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return _Contents(digest, texts, num_contradictory)
 
 
 def _parse(contents: str, path: Path) -> list[LabelledText]:

@@ -12,11 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from rlhf_exp.runs.lfs import refuse_lfs_pointer
 from rlhf_exp.settings import ConfigError, Index, OpenFraction, Text, is_reference, settings
 from rlhf_exp.tasks.hashing import held_out_keys
-from rlhf_exp.tasks.lines import read_lines
 from rlhf_exp.tasks.protocol import Pair, Split
+from rlhf_exp.tasks.tables import read_table
+from rlhf_exp.tasks.text_files import check_unicode
 
 TEXTS, REWARDS = ("prompt", "chosen", "rejected"), ("chosen_reward", "rejected_reward")
 FORMATS = ("jsonl", "parquet")
@@ -105,12 +105,11 @@ class PairsFile:
             )
         else:
             split = Split(tuple(by_file[0]), tuple(by_file[1]))
-        for name, part in zip(("train on", "hold out"), split, strict=True):
-            if not part:
-                raise ConfigError(
-                    f"task.path: {self.path} leaves no pairs to {name}: move"
-                    f" task.held_out_fraction={self.held_out_fraction} or give more pairs"
-                )
+        if not split.train:
+            raise ConfigError(
+                f"task.path: {self.path} leaves no pairs to train on: move"
+                f" task.held_out_fraction={self.held_out_fraction} or give more pairs"
+            )
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
         return _Contents(digest.hexdigest(), split)
 
@@ -157,8 +156,8 @@ def locate_pairs(path: str) -> list[Path]:
 def read_pairs(file: Path) -> Iterator[tuple[int, Pair]]:
     """The pairs of a file, each with its row number, from 1. Raises ConfigError naming file, row
     and field for a malformed pair."""
-    rows = _parquet_rows(file) if file.suffix.lower() == ".parquet" else _json_rows(file)
-    for number, row in rows:
+    table = read_table(str(file), text_columns=TEXTS, field="task.path", split_field="task.path")
+    for number, row in table.rows(range(table.num_rows)):
         yield number, _pair(row, f"task.path: {file}, row {number}")
 
 
@@ -175,52 +174,12 @@ def write_pairs(pairs: Iterable[Pair], file: Path) -> None:
         file.write_text("".join(lines), encoding="utf-8")
 
 
-def _json_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    lines = read_lines(file, field="task.path")
-    if not any(line.strip() for line in lines):
-        raise ConfigError(
-            f"task.path: {file} is empty: give a JSON object a line with {', '.join(TEXTS)}"
-        )
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            # Also for numbers of thousands of digits and for objects nested too deeply.
-            reason = str(error).partition(": line")[0][:80]
-            raise ConfigError(
-                f"task.path: {file}, row {number} is not JSON ({reason}): give one object a line"
-            ) from error
-        if not isinstance(row, dict):
-            raise ConfigError(
-                f"task.path: {file}, row {number} is a {type(row).__name__}: give one object a line"
-            )
-        yield number, row
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    from pyarrow import ArrowInvalid, parquet
-
-    try:
-        refuse_lfs_pointer(file, field="task.path")
-        table = parquet.read_table(file)
-    except (ArrowInvalid, OSError) as error:
-        raise ConfigError(
-            f"task.path: {file} cannot be read as Parquet: {str(error).splitlines()[0]}"
-        ) from error
-    if not table.num_rows:
-        raise ConfigError(f"task.path: {file} is empty: give rows with {', '.join(TEXTS)}")
-    names = [name for name in Pair._fields if name in table.column_names]
-    yield from enumerate(table.select(names).to_pylist(), start=1)
-
-
 def _pair(row: Mapping[str, Any], where: str) -> Pair:
     for name in TEXTS:
         if row.get(name) is None:
             raise ConfigError(
                 f"{where} has no field {name}: pairs need {', '.join(TEXTS)}; it has"
-                f" {', '.join(map(str, row)) or 'none'}"
+                f" {', '.join(key for key in row if row[key] is not None) or 'none'}"
             )
         if not isinstance(row[name], str):
             raise ConfigError(
@@ -229,12 +188,7 @@ def _pair(row: Mapping[str, Any], where: str) -> Pair:
             )
         if name == "prompt" and not row[name].strip():
             raise ConfigError(f"{where}, field {name} is blank: fill it in or remove the row")
-        try:
-            row[name].encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(
-                f"{where}, field {name} is not Unicode text: {error.reason}"
-            ) from error
+        check_unicode(row[name], f"{where}, field {name}")
     if row["chosen"] == row["rejected"]:
         raise ConfigError(
             f"{where}, field rejected equals chosen: two equal texts have no order; remove the row"

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, model_validator
 
 from rlhf_exp.settings import ConfigError, Fraction, Text, settings
 from rlhf_exp.tasks.hashing import hash_fraction
-from rlhf_exp.tasks.lines import read_lines
+from rlhf_exp.tasks.text_files import read_text
 
 
 def _texts(value: Any) -> Any:
@@ -93,8 +93,8 @@ class Prefix:
 
 
 def _lines(file: Path) -> list[str]:
-    lines = read_lines(file, field="task.prefix_file")
-    prefixes = [line for line in lines if line.strip()]
+    lines = read_text(file, field="task.prefix_file").split("\n")
+    prefixes = [line.removesuffix("\r") for line in lines if line.strip()]
     if not prefixes:
         raise ConfigError(f"task.prefix_file: {file} holds no prefix: give one a line")
     return prefixes

@@ -23,6 +23,7 @@ from rlhf_exp.machine.network import hub_responds, hub_url
 from rlhf_exp.runs.lfs import refuse_lfs_pointer
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.columns import rows_of, typed_columns
+from rlhf_exp.tasks.text_files import read_text
 
 log = logging.getLogger(__name__)
 
@@ -102,13 +103,12 @@ def read_table(
         raise ConfigError(f"{field}={path}: no such file or directory, and not a name on the hub")
     if not is_local:
         log.info("%s: reading %s from %s or its local cache", field, path, hub_url())
-    with quiet_datasets():
-        if place.is_file():
-            table = _read_file(place, source, text_columns)
-        elif is_local:
-            table = _read_directory(place, source, text_columns)
-        else:
-            table = _read_hub(source)
+    if place.is_file():
+        table = _read_file(place, source, text_columns)
+    elif is_local:
+        table = _read_directory(place, source, text_columns)
+    else:
+        table = _read_hub(source)
     if not table.num_rows:
         part = "" if split == "train" else f" in {split}"
         raise ConfigError(f"{field}: {path} holds no rows{part}; give at least one")
@@ -128,13 +128,9 @@ def _read_file(file: Path, source: Source, text_columns: Sequence[str]) -> Table
             f"{source.field}={source.path}: unknown ending; use one of {', '.join(READERS)}, a"
             " directory or a name on the hub"
         )
-    try:
-        refuse_lfs_pointer(file, field=source.field)
-        table = reader(file, source, text_columns)
-    except OSError as error:
-        raise ConfigError(
-            f"{source.field}: cannot read {source.path} ({error.strerror or error})"
-        ) from error
+    table = reader(file, source, text_columns)
+    if source.split == "train":  # without the second that `datasets` takes to be imported
+        return table
     chosen = _row_indices(source, {"train": table.num_rows})
     return Table(
         column_names=table.column_names,
@@ -143,6 +139,7 @@ def _read_file(file: Path, source: Source, text_columns: Sequence[str]) -> Table
     )
 
 
+@quiet_datasets()
 def _row_indices(source: Source, lengths: Mapping[str, int]) -> list[int]:
     """The indices of the rows of `split`, which may be a slice or a sum of named splits."""
     from datasets import ReadInstruction
@@ -163,26 +160,16 @@ def _in_memory(column_names: Sequence[str], rows: Mapping[int, Row]) -> Table:
     return Table(tuple(column_names), tuple(rows), lambda indices: [filled[i] for i in indices])
 
 
-def _decode(file: Path, source: Source) -> str:
-    data = file.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ConfigError(
-            f"{source.field}: {source.path}, line {line} is not UTF-8; save the file as UTF-8"
-        ) from error
-
-
 def _read_text(file: Path, source: Source, text_columns: Sequence[str]) -> Table:
-    lines = dict(enumerate(_decode(file, source).split("\n"), start=1))
+    lines = dict(enumerate(read_text(file, field=source.field).split("\n"), start=1))
     texts = {number: line.removesuffix("\r") for number, line in lines.items() if line.strip()}
     return _in_memory(["text"], {number: {"text": text} for number, text in texts.items()})
 
 
 def _read_csv(file: Path, source: Source, text_columns: Sequence[str]) -> Table:
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    header, rows = _csv_rows(_decode(file, source), delimiter, f"{source.field}: {source.path}")
+    contents = read_text(file, field=source.field)
+    header, rows = _csv_rows(contents, delimiter, f"{source.field}: {source.path}")
     cells = dict(zip(header, zip(*rows, strict=True), strict=True)) if rows else {}
     typed = rows_of(typed_columns(cells, text_columns))
     return _in_memory(header, dict(enumerate(typed, start=1)))
@@ -226,7 +213,7 @@ def _csv_rows(contents: str, delimiter: str, where: str) -> tuple[list[str], lis
 def _read_json(file: Path, source: Source, text_columns: Sequence[str]) -> Table:
     """Reads JSON Lines, or one list. Not with `datasets`, which turns texts that look like dates
     into dates, and gives every message the keys of all messages."""
-    contents = _decode(file, source)
+    contents = read_text(file, field=source.field)
     where = f"{source.field}: {source.path}"
     lines: Iterable[tuple[int, Any]]
     if contents.lstrip().startswith("["):
@@ -256,14 +243,18 @@ def _parse(contents: str, where: str) -> Any:
         ) from error
 
 
+@quiet_datasets()
 def _read_parquet(file: Path, source: Source, text_columns: Sequence[str]) -> Table:
     import datasets
     from pyarrow import ArrowException, parquet
 
     try:
+        refuse_lfs_pointer(file, field=source.field)
         with parquet.ParquetFile(file) as opened:
             dataset = datasets.Dataset(opened.read())
-    except (ArrowException, ValueError) as error:
+    except ConfigError:
+        raise
+    except (ArrowException, ValueError, OSError) as error:
         raise ConfigError(
             f"{source.field}: {source.path} cannot be read as Parquet: {_short(error)}"
         ) from error
@@ -294,6 +285,7 @@ def _of_dataset(dataset: Any, source: Source, numbers: Sequence[int]) -> Table:
     return Table(tuple(dataset.column_names), numbers, fetch)
 
 
+@quiet_datasets()
 def _read_directory(directory: Path, source: Source, text_columns: Sequence[str]) -> Table:
     if source.revision is not None:
         raise ConfigError(
@@ -309,6 +301,7 @@ def _read_directory(directory: Path, source: Source, text_columns: Sequence[str]
         return _load(name, source, fix, cache=cache, text_columns=text_columns)
 
 
+@quiet_datasets()
 def _read_hub(source: Source) -> Table:
     import datasets
 

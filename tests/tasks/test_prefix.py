@@ -130,7 +130,7 @@ def test_settings_that_contradict_are_refused(settings, message):
     [
         ("", r"prefixes\.txt holds no prefix: give one a line$"),
         ("\n \n\t\r\n", r"prefixes\.txt holds no prefix: give one a line$"),
-        (b"caf\xe9\n", r"prefixes\.txt is not UTF-8: save it as UTF-8$"),
+        (b"caf\xe9\n", r"prefixes\.txt, line 1 is not UTF-8; save the file as UTF-8$"),
     ],
 )
 def test_a_file_without_prefixes_is_refused(tmp_path, contents, message):

@@ -5,23 +5,26 @@ import pytest
 
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.labelled_text import LabelledTextFile
-from rlhf_exp.tasks.lines import read_lines
 from rlhf_exp.tasks.pairs import read_pairs
 from rlhf_exp.tasks.tables import READERS, read_table
+from rlhf_exp.tasks.text_files import read_text
 
 
-def test_lines_end_at_line_feeds_alone_and_a_mark_of_the_encoding_is_left_out(tmp_path: Path):
+def test_lines_are_kept_as_they_are_and_a_mark_of_the_encoding_is_left_out(tmp_path: Path):
     file = tmp_path / "file"
     file.write_bytes("\ufeffone\u2028still one\n\ntwo\n".encode())
-    assert read_lines(file, field="task.path") == ["one\u2028still one", "", "two", ""]
+    assert read_text(file, field="task.path") == "one\u2028still one\n\ntwo\n"
 
 
 def test_what_cannot_be_read_is_refused_by_field_and_file(tmp_path: Path):
     file = tmp_path / "file"
-    for reason in ("cannot read {} (No such file or directory)", "{} is not UTF-8: save it"):
+    for reason in (
+        "cannot read {} (No such file or directory)",
+        "{}, line 1 is not UTF-8; save the",
+    ):
         message = re.escape(f"task.x: {reason.format(file)}")
         with pytest.raises(ConfigError, match=f"^{message}"):
-            read_lines(file, field="task.x")
+            read_text(file, field="task.x")
         file.write_bytes(b"\xff")
 
 
@@ -44,7 +47,7 @@ def read_as_labelled_text(file: Path) -> object:
         (read_as_pairs, ".jsonl"),
         (read_as_pairs, ".parquet"),
         (read_as_labelled_text, ".tsv"),
-        (lambda file: read_lines(file, field="task.path"), ".txt"),
+        (lambda file: read_text(file, field="task.path"), ".txt"),
     ],
 )
 def test_a_pointer_of_git_lfs_is_not_read_as_data(tmp_path: Path, read, ending: str):
