@@ -1,6 +1,7 @@
 """A reward that requests scores from a server over HTTP.
 
-Knows requests, retries and bad responses, not what the server computes.
+Knows requests, retries and bad responses, not what the server computes. Retries are not urllib3's:
+those end where an answer begins, count no answer that breaks off, and wait up to six hours.
 """
 
 import ipaddress
@@ -24,7 +25,6 @@ from rlhf_exp.types import Completions
 
 if TYPE_CHECKING:
     from requests import PreparedRequest, RequestException, Response, Session
-    from requests.adapters import HTTPAdapter
 
 # Statuses of temporary faults; a retry does not help with others.
 RETRIED = (429, 500, 502, 503, 504)
@@ -154,9 +154,6 @@ class HttpReward:
         from requests import Session
 
         session = Session()
-        adapter = retrying_adapter(self.max_retries, self.backoff_s)
-        for scheme in ("http://", "https://"):
-            session.mount(scheme, adapter)
         if token is not None:
             # Not a header of the session: a password for the host in ~/.netrc would replace that.
             def authorize(request: "PreparedRequest") -> "PreparedRequest":
@@ -167,26 +164,29 @@ class HttpReward:
         return session
 
     def _request(self, session: "Session", samples: Samples) -> list[float]:
-        """The scores of the samples, from one request."""
-        from requests import RequestException
+        """The scores of the samples, from one request and its retries."""
+        from requests import ConnectionError, RequestException, Timeout
+        from requests.exceptions import ChunkedEncodingError
 
         who = f"reward.url={self.url}"
         body = encode(samples, who=who)
-        broken = 0
-        while True:
+        for retries in range(self.max_retries + 1):
+            seconds = wait_s(self.backoff_s, retries)
             try:
                 response = self._post(session, body)
-                break
             except RequestException as error:
-                # The adapter retries only until an answer begins; this loop retries one that broke
-                # off.
-                if broken == self.max_retries or not _broke_off(error):
-                    cause = self._cause(error, broken)
+                may_pass = isinstance(error, ConnectionError | Timeout | ChunkedEncodingError)
+                if retries == self.max_retries or not may_pass:
+                    cause = self._cause(error, _times(retries + 1))
                     raise RewardError(f"{who}: {cause}\n{samples.show(0)}") from error
-                time.sleep(wait_s(self.backoff_s, broken))
-                broken += 1
+            else:
+                if retries == self.max_retries or response.status_code not in RETRIED:
+                    break
+                seconds = retry_after_s(response) or seconds
+            time.sleep(seconds)
         if not 200 <= response.status_code < 300:
-            raise RewardError(f"{who}: {self._status(response, broken)}\n{samples.show(0)}")
+            status = self._status(response, _times(retries + 1))
+            raise RewardError(f"{who}: {status}\n{samples.show(0)}")
         return read_scores(read_answer(response, samples, who=who), samples, who=who)
 
     def _post(self, session: "Session", body: bytes) -> "Response":
@@ -200,31 +200,30 @@ class HttpReward:
             proxies=None if host is None else {"no_proxy": host},
         )
 
-    def _cause(self, error: "RequestException", broken: int) -> str:
-        """Why there is no answer, and after how many attempts; `broken` answers broke off."""
-        from urllib3.exceptions import MaxRetryError, ReadTimeoutError
+    def _cause(self, error: "RequestException", attempts: str) -> str:
+        """Why there is no answer."""
+        from requests import ConnectTimeout, ReadTimeout
+        from requests.exceptions import ChunkedEncodingError
+        from urllib3.exceptions import ReadTimeoutError
 
-        cause: Any = error.args[0] if error.args else error
-        attempts = _times(broken + 1)
-        if isinstance(cause, MaxRetryError):
-            attempts = _times(broken + 1 + self.max_retries)
-            cause = cause.reason or cause
-        elif _broke_off(error):
-            return f"the answer broke off or stopped for {self.timeout_s:g} s ({attempts})"
-        if isinstance(cause, ReadTimeoutError):
+        if isinstance(error, ConnectTimeout):
+            return f"no connection within {self.timeout_s:g} s ({attempts})"
+        if isinstance(error, ReadTimeout):
             return (
                 f"no answer within {self.timeout_s:g} s ({attempts}); raise reward.timeout_s, or"
                 " lower reward.batch_size"
             )
-        root = cause.__cause__ if isinstance(cause, Exception) and cause.__cause__ else cause
-        if isinstance(root, TimeoutError):
-            return f"no connection within {self.timeout_s:g} s ({attempts})"
+        stopped = any(isinstance(cause, ReadTimeoutError) for cause in error.args)
+        if stopped or isinstance(error, ChunkedEncodingError):
+            return f"the answer broke off or stopped for {self.timeout_s:g} s ({attempts})"
+        root: BaseException = error
+        while inner := root.__cause__ or root.__context__:
+            root = inner
         if isinstance(root, ConnectionRefusedError):
             return f"connection refused ({attempts}); is the server still running?"
         return f"{type(root).__name__}: {' '.join(str(root).split())[:200]} ({attempts})"
 
-    def _status(self, response: "Response", broken: int) -> str:
-        attempts = _times(broken + 1 + len(response.raw.retries.history))
+    def _status(self, response: "Response", attempts: str) -> str:
         status = f"HTTP {response.status_code} {response.reason or ''}".rstrip()
         location = response.headers.get("Location")
         if 300 <= response.status_code < 400 and location:
@@ -235,43 +234,20 @@ class HttpReward:
         return f"{status} ({attempts}); it says {body_start(response)}"
 
 
-def _broke_off(error: "RequestException") -> bool:
-    from urllib3.exceptions import ProtocolError, ReadTimeoutError
-
-    return bool(error.args) and isinstance(error.args[0], ProtocolError | ReadTimeoutError)
-
-
 def wait_s(backoff_s: float, retries: int) -> float:
     """Seconds to wait before the next retry, after `retries` of them."""
     return min(LONGEST_WAIT_S, backoff_s * 2.0 ** min(retries, 32))
 
 
-def retrying_adapter(max_retries: int, backoff_s: float) -> "HTTPAdapter":
-    """An adapter that retries requests as HttpReward documents, and returns the last answer if all
-    fail."""
-    from requests.adapters import HTTPAdapter
-    from urllib3 import BaseHTTPResponse
+def retry_after_s(response: "Response") -> float:
+    """Seconds that the server asks to wait, at most 120; 0 if it does not say."""
+    from urllib3.exceptions import InvalidHeader
     from urllib3.util.retry import Retry
 
-    class LimitedRetry(Retry):
-        """Waits before the first retry, which urllib3 does not, and limits Retry-After, for which
-        urllib3 waits up to six hours."""
-
-        def get_backoff_time(self) -> float:
-            return wait_s(backoff_s, len(self.history) - 1)
-
-        def get_retry_after(self, response: BaseHTTPResponse) -> float | None:
-            seconds = super().get_retry_after(response)
-            return None if seconds is None else min(LONGEST_WAIT_S, float(seconds))
-
-    return HTTPAdapter(
-        max_retries=LimitedRetry(
-            total=max_retries,
-            allowed_methods=None,  # POST too: scoring the same samples again does no harm
-            status_forcelist=RETRIED,
-            raise_on_status=False,
-        )
-    )
+    try:
+        return min(LONGEST_WAIT_S, float(Retry().get_retry_after(response.raw) or 0))
+    except InvalidHeader:
+        return 0.0
 
 
 def encode(samples: Samples, *, who: str) -> bytes:
