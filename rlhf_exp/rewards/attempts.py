@@ -7,13 +7,12 @@ import logging
 import time
 from concurrent.futures import wait
 from dataclasses import dataclass
-from pathlib import Path
-from traceback import extract_tb
 
 from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_exp.machine.background import Background
+from rlhf_exp.rewards.faults import describe_fault
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
 from rlhf_exp.training.out_of_memory import is_out_of_memory
 from rlhf_exp.types import Completions
@@ -77,7 +76,8 @@ class CheckedReward:
         except (Exception, SystemExit) as error:
             if is_out_of_memory(error):
                 raise
-            raise RewardError(f"the reward raised {_describe(error)}{self._hint(error)}") from error
+            fault = describe_fault(error, caller=__file__)
+            raise RewardError(f"the reward raised {fault}{self._hint(error)}") from error
         _check(scores, completions)
         return scores
 
@@ -120,11 +120,3 @@ def _check(scores: Tensor, completions: Completions) -> None:
             f"the reward gave {scores[bad[0]].item()} for {len(bad)} of {len(scores)} samples, the"
             f" first: {completions.full_texts[bad[0]]!r}"
         )
-
-
-def _describe(error: BaseException) -> str:
-    """The exception, and the innermost line that is not in a library."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(": ")
-    calls = extract_tb(error.__traceback__)
-    lines = [call for call in calls if "site-packages" not in Path(call.filename).parts] or calls
-    return f"{text} at {lines[-1].filename}:{lines[-1].lineno}"

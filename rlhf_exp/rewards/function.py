@@ -1,6 +1,7 @@
 """A reward that calls the user's Python function as TRL calls reward functions.
 
-Knows how to find and call the function, not what it computes.
+Knows how to find and call the function, not what it computes. By hand, since TRL calls such
+functions only within its trainers, and importlib says too little of what is wrong with a file.
 """
 
 import asyncio
@@ -12,11 +13,9 @@ import inspect
 import os
 import reprlib
 import sys
-import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
-from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from inspect import Parameter
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 
+from rlhf_exp.rewards.faults import describe_fault
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
 from rlhf_exp.rewards.samples import Samples, read_samples, read_scores
 from rlhf_exp.settings import ConfigError, Text, settings
@@ -50,8 +50,8 @@ class FunctionReward:
     def fingerprint(self) -> str:
         """The SHA-256 of the module's file and of the file that defines the callable, if that is
         another; "" if neither is Python source. Raises ConfigError as `load` does."""
-        named = find_function(self.function)
-        files = dict.fromkeys((named.module.__dict__.get("__file__"), source_file(named.function)))
+        function, module = find_function(self.function)
+        files = dict.fromkeys((module.__dict__.get("__file__"), source_file(function)))
         sources = [Path(file).read_bytes() for file in files if file and file.endswith(".py")]
         return hashlib.sha256(b"".join(sources)).hexdigest() if sources else ""
 
@@ -59,7 +59,7 @@ class FunctionReward:
         """The reward function. Raises ConfigError if there is no such callable, if its import fails
         or if it does not accept completions."""
         who = f"reward.function={self.function}"
-        function = find_function(self.function).function
+        function, _ = find_function(self.function)
         parameters = inspect.signature(function).parameters
         # One loop for all calls: the clients in a user's module stay bound to their first loop.
         runners = [asyncio.Runner()]
@@ -80,9 +80,9 @@ class FunctionReward:
             except FAULTS as error:
                 # Fresh lists, since the call may have changed the others before it failed.
                 kwargs = arguments(parameters, read_samples(completions), who=who)
-                where = _line(error, source_file(function))
+                fault = describe_fault(error, caller=__file__, file=source_file(function))
                 raise RewardError(
-                    f"{who} raised {_describe(error)}{where}\n{_culprit(call, kwargs, samples)}"
+                    f"{who} raised {fault}\n{_culprit(call, kwargs, samples)}"
                 ) from error
             scores = read_scores(values, samples, who=who)
             return torch.tensor(scores, dtype=torch.float32, device=device)
@@ -151,17 +151,9 @@ def _culprit(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class NamedFunction:
-    """A function and the module that the user named."""
-
-    function: Callable[..., Any]
-    module: ModuleType
-
-
-def find_function(name: str) -> NamedFunction:
-    """The callable "module:callable" or "path/to/file.py:callable". Raises ConfigError if it cannot
-    be imported or does not accept completions."""
+def find_function(name: str) -> tuple[Callable[..., Any], ModuleType]:
+    """The callable "module:callable" or "path/to/file.py:callable", and the module. Raises
+    ConfigError if it cannot be imported or does not accept completions."""
     who = f"reward.function={name}"
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
@@ -184,7 +176,7 @@ def find_function(name: str) -> NamedFunction:
             f" {reprlib.repr(function)}; name a callable"
         )
     _check_signature(function, who)
-    return NamedFunction(function=function, module=module)
+    return function, module
 
 
 def _check_signature(function: Callable[..., Any], who: str) -> None:
@@ -192,15 +184,14 @@ def _check_signature(function: Callable[..., Any], who: str) -> None:
         signature = inspect.signature(function)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{who}: its signature cannot be read; wrap it in a def") from error
-    for parameter in signature.parameters.values():
-        if parameter.kind is Parameter.VAR_KEYWORD:
-            return
-        if parameter.name == "completions" and parameter.kind in BY_NAME:
-            return
-    raise ConfigError(
-        f"{who}: it takes {signature}, but must take the keyword completions, or **kwargs: def"
-        " f(prompts, completions, **kwargs)"
-    )
+    if not any(
+        p.kind is Parameter.VAR_KEYWORD or (p.name == "completions" and p.kind in BY_NAME)
+        for p in signature.parameters.values()
+    ):
+        raise ConfigError(
+            f"{who}: it takes {signature}, but must take the keyword completions, or **kwargs: def"
+            " f(prompts, completions, **kwargs)"
+        )
 
 
 def _import_module(name: str, who: str) -> ModuleType:
@@ -212,7 +203,12 @@ def _import_module(name: str, who: str) -> ModuleType:
 def _import_file(path: Path, who: str) -> ModuleType:
     """The file as a module; it runs again only if it has changed."""
     file = path.resolve()
-    spec = spec_from_file_location(_module_name(file, who), file)
+    try:
+        source = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{who}: cannot read {file}: {error.strerror}") from error
+    digest = hashlib.sha256(str(file).encode() + b"\0" + source).hexdigest()
+    spec = spec_from_file_location(f"{file.stem}_{digest[:12]}", file)
     if spec is None:
         raise ConfigError(f"{who}: {file} is not a Python file; its name must end in .py")
     if spec.name in sys.modules:
@@ -225,20 +221,11 @@ def _import_file(path: Path, who: str) -> ModuleType:
         with _import_errors(who, f"running {file}"):
             # Not by the loader, whose cache misses a change within the same second that keeps the
             # file's size.
-            exec(compile(file.read_bytes(), str(file), "exec"), module.__dict__)
+            exec(compile(source, str(file), "exec"), module.__dict__)
     except BaseException:
         del sys.modules[spec.name]
         raise
     return module
-
-
-def _module_name(file: Path, who: str) -> str:
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{who}: cannot read {file}: {error.strerror}") from error
-    digest = hashlib.sha256(str(file).encode() + b"\0" + content).hexdigest()
-    return f"{file.stem}_{digest[:12]}"
 
 
 def _make_importable(folder: Path) -> None:
@@ -254,15 +241,15 @@ def _import_errors(who: str, action: str, *, module: str = "") -> Iterator[None]
     try:
         with chdir("."):
             yield
-    except ModuleNotFoundError as error:
-        if error.name is not None and f"{module}.".startswith(f"{error.name}."):
+    except (Exception, SystemExit) as error:
+        absent = error.name if isinstance(error, ModuleNotFoundError) else None
+        if absent is not None and f"{module}.".startswith(f"{absent}."):
             raise ConfigError(
-                f"{who}: there is no module {error.name} in {Path.cwd()} or among the installed"
+                f"{who}: there is no module {absent} in {Path.cwd()} or among the installed"
                 " packages; name a file by its path, with .py"
             ) from error
-        raise ConfigError(f"{who}: {action} raised {_describe(error)}{_line(error)}") from error
-    except (Exception, SystemExit) as error:
-        raise ConfigError(f"{who}: {action} raised {_describe(error)}{_line(error)}") from error
+        fault = describe_fault(error, caller=__file__)
+        raise ConfigError(f"{who}: {action} raised {fault}") from error
 
 
 def source_file(function: Callable[..., Any]) -> str | None:
@@ -281,22 +268,3 @@ def source_file(function: Callable[..., Any]) -> str | None:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "no functions"
-
-
-def _describe(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:300].rstrip(": ")
-
-
-def _line(error: BaseException, file: str | None = None) -> str:
-    """ " at FILE:LINE" of the innermost call in `file`, else outside of libraries, else of any; ""
-    without calls and for a SyntaxError, whose message names the line."""
-    if isinstance(error, SyntaxError):
-        return ""
-    calls = list(traceback.extract_tb(error.__traceback__))
-    while any(call.filename == __file__ for call in calls):
-        calls = calls[1:]
-    # Not a line in a library; W&B's is one too, which replaces sys.exit.
-    outside = [call for call in calls if "site-packages" not in Path(call.filename).parts]
-    lines = [call for call in calls if call.filename == file] or outside or calls
-    return f" at {lines[-1].filename}:{lines[-1].lineno}" if lines else ""

@@ -69,7 +69,7 @@ def f(*args, **columns):
     scores = FunctionReward(function=name).load(CPU)(with_rows(["yes no", "no"], rows))
     assert scores.dtype == torch.float32
     assert scores.tolist() == [0.5, -2.0]
-    assert find_function(name).module.seen == [
+    assert find_function(name)[1].seen == [
         {
             "prompts": ["one", "two"],
             "completions": ["yes no", "no"],
@@ -140,7 +140,7 @@ async def f(completions):
     function = FunctionReward(function=name).load(CPU)
     for _ in range(2):
         function(batch("a"))
-    first, second = find_function(name).module.loops
+    first, second = find_function(name)[1].loops
     assert first is second
     assert not first.is_closed()
     del function
@@ -169,7 +169,7 @@ async def f(completions):
     return [2.0] * len(completions)
 """
     reward = FunctionReward(function=f"{write(source)}:f")
-    score, module = reward.load(CPU), find_function(reward.function).module
+    score, module = reward.load(CPU), find_function(reward.function)[1]
     thread = threading.Thread(target=score, args=(batch("a"),), daemon=True)
     thread.start()
     while not module.calls:
