@@ -1,7 +1,8 @@
 """Finds the secrets of a configuration and removes them from text.
 
 A value is a secret if its key says so, or if its environment variable's name says so and the value
-looks random. Files and loggers call this module; it knows none of them.
+looks random. Files and loggers call this module; it knows none of them. By hand, since libraries
+that find secrets look for the tokens of known services, not for the keys of a configuration.
 """
 
 import functools
@@ -11,7 +12,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 from urllib.parse import quote
@@ -73,8 +74,13 @@ def redact(config: Any) -> Any:
     """The configuration with REDACTED for every secret: the value of a secret key, everything in a
     mapping or list under one, and every text that contains a secret that is not a plain word.
     Interpolations and targets stay. Remembers the secrets for `scrub`."""
+
+    def replacement(key: str, value: Any, is_secret_value: bool) -> Any:
+        repeats = isinstance(value, str) and not key.startswith("_") and _repeats_secret(value)
+        return REDACTED if is_secret_value or repeats else value
+
     remember(config)
-    return _replaced(config, "", within=False)
+    return _map_values(replacement, config)
 
 
 def redacted_keys(config: Any, prefix: str = "") -> list[str]:
@@ -91,10 +97,15 @@ def redacted_keys(config: Any, prefix: str = "") -> list[str]:
 
 def remember(config: Any) -> None:
     """Makes `scrub` replace the secrets of a configuration from now on."""
-    for key, value in _secrets(config, "", within=False):
-        plain = _WORD.fullmatch(value) and not re.search("secret|passw", key, re.IGNORECASE)
-        if not plain and (_SECRETS_END.search(key) or "secret" in key.lower()):
-            remember_secret(value)
+
+    def remember_value(key: str, value: Any, is_secret_value: bool) -> None:
+        pairs = [(key, str(value))] if is_secret_value else _in_query(str(value))
+        for name, text in pairs:
+            plain = _WORD.fullmatch(text) and not re.search("secret|passw", name, re.IGNORECASE)
+            if not plain and (_SECRETS_END.search(name) or "secret" in name.lower()):
+                remember_secret(text)
+
+    _map_values(remember_value, config)
 
 
 def remember_secret(text: str) -> None:
@@ -186,17 +197,19 @@ def _has_target(config: Mapping[Any, Any]) -> bool:
     return "_target_" in config or any(map(_has_target, children))
 
 
-def _replaced(value: Any, key: str, *, within: bool) -> Any:
+def _map_values(
+    change: Callable[[str, Any, bool], Any], value: Any, key: str = "", within: bool = False
+) -> Any:
+    """The configuration with `change(key, value, is_secret)` for every value. In a mapping that
+    holds only secrets, the key is that of the mapping."""
     if isinstance(value, Mapping):
         inside = _holds_only_secrets(key, value, within)
-        return {k: _replaced(v, str(k), within=inside) for k, v in value.items()}
+        return {
+            k: _map_values(change, v, key if inside else str(k), inside) for k, v in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [_replaced(v, key, within=within) for v in value]
-    if _is_secret_value(key, value, within=within):
-        return REDACTED
-    if isinstance(value, str) and not key.startswith("_") and _repeats_secret(value):
-        return REDACTED
-    return value
+        return [_map_values(change, v, key, within) for v in value]
+    return change(key, value, _is_secret_value(key, value, within=within))
 
 
 def _repeats_secret(value: str) -> bool:
@@ -213,21 +226,6 @@ def _is_secret_value(key: str, value: Any, *, within: bool) -> bool:
     if within and not isinstance(value, bool | None):
         return True
     return is_secret(key, value)
-
-
-def _secrets(value: Any, key: str, *, within: bool) -> Iterator[tuple[str, str]]:
-    """Pairs of key and secret, for every secret of a configuration."""
-    if isinstance(value, Mapping):
-        inside = _holds_only_secrets(key, value, within)
-        for k, v in value.items():
-            yield from _secrets(v, key if inside else str(k), within=inside)
-    elif isinstance(value, list | tuple):
-        for v in value:
-            yield from _secrets(v, key, within=within)
-    elif _is_secret_value(key, value, within=within) and value != REDACTED:
-        yield key, str(value)
-    elif isinstance(value, str):
-        yield from _in_query(value)
 
 
 def _in_query(url: str) -> list[tuple[str, str]]:
