@@ -30,7 +30,7 @@ from rlhf_exp.runs.checkpoint import (
     write_checkpoint,
 )
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.tasks.tables import read_table
+from rlhf_exp.tasks.tables import Source, read_table
 from tests.builders import tiny_policy
 from tests.rewards.checkpoints import save_classifier
 
@@ -172,7 +172,7 @@ def test_a_data_set_that_is_a_pickle_is_refused(name: str, ran: Path, tmp_path: 
     )  # a script has its folder's name
     for path in (folder, folder / name):
         with pytest.raises(ConfigError):
-            read_table(str(path), field="task.path", split_field="task.split")
+            read_table(Source(path=str(path)))
     assert not ran.exists()
 
 

@@ -25,7 +25,7 @@ from rlhf_exp.tasks.dataset import PromptDataset
 from rlhf_exp.tasks.labelled_text import LabelledTextFile
 from rlhf_exp.tasks.pairs import read_pairs, write_pairs
 from rlhf_exp.tasks.protocol import Pair
-from rlhf_exp.tasks.tables import read_table
+from rlhf_exp.tasks.tables import Source, read_table
 from tests.damage import NASTY, damaged, mistyped
 from tests.reliability import count_cases
 from tests.report.build_runs import config, rows, write_run
@@ -99,7 +99,7 @@ def test_tables_and_prompts(ending: str, tmp_path: Path) -> None:
     real = TABLES[ending].encode() if ending in TABLES else written_pairs(tmp_path, "parquet")
 
     def read() -> int:
-        table = read_table(str(file), field="task.path", split_field="task.split")
+        table = read_table(Source(path=str(file)))
         return len([*table.rows(range(table.num_rows))])
 
     @settings(fuzz, max_examples=150)

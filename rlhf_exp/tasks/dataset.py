@@ -16,7 +16,7 @@ from pydantic import model_validator
 from rlhf_exp.settings import ConfigError, Count, Fraction, Index, Text, is_reference, settings
 from rlhf_exp.tasks.hashing import hash_fraction, held_out_keys
 from rlhf_exp.tasks.protocol import Conversation, Prompt, PromptRow, Split
-from rlhf_exp.tasks.tables import read_table
+from rlhf_exp.tasks.tables import Source, read_table
 from rlhf_exp.tasks.text_files import check_unicode
 
 log = logging.getLogger(__name__)
@@ -159,15 +159,15 @@ class PromptDataset:
         return parts
 
     def _read(self, split: str, split_field: str) -> list[PromptRow]:
-        table = read_table(
-            self.path,
+        source = Source(
+            path=self.path,
             subset=self.subset,
             split=split,
             revision=self.revision,
             text_columns=self._candidates,
-            field="task.path",
             split_field=split_field,
         )
+        table = read_table(source)
         column = self._column(table.column_names)
         # Shuffled by position, so that rows are read only until there are max_prompts.
         order = sorted(

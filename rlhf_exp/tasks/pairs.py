@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from rlhf_exp.settings import ConfigError, Index, OpenFraction, Text, is_reference, settings
 from rlhf_exp.tasks.hashing import held_out_keys
 from rlhf_exp.tasks.protocol import Pair, Split
-from rlhf_exp.tasks.tables import read_table
+from rlhf_exp.tasks.tables import Source, read_table
 from rlhf_exp.tasks.text_files import check_unicode
 
 TEXTS, REWARDS = ("prompt", "chosen", "rejected"), ("chosen_reward", "rejected_reward")
@@ -156,7 +156,7 @@ def locate_pairs(path: str) -> list[Path]:
 def read_pairs(file: Path) -> Iterator[tuple[int, Pair]]:
     """The pairs of a file, each with its row number, from 1. Raises ConfigError naming file, row
     and field for a malformed pair."""
-    table = read_table(str(file), text_columns=TEXTS, field="task.path", split_field="task.path")
+    table = read_table(Source(path=str(file), text_columns=TEXTS))
     for number, row in table.rows(range(table.num_rows)):
         yield number, _pair(row, f"task.path: {file}, row {number}")
 

@@ -1,7 +1,8 @@
 """Tables from files, from directories and from the Hugging Face hub.
 
 Knows names, files and their errors, all of which it raises as ConfigError; it does not know what
-the columns mean.
+the columns mean. Single files are read by hand: `datasets` and pyarrow turn texts that look like
+dates into dates, and do not say which row is broken.
 """
 
 import csv
@@ -57,78 +58,58 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The dataset that the user named, and the fields that name it, for messages."""
+    """The dataset that task.path names, and the columns of CSV files that stay texts.
+
+    A single file has one split, train. Slices are written as in `datasets`: train[:1000].
+    `split_field` is the key that sets the split, for messages.
+    """
 
     path: str
-    subset: str | None
-    split: str
-    revision: str | None
-    field: str
-    split_field: str
-
-    def sibling(self, name: str) -> str:
-        """Another field of the same group."""
-        return f"{self.field.partition('.')[0]}.{name}"
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text_columns: Sequence[str] = ()
+    split_field: str = "task.split"
 
 
-def read_table(
-    path: str,
-    *,
-    subset: str | None = None,
-    split: str = "train",
-    revision: str | None = None,
-    text_columns: Sequence[str] = (),
-    field: str,
-    split_field: str,
-) -> Table:
+def read_table(source: Source) -> Table:
     """A split of a dataset: a file, a directory that `datasets` reads, or a name on the hub.
 
-    A single file has one split, train. Slices are written as in `datasets`: train[:1000]. A column
-    of a CSV file is converted if all cells are numbers or all are booleans, with None for missing
-    cells; all others, and the text_columns, stay texts. Raises ConfigError naming the field if
-    there is no such dataset, subset, revision or split, and for a file that cannot be read or has
-    no rows.
+    A column of a CSV file is converted if all cells are numbers or all are booleans, with None for
+    missing cells; all others, and the text_columns, stay texts. Raises ConfigError naming the field
+    if there is no such dataset, subset, revision or split, and for a file that cannot be read or
+    has no rows.
     """
-    source = Source(
-        path=path,
-        subset=subset,
-        split=split,
-        revision=revision,
-        field=field,
-        split_field=split_field,
-    )
+    path = source.path
     place = Path(path).expanduser()
-    is_local = place.is_file() or place.is_dir()
-    if not is_local and (place.suffix.lower() in READERS or not HUB_NAME.fullmatch(path)):
-        raise ConfigError(f"{field}={path}: no such file or directory, and not a name on the hub")
-    if not is_local:
-        log.info("%s: reading %s from %s or its local cache", field, path, hub_url())
     if place.is_file():
-        table = _read_file(place, source, text_columns)
-    elif is_local:
-        table = _read_directory(place, source, text_columns)
+        table = _read_file(place, source)
+    elif place.is_dir():
+        table = _read_directory(place, source)
+    elif place.suffix.lower() in READERS or not HUB_NAME.fullmatch(path):
+        raise ConfigError(f"task.path={path}: no such file or directory, and not a name on the hub")
     else:
+        log.info("task.path: reading %s from %s or its local cache", path, hub_url())
         table = _read_hub(source)
     if not table.num_rows:
-        part = "" if split == "train" else f" in {split}"
-        raise ConfigError(f"{field}: {path} holds no rows{part}; give at least one")
+        part = "" if source.split == "train" else f" in {source.split}"
+        raise ConfigError(f"task.path: {path} holds no rows{part}; give at least one")
     return table
 
 
-def _read_file(file: Path, source: Source, text_columns: Sequence[str]) -> Table:
+def _read_file(file: Path, source: Source) -> Table:
     for name, value in (("subset", source.subset), ("revision", source.revision)):
         if value is not None:
             raise ConfigError(
-                f"{source.sibling(name)}={value}: {source.path} is a file, which has none; set it"
-                " null"
+                f"task.{name}={value}: {source.path} is a file, which has none; set it null"
             )
     reader = READERS.get(file.suffix.lower())
     if reader is None:
         raise ConfigError(
-            f"{source.field}={source.path}: unknown ending; use one of {', '.join(READERS)}, a"
+            f"task.path={source.path}: unknown ending; use one of {', '.join(READERS)}, a"
             " directory or a name on the hub"
         )
-    table = reader(file, source, text_columns)
+    table = reader(file, source)
     if source.split == "train":  # without the second that `datasets` takes to be imported
         return table
     chosen = _row_indices(source, {"train": table.num_rows})
@@ -160,18 +141,18 @@ def _in_memory(column_names: Sequence[str], rows: Mapping[int, Row]) -> Table:
     return Table(tuple(column_names), tuple(rows), lambda indices: [filled[i] for i in indices])
 
 
-def _read_text(file: Path, source: Source, text_columns: Sequence[str]) -> Table:
-    lines = dict(enumerate(read_text(file, field=source.field).split("\n"), start=1))
+def _read_text(file: Path, source: Source) -> Table:
+    lines = dict(enumerate(read_text(file, field="task.path").split("\n"), start=1))
     texts = {number: line.removesuffix("\r") for number, line in lines.items() if line.strip()}
     return _in_memory(["text"], {number: {"text": text} for number, text in texts.items()})
 
 
-def _read_csv(file: Path, source: Source, text_columns: Sequence[str]) -> Table:
+def _read_csv(file: Path, source: Source) -> Table:
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    contents = read_text(file, field=source.field)
-    header, rows = _csv_rows(contents, delimiter, f"{source.field}: {source.path}")
+    contents = read_text(file, field="task.path")
+    header, rows = _csv_rows(contents, delimiter, f"task.path: {source.path}")
     cells = dict(zip(header, zip(*rows, strict=True), strict=True)) if rows else {}
-    typed = rows_of(typed_columns(cells, text_columns))
+    typed = rows_of(typed_columns(cells, source.text_columns))
     return _in_memory(header, dict(enumerate(typed, start=1)))
 
 
@@ -210,11 +191,10 @@ def _csv_rows(contents: str, delimiter: str, where: str) -> tuple[list[str], lis
     return header, rows[1:]
 
 
-def _read_json(file: Path, source: Source, text_columns: Sequence[str]) -> Table:
-    """Reads JSON Lines, or one list. Not with `datasets`, which turns texts that look like dates
-    into dates, and gives every message the keys of all messages."""
-    contents = read_text(file, field=source.field)
-    where = f"{source.field}: {source.path}"
+def _read_json(file: Path, source: Source) -> Table:
+    """Reads JSON Lines, or one list."""
+    contents = read_text(file, field="task.path")
+    where = f"task.path: {source.path}"
     lines: Iterable[tuple[int, Any]]
     if contents.lstrip().startswith("["):
         lines = enumerate(_parse(contents, where), start=1)
@@ -244,24 +224,24 @@ def _parse(contents: str, where: str) -> Any:
 
 
 @quiet_datasets()
-def _read_parquet(file: Path, source: Source, text_columns: Sequence[str]) -> Table:
+def _read_parquet(file: Path, source: Source) -> Table:
     import datasets
     from pyarrow import ArrowException, parquet
 
     try:
-        refuse_lfs_pointer(file, field=source.field)
+        refuse_lfs_pointer(file, field="task.path")
         with parquet.ParquetFile(file) as opened:
             dataset = datasets.Dataset(opened.read())
     except ConfigError:
         raise
     except (ArrowException, ValueError, OSError) as error:
         raise ConfigError(
-            f"{source.field}: {source.path} cannot be read as Parquet: {_short(error)}"
+            f"task.path: {source.path} cannot be read as Parquet: {_short(error)}"
         ) from error
     return _of_dataset(dataset, source, range(1, dataset.num_rows + 1))
 
 
-READERS: Mapping[str, Callable[[Path, Source, Sequence[str]], Table]] = {
+READERS: Mapping[str, Callable[[Path, Source], Table]] = {
     ".jsonl": _read_json,
     ".json": _read_json,
     ".parquet": _read_parquet,
@@ -272,24 +252,23 @@ READERS: Mapping[str, Callable[[Path, Source, Sequence[str]], Table]] = {
 
 
 def _of_dataset(dataset: Any, source: Source, numbers: Sequence[int]) -> Table:
-    def fetch(indices: Sequence[int]) -> list[Row]:
+    def fetch(indices: Sequence[int]) -> Sequence[Row]:
         try:
             columns = dataset[list(indices)]
         except Exception as error:  # of the libraries that decode images and audio
             raise ConfigError(
-                f"{source.field}: rows of {source.path} cannot be read: {_short(error)}"
+                f"task.path: rows of {source.path} cannot be read: {_short(error)}"
             ) from error
-        values = zip(*columns.values(), strict=True)
-        return [dict(zip(columns, entries, strict=True)) for entries in values]
+        return rows_of(columns)
 
     return Table(tuple(dataset.column_names), numbers, fetch)
 
 
 @quiet_datasets()
-def _read_directory(directory: Path, source: Source, text_columns: Sequence[str]) -> Table:
+def _read_directory(directory: Path, source: Source) -> Table:
     if source.revision is not None:
         raise ConfigError(
-            f"{source.sibling('revision')}={source.revision} is for names on the hub;"
+            f"task.revision={source.revision} is for names on the hub;"
             f" {source.path} is a directory: set it null"
         )
     # Not the usual cache of `datasets`, which returns old rows of a file that changed but kept its
@@ -298,7 +277,7 @@ def _read_directory(directory: Path, source: Source, text_columns: Sequence[str]
         # Absolute, since `datasets` takes a plain "json" for its JSON reader.
         fix = "`datasets` reads folders of .jsonl, .json, .parquet, .csv or .txt files"
         name = str(directory.absolute())
-        return _load(name, source, fix, cache=cache, text_columns=text_columns)
+        return _load(name, source, fix, cache=cache)
 
 
 @quiet_datasets()
@@ -325,7 +304,6 @@ def _load(
     *,
     cache: str | None = None,
     offline: str | None = None,
-    text_columns: Sequence[str] = (),
 ) -> Table:
     """The split as `datasets` reads it. `offline` is the reason to read only the local cache, for
     messages. CSV files in a directory get the column types of a single CSV file."""
@@ -346,7 +324,7 @@ def _load(
         # The cache may return another revision than the one named.
         if isinstance(builder, Cache) and source.revision not in (None, "main", builder.hash):
             raise ConfigError(
-                f"{source.sibling('revision')}={source.revision}: {offline or 'the hub has none'},"
+                f"task.revision={source.revision}: {offline or 'the hub has none'},"
                 f" and the local cache holds {builder.hash}; set that, or null"
             )
         builder.download_and_prepare()
@@ -364,15 +342,15 @@ def _load(
         reason = _short(error)
         if reason.startswith(("BuilderConfig", "Config name")):
             raise ConfigError(
-                f"{source.sibling('subset')}={source.subset or 'null'}: {source.path}: {reason}"
+                f"task.subset={source.subset or 'null'}: {source.path}: {reason}"
             ) from error
-        raise ConfigError(f"{source.field}={source.path} cannot be read: {fix}.\n  {reason}") from (
+        raise ConfigError(f"task.path={source.path} cannot be read: {fix}.\n  {reason}") from (
             error
         )
     if dataset is None:
         return _in_memory([], {})
     if is_csv:
-        columns = typed_columns(dataset.to_dict(), text_columns)
+        columns = typed_columns(dataset.to_dict(), source.text_columns)
         return _in_memory([*columns], dict(zip(numbers, rows_of(columns), strict=True)))
     return _of_dataset(dataset, source, numbers)
 

@@ -19,14 +19,14 @@ from pyarrow import parquet
 
 from rlhf_exp.machine.network import reachable, responds
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.tasks.tables import CHUNK, READERS, Table, read_table
+from rlhf_exp.tasks.tables import CHUNK, READERS, Source, Table, read_table
 
 ROWS = [{"prompt": "a b", "label": 1}, {"prompt": "c, d", "label": 2}, {"prompt": "é", "label": 3}]
 NAMELESS = "http://127.0.0.1:9"  # where nothing listens
 
 
 def read(path, **options) -> Table:
-    return read_table(str(path), field="task.path", split_field="task.split", **options)
+    return read_table(Source(path=str(path), **options))
 
 
 def rows(table: Table) -> list:
@@ -602,7 +602,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def attempt(name, **options):
     start = time.monotonic()
     try:
-        table = read_table(name, field="task.path", split_field="task.split", **options)
+        table = read_table(Source(path=name, **options))
         result = list(table.rows(range(table.num_rows)))
     except ConfigError as error:
         result = str(error)
@@ -617,7 +617,7 @@ logging.basicConfig(level=logging.INFO)
 
 from rlhf_exp.machine.network import reachable, responds
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.tasks.tables import read_table
+from rlhf_exp.tasks.tables import Source, read_table
 
 given = [{}, {"split": "train[1:]"}, {"split": "test"}, {"subset": "fr"}, {"revision": "v1"}]
 results = [attempt("org/name", **options) for options in given]

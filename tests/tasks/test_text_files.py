@@ -6,7 +6,7 @@ import pytest
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.labelled_text import LabelledTextFile
 from rlhf_exp.tasks.pairs import read_pairs
-from rlhf_exp.tasks.tables import READERS, read_table
+from rlhf_exp.tasks.tables import READERS, Source, read_table
 from rlhf_exp.tasks.text_files import read_text
 
 
@@ -29,7 +29,7 @@ def test_what_cannot_be_read_is_refused_by_field_and_file(tmp_path: Path):
 
 
 def read_as_table(file: Path) -> object:
-    return read_table(str(file), field="task.path", split_field="task.split")
+    return read_table(Source(path=str(file)))
 
 
 def read_as_pairs(file: Path) -> object:
