@@ -14,15 +14,19 @@ from rlhf_exp.settings import ConfigError
 PATIENCE_S = 10.0  # for an answer; a connection must open within 2 s
 
 
+def is_http_url(text: str) -> bool:
+    """Whether the text is http(s)://HOST or http(s)://HOST:PORT with any path."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of the port, or of an IPv6 address
+        return False
+
+
 def hub_url() -> str:
     """The URL of the Hugging Face hub. Raises ConfigError if HF_ENDPOINT is not a URL."""
     url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        parts = urlsplit(url)
-        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of the port, or of an IPv6 address
-        is_url = False
-    if not is_url:
+    if not is_http_url(url):
         raise ConfigError(
             f"HF_ENDPOINT={url} is not a URL: set it to http(s)://HOST or http(s)://HOST:PORT, or"
             " unset it"

@@ -17,6 +17,7 @@ from urllib.parse import urljoin, urlsplit
 import torch
 from pydantic import field_validator
 
+from rlhf_exp.machine.network import is_http_url
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
 from rlhf_exp.rewards.samples import Samples, cut, read_samples, read_scores
 from rlhf_exp.security.redaction import remember_secret
@@ -61,13 +62,8 @@ class HttpReward:
     @field_validator("url")
     @classmethod
     def _usable(cls, url: str) -> str:
-        try:
-            parts = urlsplit(url)
-            is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-            has_user = parts.username is not None or parts.password is not None
-        except ValueError:
-            is_url = has_user = False
-        if "@" in url and (has_user or not is_url):
+        is_url = is_http_url(url)
+        if "@" in url and (not is_url or urlsplit(url).username is not None):
             # ConfigError, so that the message does not repeat the value.
             raise ConfigError(
                 "reward.url seems to hold a user or a password, which would be written to the"

@@ -102,7 +102,12 @@ class Arithmetic:
     def demonstration_split(self) -> Split[Demonstration]:
         """Every wording, with its answer, of the training problems and of those for tuning."""
         train, tuning, _ = self._problems
-        return Split(*(tuple(map(self._demonstrate, _wordings(p))) for p in (train, tuning)))
+        return Split(
+            *(
+                tuple(Demonstration(prompt, self.answer(prompt)) for prompt in _wordings(problems))
+                for problems in (train, tuning)
+            )
+        )
 
     def answer(self, prompt: str) -> str:
         """The series with a space before each value. Raises ValueError for a text that is not a
@@ -112,9 +117,6 @@ class Arithmetic:
     def true_reward(self, prompt: str, completion: str) -> float:
         """`series_reward` of the completion; 1 unless it holds only integers from 0 to 100."""
         return series_reward(parse_prompt(prompt).series(), parse_answer(completion))
-
-    def _demonstrate(self, prompt: str) -> Demonstration:
-        return Demonstration(prompt, self.answer(prompt))
 
     @cached_property
     def _problems(self) -> tuple[list[Problem], list[Problem], list[Problem]]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from pydantic import model_validator
 
 from rlhf_exp.settings import ConfigError, Count, Fraction, Index, Text, is_reference, settings
-from rlhf_exp.tasks.hashing import hash_fraction, held_out_keys
+from rlhf_exp.tasks.hashing import hash_fraction, split_by_keys
 from rlhf_exp.tasks.protocol import Conversation, Prompt, PromptRow, Split
 from rlhf_exp.tasks.tables import Source, read_table
 from rlhf_exp.tasks.text_files import check_unicode
@@ -118,35 +118,32 @@ class PromptDataset:
 
     @cached_property
     def _contents(self) -> _Contents:
-        train = self._read(self.split, "task.split")
+        split = self._split()
+        digest = hashlib.sha256()
+        for part in split:
+            for row in part:
+                digest.update(repr(row).encode())
+            digest.update(b"end of the part")
+        return _Contents(digest.hexdigest(), split)
+
+    def _split(self) -> Split[Prompt]:
+        rows = self._read(self.split, "task.split")
         if self.eval_split is not None:
-            train_keys = {_key(row) for row in train}
-            rows = self._read(self.eval_split, "task.eval_split")
-            held_out = [row for row in rows if _key(row) not in train_keys]
+            train_keys = {_key(row) for row in rows}
+            others = self._read(self.eval_split, "task.eval_split")
+            held_out = tuple(row for row in others if _key(row) not in train_keys)
             if not held_out:
                 raise ConfigError(
                     f"task.eval_split={self.eval_split}: {self.path} has no prompt there that is"
                     f" not in {self.split} too"
                 )
-        else:
-            train, held_out = self._hold_out(train)
-        digest = hashlib.sha256()
-        for part in (train, held_out):
-            for row in part:
-                digest.update(repr(row).encode())
-            digest.update(b"end of the part")
-        return _Contents(digest.hexdigest(), Split(tuple(train), tuple(held_out)))
-
-    def _hold_out(self, rows: list[PromptRow]) -> tuple[list[PromptRow], list[PromptRow]]:
+            return Split(tuple(rows), held_out)
         if self.held_out_fraction == 0:
-            return rows, rows
+            return Split(tuple(rows), tuple(rows))
         # By the prompt: equal ones stay together, and none moves when others are added.
         keys = [f"{self.data_seed} {_key(row)}" for row in rows]
-        chosen = held_out_keys(keys, self.held_out_fraction)
-        parts: tuple[list[PromptRow], list[PromptRow]] = ([], [])
-        for row, key in zip(rows, keys, strict=True):
-            parts[key in chosen].append(row)
-        if not parts[0]:
+        split: Split[Prompt] = split_by_keys(rows, keys, self.held_out_fraction)
+        if not split.train:
             raise ConfigError(
                 f"task.held_out_fraction={self.held_out_fraction} leaves none of the {len(rows)}"
                 f" prompts of {self.path} to train on: lower it, name an eval_split, or set it 0 to"
@@ -154,9 +151,9 @@ class PromptDataset:
             )
         log.info(
             "task.held_out_fraction=%g: %d of %d distinct prompts are held out",
-            self.held_out_fraction, len(chosen), len(set(keys)),
+            self.held_out_fraction, len({*map(_key, split.held_out)}), len({*keys}),
         )  # fmt: skip
-        return parts
+        return split
 
     def _read(self, split: str, split_field: str) -> list[PromptRow]:
         source = Source(
@@ -251,5 +248,6 @@ def _message(message: Any, what: str) -> dict[str, str]:
     return {"role": message["role"], "content": check_unicode(message["content"], what)}
 
 
-def _key(row: PromptRow) -> str:
-    return row.prompt if isinstance(row.prompt, str) else repr(row.prompt)
+def _key(row: Prompt) -> str:
+    prompt = row.prompt if isinstance(row, PromptRow) else row
+    return prompt if isinstance(prompt, str) else repr(prompt)

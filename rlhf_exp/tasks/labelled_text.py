@@ -1,6 +1,7 @@
 """A user's labelled sentences: a corpus, labels, and prompts from their first words.
 
-Knows the file's format and refuses an ambiguous file; knows no model.
+Knows the file's format and refuses an ambiguous file; knows no model. Split by hand at line feeds
+and tabs: `csv` also ends a row at a carriage return within a text.
 """
 
 import hashlib

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from rlhf_exp.settings import ConfigError, Index, OpenFraction, Text, is_reference, settings
-from rlhf_exp.tasks.hashing import held_out_keys
+from rlhf_exp.tasks.hashing import split_by_keys
 from rlhf_exp.tasks.protocol import Pair, Split
 from rlhf_exp.tasks.tables import Source, read_table
 from rlhf_exp.tasks.text_files import check_unicode
@@ -123,11 +123,7 @@ def hold_out(
     prompts = [prompt_of(item) for item in items]
     by_prompt = len(set(prompts)) >= MANY_PROMPTS
     keys = [f"{salt} {p}" if by_prompt else f"{salt} {i} {p}" for i, p in enumerate(prompts)]
-    chosen = held_out_keys(keys, fraction)
-    parts: tuple[list[T], list[T]] = ([], [])
-    for item, key in zip(items, keys, strict=True):
-        parts[key in chosen].append(item)
-    return Split(tuple(parts[0]), tuple(parts[1]))
+    return split_by_keys(items, keys, fraction)
 
 
 def num_shared(split: Split[Pair]) -> int:

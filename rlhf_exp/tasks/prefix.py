@@ -86,15 +86,11 @@ class Prefix:
     @cached_property
     def _prefixes(self) -> list[str]:
         if self.prefix_file is not None:
-            prefixes = _lines(Path(self.prefix_file).expanduser())
+            file = Path(self.prefix_file).expanduser()
+            lines = read_text(file, field="task.prefix_file").split("\n")
+            prefixes = [line.removesuffix("\r") for line in lines if line.strip()]
+            if not prefixes:
+                raise ConfigError(f"task.prefix_file: {file} holds no prefix: give one a line")
         else:
             prefixes = [self.prefix] if isinstance(self.prefix, str) else list(self.prefix or ())
         return list(dict.fromkeys(prefixes))
-
-
-def _lines(file: Path) -> list[str]:
-    lines = read_text(file, field="task.prefix_file").split("\n")
-    prefixes = [line.removesuffix("\r") for line in lines if line.strip()]
-    if not prefixes:
-        raise ConfigError(f"task.prefix_file: {file} holds no prefix: give one a line")
-    return prefixes

@@ -39,7 +39,9 @@ def encode_prompts(
         rows = [row for row, ids in shaped if ids is not None]
         encoded = [list(ids) for _, ids in shaped if ids is not None]
     if not rows:
-        raise ConfigError(f"task: none of {len(prompts)} prompts is left{_lengths(lengths)}")
+        fix = "; widen task.min_tokens and task.max_tokens"
+        span = f": they have {min(lengths)} to {max(lengths)} tokens{fix}" if lengths else ""
+        raise ConfigError(f"task: none of {len(prompts)} prompts is left{span}")
     for row, ids in zip(rows, encoded, strict=True):
         if not ids:
             raise ConfigError(
@@ -54,15 +56,6 @@ def encode_prompts(
         tokens=tokens.to(device),
         mask=mask.to(device),
         rows=tuple(_record(row, text) for row, text in zip(rows, texts, strict=True)),
-    )
-
-
-def _lengths(lengths: Sequence[int]) -> str:
-    if not lengths:
-        return ""
-    return (
-        f": they have {min(lengths)} to {max(lengths)} tokens; widen task.min_tokens and"
-        " task.max_tokens"
     )
 
 
