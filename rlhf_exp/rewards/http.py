@@ -248,24 +248,18 @@ def retry_after_s(response: "Response") -> float:
 
 def encode(samples: Samples, *, who: str) -> bytes:
     """The body of a request. Raises RewardError naming a column that JSON cannot represent."""
+    for name, entries in samples.columns.items():
+        for index, entry in enumerate(entries):
+            try:
+                json.dumps(entry, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise RewardError(
+                    f"{who}: the column {name!r} of the dataset holds {reprlib.repr(entry)}, which"
+                    f" JSON cannot represent ({error}); remove the column or make it text\n"
+                    + samples.show(index)
+                ) from error
     content = {"prompts": samples.prompts, "completions": samples.completions}
-    try:
-        return json.dumps(content | {"columns": samples.columns}, allow_nan=False).encode()
-    except (TypeError, ValueError):
-        for name, entries in samples.columns.items():
-            for index, entry in enumerate(entries):
-                _check_json(name, entry, samples.show(index), who)
-        raise
-
-
-def _check_json(column: str, entry: Any, sample: str, who: str) -> None:
-    try:
-        json.dumps(entry, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise RewardError(
-            f"{who}: the column {column!r} of the dataset holds {reprlib.repr(entry)}, which JSON"
-            f" cannot represent ({error}); remove the column or make it text\n{sample}"
-        ) from error
+    return json.dumps(content | {"columns": samples.columns}).encode()
 
 
 def read_answer(response: "Response", samples: Samples, *, who: str) -> Any:

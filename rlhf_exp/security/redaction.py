@@ -116,10 +116,14 @@ def remember_secret(text: str) -> None:
 
 def remember_words(words: Sequence[str]) -> None:
     """Makes `scrub` replace the secrets of a command line, even of one that Hydra rejects."""
+
+    def remember_value(key: str, value: str) -> str:
+        bare = value.strip("'\"[]{}")
+        remember({key: [value, bare, *re.split(r"\s*,\s*", bare)]})
+        return value
+
     for word in words:
-        for key, value in _assigned(word):
-            bare = value.strip("'\"[]{}")
-            remember({key: [value, bare, *re.split(r"\s*,\s*", bare)]})
+        _map_secrets(remember_value, word)
 
 
 def remember_environment() -> None:
@@ -256,26 +260,22 @@ def _holds_secrets(path: str, value: str) -> bool:
     return is_secret(last, 0 if numbers else value)
 
 
-def _assigned(word: str) -> Iterator[tuple[str, str]]:
+def _map_secrets(change: Callable[[str, str], str], word: str) -> str:
+    """A word of a command line with `change(key, value)` in place of every secret."""
     path, equals, value = word.partition("=")
     if equals and _holds_secrets(path, value):
-        yield path.rpartition(".")[2], value
-        return
-    for key, _, inner in _INSIDE.findall(word):
-        if _holds_secrets(key, inner):
-            yield key, inner
-
-
-def _redact_word(word: str) -> str:
-    path, equals, value = word.partition("=")
-    if equals and _holds_secrets(path, value):
-        return f"{path}={REDACTED}"
+        return f"{path}={change(path.rpartition('.')[2], value)}"
 
     def replacement(match: re.Match[str]) -> str:
         key, between, inner = match.groups()
-        return f"{key}{between}{REDACTED}" if _holds_secrets(key, inner) else match[0]
+        return f"{key}{between}{change(key, inner)}" if _holds_secrets(key, inner) else match[0]
 
-    redacted = _INSIDE.sub(replacement, word)
+    return _INSIDE.sub(replacement, word)
+
+
+def _redact_word(word: str) -> str:
+    path, equals, _ = word.partition("=")
+    redacted = _map_secrets(lambda key, value: REDACTED, word)
     is_target = path.rpartition(".")[2] == "_target_"
     if is_target or not _repeats_secret(redacted):
         return redacted
