@@ -9,7 +9,6 @@ from jaxtyping import Float
 from pydantic import BeforeValidator, model_validator
 from torch import Tensor
 
-from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.rewards.protocol import RewardFunction
 from rlhf_exp.rewards.sequence_classifier import SequenceClassifierSettings, Side
 from rlhf_exp.settings import ConfigError, Upstream, settings
@@ -65,7 +64,16 @@ class Classifier(SequenceClassifierSettings):
             device, auto_on_cuda=torch.float16, truncation_side=self.truncation_side
         )
         config = classifier.model.config
-        self._check_usable(classifier.model)
+        if config.num_labels < 2:
+            raise ConfigError(
+                f"reward.name={self.name!r} has {config.num_labels} output and no labels to choose"
+                " from; a scalar reward model is for reward=pair_model"
+            )
+        if config.problem_type == "regression" and self.output != "logit":
+            raise ConfigError(
+                f"reward.output={self.output}: {self.name!r} has problem_type=regression, its"
+                " outputs are no probabilities; set reward.output=logit"
+            )
         label = self.find_label([str(config.id2label[i]) for i in range(config.num_labels)])
         exclusive = config.problem_type != "multi_label_classification"
 
@@ -106,19 +114,6 @@ class Classifier(SequenceClassifierSettings):
             + (" and reward.direction=null" if self.direction else "")
             + ("" if has_numbers else f", or an index from 0 to {len(labels) - 1}")
         )
-
-    def _check_usable(self, model: PreTrainedModel) -> None:
-        config = model.config
-        if config.num_labels < 2:
-            raise ConfigError(
-                f"reward.name={self.name!r} has {config.num_labels} output and no labels to choose"
-                " from; a scalar reward model is for reward=pair_model"
-            )
-        if config.problem_type == "regression" and self.output != "logit":
-            raise ConfigError(
-                f"reward.output={self.output}: {self.name!r} has problem_type=regression, its"
-                " outputs are no probabilities; set reward.output=logit"
-            )
 
 
 def label_outputs(

@@ -116,7 +116,10 @@ class HttpReward:
     def _check_listening(self) -> None:
         """Raises ConfigError unless a server accepts connections. Checks nothing behind a proxy,
         where only a request can tell."""
-        if self._uses_proxy():
+        from requests.utils import get_environ_proxies, select_proxy
+
+        proxies = get_environ_proxies(self.url, no_proxy=self._no_proxy())
+        if select_proxy(self.url, proxies) is not None:
             return
         parts = urlsplit(self.url)
         host, port = parts.hostname or "", parts.port or {"http": 80}.get(parts.scheme, 443)
@@ -127,12 +130,6 @@ class HttpReward:
                 f"reward.url={self.url}: nobody answers at {host}:{port} ({error}); start the"
                 " server, or correct the url"
             ) from error
-
-    def _uses_proxy(self) -> bool:
-        from requests.utils import get_environ_proxies, select_proxy
-
-        proxies = get_environ_proxies(self.url, no_proxy=self._no_proxy())
-        return select_proxy(self.url, proxies) is not None
 
     def _no_proxy(self) -> str | None:
         """The host if it is this machine, which is never behind a proxy; else None, so that the

@@ -9,7 +9,7 @@ import logging
 import reprlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import model_validator
 
@@ -25,11 +25,6 @@ COLUMNS = ("prompt", "text", "messages")
 ANSWERS = "assistant"
 ROLES = ("system", "user", ANSWERS, "tool", "developer")
 CALLS = ("tool_calls", "function_call")  # keys of a message that are not supported
-
-
-class _Contents(NamedTuple):
-    sha256: str
-    split: Split[Prompt]
 
 
 @settings
@@ -94,16 +89,23 @@ class PromptDataset:
         Raises ConfigError if the dataset cannot be read as described or leaves no prompts for
         training or for evaluation.
         """
-        return "" if is_reference(self.path) else self._contents.sha256
+        if is_reference(self.path):
+            return ""
+        digest = hashlib.sha256()
+        for part in self._split:
+            for row in part:
+                digest.update(repr(row).encode())
+            digest.update(b"end of the part")
+        return digest.hexdigest()
 
     def train_prompts(self) -> tuple[Prompt, ...]:
         """The prompts that are not held out, in random order."""
-        return self._contents.split.train
+        return self._split.train
 
     def eval_prompts(self) -> tuple[Prompt, ...]:
         """The held-out prompts, none of them in `train_prompts`; with held_out_fraction=0 the
         training prompts."""
-        return self._contents.split.held_out
+        return self._split.held_out
 
     def shape_prompt(self, row: PromptRow, ids: Sequence[int]) -> Sequence[int] | None:
         """The first tokens of the prompt, or all; None if there are too few or too many."""
@@ -117,15 +119,6 @@ class PromptDataset:
         return ids[: self.first_tokens_min + int(draw * num_choices)]
 
     @cached_property
-    def _contents(self) -> _Contents:
-        split = self._split()
-        digest = hashlib.sha256()
-        for part in split:
-            for row in part:
-                digest.update(repr(row).encode())
-            digest.update(b"end of the part")
-        return _Contents(digest.hexdigest(), split)
-
     def _split(self) -> Split[Prompt]:
         rows = self._read(self.split, "task.split")
         if self.eval_split is not None:
