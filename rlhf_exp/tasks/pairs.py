@@ -29,11 +29,10 @@ T = TypeVar("T")
 
 
 class SourcedPair(NamedTuple):
-    """A pair with its file and row, for messages."""
+    """A pair and its place, as "FILE, row N"."""
 
     pair: Pair
-    file: Path
-    row: int
+    place: str
 
 
 class _Contents(NamedTuple):
@@ -82,14 +81,16 @@ class PairsFile:
         return Split(*(tuple(s.pair for s in part) for part in self._contents.split))
 
     def sources(self) -> Split[str]:
-        """The place of each pair of `pair_split`, as "FILE, row N"."""
-        return Split(*(tuple(f"{s.file}, row {s.row}" for s in part)
-                       for part in self._contents.split))  # fmt: skip
+        """The place of each pair of `pair_split`."""
+        return Split(*(tuple(s.place for s in part) for part in self._contents.split))
 
     @cached_property
     def _contents(self) -> _Contents:
         files = locate_pairs(self.path)
-        by_file = [[SourcedPair(p, file, row) for row, p in read_pairs(file)] for file in files]
+        by_file = [
+            [SourcedPair(pair, f"{file}, row {row}") for row, pair in read_pairs(file)]
+            for file in files
+        ]
         pairs = [sourced for part in by_file for sourced in part]
         if len(pairs) < MIN_PAIRS:
             raise ConfigError(
@@ -233,10 +234,10 @@ def _ended(row: Mapping[str, Any], name: str, where: str) -> bool:
 def _check_rewards(pairs: Sequence[SourcedPair]) -> None:
     """Raises ConfigError if only some of the pairs have rewards."""
     first = pairs[0].pair.chosen_reward is None
-    for pair, file, row in pairs:
+    for pair, place in pairs:
         if (pair.chosen_reward is None) != first:
             has, others = ("no", "have them") if not first else ("a", "have none")
             raise ConfigError(
-                f"task.path: {file}, row {row} has {has} chosen_reward where earlier rows {others}:"
+                f"task.path: {place} has {has} chosen_reward where earlier rows {others}:"
                 " give rewards for all pairs or for none"
             )
