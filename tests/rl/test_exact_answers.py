@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rlhf_exp.rl import exact_answers
 from rlhf_exp.rl.exact_answers import exact_match, exact_matches, judge_answers
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.cached import CachedSampler
