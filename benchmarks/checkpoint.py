@@ -26,7 +26,7 @@ from rlhf_exp.stages.ppo import PPO, Phases, start
 from rlhf_exp.runs.checkpoint import CheckpointWriter
 from rlhf_exp.runs.context import pick_device
 from rlhf_exp.training.optim import AdamWSettings, Constant
-from rlhf_exp.machine.processor import use_processor_well
+from rlhf_exp.machine.cpu_settings import use_processor_well
 from rlhf_exp.training.saver import split_state
 from rlhf_exp.machine.timing import Stopwatch
 from shapes import SHAPES

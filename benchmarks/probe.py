@@ -19,7 +19,7 @@ from rlhf_exp.kernels.attention import install_kernels
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.fast_paths import Probe, find_fast_paths, padded
 from rlhf_exp.tasks.tokenizers import word_tokenizer
-from rlhf_exp.machine.processor import use_processor_well
+from rlhf_exp.machine.cpu_settings import use_processor_well
 from shapes import SHAPES
 
 

@@ -27,7 +27,7 @@ from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.rl.compute import Compute
 from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.runs.context import pick_device
-from rlhf_exp.machine.processor import use_processor_well
+from rlhf_exp.machine.cpu_settings import use_processor_well
 from rlhf_exp.types import Generation, PromptBatch
 from shapes import SHAPES, Shape
 

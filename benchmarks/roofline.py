@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from shapes import SHAPES, Shape
 
-from rlhf_exp.machine.processor import use_processor_well
+from rlhf_exp.machine.cpu_settings import use_processor_well
 
 
 class Cost(NamedTuple):

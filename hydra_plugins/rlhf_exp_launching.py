@@ -24,7 +24,7 @@ from rich.text import Text
 
 from rlhf_exp.app import run
 from rlhf_exp.app.user_modules import import_from_config_folders
-from rlhf_exp.machine.installation import REPOSITORY, SCRIPTS
+from rlhf_exp.machine.locations import REPOSITORY, SCRIPTS
 from rlhf_exp.machine.slurm import requeue
 from rlhf_exp.runs.config_keys import use_of
 from rlhf_exp.runs.files import write_whole

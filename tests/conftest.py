@@ -11,7 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: threads wou
 
 import rlhf_exp.machine.environment  # noqa: F401, I001  it must precede the import of torch
 
-from rlhf_exp.machine.processor import use_processor_well
+from rlhf_exp.machine.cpu_settings import use_processor_well
 
 use_processor_well()
 

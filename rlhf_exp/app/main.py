@@ -6,7 +6,7 @@ import hydra
 from omegaconf import DictConfig
 
 from rlhf_exp.app import run
-from rlhf_exp.machine.installation import CONF
+from rlhf_exp.machine.locations import CONF
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")

@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from rlhf_exp.machine.installation import REPOSITORY
+from rlhf_exp.machine.locations import REPOSITORY
 from rlhf_exp.security.redaction import redact_words
 from rlhf_exp.settings import ConfigError
 

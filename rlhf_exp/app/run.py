@@ -41,7 +41,7 @@ from rlhf_exp.app.resume import (
     with_recorded_words,
 )
 from rlhf_exp.app.user_modules import import_from_config_folders
-from rlhf_exp.machine.installation import CONF
+from rlhf_exp.machine.locations import CONF
 from rlhf_exp.machine.streams import make_streams_unbreakable
 from rlhf_exp.runs.config_keys import OF_ONE_START, read_run_settings
 from rlhf_exp.runs.files import write_whole
@@ -84,7 +84,7 @@ def execute(cfg: DictConfig, path: Path, stop: "StopRequests | None" = None) -> 
     """Checks the whole configuration, prepares its artifacts, and runs its stage. `stop` can end
     it early."""
     from rlhf_exp.app.experiment import run_experiment
-    from rlhf_exp.machine.processor import use_processor_well
+    from rlhf_exp.machine.cpu_settings import use_processor_well
     from rlhf_exp.machine.timing import PROCESS_BEGAN
     from rlhf_exp.runs.checkpoint import has_checkpoint
 

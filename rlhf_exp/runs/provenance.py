@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from rlhf_exp.machine.installation import PACKAGE, REPOSITORY
+from rlhf_exp.machine.locations import PACKAGE, REPOSITORY
 from rlhf_exp.security.redaction import redact_source
 
 MAX_DIFF = 1 << 16  # bytes

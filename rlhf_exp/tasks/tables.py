@@ -23,7 +23,7 @@ from rlhf_exp.hf import quiet_datasets
 from rlhf_exp.machine.network import hub_responds, hub_url
 from rlhf_exp.runs.lfs import refuse_lfs_pointer
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.tasks.columns import rows_of, typed_columns
+from rlhf_exp.tasks.csv_types import rows_of, typed_columns
 from rlhf_exp.tasks.text_files import read_text
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from rlhf_exp.machine.processor import keep_freed_memory, use_fast_fp32_products
+from rlhf_exp.machine.cpu_settings import keep_freed_memory, use_fast_fp32_products
 
 
 @pytest.mark.parametrize("size", [(256, 256, 256), (7, 300, 5), (64, 768, 3072), (1, 1000, 17)])
@@ -42,7 +42,7 @@ def test_products_that_would_be_rounded_are_not_taken() -> None:
 import json, torch
 matmul = torch.backends.mkldnn.matmul
 before = matmul.fp32_precision
-from rlhf_exp.machine.processor import use_fast_fp32_products
+from rlhf_exp.machine.cpu_settings import use_fast_fp32_products
 used = use_fast_fp32_products()
 after = matmul.fp32_precision
 torch.manual_seed(0)
@@ -62,7 +62,7 @@ def test_freed_memory_is_used_again() -> None:
     # the least of a few times, since where they come to lie has to settle.
     code = """
 import json, resource, torch
-from rlhf_exp.machine.processor import keep_freed_memory
+from rlhf_exp.machine.cpu_settings import keep_freed_memory
 def faults():
     counts = []
     for _ in range(6):
