@@ -25,7 +25,8 @@ from rlhf_exp.rl.compute import warm_up
 from rlhf_exp.stages.ppo import PPO, Phases, start
 from rlhf_exp.runs.checkpoint import CheckpointWriter
 from rlhf_exp.runs.context import pick_device
-from rlhf_exp.training.optim import AdamWSettings, Constant
+from rlhf_exp.training.optim import AdamWSettings
+from rlhf_exp.training.schedules import Constant
 from rlhf_exp.machine.cpu_settings import use_processor_well
 from rlhf_exp.training.saver import split_state
 from rlhf_exp.machine.timing import Stopwatch

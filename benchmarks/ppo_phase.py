@@ -32,7 +32,8 @@ from rlhf_exp.stages.ppo import PPO, Phases, coefficients, start
 from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.tasks.tokenizers import word_tokenizer
 from rlhf_exp.runs.context import pick_device
-from rlhf_exp.training.optim import AdamWSettings, Constant, clip_gradients
+from rlhf_exp.training.optim import AdamWSettings, clip_gradients
+from rlhf_exp.training.schedules import Constant
 from rlhf_exp.machine.cpu_settings import use_processor_well
 from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.types import Layout

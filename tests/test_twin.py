@@ -14,7 +14,8 @@ from rlhf_exp.models.finetune import Full
 from rlhf_exp.models.loading import Pretrained
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.rollout.cached import CachedSampler
-from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
+from rlhf_exp.training.optim import AdamWSettings
+from rlhf_exp.training.schedules import WarmupDecay
 from rlhf_exp.training.seeding import stream
 from rlhf_exp.types import Completions
 

@@ -17,7 +17,7 @@ from rlhf_exp.machine.slurm import requeue
 from rlhf_exp.runs.checkpoint import newest_phase
 from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.runs.folder import RunFolder
-from rlhf_exp.runs.status import Status, is_done
+from rlhf_exp.runs.status import Status, is_done, write_status
 from rlhf_exp.runs.stopping import Interrupted, StopRequests
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tracking.progress import file_log
@@ -89,7 +89,7 @@ def _end(folder: RunFolder, status: Status, why: str) -> None:
     if is_done(folder.path):
         return
     try:
-        folder.write_status(status, why)
+        write_status(folder.path, status, why)
     except OSError as error:
         log.warning("%s/status.json cannot be written: %s", folder.path, error.strerror)
 

@@ -23,6 +23,7 @@ from rlhf_exp.runs.context import Context
 from rlhf_exp.runs.folder import RunFolder, Sink
 from rlhf_exp.runs.paths import MODEL
 from rlhf_exp.runs.presentation import attempt
+from rlhf_exp.runs.status import write_status
 from rlhf_exp.runs.stopping import StopRequests
 from rlhf_exp.security.redaction import redact
 from rlhf_exp.settings import PARTS, ConfigError
@@ -191,7 +192,7 @@ def _last_to_prepare(steps: Sequence[Step], until: str | None) -> int:
 def _stop_early(prepared: Prepared, path: Path) -> None:
     with RunFolder(path) as folder:
         folder.write_result({"prepare": prepared.results, "seconds": prepared.seconds})
-        folder.write_status("done")
+        write_status(folder.path, "done")
     attempt("copying the figures", lambda: prepared.copy_figures(path))
     for name, made in prepared.folders.items():
         log.info("%s: %s", name, made)
@@ -239,7 +240,7 @@ def _run_stage(
         seconds["total"] = since_process_start() if is_alone else sum(seconds.values())
         content = {**replace(result, seconds=seconds).content(), "prepare": prepared.results}
         folder.write_result(content)
-        folder.write_status("done")
+        write_status(folder.path, "done")
         show = context.presentation
         show.add("copying the figures of prepared steps", lambda: prepared.copy_figures(job.path))
         if folder.model.is_dir():

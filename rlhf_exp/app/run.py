@@ -47,7 +47,7 @@ from rlhf_exp.runs.config_keys import OF_ONE_START, read_run_settings
 from rlhf_exp.runs.files import write_whole
 from rlhf_exp.runs.lock import is_locked, locked
 from rlhf_exp.runs.paths import CONFIG, HYDRA, LOCK, OVERRIDES, RESUMED, is_run, is_unused
-from rlhf_exp.runs.status import is_done, read_state
+from rlhf_exp.runs.status import is_done, read_state, write_status
 from rlhf_exp.security.printable import printable
 from rlhf_exp.security.redaction import (
     redact,
@@ -267,8 +267,6 @@ def job(cfg: DictConfig) -> None:
             _write_configuration(cfg, path)
             attempt(cfg, path)
         return
-    from rlhf_exp.runs.folder import RunFolder
-
     if read_state(path).status == "done":  # a preempting queue may start a job again
         return
     _write_configuration(cfg, path)
@@ -279,7 +277,7 @@ def job(cfg: DictConfig) -> None:
     code = call_in_process(_isolated, plain, config, path, log=log_file)
     unreported = read_state(path).status in ("waiting", "running") and not is_locked(path)
     if code and unreported:
-        RunFolder(path).write_status("failed", describe_end(code))
+        write_status(path, "failed", describe_end(code))
     if code == 130:
         raise KeyboardInterrupt
     if code:
@@ -331,8 +329,6 @@ def to_yaml(config: DictConfig | ListConfig) -> str:
 
 
 def _isolated(hydra_config: dict[str, Any], config: dict[str, Any], path: Path) -> None:
-    from rlhf_exp.runs.folder import RunFolder
-
     setup_globals()
     # The parent already prints to the console: keep only the file's handler.
     logs = hydra_config["hydra"]["job_logging"]
@@ -344,7 +340,7 @@ def _isolated(hydra_config: dict[str, Any], config: dict[str, Any], path: Path) 
     keep_log(path / f"{hydra_cfg.hydra.job.name}.log", console=False)
     scrub_logs()
     with locked(path):
-        RunFolder(path).write_status("running")
+        write_status(path, "running")
         attempt(OmegaConf.create(config), path)
 
 

@@ -24,6 +24,7 @@ from rlhf_exp.runs.context import Context
 from rlhf_exp.runs.folder import RunFolder
 from rlhf_exp.runs.paths import read_result
 from rlhf_exp.runs.presentation import attempt
+from rlhf_exp.runs.status import write_status
 from rlhf_exp.runs.stopping import StopRequests
 from rlhf_exp.runs.summary import describe
 from rlhf_exp.security.redaction import redact
@@ -204,7 +205,7 @@ def _run(step: Step, instantiate: Instantiate, context: Context) -> None:
     with contextlib.chdir("."):  # a reward may change the working folder
         result = stage.run(context, parts)
     folder.write_result(result.content())
-    folder.write_status("done")
+    write_status(folder.path, "done")
     context.presentation.show()
     # A finished step is never resumed.
     attempt("removing the checkpoints", lambda: remove_checkpoints(folder.path))

@@ -12,19 +12,44 @@ from torch import Tensor
 
 from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.machine.background import Background
+from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rewards.attempts import CheckedReward
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
 from rlhf_exp.rl.guards import Guards
 from rlhf_exp.rl.loop import PendingScores
-from rlhf_exp.rollout.sampler import have_ended
+from rlhf_exp.rollout.sampler import Sampler, have_ended
+from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.training.out_of_memory import explaining_memory
-from rlhf_exp.types import Completions, PromptBatch, Rollout
+from rlhf_exp.types import Completions, Generation, PromptBatch, Rollout, concatenate
 
 log = logging.getLogger(__name__)
 SCORING = (
     "lower reward.batch_size (of classifier, pair_model and reward_model)",
     "put the reward on another device (reward.device of classifier and pair_model)",
 )
+
+
+def sample(
+    sampler: Sampler,
+    policy: TransformerWithValueHead,
+    prompts: PromptBatch,
+    generator: torch.Generator,
+    *,
+    phase: int,
+    rows: int | None = None,
+) -> Generation:
+    """The sampler's generation, `rows` prompts at a time, by default all. Raises TrainingError
+    naming the phase if the policy has diverged."""
+    row_index = torch.arange(len(prompts.rows), device=prompts.tokens.device)
+    try:
+        return concatenate(
+            [
+                sampler(policy, prompts[index] if rows else prompts, generator)
+                for index in row_index.split(rows or len(row_index))
+            ]
+        )
+    except TrainingError as error:
+        raise TrainingError(f"phase {phase}: {error}") from error
 
 
 class Scorer:

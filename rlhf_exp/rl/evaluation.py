@@ -11,21 +11,20 @@ import torch
 from rich.console import Console
 
 from rlhf_exp.functional.masking import masked_mean
-from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rewards.attempts import CheckedReward
+from rlhf_exp.rl.collect import sample
 from rlhf_exp.rl.exact_answers import exact_match, judge_answers
 from rlhf_exp.rl.metrics import distinct_n
 from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rollout.measure import measure
-from rlhf_exp.rollout.sampler import Sampler
-from rlhf_exp.runs.context import Context, TrainingError
+from rlhf_exp.runs.context import Context
 from rlhf_exp.runs.folder import RunFolder
 from rlhf_exp.runs.paths import CURVES
 from rlhf_exp.runs.summary import describe
 from rlhf_exp.tasks.prompts import take
 from rlhf_exp.tracking.curves import plot_ppo, print_before_after
 from rlhf_exp.training.seeding import stream
-from rlhf_exp.types import Generation, PromptBatch, Rollout, concatenate
+from rlhf_exp.types import Rollout
 
 log = logging.getLogger(__name__)
 
@@ -102,29 +101,6 @@ def evaluate(
         for row, value, is_exact in zip(samples, true.tolist(), exact.tolist(), strict=True):
             row |= {"true_reward": value, "exact": is_exact}
     return Evaluation(metrics=metrics, samples=samples)
-
-
-def sample(
-    sampler: Sampler,
-    policy: TransformerWithValueHead,
-    prompts: PromptBatch,
-    generator: torch.Generator,
-    *,
-    phase: int,
-    rows: int | None = None,
-) -> Generation:
-    """The sampler's generation, `rows` prompts at a time, by default all. Raises TrainingError
-    naming the phase if the policy has diverged."""
-    row_index = torch.arange(len(prompts.rows), device=prompts.tokens.device)
-    try:
-        return concatenate(
-            [
-                sampler(policy, prompts[index] if rows else prompts, generator)
-                for index in row_index.split(rows or len(row_index))
-            ]
-        )
-    except TrainingError as error:
-        raise TrainingError(f"phase {phase}: {error}") from error
 
 
 def sample_rows(rollouts: list[Rollout]) -> list[dict[str, Any]]:

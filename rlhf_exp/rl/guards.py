@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.rewards.attempts import RetryPolicy
-from rlhf_exp.rl.metrics import mean_metrics
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.settings import Index, NonNegative, Positive, settings
-from rlhf_exp.training.optim import check_finite, must_be_finite, nonfinite
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +66,7 @@ def judge(guards: Guards, metrics: Mapping[str, Tensor]) -> Verdict:
     """The verdict on a minibatch from its metrics and gradient norms.
 
     With on_nonfinite="stop" each step is checked on a CPU only. On a GPU that would make the host
-    wait, so `sum_up` checks them at the end of the phase.
+    wait, so `metrics.mean_over_steps` checks them at the end of the phase.
     """
     limit = guards.max_approx_kl
     if limit is not None and bool(metrics["policy/approxkl"] > limit):
@@ -80,29 +78,31 @@ def judge(guards: Guards, metrics: Mapping[str, Tensor]) -> Verdict:
     return Verdict(take=finite, stop=not finite and guards.on_nonfinite == "stop")
 
 
-def sum_up(
-    guards: Guards,
-    state: TrainState,
-    minibatches: Sequence[Mapping[str, float]],
-    names: Sequence[str],
-) -> dict[str, float]:
-    """The metrics of a phase from those of its minibatches: means over the steps that were taken,
-    and their number as policy/steps. The metrics of these `names` are NaN if no step was taken.
+def must_be_finite(name: str) -> bool:
+    """Whether an optimizer step requires that the metric of that name is finite."""
+    return name == "loss/total" or name.startswith("grad_norm/")
 
-    Counts skipped steps in the state. Raises TrainingError that names phase and step for a loss or
-    gradient that is not finite with on_nonfinite="stop", and as `check_skipped` does.
-    """
-    if guards.on_nonfinite == "stop":
-        check_finite(minibatches, state.phase)
-    for number, metrics in enumerate(minibatches, 1):
-        if (fault := nonfinite(metrics)) is not None:
-            state.skipped_steps += 1
-            log.warning("phase %d, step %d is skipped: %s", state.phase, number, fault)
-    check_skipped(guards, state)
-    taken = [metrics for metrics in minibatches if metrics["policy/steps"]]
-    if not taken:
-        return dict.fromkeys(names, math.nan) | {"policy/steps": 0.0}
-    return mean_metrics(taken) | {"policy/steps": float(len(taken))}
+
+def nonfinite(step: Mapping[str, float]) -> str | None:
+    """A message with loss terms and gradient norms if the step's loss or gradient is not finite;
+    else None."""
+    if all(math.isfinite(value) for name, value in step.items() if must_be_finite(name)):
+        return None
+    what = "gradient" if math.isfinite(step["loss/total"]) else "loss"
+    terms = (f"{k} {v:g}" for k, v in step.items() if k.startswith(("loss/", "grad_norm/")))
+    return f"the {what} is not finite ({', '.join(terms)})"
+
+
+def check_finite(steps: Sequence[Mapping[str, float]], phase: int) -> None:
+    """Raises TrainingError naming the phase and the first step whose loss or gradient is not
+    finite, with loss terms and gradient norms."""
+    for number, step in enumerate(steps, 1):
+        if (fault := nonfinite(step)) is not None:
+            raise TrainingError(
+                f"phase {phase}, step {number}: {fault}; lower optimizer.base_lr and"
+                " optimizer.head_lr, raise stage.kl_coef, or skip such steps with"
+                " stage.guards.on_nonfinite=skip"
+            )
 
 
 def check_skipped(guards: Guards, state: TrainState) -> None:

@@ -1,5 +1,7 @@
-"""Metrics of a phase from its samples and its minibatches."""
+"""The metrics of a phase, from its samples and its minibatches."""
 
+import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -7,7 +9,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf_exp.functional.masking import masked_mean, masked_var
+from rlhf_exp.machine.timing import Stopwatch
+from rlhf_exp.rl.guards import Guards, check_finite, check_skipped, nonfinite
+from rlhf_exp.rl.kl_coefficient import KLCoefficient
+from rlhf_exp.rl.objectives import Objective
+from rlhf_exp.rl.setup import Setup
+from rlhf_exp.rl.state import TrainState
+from rlhf_exp.rollout.sampler import have_ended
+from rlhf_exp.training.optim import learning_rates
 from rlhf_exp.types import Experience
+
+log = logging.getLogger(__name__)
 
 
 def distinct_n(tokens: Int[Tensor, "batch completion"], mask: Bool[Tensor, "batch completion"],
@@ -68,3 +80,65 @@ def rollout_metrics(experience: Experience, *, truncates: bool) -> dict[str, flo
     if truncates:
         metrics["sample/kept_mass"] = masked_mean(rollout.kept_mass, mask).item()
     return metrics
+
+
+def mean_over_steps(
+    guards: Guards,
+    state: TrainState,
+    minibatches: Sequence[Mapping[str, float]],
+    names: Sequence[str],
+) -> dict[str, float]:
+    """The metrics of a phase from those of its minibatches: means over the steps that were taken,
+    and their number as policy/steps. The metrics of these `names` are NaN if no step was taken.
+
+    Counts skipped steps in the state. Raises TrainingError that names phase and step for a loss or
+    gradient that is not finite with on_nonfinite="stop", and as `check_skipped` does.
+    """
+    if guards.on_nonfinite == "stop":
+        check_finite(minibatches, state.phase)
+    for number, metrics in enumerate(minibatches, 1):
+        if (fault := nonfinite(metrics)) is not None:
+            state.skipped_steps += 1
+            log.warning("phase %d, step %d is skipped: %s", state.phase, number, fault)
+    check_skipped(guards, state)
+    taken = [metrics for metrics in minibatches if metrics["policy/steps"]]
+    if not taken:
+        return dict.fromkeys(names, math.nan) | {"policy/steps": 0.0}
+    return mean_metrics(taken) | {"policy/steps": float(len(taken))}
+
+
+def phase_metrics(
+    state: TrainState,
+    setup: Setup,
+    guards: Guards,
+    objective: Objective,
+    kl_coefficient: KLCoefficient,
+    lap: Stopwatch,
+    experience: Experience,
+    updates: Sequence[Mapping[str, float]],
+) -> dict[str, float]:
+    """The metrics of a phase. Counts skipped steps and raises as `mean_over_steps` does."""
+    rates, kl_coef = learning_rates(state.optimizer), kl_coefficient.now(state)
+    losses = objective.metric_names(with_values=experience.returns is not None)
+    names = (*losses, *(f"grad_norm/{name}" for name in rates))
+    learned = mean_over_steps(guards, state, updates, names)
+    rollout, sampler = experience.rollout, setup.sampler
+    metrics = rollout_metrics(experience, truncates=sampler.truncates)
+    ended = None
+    if sampler.stop_at_eos:
+        ended = have_ended(rollout.completions, setup.policy.tokenizer)
+    metrics |= state.collapse.update(
+        state.phase, metrics, rollout, gen_len=sampler.gen_len, ended=ended
+    )
+    seconds = lap.take()
+    return {
+        **metrics,
+        "objective/kl_coef": kl_coef,
+        **learned,
+        "train/skipped_steps": float(state.skipped_steps),
+        "train/skipped_rewards": float(state.skipped_rewards),
+        **{f"lr/{name}": rate for name, rate in rates.items()},
+        **{f"time/{name}_s": value for name, value in seconds.items()},
+        "time/tokens_per_s": rollout.completions.mask.sum().item()
+        / (seconds["rollout"] + seconds["learn"]),
+    }

@@ -1,65 +1,24 @@
-"""Step 6, keep: computes the metrics of a phase, logs, evaluates and saves."""
+"""Step 6, keep: sets the rates of the next phase, logs, evaluates and saves."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.rl.collect import SCORING, Scorer
 from rlhf_exp.rl.evaluation import brief, evaluate
-from rlhf_exp.rl.guards import Guards, check_kl_sum, sum_up
+from rlhf_exp.rl.guards import Guards, check_kl_sum
 from rlhf_exp.rl.histograms import HistogramCollector
 from rlhf_exp.rl.kl_coefficient import KLCoefficient
-from rlhf_exp.rl.metrics import rollout_metrics
 from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.state import TrainState
-from rlhf_exp.rollout.sampler import have_ended
 from rlhf_exp.runs.context import Context
 from rlhf_exp.tracking.progress import Progress
-from rlhf_exp.training.optim import learning_rates
 from rlhf_exp.training.out_of_memory import explaining_memory
 from rlhf_exp.training.saver import Saver
-from rlhf_exp.types import Experience
 
 log = logging.getLogger(__name__)
 EVALUATING = ("lower sampler.gen_len", "lower stage.eval_samples", *SCORING)
-
-
-def phase_metrics(
-    state: TrainState,
-    setup: Setup,
-    guards: Guards,
-    kl_coefficient: KLCoefficient,
-    lap: Stopwatch,
-    experience: Experience,
-    updates: Sequence[Mapping[str, float]],
-    *,
-    loss_metrics: Sequence[str],
-) -> dict[str, float]:
-    """The metrics of a phase. Counts skipped steps and raises TrainingError as `sum_up` does."""
-    rates, kl_coef = learning_rates(state.optimizer), kl_coefficient.now(state)
-    names = (*loss_metrics, *(f"grad_norm/{name}" for name in rates))
-    learned = sum_up(guards, state, updates, names)
-    rollout, sampler = experience.rollout, setup.sampler
-    metrics = rollout_metrics(experience, truncates=sampler.truncates)
-    ended = None
-    if sampler.stop_at_eos:
-        ended = have_ended(rollout.completions, setup.policy.tokenizer)
-    metrics |= state.collapse.update(
-        state.phase, metrics, rollout, gen_len=sampler.gen_len, ended=ended
-    )
-    seconds = lap.take()
-    return {
-        **metrics,
-        "objective/kl_coef": kl_coef,
-        **learned,
-        "train/skipped_steps": float(state.skipped_steps),
-        "train/skipped_rewards": float(state.skipped_rewards),
-        **{f"lr/{name}": rate for name, rate in rates.items()},
-        **{f"time/{name}_s": value for name, value in seconds.items()},
-        "time/tokens_per_s": rollout.completions.mask.sum().item()
-        / (seconds["rollout"] + seconds["learn"]),
-    }
 
 
 def advance(

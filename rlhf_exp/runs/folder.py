@@ -27,14 +27,11 @@ from rlhf_exp.runs.paths import (
     RESULT,
     RUN_ID,
     SAMPLES,
-    STATUS,
 )
 from rlhf_exp.runs.presentation import attempt
 from rlhf_exp.runs.provenance import environment
-from rlhf_exp.runs.status import Status
+from rlhf_exp.runs.status import write_status
 from rlhf_exp.runs.summary import Histogram, summarize
-from rlhf_exp.security.printable import printable
-from rlhf_exp.security.redaction import scrub
 
 log = logging.getLogger(__name__)
 ROWS = (METRICS, SAMPLES, HISTOGRAMS)
@@ -92,7 +89,7 @@ class RunFolder:
     def start(self) -> None:
         """Marks the run as running, once everything is loaded, and opens the other sinks."""
         self._sinks = self._stack.enter_context(self._open_sinks())
-        self.write_status("running")
+        write_status(self.path, "running")
         self.write_environment()
 
     def log(self, phase: int, metrics: Mapping[str, float]) -> None:
@@ -211,11 +208,6 @@ class RunFolder:
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         write_whole(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-    def write_status(self, status: Status, error: str | None = None) -> None:
-        """Writes status.json, without secrets and without control characters."""
-        content = {"status": status, "error": error and printable(scrub(error))}
-        write_whole(self.path / STATUS, json.dumps(content) + "\n")
 
     def write_environment(self) -> None:
         """Writes environment.txt: the code and the machine. A run that is resumed in a different

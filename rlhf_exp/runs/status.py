@@ -1,16 +1,25 @@
-"""The state of a sweep's jobs, read from the files in their folders, so that it works for every
-launcher and every machine that shares the disk."""
+"""A run's status, written and read; and the state of a sweep's jobs, which is read from the files
+in their folders, so that it works for every launcher and every machine that shares the disk."""
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from rlhf_exp.runs.files import parse_object
+from rlhf_exp.runs.files import parse_object, write_whole
 from rlhf_exp.runs.paths import METRICS, STATUS
+from rlhf_exp.security.printable import printable
+from rlhf_exp.security.redaction import scrub
 
 Status = Literal["running", "done", "failed", "interrupted"]
 TAIL = 1 << 14  # bytes; a row of metrics.jsonl has about 1 kB
+
+
+def write_status(folder: Path, status: Status, error: str | None = None) -> None:
+    """Writes status.json, without secrets and without control characters."""
+    content = {"status": status, "error": error and printable(scrub(error))}
+    write_whole(folder / STATUS, json.dumps(content) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,8 @@ from rlhf_exp.stages.check_saved import check_saved_classifier
 from rlhf_exp.stages.protocol import Stage, StageResult
 from rlhf_exp.tasks.batches import BatchStream, length_bucketed, pad_right
 from rlhf_exp.tasks.protocol import LabelledTask, LabelledText
-from rlhf_exp.training.optim import AdamWSettings, Schedule
+from rlhf_exp.training.optim import AdamWSettings
+from rlhf_exp.training.schedules import Schedule
 from rlhf_exp.training.seeding import stream, stream_seed
 from rlhf_exp.training.supervised import Supervised, SupervisedState
 

@@ -19,17 +19,17 @@ from rlhf_exp.models.reference import reference_hash, resident_memory
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.rewards.protocol import Reward
 from rlhf_exp.rl import loop
-from rlhf_exp.rl.collect import Rollouts, Scorer, missing_eos_penalty
+from rlhf_exp.rl.collect import Rollouts, Scorer, missing_eos_penalty, sample
 from rlhf_exp.rl.compute import Compute, warm_up
 from rlhf_exp.rl.estimators import GAE, Estimator, credit, token_rewards
-from rlhf_exp.rl.evaluation import ANSWER_METRICS, METRICS, present, read_evaluations, sample
+from rlhf_exp.rl.evaluation import ANSWER_METRICS, METRICS, present, read_evaluations
 from rlhf_exp.rl.guards import Guards, clear_stop_if_allowed
 from rlhf_exp.rl.histograms import HistogramCollector
 from rlhf_exp.rl.kl_coefficient import KLCoefficient
 from rlhf_exp.rl.learn import Minibatch, micro_batches, minibatches, optimizer_step
-from rlhf_exp.rl.metrics import read_metrics
+from rlhf_exp.rl.metrics import phase_metrics, read_metrics
 from rlhf_exp.rl.objectives import Coefficients, Objective, PPOClip
-from rlhf_exp.rl.phase_end import Keeper, advance, phase_metrics
+from rlhf_exp.rl.phase_end import Keeper, advance
 from rlhf_exp.rl.setup import Setup, check_frozen, fingerprints, load_setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.measure import measure
@@ -41,9 +41,10 @@ from rlhf_exp.stages.protocol import Stage, StageResult
 from rlhf_exp.tasks.prompts import PromptStream
 from rlhf_exp.tasks.protocol import AnswerTask, Task
 from rlhf_exp.tracking.progress import Progress
-from rlhf_exp.training.optim import AdamWSettings, Schedule, check_schedule
+from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.training.out_of_memory import explaining_memory
 from rlhf_exp.training.saver import Saver
+from rlhf_exp.training.schedules import Schedule, check_schedule
 from rlhf_exp.training.seeding import stream
 from rlhf_exp.types import Completions, Experience, Generation, Layout, Pass, PromptBatch, Rollout
 
@@ -385,10 +386,9 @@ class Phases:
 
     def summarize(self, experience: Experience, updates: loop.Updates) -> dict[str, float]:
         """The metrics of the phase; see `phase_metrics`."""
-        with_values = experience.returns is not None
         return phase_metrics(
-            self.state, self.setup, self.ppo.guards, self.kl_coefficient, self.lap, experience,
-            updates, loss_metrics=self.ppo.objective.metric_names(with_values=with_values),
+            self.state, self.setup, self.ppo.guards, self.ppo.objective, self.kl_coefficient,
+            self.lap, experience, updates,
         )  # fmt: skip
 
 

@@ -14,8 +14,7 @@ from rlhf_exp.models.loading import ModelSettings
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rewards.attempts import CheckedReward
 from rlhf_exp.rewards.protocol import Reward, RewardFunction
-from rlhf_exp.rl.collect import SCORING
-from rlhf_exp.rl.evaluation import sample
+from rlhf_exp.rl.collect import SCORING, sample
 from rlhf_exp.rl.setup import fingerprints, fitting_prompts, load_reward, load_sampled_policy
 from rlhf_exp.rollout.sampler import Sampler, have_ended
 from rlhf_exp.runs.context import Context, TrainingError

@@ -40,7 +40,8 @@ from rlhf_exp.tasks.pairs import hold_out, num_shared
 from rlhf_exp.tasks.protocol import PairTask
 from rlhf_exp.tracking.curves import plot_margins, plot_predictions, present_losses
 from rlhf_exp.training.early_stopping import LOSS, EarlyStopping
-from rlhf_exp.training.optim import AdamWSettings, Schedule
+from rlhf_exp.training.optim import AdamWSettings
+from rlhf_exp.training.schedules import Schedule
 from rlhf_exp.training.seeding import stream, stream_seed
 from rlhf_exp.training.supervised import Supervised, SupervisedState
 

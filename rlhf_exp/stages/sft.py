@@ -35,7 +35,8 @@ from rlhf_exp.tasks.examples import (
 from rlhf_exp.tasks.protocol import AnswerTask, CorpusTask, DemonstrationTask, Split, Task
 from rlhf_exp.tracking.curves import present_losses
 from rlhf_exp.training.early_stopping import EXACT, LOSS, EarlyStopping
-from rlhf_exp.training.optim import AdamWSettings, Schedule
+from rlhf_exp.training.optim import AdamWSettings
+from rlhf_exp.training.schedules import Schedule
 from rlhf_exp.training.seeding import stream, stream_seed
 from rlhf_exp.training.supervised import Supervised, SupervisedState
 

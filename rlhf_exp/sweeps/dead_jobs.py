@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from rlhf_exp.runs.lock import is_locked
-from rlhf_exp.runs.status import read_state
+from rlhf_exp.runs.status import read_state, write_status
 from rlhf_exp.sweeps.jobs import SweepJob
 
 POLL_S = 0.5
@@ -13,10 +13,8 @@ POLL_S = 0.5
 
 def mark_failed(job: SweepJob, error: BaseException) -> None:
     """Marks a job failed with its launcher's error, unless the job wrote its own status."""
-    from rlhf_exp.runs.folder import RunFolder
-
     if read_state(job.folder).status in ("waiting", "running"):
-        RunFolder(job.folder).write_status("failed", f"{type(error).__name__}: {error}")
+        write_status(job.folder, "failed", f"{type(error).__name__}: {error}")
 
 
 def await_and_mark(jobs: Sequence[SweepJob], status: Literal["failed", "interrupted"]) -> None:
@@ -42,7 +40,5 @@ def unreported(jobs: Sequence[SweepJob]) -> list[SweepJob]:
 
 def mark_dead(jobs: Sequence[SweepJob], status: Literal["failed", "interrupted"]) -> None:
     """Writes the status for the jobs whose process died without one."""
-    from rlhf_exp.runs.folder import RunFolder
-
     for job in unreported(jobs):
-        RunFolder(job.folder).write_status(status, "its process was killed")
+        write_status(job.folder, status, "its process was killed")

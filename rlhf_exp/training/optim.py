@@ -1,20 +1,14 @@
-"""Optimizer and schedule groups: AdamW over a base and a head, and the multiplier of its rates."""
+"""The optimizer group: AdamW over a base and a head, and the state of what it trains."""
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rlhf_exp.functional.schedules import warmup_cosine, warmup_decay
-from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.settings import (
     BelowOne,
     ConfigError,
-    Fraction,
-    Index,
     NonNegative,
     Positive,
     settings,
@@ -68,86 +62,6 @@ class AdamWSettings:
             "lr": lr,
             "weight_decay": self.weight_decay if decay else 0.0,
         }
-
-
-@settings
-class Schedule(ABC):
-    """A multiplier of the learning rates by step; a step is a phase in PPO, an update elsewhere."""
-
-    @abstractmethod
-    def multiplier(self, step: int, *, total_steps: int) -> float:
-        """The multiplier at step 0, 1, ... Raises ValueError if total_steps is too small."""
-
-    def build(
-        self, optimizer: torch.optim.Optimizer, *, total_steps: int
-    ) -> torch.optim.lr_scheduler.LambdaLR:
-        """The scheduler; call its step() after each step. Raises ConfigError if total_steps is too
-        small."""
-        try:
-            self.multiplier(0, total_steps=total_steps)
-        except ValueError as error:
-            raise ConfigError(f"schedule: {error}") from error
-        return torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: self.multiplier(step, total_steps=total_steps)
-        )
-
-
-@settings
-class WarmupDecay(Schedule):
-    """Linear rise over warmup_steps, then a linear fall to final_scale."""
-
-    warmup_steps: Index = 5
-    """Steps of the rise."""
-    final_scale: Fraction = 0.1
-    """Multiplier at the end, 0-1."""
-
-    def multiplier(self, step: int, *, total_steps: int) -> float:
-        """functional.schedules.warmup_decay."""
-        return warmup_decay(
-            step,
-            warmup_steps=self.warmup_steps,
-            total_steps=total_steps,
-            final_scale=self.final_scale,
-        )
-
-
-@settings
-class Cosine(Schedule):
-    """Linear rise over warmup_steps, then half a cosine down to final_scale."""
-
-    warmup_steps: Index = 5
-    """Steps of the rise."""
-    final_scale: Fraction = 0.1
-    """Multiplier at the end, 0-1."""
-
-    def multiplier(self, step: int, *, total_steps: int) -> float:
-        """functional.schedules.warmup_cosine."""
-        return warmup_cosine(
-            step,
-            warmup_steps=self.warmup_steps,
-            total_steps=total_steps,
-            final_scale=self.final_scale,
-        )
-
-
-@settings
-class Constant(Schedule):
-    """1 at every step."""
-
-    def multiplier(self, step: int, *, total_steps: int) -> float:
-        return 1.0
-
-
-def check_schedule(schedule: Schedule, *, total_steps: int, field: str) -> list[str]:
-    """Messages about a schedule that does not fit `total_steps`; `field` names the stage's key that
-    sets their number."""
-    warmup = getattr(schedule, "warmup_steps", 0)
-    if warmup >= total_steps:
-        return [
-            f"schedule.warmup_steps={warmup} must be below {field}={total_steps}: lower the first"
-            " or raise the second"
-        ]
-    return []
 
 
 def clip_gradients(
@@ -216,30 +130,3 @@ def load_trained_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """The rate of each group, by group name."""
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
-
-
-def must_be_finite(name: str) -> bool:
-    """Whether an optimizer step requires that the metric of that name is finite."""
-    return name == "loss/total" or name.startswith("grad_norm/")
-
-
-def nonfinite(step: Mapping[str, float]) -> str | None:
-    """A message with loss terms and gradient norms if the step's loss or gradient is not finite;
-    else None."""
-    if all(math.isfinite(value) for name, value in step.items() if must_be_finite(name)):
-        return None
-    what = "gradient" if math.isfinite(step["loss/total"]) else "loss"
-    terms = (f"{k} {v:g}" for k, v in step.items() if k.startswith(("loss/", "grad_norm/")))
-    return f"the {what} is not finite ({', '.join(terms)})"
-
-
-def check_finite(steps: Sequence[Mapping[str, float]], phase: int) -> None:
-    """Raises TrainingError naming the phase and the first step whose loss or gradient is not
-    finite, with loss terms and gradient norms."""
-    for number, step in enumerate(steps, 1):
-        if (fault := nonfinite(step)) is not None:
-            raise TrainingError(
-                f"phase {phase}, step {number}: {fault}; lower optimizer.base_lr and"
-                " optimizer.head_lr, raise stage.kl_coef, or skip such steps with"
-                " stage.guards.on_nonfinite=skip"
-            )

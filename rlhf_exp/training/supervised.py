@@ -15,8 +15,6 @@ from rlhf_exp.settings import Count, Index, Positive, settings
 from rlhf_exp.tracking.progress import Progress
 from rlhf_exp.training.early_stopping import EarlyStopping
 from rlhf_exp.training.optim import (
-    Schedule,
-    check_schedule,
     clip_gradients,
     learning_rates,
     load_optimizer_state,
@@ -26,6 +24,7 @@ from rlhf_exp.training.optim import (
 )
 from rlhf_exp.training.out_of_memory import explaining_memory
 from rlhf_exp.training.saver import Saver, Stateful, check_inputs
+from rlhf_exp.training.schedules import Schedule, check_schedule
 from rlhf_exp.training.seeding import stream_seed
 
 log = logging.getLogger(__name__)

@@ -426,7 +426,7 @@ REWARDS = """
 import torch
 from rlhf_exp.rewards.protocol import TextReward
 from rlhf_exp.settings import settings
-from rlhf_exp.training.optim import WarmupDecay
+from rlhf_exp.training.schedules import WarmupDecay
 
 
 @settings

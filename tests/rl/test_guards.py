@@ -1,6 +1,7 @@
-"""What guards a run of PPO besides its numbers: memory that runs out, and a reference that must not
-change."""
+"""What guards a run of PPO: steps that are not finite, memory that runs out, and a reference that
+must not change."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from rlhf_exp.models.finetune import Full, LastLayers, Lora
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.reference import reference_hash
 from rlhf_exp.rewards.protocol import RewardFunction
+from rlhf_exp.rl.guards import check_finite
 from rlhf_exp.rl.setup import check_frozen
 from rlhf_exp.runs.checkpoint import read_newest_checkpoint
 from rlhf_exp.runs.context import TrainingError
@@ -192,3 +194,36 @@ def test_learning_leaves_every_reference_alone(tmp_path: Path, kind: str) -> Non
     before = reference_hash(setup.reference, setup.policy)
     phase(ppo, setup, state)
     check_frozen(setup, before)
+
+
+def steps_with(total: float) -> list[dict[str, float]]:
+    fine = {"loss/total": 0.5, "loss/kl": 2.0, "policy/clipfrac": 0.1}
+    return [fine, {"loss/total": total, "loss/kl": 0.1234567, "policy/clipfrac": 0.9}, fine]
+
+
+@pytest.mark.parametrize("total", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_terms(total):
+    message = (
+        rf"^phase 7, step 2: the loss is not finite \(loss/total {total:g}, loss/kl 0.123457\);"
+        r" lower optimizer.base_lr and optimizer.head_lr, raise stage.kl_coef, or skip such steps"
+        r" with stage.guards.on_nonfinite=skip$"
+    )
+    with pytest.raises(TrainingError, match=message):
+        check_finite(steps_with(total), 7)
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_stops_it_too(norm):
+    step = {"loss/total": 0.5, "grad_norm/base": norm, "grad_norm/head": 1.0}
+    message = (
+        rf"^phase 7, step 1: the gradient is not finite \(loss/total 0.5, grad_norm/base {norm:g},"
+        r" grad_norm/head 1\);"
+    )
+    with pytest.raises(TrainingError, match=message):
+        check_finite([step], 7)
+
+
+def test_a_finite_loss_goes_on_whatever_its_terms_are():
+    check_finite(steps_with(-1e30), 7)
+    check_finite([{"loss/total": 1.0, "policy/approxkl": math.nan}], 7)
+    check_finite([], 7)

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rlhf_exp.rewards.protocol import RewardFunction
-from rlhf_exp.rl.guards import sum_up
 from rlhf_exp.rl.histograms import HistogramCollector
+from rlhf_exp.rl.metrics import mean_over_steps
 from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
@@ -22,8 +22,8 @@ from rlhf_exp.runs.checkpoint import read_newest_checkpoint
 from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.settings import settings
 from rlhf_exp.stages.ppo import PPO
-from rlhf_exp.training.optim import WarmupDecay
 from rlhf_exp.training.saver import split_state
+from rlhf_exp.training.schedules import WarmupDecay
 from rlhf_exp.types import Completions
 
 from .toy import (
@@ -151,7 +151,7 @@ def test_means_leave_skipped_steps_out(tmp_path: Path) -> None:
     spoil(setup, math.inf, 1)
     minibatches = [*learn(ppo, setup, state, experience)]
     numbers = [{k: v.item() for k, v in m.items()} for m in minibatches]
-    summed = sum_up(ppo.guards, state, numbers, ())
+    summed = mean_over_steps(ppo.guards, state, numbers, ())
     # The second minibatch met the policy as it was at first.
     expected = loss(ppo, setup, experience[index[4:]], policy=twin).loss.item()
     assert summed["loss/total"] == pytest.approx(expected, abs=1e-6)

@@ -13,7 +13,8 @@ from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.settings import settings
 from rlhf_exp.stages.protocol import StageResult
-from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
+from rlhf_exp.training.optim import AdamWSettings
+from rlhf_exp.training.schedules import WarmupDecay
 from rlhf_exp.types import Completions
 
 from ..stages.test_resume import files, timeless

@@ -12,8 +12,9 @@ from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.stages import ppo as ppo_stage
-from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
+from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.training.saver import split_state
+from rlhf_exp.training.schedules import WarmupDecay
 
 from ..states import assert_equal_states, through_a_file
 from .toy import RAGGED, phase, ppo_with, start

@@ -42,7 +42,8 @@ from rlhf_exp.stages.sft import SFT
 from rlhf_exp.tasks.examples import encode_demonstrations, pad
 from rlhf_exp.tasks.protocol import Demonstration, LabelledText, Pair, Split
 from rlhf_exp.tasks.tokenizers import word_tokenizer
-from rlhf_exp.training.optim import AdamWSettings, Constant
+from rlhf_exp.training.optim import AdamWSettings
+from rlhf_exp.training.schedules import Constant
 from rlhf_exp.types import Completions, Experience, Layout, LossOutput, Pass, Rollout
 
 from ..builders import stretch

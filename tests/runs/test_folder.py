@@ -11,6 +11,7 @@ import pytest
 
 from rlhf_exp.runs.folder import RunFolder, Sink
 from rlhf_exp.runs.provenance import environment
+from rlhf_exp.runs.status import write_status
 from rlhf_exp.runs.summary import Histogram
 
 
@@ -341,7 +342,7 @@ def test_what_an_earlier_attempt_logged_is_removed_and_nothing_else(tmp_path):
     folder.log(1, {"loss": 1.0})
     folder.log_samples(1, [{"text": "a"}])
     folder.log_histograms(1, {"scores": Histogram(edges=(0.0, 1.0), counts=(1,))})
-    folder.write_status("failed")
+    write_status(folder.path, "failed")
     (tmp_path / "train.log").write_text("said", encoding="utf-8")
     folder.clear()
     assert sorted(os.listdir(tmp_path)) == ["status.json", "train.log"]
@@ -355,5 +356,5 @@ def test_what_an_earlier_attempt_logged_is_removed_and_nothing_else(tmp_path):
     ],
 )
 def test_a_status_is_read_back(tmp_path, arguments, expected):
-    RunFolder(tmp_path).write_status(*arguments)
+    write_status(tmp_path, *arguments)
     assert json.loads((tmp_path / "status.json").read_text()) == expected

@@ -178,7 +178,8 @@ def test_tokens_and_generated_passwords_look_random(text):
 @pytest.mark.parametrize(
     "text",
     ["training", "outputs/", "a1b2", "hunter-22", "123456789012", "openai-community/gpt2",
-     "meta-llama/Llama-3.2-1B", "/home/me/.ssh/id_ed25519", "rlhf_exp.training.optim.WarmupDecay",
+     "meta-llama/Llama-3.2-1B", "/home/me/.ssh/id_ed25519",
+     "rlhf_exp.training.schedules.WarmupDecay",
      "outputs/run/2026-11-30_04-00-00-3f9a2c", "0_kl_coef=0.1,seed=2"],
 )  # fmt: skip
 def test_words_names_and_paths_do_not(text):
@@ -216,14 +217,14 @@ def test_a_variable_with_a_secrets_name_changes_nothing_in_a_configuration(
 @pytest.mark.parametrize(
     "password",
     ["training", "reviews", "outputs", "outputs/", "rlhf_exp", "artifacts",
-     "rlhf_exp.training.optim.WarmupDecay", "reviews/2026"],
+     "rlhf_exp.training.schedules.WarmupDecay", "reviews/2026"],
 )  # fmt: skip
 def test_a_weak_secret_takes_nothing_else_from_a_configuration(default_config, password):
     config = {**default_config, "access": {"password": password}}
     assert redact(config) == {**default_config, "access": {"password": REDACTED}}
     path = "rlhf_exp/training of outputs/reviews/2026-11-30 in outputs/artifacts with "
     assert scrub(path + password) == path + REDACTED
-    words = ["schedule._target_=rlhf_exp.training.optim.WarmupDecay", "task.name=reviews"]
+    words = ["schedule._target_=rlhf_exp.training.schedules.WarmupDecay", "task.name=reviews"]
     assert redact_words([*words, f"+access.password={password}"]) == [
         *words, f"+access.password={REDACTED}",
     ]  # fmt: skip

@@ -20,7 +20,8 @@ from rlhf_exp.stages.reward_model import TrainRewardModel
 from rlhf_exp.stages.sft import SFT
 from rlhf_exp.tasks.arithmetic import Arithmetic, parse_prompt
 from rlhf_exp.tasks.pairs import PairsFile
-from rlhf_exp.training.optim import AdamWSettings, Constant
+from rlhf_exp.training.optim import AdamWSettings
+from rlhf_exp.training.schedules import Constant
 
 from ..builders import without_checks
 from ..rl.toy import context, ppo_with, rows

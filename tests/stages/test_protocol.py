@@ -21,7 +21,8 @@ from rlhf_exp.stages.preferences import Preferences
 from rlhf_exp.stages.protocol import Built, Stage, StageResult, look_up
 from rlhf_exp.stages.reward_model import TrainRewardModel
 from rlhf_exp.stages.sft import SFT
-from rlhf_exp.training.optim import AdamWSettings, Constant, WarmupDecay
+from rlhf_exp.training.optim import AdamWSettings
+from rlhf_exp.training.schedules import Constant, WarmupDecay
 
 from ..rl.toy import ToyPairs, ToyTask, context, parts, parts_of, ppo_with
 

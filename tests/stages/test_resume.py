@@ -14,7 +14,8 @@ from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError, settings
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.stages.protocol import StageResult
-from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
+from rlhf_exp.training.optim import AdamWSettings
+from rlhf_exp.training.schedules import WarmupDecay
 from rlhf_exp.types import Completions
 
 from ..builders import ARCHITECTURES, assert_near

@@ -18,7 +18,8 @@ from rlhf_exp.stages.reward_model import TrainRewardModel
 from rlhf_exp.tasks.pair_tokens import collate, encode_pairs
 from rlhf_exp.tasks.pairs import PairsFile, hold_out
 from rlhf_exp.tasks.protocol import Pair, Split
-from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
+from rlhf_exp.training.optim import AdamWSettings
+from rlhf_exp.training.schedules import WarmupDecay
 
 from ..rl.toy import ToyPairs, ToyTask, context, parts_of, rows, saved_model
 

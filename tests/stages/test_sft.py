@@ -16,7 +16,8 @@ from rlhf_exp.stages.protocol import StageResult
 from rlhf_exp.stages.sft import SFT
 from rlhf_exp.tasks.examples import encode_demonstrations, encode_texts
 from rlhf_exp.tasks.prefix import Prefix
-from rlhf_exp.training.optim import AdamWSettings, WarmupDecay
+from rlhf_exp.training.optim import AdamWSettings
+from rlhf_exp.training.schedules import WarmupDecay
 from rlhf_exp.training.seeding import stream_seed
 from tests.architectures import save
 

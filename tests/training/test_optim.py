@@ -6,18 +6,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from rlhf_exp.runs.context import TrainingError
-from rlhf_exp.settings import ConfigError
-from rlhf_exp.training.optim import (
-    AdamWSettings,
-    Constant,
-    Cosine,
-    WarmupDecay,
-    check_finite,
-    check_schedule,
-    clip_gradients,
-    learning_rates,
-)
+from rlhf_exp.training.optim import AdamWSettings, clip_gradients, learning_rates
 
 
 def base() -> nn.Sequential:
@@ -143,76 +132,6 @@ def test_gradients_below_the_limit_are_left_alone():
     assert norms == {"base": 0.0, "head": pytest.approx(0.5)}
     # Not bitwise: clipping multiplies by min(1, max_norm / (norm + 1e-6)), which is 1 here.
     assert torch.equal(on_top.weight.grad, torch.tensor([[0.3, 0.0, 0.4, 0.0]]))
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        (Constant(), [1, 1, 1, 1, 1, 1, 1]),
-        (WarmupDecay(warmup_steps=2, final_scale=0.2), [0.5, 1, 1, 0.8, 0.6, 0.4, 0.2]),
-        (
-            Cosine(warmup_steps=2, final_scale=0.2),
-            [0.5, 1, 1, 0.2 + 0.4 * (1 + 0.5**0.5), 0.6, 0.2 + 0.4 * (1 - 0.5**0.5), 0.2],
-        ),
-    ],
-)
-def test_rates_of_all_groups_follow_the_schedule_a_step_at_a_time(schedule, expected):
-    adamw = AdamWSettings(base_lr=0.1, head_lr=10.0).build(base(), head())
-    scheduler = schedule.build(adamw, total_steps=6)
-    seen = []
-    for _ in expected:
-        seen.append(learning_rates(adamw))
-        adamw.step()
-        scheduler.step()
-    assert [rates["base"] for rates in seen] == pytest.approx([0.1 * x for x in expected])
-    assert [rates["head"] for rates in seen] == pytest.approx([10 * x for x in expected])
-
-
-@pytest.mark.parametrize("schedule", [WarmupDecay(warmup_steps=6), Cosine(warmup_steps=6)])
-def test_a_schedule_that_does_not_fit_is_refused(schedule):
-    adamw = AdamWSettings().build(base())
-    with pytest.raises(ConfigError, match="schedule: warmup_steps=6 must be at least 0 and"):
-        schedule.build(adamw, total_steps=6)
-    [problem] = check_schedule(schedule, total_steps=6, field="stage.total_phases")
-    assert "schedule.warmup_steps=6 must be below stage.total_phases=6" in problem
-
-
-@pytest.mark.parametrize("schedule", [Constant(), WarmupDecay(warmup_steps=6), Cosine()])
-def test_a_schedule_that_fits_has_no_problems(schedule):
-    assert check_schedule(schedule, total_steps=7, field="stage.total_phases") == []
-
-
-def steps_with(total: float) -> list[dict[str, float]]:
-    fine = {"loss/total": 0.5, "loss/kl": 2.0, "policy/clipfrac": 0.1}
-    return [fine, {"loss/total": total, "loss/kl": 0.1234567, "policy/clipfrac": 0.9}, fine]
-
-
-@pytest.mark.parametrize("total", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_terms(total):
-    message = (
-        rf"^phase 7, step 2: the loss is not finite \(loss/total {total:g}, loss/kl 0.123457\);"
-        r" lower optimizer.base_lr and optimizer.head_lr, raise stage.kl_coef, or skip such steps"
-        r" with stage.guards.on_nonfinite=skip$"
-    )
-    with pytest.raises(TrainingError, match=message):
-        check_finite(steps_with(total), 7)
-
-
-@pytest.mark.parametrize("norm", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_under_a_finite_loss_stops_it_too(norm):
-    step = {"loss/total": 0.5, "grad_norm/base": norm, "grad_norm/head": 1.0}
-    message = (
-        rf"^phase 7, step 1: the gradient is not finite \(loss/total 0.5, grad_norm/base {norm:g},"
-        r" grad_norm/head 1\);"
-    )
-    with pytest.raises(TrainingError, match=message):
-        check_finite([step], 7)
-
-
-def test_a_finite_loss_goes_on_whatever_its_terms_are():
-    check_finite(steps_with(-1e30), 7)
-    check_finite([{"loss/total": 1.0, "policy/approxkl": math.nan}], 7)
-    check_finite([], 7)
 
 
 @pytest.mark.parametrize(

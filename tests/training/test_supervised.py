@@ -12,7 +12,8 @@ from rlhf_exp.runs.folder import RunFolder
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.batches import BatchStream, shuffled
 from rlhf_exp.training.early_stopping import EXACT, LOSS, EarlyStopping
-from rlhf_exp.training.optim import AdamWSettings, Constant, WarmupDecay
+from rlhf_exp.training.optim import AdamWSettings
+from rlhf_exp.training.schedules import Constant, WarmupDecay
 from rlhf_exp.training.supervised import Supervised, SupervisedState
 
 from ..states import through_a_file
