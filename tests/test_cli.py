@@ -81,7 +81,7 @@ def artifacts_of(first: tuple[Path, str]) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [
-        (["--help"], ["python train.py -m stage.kl_coef=", "experiment: arithmetic, "]),
+        (["--help"], ["python train.py -m stage.kl_coef=", "experiment: a whole run"]),
         (["--cfg", "job"], ["  total_phases: 100\n", "base_model: artifact:base\n"]),
     ],
 )

@@ -86,6 +86,7 @@ def test_only_the_composition_root_its_complaints_and_the_plugin_know_hydra():
         "rlhf_exp.app.hydra_errors",
         "rlhf_exp.app.instantiate",
         "rlhf_exp.app.main",
+        "rlhf_exp.app.options",
         "rlhf_exp.app.overrides",
         "rlhf_exp.app.run",
         "hydra_plugins.rlhf_exp_launching",

@@ -2,10 +2,14 @@
 
 import rlhf_exp.machine.environment  # noqa: F401, I001  first: it must precede the import of torch
 
+import functools
+import sys
+
 import hydra
 from omegaconf import DictConfig
 
 from rlhf_exp.app import run
+from rlhf_exp.app.options import COMMENTS, print_commented
 from rlhf_exp.machine.locations import CONF
 
 
@@ -17,4 +21,6 @@ def hydra_main(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Runs the command line of this process and exits with its exit code."""
-    run.guard(hydra_main)
+    run.guard(
+        functools.partial(print_commented, hydra_main) if COMMENTS in sys.argv else hydra_main
+    )

@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_exp.app import hydra_errors
 from rlhf_exp.app.instantiate import ALLOWED_TARGETS, instantiate
+from rlhf_exp.app.options import list_groups
 from rlhf_exp.app.overrides import command, prepared, program
 from rlhf_exp.app.resume import (
     AUTO,
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+OmegaConf.register_new_resolver("groups", list_groups, replace=True)
 OmegaConf.register_new_resolver("program", program, replace=True)
 OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
 OmegaConf.register_new_resolver(
