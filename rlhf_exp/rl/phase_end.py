@@ -1,6 +1,7 @@
 """Step 6, keep: sets the rates of the next phase, logs, evaluates and saves."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from rlhf_exp.rl.kl_coefficient import KLCoefficient
 from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.runs.context import Context
-from rlhf_exp.tracking.progress import Progress
+from rlhf_exp.tracking.progress import Progress, log_remaining
 from rlhf_exp.training.out_of_memory import explaining_memory
 from rlhf_exp.training.saver import Saver
 
@@ -53,6 +54,8 @@ class Keeper:
         """Evaluates the policy before the first phase."""
         if self.state.phase == 0:
             self._evaluate()
+        else:
+            self._log_remaining()
         self._start_histograms()
 
     def __call__(self, metrics: Mapping[str, float]) -> None:
@@ -68,8 +71,19 @@ class Keeper:
         if is_last or self._is_due(self.eval_every, phase):
             score = self._evaluate()
             is_best = self.state.record_evaluation(score)
+        if phase == 1:
+            self._log_remaining()
         with self.clock("save"):
             self.saver.step_done(phase, is_last=is_last, score=score, is_best=is_best)
+
+    def _log_remaining(self) -> None:
+        """Logs how long the rest takes, judged by the phases and evaluations so far."""
+        phase, seconds = self.state.phase, self.clock.seconds
+        phases = self.total_phases - phase
+        evaluations = math.ceil(self.total_phases / self.eval_every) - phase // self.eval_every
+        phase_s = (seconds["rollout"] + seconds["learn"]) / phase
+        evaluation_s = seconds["evaluate"] / (1 + phase // self.eval_every)
+        log_remaining(phases=(phases, phase_s), evaluations=(evaluations, evaluation_s))
 
     def _is_due(self, interval: int | None, phase: int) -> bool:
         return interval is not None and (phase % interval == 0 or phase == self.total_phases)

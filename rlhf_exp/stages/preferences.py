@@ -103,6 +103,7 @@ class Preferences(Stage[PreferencesParts]):
         knobs = f"lower stage.batch_size (now {self.batch_size})", "lower sampler.gen_len", *SCORING
         explaining = explaining_memory("sampling", knobs)
         progress = Progress(sum(source.targets), unit="pair")
+        progress.start(source.num_prompts - source.num_ties)
         with clock("sample"), explaining, saver.steps(), progress:
             while not source.is_complete:
                 source.sample_batch(progress)

@@ -4,6 +4,7 @@ the lines."""
 import logging
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+log = logging.getLogger(__name__)
 # run.py sends this one to the log file alone when a bar is on the terminal.
 line_log = logging.getLogger("rlhf_exp.progress")
 package_log = logging.getLogger("rlhf_exp")
@@ -36,6 +38,7 @@ class Progress:
         self.total, self.unit = total, unit
         tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves
         self._stack = ExitStack()
+        self._start: tuple[int, float] | None = None
         self.bar = tqdm(
             total=total, unit=unit, leave=False, dynamic_ncols=True, disable=not on_terminal()
         )
@@ -49,6 +52,10 @@ class Progress:
         self.bar.close()
         self._stack.close()
 
+    def start(self, step: int) -> None:
+        """Begins after `step`. The next `advance` then logs how long the rest takes."""
+        self._start = step, time.monotonic()
+
     def advance(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows that `step` (1, 2, ...) is done, with those of the metrics that have a short
         name."""
@@ -58,6 +65,18 @@ class Progress:
         width = len(str(self.total))
         facts = "  ".join(f"{k} {v}" for k, v in shown.items())
         line_log.info("%s %*d/%d  %s", self.unit, width, step, self.total, facts)
+        if self._start is not None and step > self._start[0]:
+            first, began = self._start
+            each = (time.monotonic() - began) / (step - first)
+            log_remaining(**{f"{self.unit}s": (self.total - step, each)})
+            self._start = None
+
+
+def log_remaining(**parts: tuple[int, float]) -> None:
+    """Logs how long the rest of a loop takes, from the number of each part and its seconds."""
+    if seconds := sum(number * each for number, each in parts.values()):
+        products = ", ".join(f"{name} {n} x {each:.2f} s" for name, (n, each) in parts.items())
+        log.info("about %.0f s to go: %s", seconds, products)
 
 
 def on_terminal() -> bool:

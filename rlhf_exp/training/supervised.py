@@ -86,6 +86,7 @@ class Supervised:
             torch.manual_seed(stream_seed(context.seed, "dropout"))
             if saver.restore():
                 log.info("going on after update %d", state.update)
+            progress.start(state.update)
             with saver.steps():
                 while state.update < num_updates and not state.ended:
                     state.update += 1

@@ -133,6 +133,25 @@ def test_a_run_leaves_metrics_samples_and_a_policy(tmp_path: Path) -> None:
     assert (before - after).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("eval_every", "rests"),
+    [
+        (1, [("phases 1 x ", "evaluations 1 x "), ("phases 3 x ", "evaluations 3 x ")]),
+        (2, [("phases 1 x ", "evaluations 1 x "), ("phases 3 x ", "evaluations 2 x ")]),
+    ],
+)
+def test_a_run_says_how_long_the_rest_takes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, eval_every: int, rests: list[tuple[str, str]]
+) -> None:
+    caplog.set_level("INFO")
+    for total_phases in (2, 5):
+        ppo = ppo_with(total_phases=total_phases, eval_every=eval_every)
+        ppo.run(context(tmp_path, resume=total_phases == 5), parts())
+    lines = [line for line in caplog.messages if " s to go: " in line]
+    for line, rest in zip(lines, rests, strict=True):
+        assert [part in line for part in rest] == [True, True]
+
+
 @settings
 class Noting:
     """Writes down the prompts of each call, a line a call."""

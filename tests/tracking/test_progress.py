@@ -3,7 +3,14 @@ import logging
 import pytest
 from tqdm import tqdm
 
-from rlhf_exp.tracking.progress import SHORT, Progress, file_log, line_log, on_terminal
+from rlhf_exp.tracking.progress import (
+    SHORT,
+    Progress,
+    file_log,
+    line_log,
+    log_remaining,
+    on_terminal,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +58,25 @@ def test_a_bar_on_a_terminal_and_the_same_lines_in_the_log(caplog, monkeypatch):
     assert "3/4" in terminal.text
     assert "loss=1.250" in terminal.text
     assert caplog.messages == ["update 3/4  loss 1.250"]
+
+
+def test_the_first_step_that_is_one_says_how_long_the_rest_takes(caplog, monkeypatch):
+    now = iter([100.0, 106.0])
+    monkeypatch.setattr("rlhf_exp.tracking.progress.time.monotonic", lambda: next(now))
+    with Progress(50, unit="pair") as progress:
+        progress.start(10)
+        progress.advance(10, {})  # a batch without pairs
+        progress.advance(14, {})
+        progress.advance(18, {})
+    assert [line for line in caplog.messages if " to go" in line] == [
+        "about 54 s to go: pairs 36 x 1.50 s"
+    ]
+    assert caplog.messages.index("about 54 s to go: pairs 36 x 1.50 s") == 2
+
+
+def test_nothing_is_said_of_a_rest_that_is_none(caplog):
+    log_remaining(phases=(0, 2.0), evaluations=(0, 3.0))
+    assert caplog.messages == []
 
 
 @pytest.fixture
