@@ -1,8 +1,8 @@
-"""Talk to a run's policy, or to any saved model; answers appear as they are sampled.
+"""Chat with a run's policy, or with any saved model; answers appear as they are sampled.
 
     python scripts/chat.py RUN
 
-With a chat template the conversation goes on; without one each line is a text to continue.
+With a chat template the conversation continues; without one each line is a text to complete.
 """
 
 import argparse
@@ -35,9 +35,9 @@ def main() -> None:
     make_streams_unbreakable()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="folder of a run, directory or hub name")
-    parser.add_argument("--gen-len", type=int, default=128, help="tokens an answer, at most (128)")
+    parser.add_argument("--gen-len", type=int, default=128, help="most tokens per answer (128)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (1)")
-    parser.add_argument("--seed", type=int, default=0, help="0")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
     arguments = parser.parse_args()
     try:

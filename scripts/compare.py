@@ -20,7 +20,7 @@ from rlhf_exp.machine.streams import make_streams_unbreakable
 
 
 def main() -> None:
-    """Reads the arguments, writes the report, prints its essentials."""
+    """Reads the arguments, writes the report, prints a summary."""
     make_streams_unbreakable()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("paths", nargs="+", type=Path, help="runs, sweeps, or folders of them")
@@ -40,13 +40,13 @@ def main() -> None:
         parser.exit(1, "\n".join([*payload["problems"], "nothing to report: no run was found\n"]))
     try:
         pictures = write_figures(payload, out)
-        written = [write_markdown(payload, pictures, out / "report.md")]
+        report_files = [write_markdown(payload, pictures, out / "report.md")]
         page = None if arguments.no_html else write_page(payload, out / "report.html")
-        written += [page] if page else []
+        report_files += [page] if page else []
     except OSError as error:
         parser.exit(2, f"error: cannot write {error.filename}: {error.strerror}; set --out\n")
     print_report(payload, Console())
-    for path in written:
+    for path in report_files:
         print(path)
     if arguments.wandb:
         from rlhf_exp.report.wandb_report import log_report  # imports torch

@@ -1,4 +1,4 @@
-"""Asks an independent judge about a finished run of labelled_text or reviews:
+"""Scores the samples of a finished run of labelled_text or reviews with an independent classifier:
 python scripts/judge.py RUN_FOLDER"""
 
 import argparse

@@ -19,7 +19,7 @@ from rlhf_exp.settings import ConfigError, field_problem
 
 
 def _problem(error: ValidationError) -> str:
-    """A message that names the argument that is out of range, and the reason."""
+    """A message with the argument that is out of range, and the reason."""
     return "--" + field_problem("", error.errors()[0]).replace("_", "-")
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--gen-len", type=int, default=32, help="most tokens per completion (32)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (1)")
     parser.add_argument("--top-k", type=int, help="sample from this many tokens; 1 is greedy")
-    parser.add_argument("--seed", type=int, default=0, help="0")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
     parser.add_argument("--chat", action="store_true", help="prompts are a user's messages")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
     arguments = parser.parse_args()

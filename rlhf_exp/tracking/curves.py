@@ -1,4 +1,4 @@
-"""Pictures and tables at the end of a run."""
+"""Figures and tables at the end of a run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,8 +52,8 @@ def plot_ppo(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> Pa
 
 
 def plot_supervised(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> Path:
-    """A PNG of the losses by update from rows of metrics.jsonl, and of the exact-match rate if it
-    was measured."""
+    """A PNG of the losses by update, and of the exact-match rate if there is one, from rows of
+    metrics.jsonl."""
     exact = _series(rows, "heldout/exact_match")
     figure, panels = _panels(2 if exact[0] else 1, title=title)
     loss = panels[0]
@@ -72,7 +72,7 @@ def plot_supervised(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str
 
 
 def present_losses(context: Context, *, title: str) -> None:
-    """Has loss.png drawn once the result of a supervised stage is written."""
+    """Queues loss.png, which is drawn after the result of a supervised stage is written."""
     folder = context.folder
     context.presentation.add(
         "loss.png", lambda: plot_supervised(folder.rows(), folder.path / "loss.png", title=title)
@@ -82,8 +82,8 @@ def present_losses(context: Context, *, title: str) -> None:
 def plot_predictions(
     true: Sequence[float], predicted: Sequence[float], path: Path, *, title: str
 ) -> Path:
-    """A PNG of true against predicted rewards: every answer as a dot, and the mean true reward of
-    ten equally large groups of answers with like predictions (calibration: on the diagonal)."""
+    """A PNG of true against predicted rewards: each answer as a dot, and the means of ten equally
+    large groups of answers, sorted by prediction. A calibrated model is on the diagonal."""
     import numpy as np
 
     figure, (scatter, groups) = _panels(2, title=title, side_by_side=True)
@@ -106,8 +106,8 @@ def plot_predictions(
 
 
 def plot_margins(margins: Sequence[float], path: Path, *, title: str) -> Path:
-    """A PNG of how far the chosen answers are scored above the rejected: a histogram, and how often
-    the order is right in ten equally large groups beside what the model claims."""
+    """A PNG of the margins, score of chosen - score of rejected: a histogram, and the share of
+    correctly ordered pairs against the model's probability in ten equally large groups."""
     import numpy as np
 
     figure, (histogram, groups) = _panels(2, title=title, side_by_side=True)
@@ -118,9 +118,9 @@ def plot_margins(margins: Sequence[float], path: Path, *, title: str) -> Path:
     values = np.asarray(margins)
     order = np.argsort(np.abs(values), kind="stable")
     tenths = [tenth for tenth in np.array_split(order, 10) if len(tenth)]
-    claimed = [float(np.mean(1 / (1 + np.exp(-np.abs(values[t]))))) for t in tenths]
-    right = [float(np.mean(values[t] > 0)) for t in tenths]
-    groups.plot(claimed, right, "o-", color=TRUE, markersize=6, linewidth=1)
+    probabilities = [float(np.mean(1 / (1 + np.exp(-np.abs(values[t]))))) for t in tenths]
+    shares = [float(np.mean(values[t] > 0)) for t in tenths]
+    groups.plot(probabilities, shares, "o-", color=TRUE, markersize=6, linewidth=1)
     groups.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=0.8, zorder=0)
     groups.set_xlabel("claimed probability of the order", color=INK)
     groups.set_ylabel("share of pairs in that order", color=INK)

@@ -1,7 +1,7 @@
-"""What every logger is, and two of them: W&B beside the local files, and the local files alone.
+"""The protocol of a logger, and two loggers: W&B beside the local files, and the local files alone.
 
-W&B never stops a run: without a key or a network, or if the server refuses, it writes offline, and
-where it cannot write or breaks it is dropped with one warning while metrics.jsonl goes on.
+W&B never stops a run. Without a key or a network, or if the server refuses, W&B logs offline. If it
+cannot write, or fails later, it is dropped with one warning, and metrics.jsonl goes on.
 """
 
 import importlib.util
@@ -28,18 +28,18 @@ from rlhf_exp.tracking.wandb_sink import WandbSink
 
 log = logging.getLogger(__name__)
 
-INIT_S = 20  # how long the start of a run may take online
+INIT_S = 20  # seconds that W&B may take to start a run online
 WANDB_URLS = ("https://api.forge.coreweave.com", "https://api.wandb.ai")  # since wandb 0.31, before
 
-MAX_NAME, MAX_TAG = 128, 64  # characters that W&B takes; it says so when it uploads
+MAX_NAME, MAX_TAG = 128, 64  # characters; W&B itself reports longer ones only when it uploads
 
 _Variables = Mapping[str, str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What a logger needs to know of a run. `shared_folder` is one for all runs of a sweep;
-    `run_id` is the same when the run is resumed."""
+    """What a logger needs to know about a run. All runs of a sweep have one `shared_folder`. A
+    resumed run keeps its `run_id`."""
 
     name: str
     group: str | None
@@ -54,7 +54,7 @@ class Logger(Protocol):
     """A logger group's settings."""
 
     def problems(self, *, name: str, group: str | None) -> list[str]:
-        """Why a run of that name could not be logged, known before it is begun."""
+        """Reasons why a run of that name cannot be logged, found before the run starts."""
         ...
 
     def open(self, info: RunInfo) -> Any:
@@ -63,8 +63,8 @@ class Logger(Protocol):
 
 
 def missing_package(package: str) -> list[str]:
-    """A line that says how to install a logger's package, if it is not installed. The extra of
-    this package that brings it has its name."""
+    """A line that says how to install a logger's package, or none if it is installed. The extra of
+    rlhf_exp that installs the package has the same name."""
     if importlib.util.find_spec(package) is not None:
         return []
     return [f"logger: {package} is not installed: pip install 'rlhf_exp[{package}]'"]
@@ -83,7 +83,7 @@ def _check_tags(tags: tuple[str, ...]) -> tuple[str, ...]:
         if not 1 <= len(tag) <= MAX_TAG:
             raise ValueError(f"W&B takes tags of 1 to {MAX_TAG} characters, which {tag!r} is not")
         if tags.count(tag) > 1:
-            raise ValueError(f"W&B takes a tag once, and {tag!r} is there more often")
+            raise ValueError(f"W&B takes each tag once, and {tag!r} is repeated")
     return tags
 
 
@@ -128,66 +128,68 @@ class WandbLogger:
 
     def problems(self, *, name: str, group: str | None) -> list[str]:
         """A line for each name that is too long for W&B."""
-        if self._wanted_mode() == "disabled":
+        if self._mode_setting() == "disabled":
             return []
-        named = {"the run's folder": name, "the sweep's folder": group or ""}
+        names = {"the run's folder": name, "the sweep's folder": group or ""}
         return [
             f"the name of {what} has {len(text)} characters, and W&B takes {MAX_NAME}: choose a"
             " shorter one, or logger=local"
-            for what, text in named.items()
+            for what, text in names.items()
             if len(text) > MAX_NAME
         ]
 
     @contextmanager
     def open(self, info: RunInfo) -> Iterator[list[Sink]]:
-        """The sink to a W&B run, as `connect` makes it, or none."""
+        """The sink that logs to the W&B run of `connect`, or none."""
         with self.connect(info) as run:
             yield [] if run is None else [WandbSink(run, log_model=self.log_model)]
 
     @contextmanager
     def connect(self, info: RunInfo) -> Iterator[WandbRun | None]:
         """A W&B run, marked failed if the block raises; None if mode is disabled or W&B cannot
-        start. Raises ConfigError if online is asked for and the server refuses."""
+        start. Raises ConfigError if mode is online and the server refuses."""
         mode = self._resolve_mode()
         if mode == "disabled":
             yield None
             return
-        surroundings = _surroundings(info.shared_folder / "wandb")
-        with _environment({k: v for k, v in surroundings.items() if not os.environ.get(k)}):
+        defaults = _default_variables(info.shared_folder / "wandb")
+        with _environment({k: v for k, v in defaults.items() if not os.environ.get(k)}):
             run = self._start(info, mode)
             if run is None:
                 yield None
                 return
-            told = WandbRun(run, finish_s=self.finish_s)
+            wandb_run = WandbRun(run, finish_s=self.finish_s)
             try:
-                yield told
+                yield wandb_run
             except BaseException:
-                told.close(exit_code=1)
+                wandb_run.close(exit_code=1)
                 raise
-            told.close(exit_code=0)
+            wandb_run.close(exit_code=0)
 
     def _start(self, info: RunInfo, mode: Literal["online", "offline"]) -> Any:
-        """A run of W&B; None, with a warning, if none can be started."""
+        """A W&B run; None, with a warning, if W&B cannot start."""
         folder = info.shared_folder / "wandb"
         try:
             _try_to_write(folder)
         except OSError as error:
             log.warning("W&B cannot start (%s); going on without it", error)
             return None
-        bare = {name: None for name in os.environ if name.startswith("WANDB_")}
+        unset = {name: None for name in os.environ if name.startswith("WANDB_")}
         attempts: list[tuple[Literal["online", "offline"], _Variables, str]] = [
             ("offline", {}, "trying again without the WANDB_* variables"),
-            ("offline", {**bare, **_surroundings(folder)}, "going on without it"),
+            ("offline", {**unset, **_default_variables(folder)}, "going on without it"),
         ]
         if mode == "online":
             attempts.insert(0, ("online", {}, "logging offline"))
         for attempt, variables, consequence in attempts:
             try:
                 return self._init(info, attempt, variables)
-            except Exception as error:  # a server, a variable, a disk: nothing that training needs
-                drop_service()  # it still holds the run that failed, and refuses its id
+            except (
+                Exception
+            ) as error:  # the server, a variable, the disk: training needs none of them
+                drop_service()  # it still holds the failed run, and refuses its id
                 reason = _reason(error)
-                if attempt == "online" == self._wanted_mode():
+                if attempt == "online" == self._mode_setting():
                     raise ConfigError(
                         f"logger.mode=online: W&B cannot start online ({reason}); fix that"
                         " (`wandb login` sets the key), or set logger.mode=offline"
@@ -200,7 +202,7 @@ class WandbLogger:
     ) -> Any:
         import wandb
 
-        # Under an agent of W&B the id is taken from the variable alone.
+        # Under a W&B agent, W&B reads the id from the variable alone.
         own = {"WANDB_MODE": mode, "WANDB_RUN_ID": info.run_id}
         with _environment({**variables, **own}), _command_line(redact_words(sys.argv)):
             run = wandb.init(
@@ -215,7 +217,7 @@ class WandbLogger:
                 job_type=info.job_type,
                 tags=self.tags,
                 notes=self.notes,
-                config={"run": info.name, **info.config},  # to tell joined tables apart
+                config={"run": info.name, **info.config},  # tells joined tables apart
                 reinit="create_new",
                 settings=wandb.Settings(console="off", silent=True, init_timeout=INIT_S),
             )
@@ -227,13 +229,13 @@ class WandbLogger:
                      info.shared_folder / "wandb", files)  # fmt: skip
         return run
 
-    def _wanted_mode(self) -> str:
+    def _mode_setting(self) -> str:
         return os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
 
     def _resolve_mode(self) -> Literal["online", "offline", "disabled"]:
-        asked = self._wanted_mode()
-        if asked in ("online", "offline", "disabled"):
-            return asked  # type: ignore[return-value]
+        mode = self._mode_setting()
+        if mode in ("online", "offline", "disabled"):
+            return mode  # type: ignore[return-value]
         url = os.environ.get("WANDB_BASE_URL")
         urls = (url,) if url else WANDB_URLS
         if not _has_key(urls):
@@ -244,9 +246,9 @@ class WandbLogger:
         return "offline"
 
 
-def _surroundings(folder: Path) -> dict[str, str]:
-    """What W&B reads from the environment alone: where to put what would go into the home directory
-    (payloads that `wandb sync` needs later, caches), and that it says nothing itself."""
+def _default_variables(folder: Path) -> dict[str, str]:
+    """Settings that W&B reads from the environment alone: where to put files that would go into the
+    home directory (payloads that `wandb sync` needs later, caches), and to print nothing."""
     data = str(folder.absolute() / "data")
     return {
         "WANDB_DATA_DIR": data,
@@ -259,8 +261,8 @@ def _surroundings(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def _environment(variables: Mapping[str, str | None]) -> Iterator[None]:
-    """Within it the environment has these variables, and lacks those that are None."""
-    # W&B looks its server up before it reads its settings, but not before it reads WANDB_MODE.
+    """Sets these variables of the environment in the block, and removes those that are None."""
+    # W&B reads WANDB_MODE before it looks its server up, and its settings only after that.
     before = {name: os.environ.get(name) for name in variables}
     _set(variables)
     try:
@@ -279,7 +281,7 @@ def _set(variables: Mapping[str, str | None]) -> None:
 
 @contextmanager
 def _command_line(words: list[str]) -> Iterator[None]:
-    # W&B keeps sys.argv with a run, and takes it from nowhere else.
+    # W&B stores sys.argv with a run; no setting replaces it.
     before, sys.argv = sys.argv, words
     try:
         yield
@@ -288,7 +290,7 @@ def _command_line(words: list[str]) -> Iterator[None]:
 
 
 def _has_key(urls: Sequence[str]) -> bool:
-    # Asking wandb itself costs 12 s without a network; these are the two places it looks in.
+    # wandb itself takes 12 s to answer without a network; it looks in these two places.
     if os.environ.get("WANDB_API_KEY"):
         return True
     netrc = Path(os.path.expanduser(os.environ.get("NETRC", "~/.netrc")))
@@ -303,7 +305,7 @@ def _has_key(urls: Sequence[str]) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """What W&B says is wrong, on a short line."""
+    """W&B's error message, on a short line."""
     if isinstance(error, ValidationError):
         return "; ".join(field_problem("", detail) for detail in error.errors())
     reason = str(error).partition("\n")[0] or type(error).__name__
@@ -315,8 +317,8 @@ def _reason(error: Exception) -> str:
 
 
 def _try_to_write(folder: Path) -> None:
-    # Where it cannot, W&B turns to the system's temporary folder without a word. Names alone may
-    # find room where contents do not.
+    # W&B silently uses the system's temporary folder if it cannot write here. An empty file may be
+    # created on a full disk, so the test writes some bytes.
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b" " * 65536)

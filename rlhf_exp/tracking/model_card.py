@@ -1,4 +1,4 @@
-"""The model card of a run: what was trained, on what, how it was measured, with which versions."""
+"""The model card of a run: the model, its data, its evaluation, and the versions of packages."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ def write_model_card(run: Path, config: Mapping[str, Any], result: Mapping[str, 
     from huggingface_hub import ModelCard, ModelCardData
 
     base = (config.get("model") or {}).get("base_model")
-    # What lies in a directory of this machine means nothing to others.
+    # A directory of this machine means nothing to others.
     on_hub = isinstance(base, str) and not Path(base).exists() and ":" not in base
     data = ModelCardData(
         library_name="transformers",
@@ -58,10 +58,10 @@ def _body(run: Path, config: Mapping[str, Any], result: Mapping[str, Any], base:
                 else ""
             ),
         ]
-    shown = {name: part for name, part in config.items() if name != "logger" and part}
+    parts_of_config = {name: part for name, part in config.items() if name != "logger" and part}
     parts += [
         "## Configuration",
-        f"```json\n{json.dumps(shown, indent=2, ensure_ascii=False)}\n```",
+        f"```json\n{json.dumps(parts_of_config, indent=2, ensure_ascii=False)}\n```",
     ]
     parts += ["## Versions", f"```\n{_versions(run)}\n```"]
     return "\n\n".join(parts) + "\n"
@@ -94,11 +94,11 @@ def _number(value: float | None) -> str:
 
 
 def _listing(part: Mapping[str, Any]) -> str:
-    known = {k: v for k, v in part.items() if k != "_target_" and v is not None}
-    return "\n".join(f"- `{key}`: {value}" for key, value in known.items())
+    values = {k: v for k, v in part.items() if k != "_target_" and v is not None}
+    return "\n".join(f"- `{key}`: {value}" for key, value in values.items())
 
 
 def _versions(run: Path) -> str:
     lines = read_environment(run)
-    wanted = ("commit", "code", "cpu", "gpu", *VERSIONS)
-    return "\n".join(line for line in lines if line.split("==")[0].split(" ")[0] in wanted)
+    names = ("commit", "code", "cpu", "gpu", *VERSIONS)
+    return "\n".join(line for line in lines if line.split("==")[0].split(" ")[0] in names)

@@ -1,5 +1,5 @@
-"""How far a run is: a bar on a terminal, one plain line a step elsewhere; the log file always gets
-the lines."""
+"""The progress of a run: a bar on a terminal, otherwise a line for each step. The log file always
+gets the lines."""
 
 import logging
 import sys
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 log = logging.getLogger(__name__)
-# run.py sends this one to the log file alone when a bar is on the terminal.
+# With a bar on the terminal, its lines go to the log file alone: see `file_log`.
 line_log = logging.getLogger("rlhf_exp.progress")
 package_log = logging.getLogger("rlhf_exp")
 
@@ -32,7 +32,7 @@ SHORT = {
 
 
 class Progress:
-    """Counts steps of one loop. Use as a context manager."""
+    """Counts the steps of one loop. Use it as a context manager."""
 
     def __init__(self, total: int, *, unit: str) -> None:
         self.total, self.unit = total, unit
@@ -57,13 +57,12 @@ class Progress:
         self._start = step, time.monotonic()
 
     def advance(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows that `step` (1, 2, ...) is done, with those of the metrics that have a short
-        name."""
-        shown = {SHORT[k]: f"{round(v, 3) + 0.0:.3f}" for k, v in metrics.items() if k in SHORT}
-        self.bar.set_postfix(shown, refresh=False)
+        """Shows that `step` (1, 2, ...) is done, with the metrics that have a short name."""
+        values = {SHORT[k]: f"{round(v, 3) + 0.0:.3f}" for k, v in metrics.items() if k in SHORT}
+        self.bar.set_postfix(values, refresh=False)
         self.bar.update(step - self.bar.n)
         width = len(str(self.total))
-        facts = "  ".join(f"{k} {v}" for k, v in shown.items())
+        facts = "  ".join(f"{k} {v}" for k, v in values.items())
         line_log.info("%s %*d/%d  %s", self.unit, width, step, self.total, facts)
         if self._start is not None and step > self._start[0]:
             first, began = self._start
@@ -85,9 +84,9 @@ def on_terminal() -> bool:
 
 
 def keep_log(file: Path, *, console: bool) -> None:
-    """Has this package log to the file, and warnings to the console if so asked, whatever Hydra's
-    configuration has set up. The package has handlers of its own, since the user's code may replace
-    those of the root logger, as logging.basicConfig(force=True) does."""
+    """Logs this package to the file, and with `console` its warnings to the console, whatever
+    Hydra's configuration says. The package has handlers of its own, since the user's code may
+    replace those of the root logger, as logging.basicConfig(force=True) does."""
     handlers = [*logging.root.handlers]
     if not any(isinstance(handler, logging.FileHandler) for handler in handlers):
         to_file = logging.FileHandler(file, encoding="utf-8", delay=True)
@@ -101,7 +100,7 @@ def keep_log(file: Path, *, console: bool) -> None:
     package_log.setLevel(min(logging.root.level, logging.INFO))
     for name, logger in logging.root.manager.loggerDict.items():
         if name.partition(".")[0] == "rlhf_exp" and isinstance(logger, logging.Logger):
-            logger.disabled = False  # as hydra/job_logging=disabled has set it
+            logger.disabled = False  # hydra/job_logging=disabled disables it
 
 
 def file_log() -> logging.Logger:

@@ -1,4 +1,4 @@
-"""Pushing a run's model to the Hugging Face hub, or refusing before anything is trained.
+"""Push a run's model to the Hugging Face hub, or refuse to before anything is trained.
 
 It knows the hub's client and nothing of models.
 """
@@ -37,33 +37,33 @@ class HubSettings:
         return self
 
     def problems(self) -> list[str]:
-        """Why a push would fail, known before training: no token, or no hub within reach."""
+        """Reasons why a push would fail: no token, or no hub within reach."""
         if not self.push:
             return []
         from huggingface_hub import HfApi, get_token
 
-        found: list[str] = []
+        problems: list[str] = []
         if get_token() is None:
-            found.append(
+            problems.append(
                 "hub.push=true: no Hugging Face token; log in with `hf auth login`, set HF_TOKEN,"
                 " or set hub.push=false"
             )
         if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0") or not hub_responds():
-            found.append(
+            problems.append(
                 f"hub.push=true: {hub_url()} is out of reach (or HF_HUB_OFFLINE is set); set"
                 " hub.push=false and push later with `hf upload`"
             )
-        if not found:
+        if not problems:
             try:
                 HfApi(endpoint=hub_url()).whoami()
             except Exception as error:
                 reason = str(error).strip().splitlines()[0][:300]
-                found.append(f"hub.push=true: {hub_url()} does not take the token ({reason})")
-        return found
+                problems.append(f"hub.push=true: {hub_url()} does not take the token ({reason})")
+        return problems
 
     def upload(self, folder: Path) -> None:
-        """Uploads the folder if that is asked for. Raises TrainingError, naming the command that
-        does it by hand, if the hub refuses."""
+        """Uploads the folder if `push` is true. Raises TrainingError, with the command that
+        uploads it by hand, if the hub refuses."""
         if not self.push:
             return
         from huggingface_hub import HfApi
@@ -74,7 +74,7 @@ class HubSettings:
             api.upload_folder(
                 repo_id=url.repo_id, folder_path=folder, commit_message="Train with rlhf_exp"
             )
-        except Exception as error:  # the client's, its transport's: the model is on disk anyway
+        except Exception as error:  # of the client or its transport: the model is on disk anyway
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             raise TrainingError(
                 f"hub.repo={self.repo}: the push failed ({reason}); the model is in {folder}, push"

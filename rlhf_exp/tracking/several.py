@@ -1,5 +1,5 @@
-"""Several loggers at once: `logger.also` beside the chosen one. It knows how to open and close
-them so that one that fails costs neither the run nor the others."""
+"""Several loggers at once: the chosen one and those of `logger.also`. If one of them fails, the run
+and the other loggers go on."""
 
 import logging
 import sys
@@ -24,11 +24,11 @@ BY_NAME = {
 
 
 def split_loggers(config: Mapping[str, Any], problems: list[str]) -> dict[str, Mapping[str, Any]]:
-    """The settings of each logger by where they stand: `logger`, and `logger.also.0` and so on.
-    Appends what is wrong with `also`."""
-    chosen = dict(config)
-    also = chosen.pop("also", None) or []
-    loggers: dict[str, Mapping[str, Any]] = {"logger": chosen}
+    """The settings of each logger, by their place in the configuration: `logger`, `logger.also.0`
+    and so on. Appends problems of `also`."""
+    main = dict(config)
+    also = main.pop("also", None) or []
+    loggers: dict[str, Mapping[str, Any]] = {"logger": main}
     if not isinstance(also, list):
         problems.append(f"logger.also={also!r}: Input should be a list, as [tensorboard]")
         also = []
@@ -67,11 +67,11 @@ def _opened(logger: Logger, info: RunInfo) -> Iterator[list[Sink]]:
         log.warning("%s cannot start (%s); going on without it", name, reason)
         yield []
         return
-    ending: tuple[Any, Any, Any] = (None, None, None)
+    error_info: tuple[Any, Any, Any] = (None, None, None)
     try:
         yield sinks
     except BaseException:
-        ending = sys.exc_info()
+        error_info = sys.exc_info()
         raise
     finally:
-        attempt(f"closing {name}", lambda: context.__exit__(*ending))
+        attempt(f"closing {name}", lambda: context.__exit__(*error_info))

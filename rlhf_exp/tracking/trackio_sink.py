@@ -25,7 +25,7 @@ class TrackioLogger:
 
     @contextmanager
     def open(self, info: RunInfo) -> Iterator[list[Sink]]:
-        """The run's sink, the same when it is resumed. The hub is not asked who the user is."""
+        """The sink to the run, which a resumed run continues. Asks the hub nothing."""
         with without_hub(), redirect_stdout(io.StringIO()):
             import trackio
 

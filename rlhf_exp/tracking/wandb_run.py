@@ -1,7 +1,7 @@
-"""A W&B run that cannot hold training up: what it is told is said on a thread of its own, and when
-it fails or stops answering it is dropped with one warning.
+"""A W&B run that never delays training: its calls run on a thread of their own. If W&B fails or
+stops answering, it is dropped with one warning.
 
-It knows how W&B's service dies, and nothing of what is logged.
+It knows how W&B's service fails, and nothing of what is logged.
 """
 
 import logging
@@ -16,14 +16,14 @@ import psutil
 
 log = logging.getLogger(__name__)
 
-MAX_WAITING = 10_000
-SERVICE_S = 5.0  # for a service that answers to end; a dead one does not take them
+MAX_WAITING = 10_000  # calls
+SERVICE_S = 5.0  # seconds that the service may take to end; a dead one never answers
 
 Call = Callable[[Any], object]
 
 
 class WandbRun:
-    """Hands calls on to a run of W&B, in their order, and never waits but in `close`."""
+    """Passes calls to a W&B run in their order. Only `close` waits."""
 
     def __init__(self, run: Any, *, finish_s: float) -> None:
         self._run, self._finish_s = run, finish_s
@@ -34,7 +34,7 @@ class WandbRun:
         self._thread.start()
 
     def call(self, call: Call) -> None:
-        """Has the call made with the run, soon; not at all once one has failed."""
+        """Queues a call with the run. Does nothing once a call has failed."""
         if self._failed.is_set():
             return
         try:
@@ -43,10 +43,10 @@ class WandbRun:
             self._give_up("it has stopped answering")
 
     def close(self, *, exit_code: int) -> None:
-        """Ends the run once everything is said, and waits for that `finish_s` seconds at most."""
+        """Ends the run after all queued calls; waits at most `finish_s` seconds for that."""
 
         def finish(run: Any) -> None:
-            # Not `with run`, which prints the traceback of what was raised.
+            # Not `with run`, which prints a traceback if the block raises.
             run.finish(exit_code=exit_code)
             self._finished = True
 
@@ -74,8 +74,8 @@ class WandbRun:
 
 
 def drop_service(*last: Callable[[], object]) -> None:
-    """Takes W&B's service out of this process, after the last calls if it still answers: the next
-    run starts one of its own, and the interpreter does not wait for this one when it ends."""
+    """Stops W&B's service of this process, after the `last` calls if it still answers. The next run
+    starts a new service, and the interpreter does not wait for this one when it ends."""
 
     def tear_down() -> None:
         import wandb
@@ -83,14 +83,14 @@ def drop_service(*last: Callable[[], object]) -> None:
         for end in (*last, wandb.teardown):
             try:
                 end()
-            except Exception as error:  # as they do where the service is dead
+            except Exception as error:  # every call fails if the service is dead
                 log.debug("W&B's service: %s", error)
 
     thread = threading.Thread(target=tear_down, name="W&B teardown", daemon=True)
     thread.start()
     thread.join(SERVICE_S)
     if thread.is_alive():
-        # It would go on trying to upload, long after this process.
+        # Otherwise it tries to upload long after this process has ended.
         for process in psutil.Process().children():
             if process.name().startswith("wandb-"):
                 process.kill()

@@ -1,4 +1,4 @@
-"""What W&B is told of a run: metrics over phases, tables, histograms, a summary, the model."""
+"""Logs a run to W&B: metrics by phase, tables of samples, histograms, a summary, the model."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from rlhf_exp.tracking.wandb_run import WandbRun
 
 
 class WandbSink:
-    """The sink beside the local files. Every row has its phase, which is the axis of all charts."""
+    """The sink to a W&B run. Every row has its phase, which is the axis of all charts."""
 
     def __init__(self, run: WandbRun, *, log_model: bool) -> None:
         self._run, self._log_model = run, log_model
@@ -20,18 +20,20 @@ class WandbSink:
         self._send({"phase": phase, **metrics})
 
     def log_samples(self, phase: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The first rows as a table of its own under the one key `samples`. Runs on the same
-        prompts have them in the same order, so that their tables can be joined."""
-        shown = [{"phase": phase, **row} for row in rows[:TABLE_ROWS]]
-        if not shown:
+        """The first rows as a new table under the key `samples`. Runs on the same prompts have them
+        in the same order, so that their tables can be joined."""
+        table_rows = [{"phase": phase, **row} for row in rows[:TABLE_ROWS]]
+        if not table_rows:
             return
-        columns = list(shown[0])
+        columns = list(table_rows[0])
 
         def send(run: Any) -> None:
             import wandb
 
-            # A new one each time: what is added to a table that was logged is not seen.
-            table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in shown])
+            # A new table each time: W&B ignores rows that are added to a logged one.
+            table = wandb.Table(
+                columns=columns, data=[[row[c] for c in columns] for row in table_rows]
+            )
             run.log({"phase": phase, "samples": table})
 
         self._run.call(send)
@@ -42,21 +44,21 @@ class WandbSink:
         def send(run: Any) -> None:
             import wandb
 
-            shown = {
+            row = {
                 f"histogram/{name}": wandb.Histogram(np_histogram=(list(h.counts), list(h.edges)))
                 for name, h in histograms.items()
             }
-            run.log({"phase": phase, **shown})
+            run.log({"phase": phase, **row})
 
         self._run.call(send)
 
     def log_summary(self, summary: Mapping[str, float]) -> None:
-        """The values beside the last ones of the metrics, which W&B takes by itself."""
+        """Adds the values to the summary, where W&B itself writes the last value of each metric."""
         self._run.call(lambda run: run.summary.update(dict(summary)))
 
     def log_result(self, result: Mapping[str, Any], path: Path) -> None:
-        """The folder `model/` as an artifact with the result, if that is asked for and there is
-        one."""
+        """The folder `model/` as an artifact with the result, if log_model is true and the folder
+        exists."""
         model = path / "model"
         if not self._log_model or not model.is_dir():
             return
@@ -67,7 +69,7 @@ class WandbSink:
             artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=dict(result))
             for file in sorted(file for file in model.absolute().rglob("*") if file.is_file()):
                 name = file.relative_to(model.absolute()).as_posix()
-                # Not copied before it is sent: nothing writes to the folder of a run that is done.
+                # Uploaded without a copy: nothing writes to the folder of a run that is done.
                 artifact.add_file(str(file), name, policy="immutable", skip_cache=True)
             run.log_artifact(artifact)
 

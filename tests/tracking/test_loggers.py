@@ -580,7 +580,7 @@ def test_what_wandb_would_put_into_the_home_is_the_users_to_place(tmp_path, monk
         ({"entity": ""}, r"at least 1 character"),
         ({"tags": ("a", "b" * 65)}, r"W&B takes tags of 1 to 64 characters, which 'b+' is not"),
         ({"tags": ("a", "")}, r"W&B takes tags of 1 to 64 characters, which '' is not"),
-        ({"tags": ("a", "b", "a")}, r"W&B takes a tag once, and 'a' is there more often"),
+        ({"tags": ("a", "b", "a")}, r"W&B takes each tag once, and 'a' is repeated"),
     ],
 )
 def test_what_wandb_would_refuse_later_is_refused_at_once(field, message):
