@@ -40,27 +40,26 @@ def unusable(target: str, ours: tuple[str, ...], *, find: Callable[[str], Any]) 
     )
 
 
-def instructions(config: Any, ours: tuple[str, ...]) -> Iterator[str]:
+def instructions(config: Any, ours: tuple[str, ...]) -> list[str]:
     """Hydra's keys other than `_target_` in the configuration of our own classes, which take
     neither positional arguments nor parts that are not built."""
-    if isinstance(config, Mapping):
-        if str(config.get("_target_", "")).startswith(ours):
-            yield from (
-                key for key in ("_args_", "_convert_", "_partial_", "_recursive_") if key in config
-            )
-        config = list(config.values())
-    if isinstance(config, list):
-        for value in config:
-            yield from instructions(value, ours)
+    keys = ("_args_", "_convert_", "_partial_", "_recursive_")
+    parts = [part for _, part in _mappings(config, "")]
+    own = [part for part in parts if str(part.get("_target_", "")).startswith(ours)]
+    return [key for part in own for key in keys if key in part]
 
 
-def targets(config: Any, path: str) -> Iterator[tuple[str, str]]:
+def targets(config: Any, path: str) -> list[tuple[str, str]]:
     """Every `_target_` in the configuration at a path, at any depth, as (its path, target)."""
+    parts = _mappings(config, path)
+    return [(where, str(part["_target_"])) for where, part in parts if "_target_" in part]
+
+
+def _mappings(config: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every mapping in the configuration at a path, with its own path."""
     if isinstance(config, Mapping):
-        if "_target_" in config:
-            yield path, str(config["_target_"])
-        for key, value in config.items():
-            yield from targets(value, f"{path}.{key}")
-    elif isinstance(config, list):
-        for number, value in enumerate(config):
-            yield from targets(value, f"{path}.{number}")
+        yield path, config
+    children = dict(enumerate(config)) if isinstance(config, list) else config
+    if isinstance(children, Mapping):
+        for key, value in children.items():
+            yield from _mappings(value, f"{path}.{key}")

@@ -47,7 +47,7 @@ def _instantiate(
         if unusable(target, ALLOWED_TARGETS, find=get_object):
             problems.append(f"{where}._target_={target}: it is no class of settings; see conf/")
             return None
-    if keys := [*instructions(config, ("rlhf_exp.",))]:
+    if keys := instructions(config, ("rlhf_exp.",)):
         problems += [f"{path}: {key} is no key of it; leave it out" for key in keys]
         return None
     return _build(_literal(config), path, problems)

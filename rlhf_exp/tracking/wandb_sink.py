@@ -17,7 +17,8 @@ class WandbSink:
 
     def log(self, phase: int, metrics: Mapping[str, float]) -> None:
         """A row of metrics."""
-        self._send({"phase": phase, **metrics})
+        row = {"phase": phase, **metrics}
+        self._run.call(lambda run: run.log(row))
 
     def log_samples(self, phase: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """The first rows as a new table under the key `samples`. Runs on the same prompts have them
@@ -74,6 +75,3 @@ class WandbSink:
             run.log_artifact(artifact)
 
         self._run.call(send)
-
-    def _send(self, row: Mapping[str, Any]) -> None:
-        self._run.call(lambda run: run.log(dict(row)))
