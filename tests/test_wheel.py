@@ -85,4 +85,4 @@ def test_an_installed_copy_speaks_of_the_console_script(scripts: Path, tmp_path:
     text = call(scripts / "rlhf-exp", "--help", cwd=tmp_path)
     assert "rlhf-exp -m stage.kl_coef=" in text
     assert "train.py" not in text
-    assert "experiment: arithmetic, " in text
+    assert "experiment: a whole run" in text

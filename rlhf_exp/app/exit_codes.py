@@ -56,8 +56,8 @@ def handle_exit(path: Path, *, sweep: bool, undo: Callable[[], None]) -> Iterato
         end("interrupted", "KeyboardInterrupt")
         raise SystemExit(130) from None
     except TrainingError as error:
-        left = f"\nwhat was logged so far is in {path}{_how_to_go_on(path)}"
-        log.error("error: %s%s", error, "" if is_done(path) else left)
+        hint = f"\nwhat was logged so far is in {path}{_how_to_go_on(path)}"
+        log.error("error: %s%s", error, "" if is_done(path) else hint)
         file.exception("traceback")
         end("failed", str(error))
         raise SystemExit(error.exit_code) from None

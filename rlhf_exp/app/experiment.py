@@ -194,8 +194,8 @@ def _stop_early(prepared: Prepared, path: Path) -> None:
         folder.write_result({"prepare": prepared.results, "seconds": prepared.seconds})
         write_status(folder.path, "done")
     attempt("copying the figures", lambda: prepared.copy_figures(path))
-    for name, made in prepared.folders.items():
-        log.info("%s: %s", name, made)
+    for name, artifact in prepared.folders.items():
+        log.info("%s: %s", name, artifact)
     log.info("run folder: %s", path)
 
 

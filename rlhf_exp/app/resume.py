@@ -49,10 +49,10 @@ def find_run(resume: str, runs: Path) -> Path:
         if not is_run(Path(resume)):
             raise ConfigError(f"resume={resume}: no run's folder, which has {CONFIG}")
         return Path(resume)
-    left = [run for run in runs_below(runs) if not is_done(run) and not is_locked(run)]
-    if not left:
+    unfinished = [run for run in runs_below(runs) if not is_done(run) and not is_locked(run)]
+    if not unfinished:
         raise ConfigError(f"resume={AUTO}: no unfinished run below {runs}: start one, without it")
-    return max(left, key=last_written)
+    return max(unfinished, key=last_written)
 
 
 def key_of(word: str) -> str:
@@ -85,10 +85,10 @@ def with_recorded_words(words: Sequence[str]) -> list[str]:
     except ConfigError:  # reported when the run is opened
         return [*options, *words]
     groups = [key_of(w) for w in words if not w.startswith("-") and "." not in key_of(w)]
-    chosen = tuple(f"{group}." for group in groups)
+    prefixes = tuple(f"{group}." for group in groups)
     new_keys = {key_of(word) for word in words}
     inherited = [
-        w for w in recorded if key_of(w) not in new_keys and not key_of(w).startswith(chosen)
+        w for w in recorded if key_of(w) not in new_keys and not key_of(w).startswith(prefixes)
     ]
     return [*options, *inherited, *words]
 
@@ -102,10 +102,10 @@ class Change:
     after: Any
 
     def __str__(self) -> str:
-        return f"{self.key}: {_shown(self.before)} -> {_shown(self.after)}"
+        return f"{self.key}: {_text_of(self.before)} -> {_text_of(self.after)}"
 
 
-def _shown(value: Any) -> str:
+def _text_of(value: Any) -> str:
     return "absent" if value is ABSENT else "null" if value is None else str(value)
 
 

@@ -5,9 +5,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra.core.hydra_config import HydraConfig
 
 from rlhf_exp.app.options import CONF, list_groups, with_comments
 from tests.app.test_run import Outcome, train
+
+
+@pytest.fixture(autouse=True)
+def own_hydra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forgets the folders of a command line when the test ends."""
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
 
 
 @pytest.fixture
