@@ -16,7 +16,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 
 from rlhf_exp.app.user_modules import config_folders
-from rlhf_exp.machine.installation import CONF
+from rlhf_exp.machine.locations import CONF
 from rlhf_exp.settings import ConfigError
 
 COMMENTS = "--comments"
