@@ -23,7 +23,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # without work. `make test` keeps this order.
 LONGEST = (
     "test_sweeps.py", "test_cli.py", "test_arithmetic.py", "test_conf.py",
-    "test_config_property.py", "test_resume.py", "test_loggers.py", "test_ppo_run.py",
+    "test_config_property.py", "test_resume.py", "test_wandb_logger.py", "test_ppo_run.py",
 )  # fmt: skip
 
 

@@ -28,8 +28,8 @@ from rlhf_exp.runs.stopping import StopRequests
 from rlhf_exp.security.redaction import redact
 from rlhf_exp.settings import PARTS, ConfigError
 from rlhf_exp.stages.protocol import Built, look_up
-from rlhf_exp.tracking.loggers import Logger, RunInfo
 from rlhf_exp.tracking.model_card import write_model_card
+from rlhf_exp.tracking.protocol import Logger, RunInfo
 from rlhf_exp.tracking.push import HubSettings
 from rlhf_exp.tracking.several import open_sinks, split_loggers
 from rlhf_exp.training.seeding import seed_shared_generators

@@ -8,7 +8,8 @@ from typing import Any
 from rlhf_exp.report.grouping import settings_of, varied_parameters
 from rlhf_exp.runs.reading import Run, read_runs
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.tracking.loggers import MAX_NAME, RunInfo, WandbLogger
+from rlhf_exp.tracking.protocol import RunInfo
+from rlhf_exp.tracking.wandb_logger import MAX_NAME, WandbLogger
 
 MAX_PAGE_BYTES = 20 * 2**20  # what W&B shows inline
 

@@ -10,16 +10,16 @@ from typing import Any
 from rlhf_exp.runs.folder import Sink
 from rlhf_exp.runs.presentation import attempt
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.tracking.loggers import Logger, RunInfo
+from rlhf_exp.tracking.protocol import Logger, RunInfo
 
 log = logging.getLogger(__name__)
 
 # The options of the group `logger`, which `logger.also` may name.
 BY_NAME = {
-    "local": "rlhf_exp.tracking.loggers.LocalLogger",
+    "local": "rlhf_exp.tracking.protocol.LocalLogger",
     "tensorboard": "rlhf_exp.tracking.tensorboard_sink.TensorBoardLogger",
     "trackio": "rlhf_exp.tracking.trackio_sink.TrackioLogger",
-    "wandb": "rlhf_exp.tracking.loggers.WandbLogger",
+    "wandb": "rlhf_exp.tracking.wandb_logger.WandbLogger",
 }
 
 

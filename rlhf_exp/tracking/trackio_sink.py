@@ -9,7 +9,7 @@ from rlhf_exp.machine.network import without_hub
 from rlhf_exp.runs.folder import TABLE_ROWS, Sink
 from rlhf_exp.runs.summary import Histogram
 from rlhf_exp.settings import Text, settings
-from rlhf_exp.tracking.loggers import RunInfo, missing_package
+from rlhf_exp.tracking.protocol import RunInfo, missing_package
 
 
 @settings

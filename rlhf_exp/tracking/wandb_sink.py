@@ -6,7 +6,7 @@ from typing import Any
 
 from rlhf_exp.runs.folder import TABLE_ROWS
 from rlhf_exp.runs.summary import Histogram
-from rlhf_exp.tracking.wandb_run import WandbRun
+from rlhf_exp.tracking.wandb_thread import WandbRun
 
 
 class WandbSink:

@@ -44,7 +44,7 @@ def config(*, kl_coef: float = 0.3, clip_coef: float = 0.2, lr: float = 3e-4, se
         },
         "optimizer": {"base_lr": lr, "head_lr": 1e-3},
         "task": {"_target_": "rlhf_exp.tasks.reviews.Reviews", "prefix": "this movie was really"},
-        "logger": {"_target_": "rlhf_exp.tracking.loggers.LocalLogger"},
+        "logger": {"_target_": "rlhf_exp.tracking.protocol.LocalLogger"},
     }
 
 

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rlhf_exp.app import run
 from rlhf_exp.runs.folder import RunFolder, Sink
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.tracking.loggers import LocalLogger
+from rlhf_exp.tracking.protocol import LocalLogger
 from rlhf_exp.tracking.several import BY_NAME, open_sinks, split_loggers
 from tests.app.test_run import TINY, train
 

@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rlhf_exp.runs.folder import RunFolder
 from rlhf_exp.runs.summary import Histogram
-from rlhf_exp.tracking.loggers import missing_package
+from rlhf_exp.tracking.protocol import missing_package
 from rlhf_exp.tracking.tensorboard_sink import TensorBoardLogger
 
 from .wandb_runs import info

@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_exp.runs.folder import RunFolder
 from rlhf_exp.runs.summary import Histogram
-from rlhf_exp.tracking.loggers import WandbLogger
+from rlhf_exp.tracking.wandb_logger import WandbLogger
 
 from .wandb_runs import info, inspect, offline_runs, own_folders
 

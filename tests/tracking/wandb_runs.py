@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import wandb
 
-from rlhf_exp.tracking.loggers import RunInfo
+from rlhf_exp.tracking.protocol import RunInfo
 
 
 @contextmanager

@@ -1,21 +1,18 @@
-"""The protocol of a logger, and two loggers: W&B beside the local files, and the local files alone.
+"""The logger of W&B: its settings, and how a run of it is started online or offline.
 
 W&B never stops a run. Without a key or a network, or if the server refuses, W&B logs offline. If it
 cannot write, or fails later, it is dropped with one warning, and metrics.jsonl goes on.
 """
 
-import importlib.util
 import logging
 import os
-import secrets
 import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ValidationError
 
@@ -23,8 +20,9 @@ from rlhf_exp.machine.network import reachable
 from rlhf_exp.runs.folder import Sink
 from rlhf_exp.security.redaction import redact_words
 from rlhf_exp.settings import ConfigError, Positive, Text, field_problem, settings
-from rlhf_exp.tracking.wandb_run import WandbRun, drop_service
+from rlhf_exp.tracking.protocol import RunInfo
 from rlhf_exp.tracking.wandb_sink import WandbSink
+from rlhf_exp.tracking.wandb_thread import WandbRun, drop_service
 
 log = logging.getLogger(__name__)
 
@@ -34,40 +32,6 @@ WANDB_URLS = ("https://api.forge.coreweave.com", "https://api.wandb.ai")  # sinc
 MAX_NAME, MAX_TAG = 128, 64  # characters; W&B itself reports longer ones only when it uploads
 
 _Variables = Mapping[str, str | None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunInfo:
-    """What a logger needs to know about a run. All runs of a sweep have one `shared_folder`. A
-    resumed run keeps its `run_id`."""
-
-    name: str
-    group: str | None
-    job_type: str
-    config: Mapping[str, Any]
-    shared_folder: Path
-    run_id: str = field(default_factory=lambda: secrets.token_hex(4))
-
-
-@runtime_checkable
-class Logger(Protocol):
-    """A logger group's settings."""
-
-    def problems(self, *, name: str, group: str | None) -> list[str]:
-        """Reasons why a run of that name cannot be logged, found before the run starts."""
-        ...
-
-    def open(self, info: RunInfo) -> Any:
-        """A context manager that yields the sinks beside the local files."""
-        ...
-
-
-def missing_package(package: str) -> list[str]:
-    """A line that says how to install a logger's package, or none if it is installed. The extra of
-    rlhf_exp that installs the package has the same name."""
-    if importlib.util.find_spec(package) is not None:
-        return []
-    return [f"logger: {package} is not installed: pip install 'rlhf_exp[{package}]'"]
 
 
 def _check_name(name: str) -> str:
@@ -89,20 +53,6 @@ def _check_tags(tags: tuple[str, ...]) -> tuple[str, ...]:
 
 Name = Annotated[Text, AfterValidator(_check_name)]
 Tags = Annotated[tuple[str, ...], AfterValidator(_check_tags)]
-
-
-@settings
-class LocalLogger:
-    """The run's folder and nothing else."""
-
-    def problems(self, *, name: str, group: str | None) -> list[str]:
-        """None."""
-        return []
-
-    @contextmanager
-    def open(self, info: RunInfo) -> Iterator[list[Sink]]:
-        """No further sinks."""
-        yield []
 
 
 @settings

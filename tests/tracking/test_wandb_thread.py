@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_exp.tracking import wandb_run
-from rlhf_exp.tracking.wandb_run import WandbRun
+from rlhf_exp.tracking import wandb_thread
+from rlhf_exp.tracking.wandb_thread import WandbRun
 
 
 class Run:
@@ -58,8 +58,8 @@ def test_a_call_that_fails_is_the_last_but_for_the_end(caplog) -> None:
 
 
 def test_a_run_that_does_not_answer_is_left_behind(caplog, monkeypatch) -> None:
-    monkeypatch.setattr(wandb_run, "SERVICE_S", 0.1)
-    monkeypatch.setattr(wandb_run, "MAX_WAITING", 3)
+    monkeypatch.setattr(wandb_thread, "SERVICE_S", 0.1)
+    monkeypatch.setattr(wandb_thread, "MAX_WAITING", 3)
     run = Run()
     run.may_answer.clear()
     told = WandbRun(run, finish_s=0.2)

@@ -28,8 +28,9 @@ from pydantic import ValidationError
 from rlhf_exp.machine.network import reachable
 from rlhf_exp.runs.folder import RunFolder, Sink
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.tracking import loggers, wandb_run
-from rlhf_exp.tracking.loggers import LocalLogger, Logger, WandbLogger
+from rlhf_exp.tracking import wandb_logger, wandb_thread
+from rlhf_exp.tracking.protocol import LocalLogger, Logger
+from rlhf_exp.tracking.wandb_logger import WandbLogger
 
 from .wandb_runs import info, inspect, offline_runs, own_folders
 
@@ -208,7 +209,7 @@ NO_ANSWER = "no usable answer within 2 s"
     ],
 )
 def test_a_server_that_refuses_has_the_run_offline(tmp_path, monkeypatch, caplog, respond, reason):
-    monkeypatch.setattr(loggers, "INIT_S", 2)
+    monkeypatch.setattr(wandb_logger, "INIT_S", 2)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     with serving(respond) as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
@@ -226,7 +227,7 @@ def assert_one_warning(caplog, pattern: str) -> None:
 
 @SOAK
 def test_a_proxy_that_is_dead_has_the_run_offline(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(loggers, "INIT_S", 2)
+    monkeypatch.setattr(wandb_logger, "INIT_S", 2)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     wandb.teardown()
@@ -348,7 +349,8 @@ SIGNALLED = """
 import logging, psutil, signal, sys, time
 from pathlib import Path
 from rlhf_exp.runs.folder import RunFolder
-from rlhf_exp.tracking.loggers import RunInfo, WandbLogger
+from rlhf_exp.tracking.protocol import RunInfo
+from rlhf_exp.tracking.wandb_logger import WandbLogger
 
 logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
 path, name = Path(sys.argv[1]), sys.argv[2]
@@ -487,7 +489,7 @@ def test_the_offline_parts_of_a_resumed_run_are_one_after_sync(tmp_path, monkeyp
 
 @pytest.mark.parametrize("how", [pytest.param("dies", marks=SOAK), "hangs"])
 def test_a_server_that_goes_away_holds_nothing_up(tmp_path, monkeypatch, caplog, how):
-    monkeypatch.setattr(wandb_run, "SERVICE_S", 1.0)
+    monkeypatch.setattr(wandb_thread, "SERVICE_S", 1.0)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     server = Server()
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
@@ -533,7 +535,8 @@ def test_a_folder_that_cannot_be_written_is_said_once(tmp_path, caplog):
 BETWEEN = """
 import logging, psutil, sys
 from pathlib import Path
-from rlhf_exp.tracking.loggers import RunInfo, WandbLogger
+from rlhf_exp.tracking.protocol import RunInfo
+from rlhf_exp.tracking.wandb_logger import WandbLogger
 
 logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
 path = Path(sys.argv[1])
