@@ -15,9 +15,12 @@ from rlhf_exp.machine.cpu_settings import use_processor_well
 
 use_processor_well()
 
-# Ignored where the tests were started in the background; what they start would ignore it too.
+# Ignored where the tests were started in the background or under nohup; what they start would
+# ignore them too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The files that take longest, the longest first: begun last, one would leave the other processes
 # without work. `make test` keeps this order.

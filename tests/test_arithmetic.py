@@ -155,7 +155,7 @@ ROW = {"prompt": "a b", "chosen": " c", "rejected": " d"}
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "FILE.jsonl is empty"),
+        ([], "FILE.jsonl holds no rows"),
         ([{"prompt": "a", "chosen": "b"}], "FILE.jsonl, row 1 has no field rejected"),
         ([ROW, ROW | {"rejected": " c"}], "FILE.jsonl, row 2, field rejected equals chosen"),
         ([ROW, ROW | {"chosen_reward": 1.0}], "FILE.jsonl, row 2 has no field rejected_reward"),

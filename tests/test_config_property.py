@@ -21,7 +21,7 @@ from tests.config_cases import Base, Case, invalid_cases, valid_cases
 from tests.reliability import count_cases
 
 SEED = 7
-COUNTS = [80, pytest.param(300, marks=pytest.mark.soak)]
+COUNTS = [100, pytest.param(300, marks=pytest.mark.soak)]
 SMALL_REVIEWS = ["task.num_reviews=60", "task.num_labelled=40", "task.num_held_out=20"]
 STAGES = {
     "ppo": ["~experiment", *SMALL_REVIEWS],
