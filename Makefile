@@ -1,5 +1,6 @@
 # Each target first makes .venv from pyproject.toml and constraints.txt if it is missing or older than them.
 PYTHON ?= python3
+comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
@@ -15,8 +16,10 @@ $(STAMP): pyproject.toml constraints.txt
 run: $(STAMP)
 	$(BIN)/python train.py
 
+# CHECKED=rlhf_exp checks shapes and types in all packages, not only where tensors are computed.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+		$(if $(CHECKED),--jaxtyping-packages=$(CHECKED)$(comma)beartype.beartype)
 
 # What docs/reliability.md counts, with its long campaigns, and the table of it.
 COUNTED := tests/test_faults.py tests/stages/test_every_stage_resumes.py tests/runs/test_checkpoint.py \

@@ -272,6 +272,7 @@ LAYOUT = Layout.of(COMPLETIONS)
 
 @pytest.mark.parametrize("working", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.sampled
 def test_a_reference_is_at_no_distance_from_an_equal_policy(
     architecture: str, kind: str, working: bool
 ) -> None:

@@ -62,6 +62,7 @@ def assert_apart(scores: torch.Tensor) -> None:
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @pytest.mark.parametrize("num_labels", [1, 3])
 @pytest.mark.parametrize("architecture", [*DECODERS, *ENCODERS])
+@pytest.mark.sampled
 def test_a_batch_gives_what_the_model_gives_for_each_text(
     architecture, num_labels, padding_side, tmp_path
 ):

@@ -94,6 +94,7 @@ def gradients(setup: Setup, given: Pass, mask: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", REFERENCES)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.sampled
 def test_the_fast_pass_is_the_textbooks(
     architecture: str, tied: bool, kind: str, task: str, tmp_path: Path
 ) -> None:
@@ -170,6 +171,7 @@ def learned(path: Path, ppo: PPO, *given: object, by_the_book: bool) -> tuple[li
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("kind", REFERENCES)
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.sampled
 def test_a_phase_learns_what_the_textbook_does(
     architecture: str, kind: str, task: str, micro_batch_size: int | None, tmp_path: Path
 ) -> None:
