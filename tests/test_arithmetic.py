@@ -13,13 +13,13 @@ from tests.app.test_run import assert_refused, run_folder, train
 SMALL = (
     "logger=local", "seed=3",
     "prepare.pretrained.model.d_model=32", "prepare.pretrained.stage.max_updates=60",
-    "prepare.sft.stage.max_updates=120", "prepare.sft.stage.stop_at=null",
-    "prepare.sft.stage.eval_every=60", "prepare.sft.stage.eval_samples=32",
+    "prepare.sft.stage.max_updates=60", "prepare.sft.stage.stop_at=null",
+    "prepare.sft.stage.eval_every=30", "prepare.sft.stage.eval_samples=32",
 )  # fmt: skip
 LEARNED = (
-    "prepare.preferences.stage.num_pairs=200", "prepare.preferences.stage.num_held_out=60",
-    "prepare.reward_model.stage.epochs=20", "prepare.reward_model.stage.width=32",
-    "prepare.reward_model.stage.batch_size=50",
+    "prepare.preferences.stage.num_pairs=120", "prepare.preferences.stage.num_held_out=60",
+    "prepare.reward_model.stage.epochs=15", "prepare.reward_model.stage.width=32",
+    "prepare.reward_model.stage.batch_size=30",
     "stage.total_phases=2", "schedule.warmup_steps=1", "stage.batch_size=16",
     "stage.eval_samples=16", "stage.eval_every=1",
 )  # fmt: skip

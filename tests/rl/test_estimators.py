@@ -194,7 +194,14 @@ class PolicyGradient(Objective):
 GROUPS = {"estimator": "BatchMean", "objective": "PolicyGradient"}
 
 
-@pytest.mark.parametrize("own", ["estimator", "objective", "both"])
+@pytest.mark.parametrize(
+    "own",
+    [
+        pytest.param("estimator", marks=pytest.mark.soak),
+        pytest.param("objective", marks=pytest.mark.soak),
+        "both",
+    ],
+)
 def test_an_estimator_and_an_objective_from_outside_train_a_bandit(
     own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

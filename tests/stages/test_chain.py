@@ -50,14 +50,14 @@ def chain(path: Path) -> tuple[Path, dict[str, StageResult]]:
     learned = {"optimizer": OPTIMIZER, "schedule": Constant()}
     return path, {
         "sft": run(
-            SFT(data="demonstrations", layout="pack", max_updates=60, batch_size=64),
+            SFT(data="demonstrations", layout="pack", max_updates=40, batch_size=64),
             path / "sft",
             task=task,
             model=Scratch(num_layers=2, d_model=32, num_heads=4, context_len=36),
             **learned,
         ),
         "pairs": run(
-            Preferences(num_pairs=400, num_held_out=200),
+            Preferences(num_pairs=300, num_held_out=150),
             path / "pairs",
             task=task,
             model=sft,
