@@ -103,7 +103,8 @@ def kill_often(folder: Path, words: tuple[str, ...], *, kills: int, phases: int,
     assert begin_or_go_on(folder, words) in (0, 2), said(folder)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(KILLS, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("kills", [5, KILLS])
 def test_killed_at_random_moments(kills: int, request: pytest.FixtureRequest, tmp_path) -> None:
     words, phases, name = (SHORT, 6, "short") if kills < KILLS else (LONG, 60, "long")
     whole = request.getfixturevalue(name)

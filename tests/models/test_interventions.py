@@ -466,6 +466,7 @@ print(json.dumps([max(errors), counters["stats"]["unique_graphs"]]))
 """
 
 
+@pytest.mark.soak
 def test_compiled_passes_give_the_same(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", COMPILED, str(tmp_path)],

@@ -327,8 +327,8 @@ def no_run() -> dict[str, Any]:
     ("content", "headline", "sections"),
     [
         (payload({"stage.kl_coef": (0.3,)}, seeds=(1,)), "Score ", {"parameters"}),
-        (supervised(), "There is no eval/score", set()),
-        (unfinished(), "No run has finished", {"curves"}),
+        pytest.param(supervised(), "There is no eval/score", set(), marks=pytest.mark.soak),
+        pytest.param(unfinished(), "No run has finished", {"curves"}, marks=pytest.mark.soak),
         (
             no_run(),
             "There is no eval/score",

@@ -380,7 +380,9 @@ print(took < 1, [row["phase"] for row in folder.rows()], own[0].pid)
     [
         pytest.param("none", None, marks=SOAK),
         pytest.param("SIGKILL", "W&B failed (", marks=SOAK),  # as in test_faults.py
-        ("SIGSTOP", "W&B failed (not finished after 1 s; later: wandb sync "),
+        pytest.param(
+            "SIGSTOP", "W&B failed (not finished after 1 s; later: wandb sync ", marks=SOAK
+        ),
     ],
 )
 def test_a_run_goes_on_and_ends_when_wandbs_service_dies_or_stops(tmp_path, signal, warning):
