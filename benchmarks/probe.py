@@ -49,7 +49,7 @@ def main() -> None:
         rounds = [
             (
                 milliseconds(lambda: find_fast_paths(policy)),
-                milliseconds(lambda: probe.holds(padded)),
+                milliseconds(lambda: probe.passes_agree(padded)),
             )
             for _ in range(arguments.rounds)
         ]

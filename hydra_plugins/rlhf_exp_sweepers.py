@@ -23,7 +23,7 @@ from rlhf_exp.sweeps.search import (
     Trial,
     check_search,
     check_space,
-    corners,
+    edge_settings,
 )
 
 BEST = 5
@@ -103,7 +103,7 @@ class SearchSweeper(Sweeper):
         launching = self._launching
         space, fixed = _space(launching.parse(self._params, arguments))
         check_space(space)
-        settings = [_of_values(fixed, values) for values in corners(space)]
+        settings = [_of_values(fixed, values) for values in edge_settings(space)]
         ends = launching.check(settings, metrics=[*self._metrics])
         batch_size = self._batch_size or launching.kind.at_once
         launching.say(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from rlhf_exp.hf import quieten_transformers
 from rlhf_exp.machine.network import hub_url
 from rlhf_exp.machine.streams import make_streams_unbreakable
-from rlhf_exp.report.continuations import prepend_bos_of
+from rlhf_exp.report.continuations import read_prepend_bos
 from rlhf_exp.report.talk import Talk
 from rlhf_exp.settings import ConfigError
 
@@ -47,7 +47,7 @@ def main() -> None:
             arguments.model,
             temperature=arguments.temperature,
             seed=arguments.seed,
-            prepend_bos=prepend_bos_of(arguments.model),
+            prepend_bos=read_prepend_bos(arguments.model),
             trust_remote_code=arguments.trust_remote_code,
         )
         print(f"{talk.kind}; /reset clears the conversation, /quit or Ctrl-D ends", file=sys.stderr)

@@ -36,18 +36,18 @@ def main() -> None:
     # Sorted as in a classifier trained on the task.
     labels = sorted({text.label for text in split.train})
     try:
-        label = labels[reward.find_label(labels, of="the task")]
+        label = labels[reward.find_label(labels, owner="the task")]
     except ConfigError as error:
         parser.error(str(error))
     verdict = judge(split, label, *read_ends(run / SAMPLES))
     print(f"judge: TF-IDF logistic regression, {verdict.held_out_accuracy:.3f} on held-out texts")
     for name, (old, new) in (
         ("reward, mean", verdict.reward),
-        ("judge, mean", verdict.judge),
-        ("judge, share > .5", verdict.share),
+        ("judge, mean", verdict.judge_prob),
+        ("judge, share > .5", verdict.positive_fraction),
     ):
         print(f"  {name:18} {old:.3f} -> {new:.3f}  ({new - old:+.3f})")
-    for title, words in (("rising", verdict.rising), ("falling", verdict.falling)):
+    for title, words in (("rising", verdict.rising_words), ("falling", verdict.falling_words)):
         print(f"{title}: " + ", ".join(f"{word} {old}>{new}" for word, old, new in words))
 
 

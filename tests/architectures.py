@@ -21,7 +21,7 @@ from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.rollout.cached import CachedSampler, prefill
 from rlhf_exp.rollout.measure import measure
-from rlhf_exp.rollout.sampler import eos_token
+from rlhf_exp.rollout.sampler import eos_token_id
 from rlhf_exp.rollout.static import StaticDecoder
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.types import Generation, Layout, PromptBatch
@@ -203,7 +203,7 @@ def sample(policy: TransformerWithValueHead, batch: PromptBatch, *, static: bool
     if not static:
         return SAMPLER(policy, batch, generator)
     rows, width = batch.tokens.shape
-    eos = eos_token(policy, stop_at_eos=True)
+    eos = eos_token_id(policy, stop_at_eos=True)
     uniforms = torch.rand((rows, SAMPLER.gen_len), generator=generator, device=policy.device)
     decoder = StaticDecoder(policy, SAMPLER, rows, width)
     with torch.no_grad():

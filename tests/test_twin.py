@@ -16,7 +16,7 @@ from rlhf_exp.models.saving import save_policy
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.training.schedules import WarmupDecay
-from rlhf_exp.training.seeding import stream
+from rlhf_exp.training.seeding import make_generator
 from rlhf_exp.types import Completions
 
 from . import twin
@@ -103,8 +103,8 @@ def run_twin(
     encoded = tokenizer(texts, padding=True, return_tensors="pt")
     metrics = twin.train(
         policy, encoded["input_ids"], encoded["attention_mask"].bool(), reward, settings,
-        prompt_rng=stream(SEED, "prompts"), sample_rng=stream(SEED, "samples"),
-        minibatch_rng=stream(SEED, "minibatches"),
+        prompt_rng=make_generator(SEED, "prompts"), sample_rng=make_generator(SEED, "samples"),
+        minibatch_rng=make_generator(SEED, "minibatches"),
     )  # fmt: skip
     return Run(list(metrics), weights(policy))
 

@@ -1,4 +1,4 @@
-"""Which classes and functions a configuration may name."""
+"""The check of the classes and functions that a configuration names."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -26,8 +26,8 @@ def forbidden_module(
 
 
 def unusable(target: str, ours: tuple[str, ...], *, find: Callable[[str], Any]) -> bool:
-    """Whether one of our own targets is not a class of settings. Building settings has no side
-    effects; a function or a method, such as one of a module's dictionary, may do anything."""
+    """Returns True if one of our own targets is not a class of settings. Building settings has no
+    side effects; a function or a method, such as one of a module's dictionary, may do anything."""
     if not target.startswith(ours):
         return False
     try:
@@ -49,10 +49,10 @@ def instructions(config: Any, ours: tuple[str, ...]) -> list[str]:
     return [key for part in own for key in keys if key in part]
 
 
-def targets(config: Any, path: str) -> list[tuple[str, str]]:
-    """Every `_target_` in the configuration at a path, at any depth, as (its path, target)."""
+def find_targets(config: Any, path: str) -> list[tuple[str, str]]:
+    """Every `_target_` in the configuration at a path, at any depth, as (key, target)."""
     parts = _mappings(config, path)
-    return [(where, str(part["_target_"])) for where, part in parts if "_target_" in part]
+    return [(key, str(part["_target_"])) for key, part in parts if "_target_" in part]
 
 
 def _mappings(config: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -18,7 +18,7 @@ import torch
 from rlhf_exp.app.steps import Instantiate, Prepared, Step, prepare, read_steps
 from rlhf_exp.hf import quieten_transformers
 from rlhf_exp.machine.network import hub_url
-from rlhf_exp.machine.timing import since_process_start
+from rlhf_exp.machine.timing import process_age_s
 from rlhf_exp.runs.context import Context
 from rlhf_exp.runs.folder import RunFolder, Sink
 from rlhf_exp.runs.paths import MODEL
@@ -43,8 +43,8 @@ ROOM = 384  # bytes that names of files in a run's folder add to its path, W&B's
 class Job:
     """Where and how an experiment runs. The jobs of a sweep share a parent folder; a resumed job
     continues in the folder of the run that ended. `chosen` holds the groups that the command line
-    names, `stop` can end the job early, `begun` is called once everything is loaded, and `metrics`
-    holds the names that the result must have."""
+    names, `stop` can end the job early, `on_start` is called once everything is loaded, and
+    `metrics` holds the names that the result must have."""
 
     path: Path
     sweep: bool
@@ -56,7 +56,7 @@ class Job:
     until: str | None
     chosen: frozenset[str]
     stop: StopRequests = field(default_factory=StopRequests)
-    begun: Callable[[], None] = lambda: None
+    on_start: Callable[[], None] = lambda: None
     metrics: Sequence[str] = ()
 
     @property
@@ -225,7 +225,7 @@ def _run_stage(
             folder.clear()
         if wandb_id := not (job.sweep or job.resume) and os.environ.get("WANDB_RUN_ID"):
             folder.keep_id(wandb_id)  # an agent's; the jobs of a sweep cannot share it
-        job.begun()
+        job.on_start()
         with open_sinks(loggers, replace(info, run_id=folder.run_id)) as sinks:
             yield sinks
 
@@ -237,7 +237,7 @@ def _run_stage(
             result = stage.run(context, parts)
         seconds = {**prepared.seconds, **result.seconds}
         is_alone = not (job.sweep or job.resume)  # imports and checks then count for this run
-        seconds["total"] = since_process_start() if is_alone else sum(seconds.values())
+        seconds["total"] = process_age_s() if is_alone else sum(seconds.values())
         content = {**replace(result, seconds=seconds).content(), "prepare": prepared.results}
         folder.write_result(content)
         write_status(folder.path, "done")

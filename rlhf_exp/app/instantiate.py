@@ -13,7 +13,7 @@ import pydantic
 from hydra.errors import InstantiationException
 from hydra.utils import get_object
 
-from rlhf_exp.app.allowed_targets import forbidden_module, instructions, targets, unusable
+from rlhf_exp.app.allowed_targets import find_targets, forbidden_module, instructions, unusable
 from rlhf_exp.app.overrides import without_interpolations
 from rlhf_exp.app.user_modules import import_problem
 from rlhf_exp.settings import ConfigError, field_problem
@@ -36,19 +36,19 @@ def _instantiate(
     if "_target_" not in config:
         problems.append(f"{path}: no option is chosen; choose one: {path.rpartition('.')[2]}=...")
         return None
-    for where, target in targets(config, path):
+    for key, target in find_targets(config, path):
         module = forbidden_module(target, tuple(allowed), ALLOWED_TARGETS, find=get_object)
         if module is not None:
             problems.append(
-                f"{where}._target_={target} is outside of {', '.join(allowed)}; if you trust that"
+                f"{key}._target_={target} is outside of {', '.join(allowed)}; if you trust that"
                 f" module, add it: allow_targets=[{module}]"
             )
             return None
         if unusable(target, ALLOWED_TARGETS, find=get_object):
-            problems.append(f"{where}._target_={target}: it is no class of settings; see conf/")
+            problems.append(f"{key}._target_={target}: it is no class of settings; see conf/")
             return None
     if keys := instructions(config, ("rlhf_exp.",)):
-        problems += [f"{path}: {key} is no key of it; leave it out" for key in keys]
+        problems += [f"{path}: {name} is no key of it; leave it out" for name in keys]
         return None
     return _build(_literal(config), path, problems)
 

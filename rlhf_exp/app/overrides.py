@@ -53,7 +53,7 @@ def _search_words() -> list[str]:
 def quoted(text: str) -> str:
     """The text in quotes, so that Hydra and OmegaConf read it unchanged."""
     text = without_interpolations(text)
-    return '"' + re.sub(r'(\\*)"', r"\1\1\\" + '"', text) + "\\" * _backslashes(text) + '"'
+    return '"' + re.sub(r'(\\*)"', r"\1\1\\" + '"', text) + "\\" * _count_backslashes(text) + '"'
 
 
 def without_interpolations(text: str) -> str:
@@ -67,12 +67,12 @@ def unquoted(value: str) -> str:
     if len(value) < 2 or quote not in ("'", '"') or value[-1] != quote:
         return value
     text = value[1:-1]
-    text = text[: len(text) - _backslashes(text) // 2]
+    text = text[: len(text) - _count_backslashes(text) // 2]
     text = re.sub(rf"(\\*)\1\\{quote}", rf"\1{quote}", text)
     return re.sub(r"(\\*)\1\\\$\{", r"\1${", text)
 
 
-def _backslashes(text: str) -> int:
+def _count_backslashes(text: str) -> int:
     """The number of backslashes at the end."""
     return len(text) - len(text.rstrip("\\"))
 

@@ -109,16 +109,18 @@ def execute(cfg: DictConfig, path: Path, stop: "StopRequests | None" = None) -> 
     if resumed is None or not resumed.changes:
         run_experiment(config, job, instantiate)
         return
-    before = {name: (path / name).read_text(encoding="utf-8") for name in (CONFIG, OVERRIDES)}
+    previous_files = {
+        name: (path / name).read_text(encoding="utf-8") for name in (CONFIG, OVERRIDES)
+    }
 
-    def adopt() -> None:
+    def write_config() -> None:
         write_whole(path / OVERRIDES, to_yaml(OmegaConf.create([*resumed.words])))
         write_whole(path / CONFIG, to_yaml(resumed_or_new))
 
     try:
-        run_experiment(config, replace(job, begun=adopt), instantiate)
+        run_experiment(config, replace(job, on_start=write_config), instantiate)
     except ConfigError as error:
-        for name, text in before.items():
+        for name, text in previous_files.items():
             write_whole(path / name, text)
         changed = ", ".join(str(change) for change in resumed.changes)
         message = f"{error}\nthe configuration was changed for this start: {changed}"
@@ -209,14 +211,14 @@ def _resumed(cfg: DictConfig, folder: Path) -> Resumed:
     change that is not allowed, and for a run that is done and gets no more phases."""
     plain: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
     hydra_errors.refuse_old_keys(plain, folder)
-    before = recorded_words(folder)
+    previous_words = recorded_words(folder)
     words = [word for word in _words() if key_of(word) not in OF_ONE_START]
     differences: list[Change] = []
-    if words != before:
+    if words != previous_words:
         # Composed again, since a word may choose another option of a group.
         old, new = (
             OmegaConf.to_container(hydra.compose("config", overrides=overrides))
-            for overrides in (before, words)
+            for overrides in (previous_words, words)
         )
         differences = changes(old, new)  # type: ignore[arg-type]
         check_allowed(cfg.resume_with, old, new)  # type: ignore[arg-type]

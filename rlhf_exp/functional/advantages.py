@@ -1,4 +1,4 @@
-"""Rewards, advantages and returns from scores. Knows time, not models.
+"""Rewards, advantages and returns from scores. Knows tokens, not models.
 
 Position t is the t-th completion token: rewards[:, t] is received for emitting it, values[:, t]
 is the value of the state before it. After the last real token the value is 0.

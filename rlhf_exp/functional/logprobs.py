@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rlhf_exp.functional.masking import masked_fill_zero
 
-# eindex 0.1.2 indexes with a list instead of a tuple, which torch warns of; a test compares the
-# result with gather. Remove this with an eindex that uses a tuple.
+# eindex 0.1.2 indexes with a list instead of a tuple, and torch warns about that; a test compares
+# the result with gather. Remove this once eindex uses a tuple.
 warnings.filterwarnings("ignore", message="Using a non-tuple sequence", module="eindex")
 
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -51,7 +51,8 @@ def token_logprobs(
 def entropy(
     logits: Float[Tensor, "batch completion vocab"],
 ) -> Float[Tensor, "batch completion"]:
-    """Entropy of softmax(logits) at each position, in nats. Logits of -inf count as 0."""
+    """Entropy of softmax(logits) at each position, in nats. A token with logit -inf contributes
+    0."""
     logprobs = logits.log_softmax(dim=-1)
     return -_expectation(logprobs, logprobs)
 

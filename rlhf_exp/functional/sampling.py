@@ -15,7 +15,7 @@ def filter_logits(
     """logits / temperature, with -inf for the tokens that the filters exclude.
 
     top_k keeps that many of the most probable tokens (None, or more than the vocabulary: all);
-    top_p then keeps the fewest most probable tokens whose total probability is at least top_p.
+    top_p then keeps the smallest set of top tokens whose total probability is at least top_p.
     Raises ValueError for temperature <= 0, top_k < 1 or top_p outside (0, 1].
     """
     if not temperature > 0:

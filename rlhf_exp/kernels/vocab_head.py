@@ -68,48 +68,48 @@ class Head(NamedTuple):
 
 def token_statistics(
     hidden: Float[Tensor, "*axes d_model"],
-    unembed: Float[Tensor, "vocab d_model"] | Head,
+    head: Float[Tensor, "vocab d_model"] | Head,
     tokens: Int[Tensor, "*axes"],
     ref_hidden: Float[Tensor, "*axes d_model"],
-    ref_unembed: Float[Tensor, "vocab d_model"] | Head,
+    ref_head: Float[Tensor, "vocab d_model"] | Head,
     *,
     temperature: float,
 ) -> TokenStatistics:
     """Log-probs of the tokens, entropy and exact D(policy || reference), as `token_logprobs`,
-    `entropy` and `kl_divergence` of logits / temperature; with gradients for hidden and unembed.
+    `entropy` and `kl_divergence` of logits / temperature; with gradients for hidden and head.
 
     Logits and everything after them are fp32 (float64 for float64 input). Under autocast the
     operands of the logits on a GPU, and of the gradients everywhere, are in autocast's dtype.
     Logits must be finite. Raises ValueError for temperature <= 0.
     """
-    columns = _columns(hidden, unembed, tokens, ref_hidden, ref_unembed, temperature)
-    return TokenStatistics(*columns[:3])
+    statistics = _statistics(hidden, head, tokens, ref_hidden, ref_head, temperature)
+    return TokenStatistics(*statistics[:3])
 
 
 @torch.no_grad()
 def rollout_statistics(
     hidden: Float[Tensor, "*axes d_model"],
-    unembed: Float[Tensor, "vocab d_model"] | Head,
+    head: Float[Tensor, "vocab d_model"] | Head,
     tokens: Int[Tensor, "*axes"],
     ref_hidden: Float[Tensor, "*axes d_model"],
-    ref_unembed: Float[Tensor, "vocab d_model"] | Head,
+    ref_head: Float[Tensor, "vocab d_model"] | Head,
     *,
     temperature: float,
 ) -> RolloutStatistics:
     """As `token_statistics`, without gradients and with the reference's log-probs."""
-    columns = _columns(hidden, unembed, tokens, ref_hidden, ref_unembed, temperature)
-    return RolloutStatistics(*columns)
+    statistics = _statistics(hidden, head, tokens, ref_hidden, ref_head, temperature)
+    return RolloutStatistics(*statistics)
 
 
 def head_logits(
-    hidden: Float[Tensor, "*axes d_model"], unembed: Float[Tensor, "vocab d_model"] | Head
+    hidden: Float[Tensor, "*axes d_model"], head: Float[Tensor, "vocab d_model"] | Head
 ) -> Float[Tensor, "*axes vocab"]:
     """The logits, computed as `token_statistics` computes them. No gradients."""
-    head = _head(unembed)
+    head = _as_head(head)
     low_dtype = low_precision(hidden)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         rows = hidden.reshape(-1, hidden.shape[-1])
-        logits = _logits(_divided(rows, head, 1.0), head, slice(None), 1.0, low_dtype)
+        logits = _logits(_divide(rows, head, 1.0), head, slice(None), 1.0, low_dtype)
     return logits.view(*hidden.shape[:-1], -1)
 
 
@@ -129,38 +129,38 @@ def low_precision(like: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def _columns(
-    hidden: Tensor, unembed: Tensor | Head, tokens: Tensor, ref_hidden: Tensor,
-    ref_unembed: Tensor | Head, temperature: float,
+def _statistics(
+    hidden: Tensor, head: Tensor | Head, tokens: Tensor, ref_hidden: Tensor,
+    ref_head: Tensor | Head, temperature: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be > 0")
-    head = _head(unembed)
+    head = _as_head(head)
     if head.gradient is not None:
         head = head._replace(weight=head.weight.detach())
     low_dtype = low_precision(hidden)
     with torch.autocast(hidden.device.type, enabled=False):  # this module casts explicitly
-        columns = _TokenStatistics.apply(
+        statistics = _TokenStatistics.apply(
             hidden.reshape(-1, hidden.shape[-1]),
             *head,
             tokens.reshape(-1),
             ref_hidden.reshape(-1, ref_hidden.shape[-1]),
-            _head(ref_unembed),
+            _as_head(ref_head),
             temperature,
             low_dtype,
         )
-    return tuple(column.view(tokens.shape) for column in columns)
+    return tuple(statistic.view(tokens.shape) for statistic in statistics)
 
 
-def _head(unembed: Tensor | Head) -> Head:
-    return unembed if isinstance(unembed, Head) else Head(unembed)
+def _as_head(head: Tensor | Head) -> Head:
+    return head if isinstance(head, Head) else Head(head)
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _divided(hidden: Tensor, head: Head, temperature: float) -> Tensor:
+def _divide(hidden: Tensor, head: Head, temperature: float) -> Tensor:
     divisor = head.divisor(temperature)
     wide = hidden.to(_wide(hidden))
     return wide if divisor == 1 else wide / divisor
@@ -259,8 +259,8 @@ class _TokenStatistics(torch.autograd.Function):
         temperature: float, low_dtype: torch.dtype | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         head = Head(weight, bias, None, scale, cap)
-        scaled = _divided(hidden, head, temperature)
-        ref_scaled = _divided(ref_hidden.to(scaled.dtype), ref_head, temperature)
+        scaled = _divide(hidden, head, temperature)
+        ref_scaled = _divide(ref_hidden.to(scaled.dtype), ref_head, temperature)
         pol, ref = _LogSumExp(scaled), _LogSumExp(ref_scaled)
         for tile in _tiles(weight, len(hidden)):
             logits = _logits(scaled, head, tile, temperature, low_dtype)
@@ -305,8 +305,8 @@ class _TokenStatistics(torch.autograd.Function):
         head = Head(weight, bias, None, *shape)
         ref_head = Head(ref_weight, ref_bias, None, *ref_shape)
         divisor = head.divisor(temperature)
-        scaled = _divided(hidden, head, temperature)
-        ref_scaled = _divided(ref_hidden.to(scaled.dtype), ref_head, temperature)
+        scaled = _divide(hidden, head, temperature)
+        ref_scaled = _divide(ref_hidden.to(scaled.dtype), ref_head, temperature)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         for_hidden = torch.zeros_like(scaled) if wants_hidden else None
         for_weight = ctx.sink

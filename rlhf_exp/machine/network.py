@@ -19,7 +19,7 @@ def is_http_url(text: str) -> bool:
     try:
         parts = urlsplit(text)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of the port, or of an IPv6 address
+    except ValueError:  # invalid port or IPv6 address
         return False
 
 
@@ -54,16 +54,15 @@ def without_hub() -> Iterator[None]:
 
 @functools.cache
 def responds(url: str) -> bool:
-    """False if a request to the URL gets no answer within 10 s, or only a closed connection. True
-    for any answer, an error included, and for any other failure, which the library that uses the
-    URL then reports. Cached for the process."""
+    """False if a request times out after 10 s or the connection is reset. True otherwise: the
+    caller's library reports other failures. Cached for the process."""
     if os.environ.get("ALL_PROXY"):
         return True  # it may be SOCKS, which urllib does not support
     try:
         # Not urlopen: it keeps the proxies of its first call.
         build_opener().open(Request(url, method="HEAD"), timeout=PATIENCE_S).close()
     except (OSError, HTTPException) as error:
-        reason = getattr(error, "reason", error)  # of urllib's URLError
+        reason = getattr(error, "reason", error)  # URLError wraps the cause
         return not isinstance(reason, TimeoutError | ConnectionResetError)
     return True
 

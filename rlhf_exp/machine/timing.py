@@ -44,6 +44,6 @@ def _process_age() -> float:
 PROCESS_BEGAN = time.monotonic() - _process_age()
 
 
-def since_process_start() -> float:
+def process_age_s() -> float:
     """Seconds since the process was started, imports included."""
     return time.monotonic() - PROCESS_BEGAN

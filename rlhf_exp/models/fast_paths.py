@@ -54,9 +54,9 @@ class Probe:
     def _plain(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
         return self.model.language_model(input_ids=tokens, use_cache=False).logits.float()
 
-    def holds(self, check: Callable[["Probe"], Iterator[States]]) -> bool:
-        """Whether the states of `check` give the logits of the plain passes at all real tokens.
-        False if the check raises."""
+    def passes_agree(self, check: Callable[["Probe"], Iterator[States]]) -> bool:
+        """Returns True if `check` gives the plain pass's logits at every real token; False if it
+        raises."""
         hidden, expected = [], []
         try:
             for states in check(self):
@@ -65,7 +65,7 @@ class Probe:
                 hidden.append(states.hidden[real])
                 expected.append(self.expected[states.rows, states.start : end][real])
             logits = self.model.unembed(torch.cat(hidden))
-        except Exception as error:  # architectures raise anything in a pass that they lack
+        except Exception as error:  # an unsupported pass may raise anything
             log.debug("%s: %s: %s", check.__name__, type(error).__name__, error)
             return False
         return logits_agree(logits, torch.cat(expected), dtype=self.model.language_model.dtype)
@@ -84,19 +84,19 @@ def find_fast_paths(model: CausalTransformer, *, static: bool | None = None) -> 
     tried only if `static`, by default on a GPU. Raises ConfigError naming the architecture if
     padding or later tokens change its logits."""
     probe, name = Probe(model), type(model.language_model).__name__
-    if not probe.holds(padded):
+    if not probe.passes_agree(padded):
         reason = (
             "padding on the left of a prompt changes what it computes after it"
-            if probe.holds(without_head)
+            if probe.passes_agree(without_head)
             else "its final hidden states and output embedding do not give its logits"
         )
         raise ConfigError(f"model: {name} is not supported: {reason}")
-    cache = model.language_model.config.model_type not in UNTRUSTED and probe.holds(decoded)
-    one_prompt = cache and probe.holds(after_one_prompt)
+    cache = model.language_model.config.model_type not in UNTRUSTED and probe.passes_agree(decoded)
+    one_prompt = cache and probe.passes_agree(after_one_prompt)
     if not one_prompt:  # after_one_prompt also shows that decoding needs no mask
-        cache = cache and probe.holds(decoded_without_mask)
+        cache = cache and probe.passes_agree(decoded_without_mask)
     if not cache:
-        if not probe.holds(by_prefixes):
+        if not probe.passes_agree(by_prefixes):
             raise ConfigError(
                 f"model: {name} is not supported: what it computes at a token depends on later ones"
             )
@@ -106,7 +106,9 @@ def find_fast_paths(model: CausalTransformer, *, static: bool | None = None) -> 
         )  # fmt: skip
     static = model.device.type == "cuda" if static is None else static
     return FastPaths(
-        cache=cache, one_prompt=one_prompt, static=static and cache and probe.holds(static_steps)
+        cache=cache,
+        one_prompt=one_prompt,
+        static=static and cache and probe.passes_agree(static_steps),
     )
 
 
@@ -119,7 +121,7 @@ def check_hooked(policy: TransformerWithValueHead) -> None:
         head = policy.value_head
         yield States(view.run_with_value_head(head, probe.tokens, probe.mask)[2], [0, 1, 2], 0)
 
-    if not probe.holds(viewed):
+    if not probe.passes_agree(viewed):
         raise ConfigError(
             f"TransformerLens and transformers compute different logits for"
             f" {type(policy.language_model).__name__}: use model.engine=fast and sampler=cached"
@@ -128,8 +130,8 @@ def check_hooked(policy: TransformerWithValueHead) -> None:
 
 @torch.no_grad()
 def supports_packing(model: CausalTransformer) -> bool:
-    """Whether sequences packed into a row, with positions from 0 in each, have the same logits as
-    in rows of their own."""
+    """Returns True if sequences packed into one row, each with positions from 0, have the same
+    logits as in separate rows."""
     probe = Probe(model)
     long, short = probe.tokens[0], probe.tokens[2, probe.mask[2]]
     if len(long) + len(short) > model.context_len:
@@ -170,8 +172,8 @@ def _decode(
 ) -> Iterator[States]:
     model, width = probe.model, probe.width
     cache = decoding_cache(model.language_model, probe.tokens.shape[1])
-    before = None if mask is None else mask[rows, :width]
-    hidden = model.hidden_states(probe.tokens[rows, :width], before, cache)
+    prompt_mask = None if mask is None else mask[rows, :width]
+    hidden = model.hidden_states(probe.tokens[rows, :width], prompt_mask, cache)
     yield States(hidden[:, -1:], rows, width - 1)
     for column in range(width, probe.tokens.shape[1]):
         unfinished = probe.mask[rows, column]

@@ -4,7 +4,7 @@ computes the same numbers: those of the policy before training."""
 from typing import Protocol, runtime_checkable
 
 from rlhf_exp.models.engines import ENGINES
-from rlhf_exp.models.freezing import train_last_layers
+from rlhf_exp.models.freezing import freeze_first_layers
 from rlhf_exp.models.loading import ModelSettings, must_be_fp32
 from rlhf_exp.models.lora import add_adapter
 from rlhf_exp.models.policy import TransformerWithValueHead
@@ -50,7 +50,7 @@ class LastLayers:
 
     def attach(self, policy: TransformerWithValueHead, *, seed: int) -> Reference:
         field = "finetune.num_layers_unfrozen"
-        train_last_layers(policy.language_model, self.num_layers_unfrozen, field=field)
+        freeze_first_layers(policy.language_model, self.num_layers_unfrozen, field=field)
         return policy.frozen_reference()
 
 

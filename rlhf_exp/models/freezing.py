@@ -6,20 +6,20 @@ from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.settings import ConfigError
 
 
-def train_last_layers(language_model: PreTrainedModel, num_layers: int, *, field: str) -> None:
-    """Freezes the model, embeddings included, except its last `num_layers` blocks and the final
+def freeze_first_layers(language_model: PreTrainedModel, num_layers: int, *, field: str) -> None:
+    """Freezes the model, embeddings included, but not its last `num_layers` blocks and the final
     layer norm. Raises ConfigError naming `field` if there are fewer blocks."""
     language_model.requires_grad_(False)
     if not num_layers:
         return
     children = list(language_model.base_model.children())
-    lists = [module for module in children if isinstance(module, nn.ModuleList)]
-    if len(lists) != 1:
+    block_lists = [module for module in children if isinstance(module, nn.ModuleList)]
+    if len(block_lists) != 1:
         raise ConfigError(
-            f"{type(language_model).__name__} has no single list of blocks, so that {field} cannot"
-            " choose among them"
+            f"{type(language_model).__name__} has no single list of blocks, so {field} cannot"
+            " select any"
         )
-    [blocks] = lists
+    [blocks] = block_lists
     if num_layers > len(blocks):
         raise ConfigError(f"the model has {len(blocks)} blocks, fewer than {field}={num_layers}")
     for module in (*blocks[-num_layers:], *children[children.index(blocks) + 1 :]):

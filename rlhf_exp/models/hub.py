@@ -60,18 +60,18 @@ def locate_model(name: str, *, field: str = "model.base_model") -> str:
     return name
 
 
-def find_file(source: str, file: str, *, revision: str | None) -> Path | None:
-    """The path of a file in a directory, or in the local cache of a hub's repository; None if it
-    does not exist."""
+def find_file(source: str, filename: str, *, revision: str | None) -> Path | None:
+    """The path of a file in a directory or hub repository, downloaded if needed; None if absent."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     if Path(source).is_dir():
-        path = Path(source) / file
+        path = Path(source) / filename
         return path if path.is_file() else None
+    local_only = _local_only(source)
     try:
         return Path(
-            hf_hub_download(source, file, revision=revision, local_files_only=_local_only(source))
+            hf_hub_download(source, filename, revision=revision, local_files_only=local_only)
         )
     except EntryNotFoundError:  # also if it is not in the cache of an offline machine
         return None

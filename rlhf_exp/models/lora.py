@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rlhf_exp.hf import PreTrainedModel
 
 ADAPTER = "default"  # PEFT's name for a single adapter
-WRAPPED = "base_layer"  # PEFT adds this to the names of the weights that it wraps
+WRAPPER = "base_layer"  # PEFT adds this to the names of the weights that it wraps
 
 
 def add_adapter(
@@ -162,8 +162,8 @@ def merged_state(language_model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def plain_name(name: str) -> str:
-    """A weight's name without PEFT's wrappers; experts with several matrices have several."""
-    return ".".join(part for part in name.split(".") if part != WRAPPED)
+    """A weight's name without PEFT's wrappers; an expert's weight may have several."""
+    return ".".join(part for part in name.split(".") if part != WRAPPER)
 
 
 def merged_copy(language_model: PreTrainedModel) -> PreTrainedModel:

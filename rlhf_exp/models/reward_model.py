@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rlhf_exp.functional.logprobs import completion_part, token_logprobs
 from rlhf_exp.functional.masking import masked_fill_zero
 from rlhf_exp.models.fast_paths import with_fast_paths
-from rlhf_exp.models.freezing import train_last_layers
+from rlhf_exp.models.freezing import freeze_first_layers
 from rlhf_exp.models.hub import locate_model
 from rlhf_exp.models.loading import load_language_model
 from rlhf_exp.models.policy import draw_linear
@@ -161,7 +161,7 @@ class RewardModel(nn.Module):
     def unfreeze(self, num_layers: int) -> None:
         """Freezes the language model except its last `num_layers` blocks and the final layer norm.
         Raises ValueError if there are fewer blocks."""
-        train_last_layers(self.backbone.language_model, num_layers, field="unfreeze_layers")
+        freeze_first_layers(self.backbone.language_model, num_layers, field="unfreeze_layers")
 
     def initialise_head(self, generator: torch.Generator, *, bias: float) -> None:
         """Draws the head's weights with nn.Linear's default distribution; its scores start around

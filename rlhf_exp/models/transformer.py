@@ -136,13 +136,13 @@ class CausalTransformer(nn.Module):
             )
 
     @contextmanager
-    def _recomputing(self, editing: Editing, *, cached: bool) -> Iterator[None]:
+    def _recomputing(self, edit_context: Editing, *, cached: bool) -> Iterator[None]:
         # transformers checkpoints a block only in training mode, and then drops its cache. This
         # sets only the blocks' own flags: dropout modules inside them stay off.
         blocks = self._recomputed if torch.is_grad_enabled() and not cached else []
         for block in blocks:
             block.training = block.gradient_checkpointing = True
-            block._gradient_checkpointing_func = partial(_run_checkpointed, block, editing)
+            block._gradient_checkpointing_func = partial(_run_checkpointed, block, edit_context)
         try:
             yield
         finally:
@@ -185,11 +185,11 @@ class CausalTransformer(nn.Module):
         *,
         prompt_len: int | None = None,
     ) -> Float[Tensor, "batch seq d_model"]:
-        """The final layer norm's output for `tokens`; with a cache these are only the new tokens.
+        """The final layer norm's output for `tokens`. With a cache, `tokens` are only the new ones.
 
-        `mask` covers the cached tokens and the new ones; None means that there is no padding on the
-        left. The first `prompt_len` tokens belong to the prompt; an intervention at prompt or
-        completion needs this number.
+        `mask` covers the cached and the new tokens; None: no padding on the left. The first
+        `prompt_len` tokens belong to the prompt; an intervention at prompt or completion needs this
+        number.
         """
         pass_inputs = {}
         if mask is not None:
@@ -215,15 +215,21 @@ class CausalTransformer(nn.Module):
         return self._states(tokens, cache, pass_inputs, self.edits.during(tokens, None, 0))
 
     def _states(
-        self, tokens: Tensor, cache: Cache | None, pass_inputs: dict[str, Tensor], editing: Editing
+        self,
+        tokens: Tensor,
+        cache: Cache | None,
+        pass_inputs: dict[str, Tensor],
+        edit_context: Editing,
     ) -> Tensor:
-        # Embeds here: with token ids transformers may look for padding in them, which makes the
-        # host wait for the GPU, and a compiled pass could not have sparse gradients.
-        learning = cache is None and torch.is_grad_enabled()
-        run = self._compiled[0] if self._compiled and learning else self.language_model.base_model
-        with self.autocast(), editing(), self._recomputing(editing, cached=cache is not None):
+        # Embeds here: transformers may scan token ids for padding, which syncs the GPU. A compiled
+        # pass also cannot have sparse gradients.
+        needs_grad = cache is None and torch.is_grad_enabled()
+        compiled = self._compiled and needs_grad
+        forward = self._compiled[0] if compiled else self.language_model.base_model
+        recomputing = self._recomputing(edit_context, cached=cache is not None)
+        with self.autocast(), edit_context(), recomputing:
             embedded = self.language_model.get_input_embeddings()(tokens)
-            output = run(
+            output = forward(
                 inputs_embeds=embedded,
                 past_key_values=cache,
                 use_cache=cache is not None,
@@ -245,26 +251,27 @@ class CausalTransformer(nn.Module):
         if one_prompt and saved >= WORTH_A_PASS and not (self._recomputed or layout.whole):
             cache = prompt_cache(self.language_model)
             if cache is not None:
-                return self._after_one_prompt(prompts, tokens, mask, cache, layout)
-        whole = torch.cat([prompts.mask, mask], dim=1) if layout.padded_prompts else None
+                return self._shared_prompt_states(prompts, tokens, mask, cache, layout)
+        full_mask = torch.cat([prompts.mask, mask], dim=1) if layout.padded_prompts else None
         tokens = torch.cat([prompts.tokens, tokens], dim=1)
-        return self.hidden_states(tokens, whole, prompt_len=width)[:, width - 1 :]
+        return self.hidden_states(tokens, full_mask, prompt_len=width)[:, width - 1 :]
 
-    def _after_one_prompt(
+    def _shared_prompt_states(
         self, prompts: PromptBatch, tokens: Tensor, mask: Tensor, cache: Cache, layout: Layout
     ) -> Tensor:
-        before = whole = None
+        prompt_mask = full_mask = None
         if layout.padded_prompts:
-            before, whole = prompts.mask[:1], torch.cat([prompts.mask, mask], dim=1)
+            prompt_mask, full_mask = prompts.mask[:1], torch.cat([prompts.mask, mask], dim=1)
         width = prompts.tokens.shape[1]
-        first = self.hidden_states(prompts.tokens[:1], before, cache, prompt_len=width)
-        first = first[:, -1:].expand(len(tokens), -1, -1)
+        prompt_state = self.hidden_states(prompts.tokens[:1], prompt_mask, cache, prompt_len=width)
+        prompt_state = prompt_state[:, -1:].expand(len(tokens), -1, -1)
         if not tokens.shape[1]:
-            return first
+            return prompt_state
         for layer in cache.layers:
             layer.keys = layer.keys.expand(len(tokens), -1, -1, -1)
             layer.values = layer.values.expand(len(tokens), -1, -1, -1)
-        return torch.cat([first, self.hidden_states(tokens, whole, cache, prompt_len=0)], dim=1)
+        states = self.hidden_states(tokens, full_mask, cache, prompt_len=0)
+        return torch.cat([prompt_state, states], dim=1)
 
     def last_layers(
         self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], count: int
@@ -316,11 +323,11 @@ class CausalTransformer(nn.Module):
 
 
 def _run_checkpointed(
-    block: nn.Module, editing: Editing, forward: Callable[..., Any], *args: Any
+    block: nn.Module, edit_context: Editing, forward: Callable[..., Any], *args: Any
 ) -> Any:
     block.training = False  # it was True only to select this function; OPT would apply dropout
     return checkpoint(
-        forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), editing())
+        forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), edit_context())
     )
 
 

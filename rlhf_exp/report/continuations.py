@@ -17,7 +17,7 @@ from rlhf_exp.security.printable import printable
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.tasks.protocol import Prompt, PromptRow
-from rlhf_exp.training.seeding import stream
+from rlhf_exp.training.seeding import make_generator
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +67,10 @@ def _pretrained(model: Mapping[str, Any], trust_remote_code: bool) -> Pretrained
     return Pretrained(**fields, trust_remote_code=trusted)
 
 
-def prepend_bos_of(model: str | Path) -> bool | None:
-    """Whether the prompts of a run begin with BOS; None if `model` is no run's folder."""
+def read_prepend_bos(run: str | Path) -> bool | None:
+    """`task.prepend_bos` of a finished run. None if `run` is not a run folder."""
     try:
-        return read_run(model).prepend_bos
+        return read_run(run).prepend_bos
     except ConfigError:
         return None
 
@@ -95,7 +95,7 @@ def continuations(
     room = policy.context_len - batch.tokens.shape[1]
     if sampler.gen_len > room:
         raise ConfigError(f"the context leaves room for {max(0, room)} tokens: lower --gen-len")
-    generator = stream(seed, "continuations", policy.device)
+    generator = make_generator(seed, "continuations", policy.device)
     return sampler(policy, batch, generator).completions.texts
 
 

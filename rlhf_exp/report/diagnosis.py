@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rlhf_exp.rl.collapse import COLLAPSED, LOW_ENTROPY
+from rlhf_exp.rl.collapse import LOW_ENTROPY, MIN_DISTINCT
 from rlhf_exp.runs.reading import Run
 
 MIN_PHASES = 8  # fewer show no trend
@@ -61,11 +61,11 @@ def _repeats(run: Run) -> str | None:
         if len(points) < 2:
             continue
         first, last = points[0][1], points[-1][1]
-        if last < COLLAPSED * first:
+        if last < MIN_DISTINCT * first:
             return (
                 f"{name} fell from {first:.3g} to {last:.3g}: completions repeat themselves or each"
                 " other (collapse); raise stage.kl_coef or stage.ent_coef, stop earlier, and read"
-                " the samples: the reward may like one phrase"
+                " the samples: the reward may favour one phrase"
             )
         return None
     return None
@@ -112,7 +112,7 @@ def _bad_values(run: Run) -> str | None:
         return None
     return (
         f"value explained variance {late:.2g} over the last quarter: the value head predicts worse"
-        " than a constant; raise optimizer.head_lr or stage.vf_coef, or take larger batches"
+        " than a constant; raise optimizer.head_lr, stage.vf_coef or stage.batch_size"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_exp.report.grouping import short_names, show_value
-from rlhf_exp.report.wording import INTERVALS, best_first, front_of
+from rlhf_exp.report.wording import INTERVALS, best_first, pareto_groups
 from rlhf_exp.tracking.curves import INK, MUTED, SCORE
 
 log = logging.getLogger(__name__)
@@ -30,9 +30,9 @@ CURVES = (
     ("eval", "heldout/loss"),
     ("eval", "heldout/accuracy"),
 )
-BESIDE = 24  # characters of the longest label that fits beside its dot
-TICKED = 6  # up to this many different numbers become the axis's ticks
-LOG_FROM = 8  # the axis is logarithmic from this ratio of a parameter's largest to smallest value
+MAX_LABEL = 24  # characters of the longest label that fits beside its dot
+MAX_TICKS = 6  # up to this many different numbers become the axis's ticks
+MIN_LOG_RATIO = 8  # the axis is logarithmic from this ratio of the largest to the smallest value
 
 
 def write_figures(payload: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -53,8 +53,8 @@ def write_figures(payload: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def draw_frontier(payload: Mapping[str, Any], folder: Path) -> Path | None:
-    """Draws score against KL: each group's final mean with its interval, its path over the phases
-    as a thin line, and the Pareto front. None if no group has both metrics."""
+    """Draws score against KL: each group's final mean with its interval, the Pareto front, and the
+    chosen groups' paths over the phases. None if no group has both metrics."""
     groups = [
         group
         for group in payload["groups"]
@@ -62,26 +62,27 @@ def draw_frontier(payload: Mapping[str, Any], folder: Path) -> Path | None:
     ]
     if not groups:
         return None
-    figure, (axis,) = _panels(1, columns=1, size=(8.0, 5.0))
+    figure, (axis,) = _make_panels(1, columns=1, size=(8.0, 5.0))
     colors = _colors(payload)
-    chosen = {group["id"] for group in choose_groups({**payload, "groups": groups})}
-    beside = all(len(group["label"]) <= BESIDE for group in groups)
+    chosen_ids = {group["id"] for group in choose_groups({**payload, "groups": groups})}
+    labels_fit = all(len(group["label"]) <= MAX_LABEL for group in groups)
     front = sorted((g["kl"]["mean"], g["score"]["mean"]) for g in groups if g["pareto"])
     axis.plot(*zip(*front, strict=True), color=MUTED, linewidth=1, linestyle="--", zorder=1,
               drawstyle="steps-post", label="Pareto front")  # fmt: skip
     for group in groups:
-        color, on, is_chosen = colors[group["id"]], group["pareto"], group["id"] in chosen
+        color, on_front = colors[group["id"]], group["pareto"]
+        is_chosen = group["id"] in chosen_ids
         path = [(p["kl"], p["score"]) for p in group["path"]] if is_chosen else []
         if path:
             axis.plot(*zip(*path, strict=True), color=color, linewidth=0.8, alpha=0.4, zorder=2)
         kl, score = group["kl"], group["score"]
         axis.errorbar(
             kl["mean"], score["mean"], xerr=_error(kl), yerr=_error(score), fmt="o", color=color,
-            markersize=8 if on else 5, markerfacecolor=color if on else "white",
+            markersize=8 if on_front else 5, markerfacecolor=color if on_front else "white",
             elinewidth=1, capsize=2, zorder=3 + is_chosen,
-            label=_label(group) if is_chosen and not beside else None,
+            label=_label(group) if is_chosen and not labels_fit else None,
         )  # fmt: skip
-        if is_chosen and beside:
+        if is_chosen and labels_fit:
             axis.annotate(_label(group), (kl["mean"], score["mean"]), xytext=(7, -11),
                           textcoords="offset points", fontsize=8, color=color)  # fmt: skip
     unit = " (nats a token)" if payload["kl"].endswith("/kl") else ""
@@ -90,7 +91,7 @@ def draw_frontier(payload: Mapping[str, Any], folder: Path) -> Path | None:
     axis.set_title("score against KL: lines by phase, dots at the end, filled on the front\n"
                    f"bars: {INTERVALS}", loc="left", color=INK, fontsize=10)  # fmt: skip
     axis.margins(x=0.12)
-    if beside:
+    if labels_fit:
         axis.legend(frameon=False, loc="lower right", labelcolor=INK, fontsize=8)
     else:
         figure.set_size_inches(8, 6.2)
@@ -106,7 +107,7 @@ def draw_curves(payload: Mapping[str, Any], folder: Path) -> Path | None:
         return None
     groups = choose_groups(payload)
     rows = math.ceil(len(metrics) / 2)
-    figure, panels = _panels(len(metrics), columns=2, size=(10.0, 0.8 + 2.3 * rows))
+    figure, panels = _make_panels(len(metrics), columns=2, size=(10.0, 0.8 + 2.3 * rows))
     colors = _colors(payload)
     for axis, (side, name) in zip(panels, metrics, strict=False):
         for group in groups:
@@ -136,7 +137,7 @@ def draw_parameters(payload: Mapping[str, Any], folder: Path) -> Path | None:
         return None
     columns = min(3, len(parameters))
     size = (max(5.0, 3.6 * columns), 0.5 + 2.8 * math.ceil(len(parameters) / columns))
-    figure, panels = _panels(len(parameters), columns=columns, size=size)
+    figure, panels = _make_panels(len(parameters), columns=columns, size=size)
     names = short_names(payload["parameters"])
     for axis, name in zip(panels, parameters, strict=False):
         done = [run["status"] == "done" for run in runs]
@@ -160,21 +161,21 @@ def choose_groups(payload: Mapping[str, Any], count: int = len(COLORS)) -> list[
     groups = list(payload["groups"])
     if len(groups) <= count:
         return groups
-    front = front_of(payload)
+    front = pareto_groups(payload)
     others = [group for group in best_first(groups) if not group["pareto"]]
     if len(front) > count:
         front = [front[round(i * (len(front) - 1) / (count - 1))] for i in range(count)]
-    chosen = {group["id"] for group in [*front, *others][:count]}
-    return [group for group in groups if group["id"] in chosen]
+    chosen_ids = {group["id"] for group in [*front, *others][:count]}
+    return [group for group in groups if group["id"] in chosen_ids]
 
 
 def _places(axis: Any, values: Sequence[Any]) -> list[float]:
     """The positions on the x axis: the values, or a tick for each if some are not numbers."""
     if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-        if min(values) > 0 and max(values) / min(values) >= LOG_FROM:
+        if min(values) > 0 and max(values) / min(values) >= MIN_LOG_RATIO:
             axis.set_xscale("log")
         numbers = sorted(set(values))
-        if len(numbers) <= TICKED:
+        if len(numbers) <= MAX_TICKS:
             axis.set_xticks(numbers, [f"{number:.4g}" for number in numbers])
             axis.set_xticks([], minor=True)
         return [float(value) for value in values]
@@ -186,9 +187,9 @@ def _places(axis: Any, values: Sequence[Any]) -> list[float]:
 
 def _colors(payload: Mapping[str, Any]) -> dict[int, str]:
     """A color for each group: distinct for the up to eight chosen ones, gray for the others."""
-    chosen = [group["id"] for group in choose_groups(payload)]
+    chosen_ids = [group["id"] for group in choose_groups(payload)]
     colors = {group["id"]: MUTED for group in payload["groups"]}
-    return colors | dict(zip(chosen, COLORS, strict=False))
+    return colors | dict(zip(chosen_ids, COLORS, strict=False))
 
 
 def _label(group: Mapping[str, Any]) -> str:
@@ -209,7 +210,7 @@ def _error(interval: Mapping[str, float | None]) -> list[list[float]] | None:
     return [[max(0.0, mean - low)], [max(0.0, high - mean)]]
 
 
-def _panels(count: int, *, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+def _make_panels(count: int, *, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")

@@ -12,20 +12,20 @@ from typing import Any
 
 from rlhf_exp.tasks.protocol import LabelledText, Split
 
-CONTAINED = 10  # a word is listed if at least this many samples contain it, before or after
+MIN_SAMPLES = 10  # a word is listed if at least this many samples contain it, before or after
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The mean reward and the judge's mean probability of the samples (before, after); `share` is
-    the fraction of samples with P > .5."""
+    """The mean reward and the judge's mean probability of the samples (before, after);
+    `positive_fraction` counts samples with P > .5."""
 
     held_out_accuracy: float
     reward: tuple[float, float]
-    judge: tuple[float, float]
-    share: tuple[float, float]
-    rising: list[tuple[str, int, int]]
-    falling: list[tuple[str, int, int]]
+    judge_prob: tuple[float, float]
+    positive_fraction: tuple[float, float]
+    rising_words: list[tuple[str, int, int]]
+    falling_words: list[tuple[str, int, int]]
 
 
 def judge(
@@ -42,16 +42,16 @@ def judge(
     )
     model.fit(_texts(split.train), [text.label == label for text in split.train])
     accuracy = model.score(_texts(split.held_out), [t.label == label for t in split.held_out])
-    sides = [[row["prompt"] + row["completion"] for row in rows] for rows in (before, after)]
-    chances = [model.predict_proba(texts)[:, 1] for texts in sides]
-    changes = _word_changes(*sides)
+    texts_by_run = [[row["prompt"] + row["completion"] for row in rows] for rows in (before, after)]
+    probs = [model.predict_proba(texts)[:, 1] for texts in texts_by_run]
+    changes = _word_changes(*texts_by_run)
     return Verdict(
         held_out_accuracy=float(accuracy),
         reward=(_mean_score(before), _mean_score(after)),
-        judge=(float(chances[0].mean()), float(chances[1].mean())),
-        share=(float((chances[0] > 0.5).mean()), float((chances[1] > 0.5).mean())),
-        rising=changes[:12],
-        falling=changes[::-1][:12],
+        judge_prob=(float(probs[0].mean()), float(probs[1].mean())),
+        positive_fraction=(float((probs[0] > 0.5).mean()), float((probs[1] > 0.5).mean())),
+        rising_words=changes[:12],
+        falling_words=changes[::-1][:12],
     )
 
 
@@ -68,5 +68,5 @@ def _word_changes(before: Sequence[str], after: Sequence[str]) -> list[tuple[str
     old, new = (
         Counter(word for text in texts for word in set(text.split())) for texts in (before, after)
     )
-    common = [w for w in old | new if max(old[w], new[w]) >= CONTAINED]
+    common = [w for w in old | new if max(old[w], new[w]) >= MIN_SAMPLES]
     return sorted(((w, old[w], new[w]) for w in common), key=lambda x: x[1] - x[2])

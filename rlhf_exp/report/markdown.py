@@ -15,8 +15,8 @@ from rlhf_exp.report.wording import (
     INTERVALS,
     best_first,
     count_statuses,
-    front_of,
     one_line,
+    pareto_groups,
     score_rank,
     show_interval,
     show_number,
@@ -69,7 +69,7 @@ def _picture(name: str, description: str, names: set[str]) -> list[str]:
 
 
 def _headline(payload: Mapping[str, Any]) -> list[str]:
-    front = front_of(payload)
+    front = pareto_groups(payload)
     if not front:
         return []
     lines = [
@@ -155,7 +155,7 @@ def _samples(payload: Mapping[str, Any]) -> list[str]:
     """The samples of the best run of each group on the front, or else of the best runs."""
     runs = [run for run in payload["runs"] if run["samples"]]
     runs.sort(key=lambda run: score_rank(run["final"]["score"]))
-    front = {group["id"] for group in front_of(payload)}
+    front = {group["id"] for group in pareto_groups(payload)}
     firsts = {run["group"]: run for run in reversed(runs) if run["group"] in front}
     parts = []
     for run in (list(firsts.values())[::-1] or runs)[:MAX_SAMPLED_RUNS]:

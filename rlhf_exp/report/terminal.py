@@ -22,7 +22,9 @@ MAX_COLUMNS = 4  # more parameters share one column
 
 def print_report(payload: Mapping[str, Any], console: Console) -> None:
     """Prints the report's essentials as plain text, without interpreting markup."""
-    console.print(_text(f"{payload['title']} ({count_statuses(payload) or 'none'})", style="bold"))
+    console.print(
+        _styled_line(f"{payload['title']} ({count_statuses(payload) or 'none'})", style="bold")
+    )
     if payload["groups"]:
         console.print(_groups(payload))
         if any(group["pareto"] for group in payload["groups"]):
@@ -40,7 +42,7 @@ def print_report(payload: Mapping[str, Any], console: Console) -> None:
     _print_lines("left out or not read", payload["problems"], console, style="yellow")
 
 
-def _text(text: str, style: str = "") -> Text:
+def _styled_line(text: str, style: str = "") -> Text:
     return Text(one_line(text), style=style)
 
 
@@ -58,10 +60,10 @@ def _groups(payload: Mapping[str, Any]) -> Table:
     names = short_names(payload["parameters"])
     apart = 0 < len(names) <= MAX_COLUMNS
     for name in names.values() if apart else ["parameters"]:
-        table.add_column(_text(name), overflow="fold")
+        table.add_column(_styled_line(name), overflow="fold")
     table.add_column("runs", justify="right")
-    table.add_column(_text(payload["score"]), justify="right", no_wrap=True)
-    table.add_column(_text(payload["kl"]), justify="right", no_wrap=True)
+    table.add_column(_styled_line(payload["score"]), justify="right", no_wrap=True)
+    table.add_column(_styled_line(payload["kl"]), justify="right", no_wrap=True)
     for group in groups[:MAX_ROWS]:
         split = apart and group["parameters"]
         cells = [show_value(group["parameters"][name], limit=24) for name in names] if split else [
@@ -69,7 +71,7 @@ def _groups(payload: Mapping[str, Any]) -> Table:
         ]  # fmt: skip
         table.add_row(
             "*" if group["pareto"] else "",
-            *map(_text, cells),
+            *map(_styled_line, cells),
             str(len(group["runs"])),
             Text(show_interval(group["score"])),
             Text(show_interval(group["kl"])),
@@ -87,7 +89,7 @@ def _importance(payload: Mapping[str, Any]) -> Text:
         if e["share"] >= 0.01
     ]
     noise = f"noise {payload['importance_noise']:.0%}"
-    return _text(f"variance of the score: {', '.join([*parts, *pairs, noise])}")
+    return _styled_line(f"variance of the score: {', '.join([*parts, *pairs, noise])}")
 
 
 def _print_lines(title: str, lines: list[str], console: Console, *, style: str) -> None:
@@ -95,6 +97,6 @@ def _print_lines(title: str, lines: list[str], console: Console, *, style: str) 
         return
     console.print(Text(f"{title}:", style=style))
     for line in lines[:MAX_LINES]:
-        console.print(_text(f"  {line}"), soft_wrap=False)
+        console.print(_styled_line(f"  {line}"), soft_wrap=False)
     if len(lines) > MAX_LINES:
         console.print(Text(f"  ... and {len(lines) - MAX_LINES} more"))

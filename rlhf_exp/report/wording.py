@@ -31,7 +31,7 @@ def one_line(text: str) -> str:
     return printable(LINE_ENDS.sub(" ↵ ", text))
 
 
-def front_of(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
+def pareto_groups(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The groups on the Pareto front, the lowest KL first."""
     front = [group for group in payload["groups"] if group["pareto"]]
     return sorted(front, key=lambda group: group["kl"]["mean"])

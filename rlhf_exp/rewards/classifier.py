@@ -74,17 +74,19 @@ class Classifier(SequenceClassifierSettings):
                 f"reward.output={self.output}: {self.name!r} has problem_type=regression, its"
                 " outputs are no probabilities; set reward.output=logit"
             )
-        label = self.find_label([str(config.id2label[i]) for i in range(config.num_labels)])
+        labels = [str(config.id2label[i]) for i in range(config.num_labels)]
+        label_index = self.find_label(labels)
         exclusive = config.problem_type != "multi_label_classification"
 
         def score(completions: Completions) -> torch.Tensor:
             logits = classifier.logits(completions)
-            return label_outputs(logits, self.output, exclusive=exclusive)[:, label].to(device)
+            outputs = label_outputs(logits, self.output, exclusive=exclusive)
+            return outputs[:, label_index].to(device)
 
         return score
 
     def check_upstream(self, upstream: Upstream) -> list[str]:
-        """A message if the classifier of an earlier step lacks the label."""
+        """One message if the earlier step's classifier lacks the label, else none."""
         try:
             artifact = upstream(self.name)
             if artifact is not None and artifact.labels is not None:
@@ -93,10 +95,10 @@ class Classifier(SequenceClassifierSettings):
             return [str(error)]
         return []
 
-    def find_label(self, labels: Sequence[str], *, of: str = "") -> int:
+    def find_label(self, labels: Sequence[str], *, owner: str = "") -> int:
         """The index in `labels` of the one that `label` or `direction` selects. Raises ConfigError
-        that lists the labels if none or several match; it calls their owner `of`, by default the
-        classifier."""
+        that lists the labels of the `owner`, by default the classifier, if none or several match.
+        """
         has_numbers = any(label.lstrip("+-")[:1].isdigit() for label in labels)
         if self.direction is not None:
             matches = [i for i, x in enumerate(labels) if x.lower().startswith(self.direction)]
@@ -107,8 +109,9 @@ class Classifier(SequenceClassifierSettings):
         if len(matches) == 1:
             return matches[0]
         field = "direction" if self.label is None else "label"
+        owner = owner or f"the classifier {self.name!r}"
         raise ConfigError(
-            f"reward.{field}={getattr(self, field)!r}: {of or f'the classifier {self.name!r}'} has"
+            f"reward.{field}={getattr(self, field)!r}: {owner} has"
             f" {'several such labels' if matches else 'no such label'};"
             f" set reward.label to one of {', '.join(labels)}"
             + (" and reward.direction=null" if self.direction else "")

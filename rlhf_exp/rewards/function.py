@@ -26,7 +26,7 @@ import torch
 
 from rlhf_exp.rewards.faults import describe_fault
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
-from rlhf_exp.rewards.samples import Samples, read_samples, read_scores
+from rlhf_exp.rewards.samples import Samples, read_scores, to_samples
 from rlhf_exp.settings import ConfigError, Text, settings
 from rlhf_exp.types import Completions
 
@@ -73,13 +73,13 @@ class FunctionReward:
             return runners[-1].run(_wait_for(result))
 
         def score(completions: Completions) -> torch.Tensor:
-            samples = read_samples(completions)
+            samples = to_samples(completions)
             kwargs = arguments(parameters, samples, who=who)
             try:
                 values = call(kwargs)
             except FAULTS as error:
                 # Fresh lists, since the call may have changed the others before it failed.
-                kwargs = arguments(parameters, read_samples(completions), who=who)
+                kwargs = arguments(parameters, to_samples(completions), who=who)
                 fault = describe_fault(error, caller=__file__, file=source_file(function))
                 raise RewardError(
                     f"{who} raised {fault}\n{_culprit(call, kwargs, samples)}"

@@ -1,7 +1,7 @@
 """A reward that requests scores from a server over HTTP.
 
-Knows requests, retries and bad responses, not what the server computes. Retries are not urllib3's:
-those end where an answer begins, count no answer that breaks off, and wait up to six hours.
+Knows requests, retries and bad responses, not what the server computes. urllib3's retries are not
+used: they stop once a response starts, ignore a truncated one, and wait up to six hours.
 """
 
 import ipaddress
@@ -19,7 +19,7 @@ from pydantic import field_validator
 
 from rlhf_exp.machine.network import is_http_url
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
-from rlhf_exp.rewards.samples import Samples, cut, read_samples, read_scores
+from rlhf_exp.rewards.samples import Samples, cut, read_scores, to_samples
 from rlhf_exp.security.redaction import remember_secret
 from rlhf_exp.settings import ConfigError, Count, Index, NonNegative, Positive, Text, settings
 from rlhf_exp.types import Completions
@@ -92,7 +92,7 @@ class HttpReward:
         session = self._open_session(token)
 
         def score(completions: Completions) -> torch.Tensor:
-            samples = read_samples(completions)
+            samples = to_samples(completions)
             scores: list[float] = []
             for start in range(0, len(samples), self.batch_size):
                 scores += self._request(session, samples.part(start, start + self.batch_size))

@@ -17,7 +17,7 @@ from rlhf_exp.models.reward_model import RewardModel, load_reward_model, read_he
 from rlhf_exp.rewards.protocol import RewardFunction
 from rlhf_exp.settings import ConfigError, Count, Text, settings
 from rlhf_exp.tasks.encoding import encode, leading_ids
-from rlhf_exp.tasks.pair_tokens import written_completions
+from rlhf_exp.tasks.pair_tokens import encode_completions
 from rlhf_exp.types import Completions
 
 
@@ -98,7 +98,7 @@ def score_answers(
             f" of {model.backbone.context_len}: shorten them"
         )
     return model(
-        written_completions(
+        encode_completions(
             rows,
             ended,
             prompt_texts=prompts,

@@ -27,18 +27,18 @@ FP32_MAX = torch.finfo(torch.float32).max
 @dataclass(frozen=True, kw_only=True)
 class Samples:
     """Samples as lists with one entry each: texts, or lists of messages for a conversation. `first`
-    is the index of the first sample in its batch. Messages quote `texts`, which a scorer that
-    changes the lists does not change."""
+    is the index of the first sample in its batch. Error messages quote `text_pairs`, so a scorer
+    that changes the lists does not change them."""
 
     prompts: list[Any]
     completions: list[Any]
     completion_ids: list[list[int]]
     columns: dict[str, list[Any]]
-    texts: tuple[tuple[str, str], ...]
+    text_pairs: tuple[tuple[str, str], ...]
     first: int = 0
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.text_pairs)
 
     def part(self, start: int, stop: int) -> "Samples":
         """The samples from `start` up to `stop`."""
@@ -47,17 +47,17 @@ class Samples:
             completions=self.completions[start:stop],
             completion_ids=self.completion_ids[start:stop],
             columns={name: entries[start:stop] for name, entries in self.columns.items()},
-            texts=self.texts[start:stop],
+            text_pairs=self.text_pairs[start:stop],
             first=self.first + start,
         )
 
     def show(self, index: int) -> str:
-        """The index of a sample in its batch, from 0, and the beginning and end of its texts."""
-        prompt, completion = map(cut, self.texts[index])
+        """The index of a sample in its batch, from 0, with its prompt and completion, shortened."""
+        prompt, completion = map(cut, self.text_pairs[index])
         return f"samples[{self.first + index}]: prompt {prompt}, completion {completion}"
 
 
-def read_samples(completions: Completions) -> Samples:
+def to_samples(completions: Completions) -> Samples:
     """The batch as lists that share no memory with it: a scorer may change them."""
     rows = completions.prompts.rows
     tokens, mask = completions.tokens.cpu(), completions.mask.cpu()
@@ -70,9 +70,9 @@ def read_samples(completions: Completions) -> Samples:
             [{"role": "assistant", "content": text}] if _is_conversation(row) else text
             for row, text in zip(rows, completions.texts, strict=True)
         ],
-        completion_ids=[row[real].tolist() for row, real in zip(tokens, mask, strict=True)],
+        completion_ids=[row[row_mask].tolist() for row, row_mask in zip(tokens, mask, strict=True)],
         columns=_columns(rows),
-        texts=tuple(zip(completions.prompts.texts, completions.texts, strict=True)),
+        text_pairs=tuple(zip(completions.prompts.texts, completions.texts, strict=True)),
     )
 
 

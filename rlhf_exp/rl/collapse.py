@@ -14,9 +14,9 @@ from rlhf_exp.types import Rollout
 
 log = logging.getLogger(__name__)
 
-FIRST = 5  # phases with which later ones are compared
-SETTLED = 8  # phases after which values should predict the returns
-COLLAPSED = 0.5  # of the first distinct-3
+BASELINE_PHASES = 5  # later phases are compared with the mean of these
+WARMUP_PHASES = 8  # after these, values should predict the returns
+MIN_DISTINCT = 0.5  # as a fraction of the distinct-3 at the start of training
 LOW_ENTROPY = 0.1  # nats a token
 HIGH_KL = 1.0  # nats a token: each token is e times as likely as to the reference
 BAD_VALUES = -1.0  # explained variance
@@ -32,6 +32,7 @@ class CollapseMonitor:
     first_distinct: list[float] = field(default_factory=list)
     first_entropy: list[float] = field(default_factory=list)
     up: list[str] = field(default_factory=list)
+    """The active warnings, by name."""
 
     def update(
         self,
@@ -42,29 +43,29 @@ class CollapseMonitor:
         gen_len: int,
         ended: Bool[Tensor, " batch"] | None,
     ) -> dict[str, float]:
-        """The warnings as metrics, logged where they are new. `ended` says which completions end
-        with EOS, None if nothing stops at it."""
-        if len(self.first_distinct) < FIRST:
+        """The warnings as metrics; new ones are logged. `ended` says which completions end with
+        EOS, None if sampling does not stop at it."""
+        if len(self.first_distinct) < BASELINE_PHASES:
             self.first_distinct.append(metrics["sample/distinct_3"])
             self.first_entropy.append(metrics["objective/entropy"])
-        signs = self._of_metrics(phase, metrics)
-        signs |= _of_rollout(rollout, gen_len=gen_len, ended=ended)
-        for name, (is_up, text) in signs.items():
-            if is_up and name not in self.up:
+        signs = self._metric_signs(phase, metrics)
+        signs |= _rollout_signs(rollout, gen_len=gen_len, ended=ended)
+        for name, (is_active, text) in signs.items():
+            if is_active and name not in self.up:
                 log.warning("phase %d, %s: %s", phase, name, text)
-        self.up = [name for name, (is_up, _) in signs.items() if is_up]
-        return {name: float(is_up) for name, (is_up, _) in signs.items()}
+        self.up = [name for name, (is_active, _) in signs.items() if is_active]
+        return {name: float(is_active) for name, (is_active, _) in signs.items()}
 
-    def _of_metrics(self, phase: int, metrics: Mapping[str, float]) -> dict[str, Sign]:
-        first = sum(self.first_distinct) / len(self.first_distinct)
+    def _metric_signs(self, phase: int, metrics: Mapping[str, float]) -> dict[str, Sign]:
+        first_distinct = sum(self.first_distinct) / len(self.first_distinct)
         distinct, entropy = metrics["sample/distinct_3"], metrics["objective/entropy"]
         kl = metrics["objective/kl"]
         signs = {
             "warn/repeats": (
-                distinct < COLLAPSED * first,
-                f"sample/distinct_3 is {distinct:.3g}, at first it was {first:.3g}: completions"
+                distinct < MIN_DISTINCT * first_distinct,
+                f"sample/distinct_3 fell from {first_distinct:.3g} to {distinct:.3g}: completions"
                 " repeat themselves or each other; raise stage.kl_coef or stage.ent_coef, and read"
-                " samples.jsonl: the reward may like one phrase",
+                " samples.jsonl: the reward may favour one phrase",
             ),
             "warn/low_entropy": (
                 entropy < LOW_ENTROPY <= self.first_entropy[0],
@@ -77,17 +78,17 @@ class CollapseMonitor:
                 " optimizer.base_lr",
             ),
         }
-        if (explained := metrics.get("val/explained_variance")) is not None:
+        if (variance := metrics.get("val/explained_variance")) is not None:
             signs["warn/bad_values"] = (
-                phase > SETTLED and explained < BAD_VALUES,
-                f"val/explained_variance is {explained:.3g}: the value head predicts far worse"
-                " than a constant; raise optimizer.head_lr or stage.vf_coef, or take larger"
-                " batches",
+                phase > WARMUP_PHASES and variance < BAD_VALUES,
+                f"val/explained_variance is {variance:.3g}: the value head predicts far worse"
+                " than a constant; raise optimizer.head_lr, stage.vf_coef or"
+                " stage.batch_size",
             )
         return signs
 
 
-def _of_rollout(
+def _rollout_signs(
     rollout: Rollout, *, gen_len: int, ended: Bool[Tensor, " batch"] | None
 ) -> dict[str, Sign]:
     scores, lengths = rollout.scores, rollout.completions.mask.sum(dim=1)
@@ -100,7 +101,7 @@ def _of_rollout(
         ),
         "warn/one_token": (
             gen_len > 1 and bool((lengths == 1).all()),
-            "every completion is a single token; read samples.jsonl: the reward may like empty"
+            "every completion is a single token; read samples.jsonl: the reward may favour empty"
             " answers",
         ),
         "warn/never_ends": (

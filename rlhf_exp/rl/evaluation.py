@@ -23,7 +23,7 @@ from rlhf_exp.runs.paths import CURVES
 from rlhf_exp.runs.summary import describe
 from rlhf_exp.tasks.prompts import take
 from rlhf_exp.tracking.curves import plot_ppo, print_before_after
-from rlhf_exp.training.seeding import stream
+from rlhf_exp.training.seeding import make_generator
 from rlhf_exp.types import Rollout
 
 log = logging.getLogger(__name__)
@@ -72,9 +72,9 @@ def evaluate(
     """
     policy, prompts, answers = setup.policy, setup.eval_prompts, setup.answers
     device = policy.device
-    order = torch.randperm(len(prompts.rows), generator=stream(seed, "evaluation prompts"))
+    order = torch.randperm(len(prompts.rows), generator=make_generator(seed, "evaluation prompts"))
     index = order.repeat(-(-num_samples // len(order)))[:num_samples]
-    generator = stream(seed, "evaluation", device)
+    generator = make_generator(seed, "evaluation", device)
     full = setup.sampler.full_distribution
     chunks = []
     began = time.monotonic()

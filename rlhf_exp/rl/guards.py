@@ -118,7 +118,7 @@ def check_skipped(guards: Guards, state: TrainState) -> None:
 
 
 def check_kl_sum(guards: Guards, state: TrainState, kl_sum: float) -> None:
-    """Makes the phase the last one if its KL (nats a completion) is above max_kl_sum."""
+    """Stops the run after this phase if its KL (nats a completion) exceeds max_kl_sum."""
     if guards.max_kl_sum is not None and kl_sum > guards.max_kl_sum:
         state.stopped = (
             f"phase {state.phase}: objective/kl_sum is {kl_sum:.4g} nats a completion, above"

@@ -50,7 +50,7 @@ def explained_variance(
 
 
 def read_metrics(rows: Iterable[Mapping[str, Tensor]]) -> list[dict[str, float]]:
-    """Rows of equal metrics as numbers, copied from a GPU in one transfer."""
+    """Rows with the same metric names as floats, copied from the GPU in one transfer."""
     rows = list(rows)
     names = list(rows[0])
     numbers = torch.stack([torch.stack([row[name] for name in names]) for row in rows]).tolist()
@@ -58,7 +58,7 @@ def read_metrics(rows: Iterable[Mapping[str, Tensor]]) -> list[dict[str, float]]
 
 
 def mean_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each metric over rows of equal metrics."""
+    """The mean of each metric over rows with the same metric names."""
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 

@@ -1,4 +1,4 @@
-"""Step 6, keep: sets the rates of the next phase, logs, evaluates and saves."""
+"""Step 6, keep: sets learning rates and kl_coef, logs, evaluates, saves."""
 
 import logging
 import math

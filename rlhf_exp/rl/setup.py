@@ -17,7 +17,7 @@ from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.reference import Reference, reference_hash
 from rlhf_exp.rewards.protocol import ReadsPrompts, ReadsTokens, Reward, RewardFunction
 from rlhf_exp.rollout.bridge import BridgeSampler
-from rlhf_exp.rollout.sampler import Sampler, eos_token
+from rlhf_exp.rollout.sampler import Sampler, eos_token_id
 from rlhf_exp.runs.context import Context, TrainingError
 from rlhf_exp.settings import ConfigError, Fingerprinted
 from rlhf_exp.tasks.encoding import leading_ids, tokenizer_factory
@@ -131,7 +131,7 @@ def load_sampled_policy(
     policy = build_policy(
         model, tokenizer_factory(task), device=context.device, seed=seed, value_head=value_head
     )
-    eos_token(policy, stop_at_eos=sampler.stop_at_eos)  # raises here, not while sampling
+    eos_token_id(policy, stop_at_eos=sampler.stop_at_eos)  # raises here, not while sampling
     if isinstance(sampler, BridgeSampler) and policy.engine.is_plain:  # loading checks the other
         check_hooked(policy)
     return policy

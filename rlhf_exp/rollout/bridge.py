@@ -15,7 +15,7 @@ from rlhf_exp.rollout.sampler import (
     Sampler,
     as_completions,
     check_finite,
-    eos_token,
+    eos_token_id,
     kept_mass,
     through_first_eos,
 )
@@ -41,7 +41,7 @@ class BridgeSampler(Sampler):
         self, policy: TransformerWithValueHead, prompts: PromptBatch, generator: torch.Generator
     ) -> Generation:
         """Completions of the prompts; every row runs to gen_len."""
-        eos = eos_token(policy, stop_at_eos=self.stop_at_eos)
+        eos = eos_token_id(policy, stop_at_eos=self.stop_at_eos)
         prompt_len = prompts.tokens.shape[1]
         hidden = policy.hidden_states(prompts.tokens, prompts.mask, prompt_len=prompt_len)
         check_finite(policy.unembed(hidden[:, -1]))

@@ -16,7 +16,14 @@ from torch import Tensor
 from rlhf_exp.hf import Cache
 from rlhf_exp.models.cache import decoding_cache
 from rlhf_exp.models.policy import TransformerWithValueHead
-from rlhf_exp.rollout.sampler import Drawn, Sampler, as_completions, check_finite, draw, eos_token
+from rlhf_exp.rollout.sampler import (
+    Drawn,
+    Sampler,
+    as_completions,
+    check_finite,
+    draw,
+    eos_token_id,
+)
 from rlhf_exp.rollout.static import StaticDecoder
 from rlhf_exp.settings import settings
 from rlhf_exp.types import Generation, PromptBatch
@@ -53,7 +60,7 @@ class CachedSampler(Sampler):
         self, policy: TransformerWithValueHead, prompts: PromptBatch, generator: torch.Generator
     ) -> Generation:
         """Completions of the prompts; rows that ended hold 0 and are not computed further."""
-        eos = eos_token(policy, stop_at_eos=self.stop_at_eos)
+        eos = eos_token_id(policy, stop_at_eos=self.stop_at_eos)
         batch, prompt_len = prompts.tokens.shape
         attended = None if bool(prompts.mask.all()) else prompts.mask
         cache, hidden = prefill(policy, prompts, attended, prompt_len + self.gen_len)

@@ -149,7 +149,7 @@ def check_finite(x: Float[Tensor, "*axes"]) -> None:
         )
 
 
-def eos_token(policy: CausalTransformer, *, stop_at_eos: bool) -> int | None:
+def eos_token_id(policy: CausalTransformer, *, stop_at_eos: bool) -> int | None:
     """The id of EOS, None without `stop_at_eos`. Raises ConfigError if the tokenizer has no EOS."""
     if not stop_at_eos:
         return None

@@ -1,8 +1,8 @@
 """Checkpoints of a run: folders of tensors and numbers, written atomically.
 
-It knows files and threads, not what they hold. Nothing is pickled: tensors are safetensors, numbers
-JSON, and a manifest has the size and the SHA-256 of both. A damaged checkpoint is detected and the
-previous one is used.
+It knows files and threads, not the files' content. Nothing is pickled: tensors are safetensors,
+numbers JSON, and a manifest records the size and SHA-256 of both. A damaged checkpoint is detected
+and the previous one is used.
 """
 
 import hashlib

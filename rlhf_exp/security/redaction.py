@@ -1,8 +1,8 @@
 """Finds the secrets of a configuration and removes them from text.
 
 A value is a secret if its key says so, or if its environment variable's name says so and the value
-looks random. Files and loggers call this module; it knows none of them. By hand, since libraries
-that find secrets look for the tokens of known services, not for the keys of a configuration.
+looks random. Files and loggers call this module; it knows none of them. Secret-finding libraries
+look for tokens of known services, not for configuration keys.
 """
 
 import functools
@@ -141,7 +141,7 @@ def looks_random(text: str) -> bool:
 
 
 def scrub(text: str) -> str:
-    """The text with REDACTED for every secret remembered so far."""
+    """The text with every known secret as REDACTED."""
     for secret in sorted(_secret_texts, key=len, reverse=True):
         text = _pattern(secret).sub(REDACTED, text)
     return text

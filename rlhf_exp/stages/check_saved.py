@@ -1,6 +1,6 @@
 """Checks that a saved model is the trained one: loads it and compares logits of a few tokens.
 
-Meanwhile it needs memory for one more copy of the weights on the CPU.
+Needs CPU memory for a second copy of the weights.
 """
 
 from collections.abc import Callable
@@ -30,36 +30,38 @@ from rlhf_exp.models.reward_model import HEAD_FILE, RewardModel
 from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.settings import ConfigError
 
-ROWS, LENGTH = 4, 16  # of the tokens
+ROWS, LENGTH = 4, 16  # shape of the test batch
 
 
 def check_saved_policy(policy: TransformerWithValueHead, path: Path) -> None:
-    """Raises TrainingError unless the folder holds the policy and its value head."""
+    """Raises TrainingError unless the saved policy gives the same logits and has the same value
+    head."""
     if policy.value_head is not None:
         _check_head(policy.value_head, path / VALUE_HEAD_FILE)
     check_saved_language_model(policy.language_model, path)
 
 
 def check_saved_reward_model(model: RewardModel, path: Path) -> None:
-    """Raises TrainingError unless the folder holds the reward model and its head."""
+    """Raises TrainingError unless the saved reward model gives the same logits and has the same
+    head."""
     _check_head(model.head, path / HEAD_FILE)
     check_saved_language_model(model.backbone.language_model, path)
 
 
 def check_saved_language_model(network: PreTrainedModel, path: Path) -> None:
-    """Raises TrainingError unless the folder holds the model."""
-    eager = network.config._attn_implementation == "eager"
+    """Raises TrainingError unless the saved model gives the same logits."""
+    is_eager = network.config._attn_implementation == "eager"
     load = partial(
         load_language_model,
         dtype=next(name for name in get_args(WeightsDtype) if DTYPES[name] == network.dtype),
-        attn_implementation="eager" if eager else None,
+        attn_implementation="eager" if is_eager else None,
         trust_remote_code=type(network).__module__.startswith("transformers_modules"),
     )
     _check_logits(network, load, path)
 
 
 def check_saved_classifier(network: PreTrainedModel, path: Path) -> None:
-    """Raises TrainingError unless the folder holds the classifier."""
+    """Raises TrainingError unless the saved classifier gives the same logits."""
     _check_logits(network, partial(load_classifier, dtype=network.dtype), path)
 
 

@@ -21,11 +21,11 @@ from rlhf_exp.runs.context import Context
 from rlhf_exp.settings import Artifact, Count, Fraction, Upstream, settings
 from rlhf_exp.stages.check_saved import check_saved_classifier
 from rlhf_exp.stages.protocol import Stage, StageResult
-from rlhf_exp.tasks.batches import BatchStream, length_bucketed, pad_right
+from rlhf_exp.tasks.batches import BatchStream, bucket_by_length, pad_right
 from rlhf_exp.tasks.protocol import LabelledTask, LabelledText
 from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.training.schedules import Schedule
-from rlhf_exp.training.seeding import stream, stream_seed
+from rlhf_exp.training.seeding import make_generator, stream_seed
 from rlhf_exp.training.supervised import Supervised, SupervisedState
 
 log = logging.getLogger(__name__)
@@ -98,9 +98,9 @@ class TrainClassifier(Supervised, Stage[ClassifierParts]):
             head = nn.ModuleList([m for m in network.children() if m is not base])
             adamw = parts.optimizer.build(base, head)
             network.train()
-            generator = stream(context.seed, "minibatches")
+            generator = make_generator(context.seed, "minibatches")
             lengths = [*map(len, train.rows)]
-            batches = BatchStream(length_bucketed, lengths, self.batch_size, generator)
+            batches = BatchStream(bucket_by_length, lengths, self.batch_size, generator)
             state = SupervisedState(
                 network=network,
                 optimizer=adamw,

@@ -15,7 +15,7 @@ from rlhf_exp.tasks.examples import Example, ExampleBatch, pad
 from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.tasks.protocol import AnswerTask
 from rlhf_exp.training.early_stopping import EXACT, LOSS
-from rlhf_exp.training.seeding import stream
+from rlhf_exp.training.seeding import make_generator
 from rlhf_exp.types import PromptBatch
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class HeldOut:
         batch_size: int,
         seed: int,
     ) -> None:
-        order = torch.randperm(len(examples), generator=stream(seed, "held-out")).tolist()
+        order = torch.randperm(len(examples), generator=make_generator(seed, "held-out")).tolist()
         self.policy, self.seed, self.batch_size = policy, seed, batch_size
         self.examples = [examples[i] for i in order]
         self.num_samples, self.chooses = num_samples, chooses
@@ -91,7 +91,7 @@ class HeldOut:
         samplers = {"sampled": sampler, "greedy": sampler.greedy}
         names = {"sampled": EXACT, "greedy": GREEDY_EXACT}
         rows = prompts[torch.arange(len(prompts.rows), device=self.policy.device)[chosen]]
-        generator = stream(self.seed, "held-out samples", self.policy.device)
+        generator = make_generator(self.seed, "held-out samples", self.policy.device)
         return {
             names[kind]: exact_match(self.policy, task, rows, samplers[kind], generator)
             for kind in kinds

@@ -45,7 +45,7 @@ from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.training.out_of_memory import explaining_memory
 from rlhf_exp.training.saver import Saver
 from rlhf_exp.training.schedules import Schedule, check_schedule
-from rlhf_exp.training.seeding import stream
+from rlhf_exp.training.seeding import make_generator
 from rlhf_exp.types import Completions, Experience, Generation, Layout, Pass, PromptBatch, Rollout
 
 log = logging.getLogger(__name__)
@@ -241,9 +241,9 @@ def start(
     return TrainState(
         policy=policy, optimizer=adamw, inputs=inputs,
         scheduler=schedule.build(adamw, total_steps=ppo.total_phases),
-        prompts=PromptStream(setup.train_prompts, num_prompts, stream(seed, "prompts")),
-        sample_generator=stream(seed, "samples", policy.device),
-        minibatch_generator=stream(seed, "minibatches"),
+        prompts=PromptStream(setup.train_prompts, num_prompts, make_generator(seed, "prompts")),
+        sample_generator=make_generator(seed, "samples", policy.device),
+        minibatch_generator=make_generator(seed, "minibatches"),
     )  # fmt: skip
 
 

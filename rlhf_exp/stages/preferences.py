@@ -27,7 +27,7 @@ from rlhf_exp.tasks.protocol import DemonstrationTask, Pair, Prompt, PromptRow, 
 from rlhf_exp.tracking.progress import Progress
 from rlhf_exp.training.out_of_memory import explaining_memory
 from rlhf_exp.training.saver import Saver, check_inputs
-from rlhf_exp.training.seeding import stream
+from rlhf_exp.training.seeding import make_generator
 from rlhf_exp.types import PromptBatch
 
 log = logging.getLogger(__name__)
@@ -139,9 +139,9 @@ class _PairSource:
         self.policy, self.sampler, self.stage = policy, sampler, stage
         self.score = CheckedReward(score)
         self.inputs: Mapping[str, str] = {}
-        order = stream(context.seed, "prompts")
+        order = make_generator(context.seed, "prompts")
         self.streams = [PromptStream(batch, stage.batch_size, order) for batch in prompts]
-        self.generator = stream(context.seed, "sampling", context.device)
+        self.generator = make_generator(context.seed, "sampling", context.device)
         self.targets = (stage.num_pairs, stage.num_held_out)
         self.pairs: tuple[list[Pair], list[Pair]] = ([], [])
         self.tried = [0, 0]

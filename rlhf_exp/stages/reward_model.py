@@ -33,16 +33,16 @@ from rlhf_exp.stages.pair_data import (
     score_rows,
 )
 from rlhf_exp.stages.protocol import Stage, StageResult
-from rlhf_exp.tasks.batches import BatchStream, shuffled
+from rlhf_exp.tasks.batches import BatchStream, shuffle_batches
 from rlhf_exp.tasks.encoding import leading_ids
 from rlhf_exp.tasks.pair_tokens import EncodedPair, encode_pairs
 from rlhf_exp.tasks.pairs import hold_out, num_shared
 from rlhf_exp.tasks.protocol import PairTask
-from rlhf_exp.tracking.curves import plot_margins, plot_predictions, present_losses
+from rlhf_exp.tracking.curves import plot_margins, plot_predictions, queue_loss_plot
 from rlhf_exp.training.early_stopping import LOSS, EarlyStopping
 from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.training.schedules import Schedule
-from rlhf_exp.training.seeding import stream, stream_seed
+from rlhf_exp.training.seeding import make_generator, stream_seed
 from rlhf_exp.training.supervised import Supervised, SupervisedState
 
 log = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
         """Trains the head and restores its best; returns the number of updates."""
         scorer, known = train.model, train.rewards if self.loss == "mse_rank" else None
         mean = 0.0 if known is None else torch.cat(known).mean().item()
-        scorer.initialise_head(stream(context.seed, "head"), bias=mean)
+        scorer.initialise_head(make_generator(context.seed, "head"), bias=mean)
         adamw = parts.optimizer.build(scorer.backbone, scorer.head)
         num_updates = self.num_updates(len(train))
         early_stopping = EarlyStopping(
@@ -223,8 +223,8 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
             eval_every=self.eval_every, patience=self.patience,
             lr_fields="optimizer.head_lr and optimizer.base_lr",
         )  # fmt: skip
-        generator = stream(context.seed, "minibatches")
-        batches = BatchStream(shuffled, range(len(train)), self.batch_size, generator)
+        generator = make_generator(context.seed, "minibatches")
+        batches = BatchStream(shuffle_batches, range(len(train)), self.batch_size, generator)
         network = scorer.backbone.language_model
         state = SupervisedState(
             network=scorer,
@@ -265,6 +265,6 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
                 true = torch.cat(report.rewards).tolist()
                 plot_predictions(true, torch.cat(scores).tolist(), path, title=title)
 
-        present_losses(context, title="reward model")
+        queue_loss_plot(context, title="reward model")
         add("held_out.png", plot_held_out)
         add("the table of pairs", lambda: print_pairs(rows[: self.num_examples], Console()))

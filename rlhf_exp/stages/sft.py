@@ -23,7 +23,7 @@ from rlhf_exp.settings import ConfigError, Count, OpenFraction, Positive, settin
 from rlhf_exp.stages.check_saved import check_saved_language_model
 from rlhf_exp.stages.held_out import GREEDY_EXACT, PERPLEXITY, HeldOut, next_token_loss
 from rlhf_exp.stages.protocol import Stage, StageResult
-from rlhf_exp.tasks.batches import BatchStream, length_bucketed, shuffled
+from rlhf_exp.tasks.batches import BatchStream, bucket_by_length, shuffle_batches
 from rlhf_exp.tasks.encoding import tokenizer_factory
 from rlhf_exp.tasks.examples import (
     Example,
@@ -33,11 +33,11 @@ from rlhf_exp.tasks.examples import (
     pad,
 )
 from rlhf_exp.tasks.protocol import AnswerTask, CorpusTask, DemonstrationTask, Split, Task
-from rlhf_exp.tracking.curves import present_losses
+from rlhf_exp.tracking.curves import queue_loss_plot
 from rlhf_exp.training.early_stopping import EXACT, LOSS, EarlyStopping
 from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.training.schedules import Schedule
-from rlhf_exp.training.seeding import stream, stream_seed
+from rlhf_exp.training.seeding import make_generator, stream_seed
 from rlhf_exp.training.supervised import Supervised, SupervisedState
 
 log = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ class SFT(Supervised, Stage[SFTParts]):
             network.save_pretrained(context.folder.model)
             policy.tokenizer.save_pretrained(context.folder.model)
             check_saved_language_model(network, context.folder.model)
-        present_losses(context, title="language model")
+        queue_loss_plot(context, title="language model")
         return StageResult(after=metrics, seconds=clock.seconds)
 
     def _load(self, context: Context, task: Task, model: ModelSettings) -> TransformerWithValueHead:
@@ -196,11 +196,11 @@ class SFT(Supervised, Stage[SFTParts]):
         return encode_demonstrations(tokenizer, examples, prepend_bos=task.prepend_bos, limit=limit)
 
     def batches(self, context: Context, examples: Sequence[Example]) -> BatchStream:
-        """Batches of the layout, in a random order."""
+        """Training batches in random order, formed for `layout`."""
         # Padding needs batches of texts of similar length; packing does not.
-        order = length_bucketed if self.layout == "pad" else shuffled
-        generator = stream(context.seed, "minibatches")
-        return BatchStream(order, [*map(len, examples)], self.batch_size, generator)
+        draw_epoch = bucket_by_length if self.layout == "pad" else shuffle_batches
+        generator = make_generator(context.seed, "minibatches")
+        return BatchStream(draw_epoch, [*map(len, examples)], self.batch_size, generator)
 
     def losses(
         self, network: PreTrainedModel, examples: Sequence[Example], batches: BatchStream

@@ -74,14 +74,14 @@ class Search:
 
     def _refuse_other(self, metrics: Mapping[str, str], folder: Path) -> None:
         # Optuna stores the directions without comparing them, and does not store names.
-        requested = [list(of) for of in metrics.items()]
+        requested = [list(item) for item in metrics.items()]
         old = self._study.user_attrs.get("metrics", requested)
         if old != requested:
             raise ConfigError(
                 f"hydra.sweeper.maximize and minimize: the study in {folder} is of"
-                f" {', '.join(': '.join(of) for of in old)}: take these in this order, name another"
-                f" hydra.sweep.dir, or remove {folder / STUDY} to search anew on the runs that are"
-                " done"
+                f" {', '.join(': '.join(item) for item in old)}: take these in this order, name"
+                f" another hydra.sweep.dir, or remove {folder / STUDY} to search anew on the runs"
+                " that are done"
             )
         self._study.set_user_attr("metrics", requested)
 
@@ -108,7 +108,7 @@ class Search:
 
     def ask(self, space: Space) -> Trial:
         """Draws a setting. Raises ConfigError if the space does not fit the study's earlier one."""
-        distributions = {key: _distribution(of) for key, of in space.items()}
+        distributions = {key: _distribution(dimension) for key, dimension in space.items()}
         try:
             trial = self._study.ask(distributions)
         except ValueError as error:
@@ -149,23 +149,24 @@ def read_metrics(folder: Path, names: Sequence[str]) -> list[float] | None:
 
 def check_space(space: Space) -> None:
     """Raises ConfigError for an interval from which no number can be drawn."""
-    for key, of in space.items():
-        if isinstance(of, tuple):
+    for key, dimension in space.items():
+        if isinstance(dimension, tuple):
             continue
-        name = f"interval({of.low:g},{of.high:g})"
-        if not (math.isfinite(of.low) and math.isfinite(of.high)):
+        low, high = dimension.low, dimension.high
+        name = f"interval({low:g},{high:g})"
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise ConfigError(f"{key}: {name}: both ends must be finite")
-        if of.low > of.high:
+        if low > high:
             raise ConfigError(
-                f"{key}: {name} ends below its beginning: write interval({of.high:g},{of.low:g})"
+                f"{key}: {name} ends below its beginning: write interval({high:g},{low:g})"
             )
-        if of.log and of.low <= 0:
+        if dimension.log and low <= 0:
             raise ConfigError(f"{key}: {name} is drawn on a log scale, which begins above 0")
 
 
-def corners(space: Space) -> list[dict[str, str]]:
-    """Settings that hold both ends of each interval and every choice at least once."""
-    values_by_key = {key: _ends(of) for key, of in space.items()}
+def edge_settings(space: Space) -> list[dict[str, str]]:
+    """Settings in which both ends of each interval and every choice occur at least once."""
+    values_by_key = {key: _edge_values(dimension) for key, dimension in space.items()}
     first = {key: values[0] for key, values in values_by_key.items()}
     return [
         first,
@@ -173,25 +174,26 @@ def corners(space: Space) -> list[dict[str, str]]:
     ]
 
 
-def _ends(of: Interval | tuple[str, ...]) -> list[str]:
-    if isinstance(of, tuple):
-        return list(of)
-    kind = int if of.integer else float
-    return [str(kind(of.low)), str(kind(of.high))]
+def _edge_values(dimension: Interval | tuple[str, ...]) -> list[str]:
+    if isinstance(dimension, tuple):
+        return list(dimension)
+    kind = int if dimension.integer else float
+    return [str(kind(dimension.low)), str(kind(dimension.high))]
 
 
-def _distribution(of: Interval | tuple[str, ...]) -> Any:
+def _distribution(dimension: Interval | tuple[str, ...]) -> Any:
     from optuna.distributions import (
         CategoricalDistribution,
         FloatDistribution,
         IntDistribution,
     )
 
-    if isinstance(of, tuple):
-        return CategoricalDistribution(of)
-    if of.integer:
-        return IntDistribution(int(of.low), int(of.high), log=of.log)
-    return FloatDistribution(of.low, of.high, log=of.log)
+    if isinstance(dimension, tuple):
+        return CategoricalDistribution(dimension)
+    low, high, log_scale = dimension.low, dimension.high, dimension.log
+    if dimension.integer:
+        return IntDistribution(int(low), int(high), log=log_scale)
+    return FloatDistribution(low, high, log=log_scale)
 
 
 def check_search(sampler: str, metrics: Mapping[str, str]) -> None:

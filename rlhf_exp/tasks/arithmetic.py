@@ -48,6 +48,12 @@ class Problem(NamedTuple):
         return [value for value in values if value <= MAX_VALUE]
 
 
+class _ProblemSets(NamedTuple):
+    train: list[Problem]
+    tuning: list[Problem]
+    evaluation: list[Problem]
+
+
 @settings
 class Arithmetic:
     """9,000 problems in three wordings each. A `held_out_fraction` of the problems is held out for
@@ -71,11 +77,11 @@ class Arithmetic:
 
     def train_prompts(self) -> tuple[str, ...]:
         """Every wording of the training problems."""
-        return tuple(_wordings(self._problems[0]))
+        return tuple(_wordings(self._problems.train))
 
     def eval_prompts(self) -> tuple[str, ...]:
         """Every wording of the problems held out for evaluation."""
-        return tuple(_wordings(self._problems[2]))
+        return tuple(_wordings(self._problems.evaluation))
 
     def build_tokenizer(self) -> PreTrainedTokenizerBase:
         """A tokenizer of 129 tokens: 0 to 100, each word of the prompts, <SEP>, <PAD> and <EOS>. It
@@ -89,7 +95,7 @@ class Arithmetic:
     def language_split(self) -> Split[str]:
         """Texts of three series each with <SEP> between, without prompts: series of the training
         problems, and of the problems for tuning."""
-        train, tuning, _ = self._problems
+        train, tuning = self._problems.train, self._problems.tuning
         texts = (
             _join_series(problems, count, f"{self.data_seed} {name}")
             for problems, count, name in (
@@ -101,11 +107,10 @@ class Arithmetic:
 
     def demonstration_split(self) -> Split[Demonstration]:
         """Every wording, with its answer, of the training problems and of those for tuning."""
-        train, tuning, _ = self._problems
         return Split(
             *(
                 tuple(Demonstration(prompt, self.answer(prompt)) for prompt in _wordings(problems))
-                for problems in (train, tuning)
+                for problems in (self._problems.train, self._problems.tuning)
             )
         )
 
@@ -119,13 +124,12 @@ class Arithmetic:
         return series_reward(parse_prompt(prompt).series(), parse_answer(completion))
 
     @cached_property
-    def _problems(self) -> tuple[list[Problem], list[Problem], list[Problem]]:
-        """The problems for training, for tuning and for evaluation."""
-        parts: tuple[list[Problem], ...] = ([], [], [])
+    def _problems(self) -> _ProblemSets:
+        sets = _ProblemSets([], [], [])
         for problem in (Problem(s, d, n) for s in STARTS for d in DIFFERENCES for n in TERMS):
             place = hash_fraction(f"{self.data_seed} {problem}") / self.held_out_fraction
-            parts[{0: 2, 1: 1}.get(int(place), 0)].append(problem)
-        return parts  # type: ignore[return-value]
+            {0: sets.evaluation, 1: sets.tuning}.get(int(place), sets.train).append(problem)
+        return sets
 
 
 def series_reward(exact: Sequence[int], answer: Sequence[int] | None) -> float:

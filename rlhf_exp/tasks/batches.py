@@ -11,7 +11,7 @@ from torch import Tensor
 BUCKET = 50
 
 
-def length_bucketed(
+def bucket_by_length(
     lengths: Sequence[int], batch_size: int, generator: torch.Generator
 ) -> Iterator[list[int]]:
     """One epoch of batches of indices, in random order, with texts of similar length together.
@@ -27,7 +27,7 @@ def length_bucketed(
         yield batches[i]
 
 
-def shuffled(
+def shuffle_batches(
     lengths: Sequence[int], batch_size: int, generator: torch.Generator
 ) -> Iterator[list[int]]:
     """One epoch of batches of indices, in random order regardless of length.
@@ -43,7 +43,7 @@ Order = Callable[[Sequence[int], int, torch.Generator], Iterable[list[int]]]
 
 class BatchStream(Iterator[list[int]]):
     """Endless batches of indices, epoch after epoch. At the beginning of each epoch `order`
-    (length_bucketed, shuffled) draws its batches from the generator."""
+    (bucket_by_length, shuffle_batches) draws its batches from the generator."""
 
     def __init__(
         self, order: Order, lengths: Sequence[int], batch_size: int, generator: torch.Generator

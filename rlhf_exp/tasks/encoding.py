@@ -23,10 +23,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
 
 
 def can_encode(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Whether the tokenizer can encode the text."""
+    """Returns False if the text has a word outside a closed vocabulary."""
     try:
         tokenizer(text, add_special_tokens=False)
-    except Exception:  # as above
+    except Exception:  # a bare Exception, as in `encode`
         return False
     return True
 
@@ -48,10 +48,10 @@ def _added_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if not added:
         return []
     for probe in _probes(tokenizer):
-        if not can_encode(tokenizer, probe):  # a closed vocabulary
+        if not can_encode(tokenizer, probe):
             continue
         plain = encode(tokenizer, [probe])[0]
-        if not plain or added.intersection(plain):  # where the text begins would be ambiguous
+        if not plain or added.intersection(plain):  # the start of the text would be ambiguous
             continue
         ids = tokenizer(probe)["input_ids"]
         # Not ids[: len(ids) - len(plain)]: the tokenizer may append EOS, even with the id of BOS.

@@ -108,7 +108,7 @@ def collate(
 ) -> Completions:
     """The chosen answers of all pairs, then the rejected answers in the same order, padded to
     `width` tokens."""
-    return written_completions(
+    return encode_completions(
         [pair.prompt for pair in pairs] * 2,
         [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs],
         texts=[pair.pair.chosen for pair in pairs] + [pair.pair.rejected for pair in pairs],
@@ -118,7 +118,7 @@ def collate(
     )
 
 
-def written_completions(
+def encode_completions(
     prompts: Sequence[list[int]],
     answers: Sequence[list[int]],
     *,

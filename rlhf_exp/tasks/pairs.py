@@ -87,11 +87,11 @@ class PairsFile:
     @cached_property
     def _contents(self) -> _Contents:
         files = locate_pairs(self.path)
-        by_file = [
+        file_pairs = [
             [SourcedPair(pair, f"{file}, row {row}") for row, pair in read_pairs(file)]
             for file in files
         ]
-        pairs = [sourced for part in by_file for sourced in part]
+        pairs = [sourced_pair for pairs in file_pairs for sourced_pair in pairs]
         if len(pairs) < MIN_PAIRS:
             raise ConfigError(
                 f"task.path: {self.path} holds {len(pairs)} pairs: give at least {MIN_PAIRS}"
@@ -102,14 +102,14 @@ class PairsFile:
                 pairs,
                 fraction=self.held_out_fraction,
                 salt=str(self.data_seed),
-                prompt_of=lambda sourced: sourced.pair.prompt,
+                prompt_of=lambda sourced_pair: sourced_pair.pair.prompt,
             )
         else:
-            split = Split(tuple(by_file[0]), tuple(by_file[1]))
+            split = Split(*map(tuple, file_pairs))
         if not split.train:
             raise ConfigError(
-                f"task.path: {self.path} leaves no pairs to train on: move"
-                f" task.held_out_fraction={self.held_out_fraction} or give more pairs"
+                f"task.path: {self.path} leaves no pairs to train on: change"
+                f" task.held_out_fraction={self.held_out_fraction} or add pairs"
             )
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
         return _Contents(digest.hexdigest(), split)
@@ -209,9 +209,9 @@ def _rewards(row: Mapping[str, Any], where: str) -> tuple[float, float] | None:
         return None
     for name, value in zip(REWARDS, values, strict=True):
         if value is None:
-            raise ConfigError(f"{where} has no field {name} beside the other reward: give both")
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not abs(value) < sys.float_info.max:  # false for NaN too
+            raise ConfigError(f"{where} has one reward but no {name}: give both")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not abs(value) < sys.float_info.max:  # false for NaN too
             raise ConfigError(
                 f"{where}, field {name} is {reprlib.repr(value)}: give a finite number"
             )

@@ -20,7 +20,7 @@ def plot_ppo(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> Pa
     dots. Where the task knows exact answers, the true reward stands beside the score, the gap
     between them is filled, and exact-match rates have a panel of their own."""
     exact = any("eval/exact_match" in row for row in rows)
-    figure, panels = _panels(3 if exact else 2, title=title)
+    figure, panels = _make_panels(3 if exact else 2, title=title)
     score, kl = panels[0], panels[-1]
     for axis, metric, color in ((score, "scores", SCORE), (kl, "kl", KL)):
         rollouts = _series(rows, f"objective/{metric}")
@@ -55,7 +55,7 @@ def plot_supervised(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str
     """A PNG of the losses by update, and of the exact-match rate if there is one, from rows of
     metrics.jsonl."""
     exact = _series(rows, "heldout/exact_match")
-    figure, panels = _panels(2 if exact[0] else 1, title=title)
+    figure, panels = _make_panels(2 if exact[0] else 1, title=title)
     loss = panels[0]
     loss.plot(*_series(rows, "train/loss"), color=SCORE, linewidth=1.2, alpha=0.7, label="batches")
     held_out = _series(rows, "heldout/loss")
@@ -71,7 +71,7 @@ def plot_supervised(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str
     return path
 
 
-def present_losses(context: Context, *, title: str) -> None:
+def queue_loss_plot(context: Context, *, title: str) -> None:
     """Queues loss.png, which is drawn after the result of a supervised stage is written."""
     folder = context.folder
     context.presentation.add(
@@ -86,7 +86,7 @@ def plot_predictions(
     large groups of answers, sorted by prediction. A calibrated model is on the diagonal."""
     import numpy as np
 
-    figure, (scatter, groups) = _panels(2, title=title, side_by_side=True)
+    figure, (scatter, groups) = _make_panels(2, title=title, side_by_side=True)
     ends = [min(*true, *predicted), max(*true, *predicted)]
     scatter.plot(predicted, true, ".", color=SCORE, markersize=3, alpha=0.4)
     scatter.set_ylabel("true reward", color=INK)
@@ -110,7 +110,7 @@ def plot_margins(margins: Sequence[float], path: Path, *, title: str) -> Path:
     correctly ordered pairs against the model's probability in ten equally large groups."""
     import numpy as np
 
-    figure, (histogram, groups) = _panels(2, title=title, side_by_side=True)
+    figure, (histogram, groups) = _make_panels(2, title=title, side_by_side=True)
     histogram.hist(margins, bins=40, color=SCORE, alpha=0.7)
     histogram.axvline(0, color=MUTED, linewidth=0.8)
     histogram.set_xlabel("score of chosen - score of rejected", color=INK)
@@ -128,7 +128,7 @@ def plot_margins(margins: Sequence[float], path: Path, *, title: str) -> Path:
     return path
 
 
-def _panels(count: int, *, title: str, side_by_side: bool = False) -> tuple[Any, list[Any]]:
+def _make_panels(count: int, *, title: str, side_by_side: bool = False) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
 
     size = (9, 4.2) if side_by_side else (7, 1 + 2 * count)

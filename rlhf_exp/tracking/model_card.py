@@ -76,8 +76,8 @@ def _evaluation(result: Mapping[str, Any]) -> str:
     note = "Fresh samples at temperature 1 from the full distribution; KL to the model it began as."
     lines = ["| metric | before | after |", "| --- | --- | --- |"]
     for name, value in after.items():
-        first = _number(before[name]) if name in before else ""
-        lines.append(f"| `{name}` | {first} | {_number(value)} |")
+        first = _format_number(before[name]) if name in before else ""
+        lines.append(f"| `{name}` | {first} | {_format_number(value)} |")
     return "\n".join([note, "", *lines] if before else lines)
 
 
@@ -89,7 +89,7 @@ def _intervention(config: Mapping[str, Any]) -> list[str]:
     return ["## Intervention", f"{note} without it.", _listing(intervention)]
 
 
-def _number(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     return "not finite" if value is None else f"{value if abs(value) > 1e-6 else 0:.4g}"
 
 

@@ -15,7 +15,7 @@ from rlhf_exp.tracking.protocol import Logger, RunInfo
 log = logging.getLogger(__name__)
 
 # The options of the group `logger`, which `logger.also` may name.
-BY_NAME = {
+LOGGERS = {
     "local": "rlhf_exp.tracking.protocol.LocalLogger",
     "tensorboard": "rlhf_exp.tracking.tensorboard_sink.TensorBoardLogger",
     "trackio": "rlhf_exp.tracking.trackio_sink.TrackioLogger",
@@ -32,15 +32,15 @@ def split_loggers(config: Mapping[str, Any], problems: list[str]) -> dict[str, M
     if not isinstance(also, list):
         problems.append(f"logger.also={also!r}: Input should be a list, as [tensorboard]")
         also = []
-    for number, entry in enumerate(also):
-        where = f"logger.also.{number}"
+    for index, entry in enumerate(also):
+        where = f"logger.also.{index}"
         if isinstance(entry, Mapping):
             loggers[where] = entry
-        elif entry in BY_NAME:
-            loggers[where] = {"_target_": BY_NAME[entry]}
+        elif entry in LOGGERS:
+            loggers[where] = {"_target_": LOGGERS[entry]}
         else:
             problems.append(
-                f"{where}={entry!r}: choose of {', '.join(BY_NAME)}, or give your own as"
+                f"{where}={entry!r}: choose one of {', '.join(LOGGERS)}, or give"
                 " {_target_: module.Class}"
             )
     return loggers

@@ -154,7 +154,7 @@ class WandbLogger:
 
         # Under a W&B agent, W&B reads the id from the variable alone.
         own = {"WANDB_MODE": mode, "WANDB_RUN_ID": info.run_id}
-        with _environment({**variables, **own}), _command_line(redact_words(sys.argv)):
+        with _environment({**variables, **own}), _replace_argv(redact_words(sys.argv)):
             run = wandb.init(
                 project=self.project,
                 entity=self.entity,
@@ -230,13 +230,13 @@ def _set(variables: Mapping[str, str | None]) -> None:
 
 
 @contextmanager
-def _command_line(words: list[str]) -> Iterator[None]:
-    # W&B stores sys.argv with a run; no setting replaces it.
-    before, sys.argv = sys.argv, words
+def _replace_argv(argv: list[str]) -> Iterator[None]:
+    # W&B records sys.argv, and no setting overrides it.
+    original_argv, sys.argv = sys.argv, argv
     try:
         yield
     finally:
-        sys.argv = before
+        sys.argv = original_argv
 
 
 def _has_key(urls: Sequence[str]) -> bool:

@@ -16,13 +16,13 @@ class WandbSink:
         self._run, self._log_model = run, log_model
 
     def log(self, phase: int, metrics: Mapping[str, float]) -> None:
-        """A row of metrics."""
+        """Logs a row of metrics."""
         row = {"phase": phase, **metrics}
         self._run.call(lambda run: run.log(row))
 
     def log_samples(self, phase: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The first rows as a new table under the key `samples`. Runs on the same prompts have them
-        in the same order, so that their tables can be joined."""
+        """Logs the first rows as a new table under the key `samples`. Runs with the same prompts
+        list them in the same order, so that their tables can be joined."""
         table_rows = [{"phase": phase, **row} for row in rows[:TABLE_ROWS]]
         if not table_rows:
             return
@@ -40,7 +40,7 @@ class WandbSink:
         self._run.call(send)
 
     def log_histograms(self, phase: int, histograms: Mapping[str, Histogram]) -> None:
-        """The histograms by their names, below `histogram/`."""
+        """Logs each histogram under `histogram/NAME`."""
 
         def send(run: Any) -> None:
             import wandb
@@ -58,8 +58,7 @@ class WandbSink:
         self._run.call(lambda run: run.summary.update(dict(summary)))
 
     def log_result(self, result: Mapping[str, Any], path: Path) -> None:
-        """The folder `model/` as an artifact with the result, if log_model is true and the folder
-        exists."""
+        """Uploads `model/` as an artifact with the result as metadata, if log_model is true."""
         model = path / "model"
         if not self._log_model or not model.is_dir():
             return

@@ -28,7 +28,7 @@ class WandbRun:
     def __init__(self, run: Any, *, finish_s: float) -> None:
         self._run, self._finish_s = run, finish_s
         self._calls: queue.Queue[Call] = queue.Queue(MAX_WAITING)
-        self._finished, self._failed = False, threading.Event()
+        self._is_finished, self._failed = False, threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="W&B", daemon=True)
         self._thread.start()
@@ -48,7 +48,7 @@ class WandbRun:
         def finish(run: Any) -> None:
             # Not `with run`, which prints a traceback if the block raises.
             run.finish(exit_code=exit_code)
-            self._finished = True
+            self._is_finished = True
 
         self.call(finish)
         self._thread.join(self._finish_s)
@@ -59,7 +59,7 @@ class WandbRun:
             drop_service(lambda: self._run.finish(exit_code=exit_code))
 
     def _work(self) -> None:
-        while not (self._finished or self._failed.is_set()):
+        while not (self._is_finished or self._failed.is_set()):
             call = self._calls.get()
             try:
                 call(self._run)

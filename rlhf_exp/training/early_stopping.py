@@ -62,8 +62,8 @@ class EarlyStopping:
         return is_late
 
     def restore_best(self, update: int) -> None:
-        """Measures the weights of the last update if they were not, and restores the best weights.
-        Raises TrainingError if no loss was finite."""
+        """Measures the last update's weights if not yet measured, then restores the best. Raises
+        TrainingError if no loss was finite."""
         if self._eval_every is None:
             return
         if update % self._eval_every:
@@ -71,7 +71,7 @@ class EarlyStopping:
         if self._stop_at is not None and not self._is_reached():
             log.warning(
                 "stage.stop_at=%g was not reached: the best exact-match rate is %.3f after %d"
-                " updates; raise stage.epochs or the caps on updates and seconds",
+                " updates; raise stage.epochs, stage.max_updates or stage.max_seconds",
                 self._stop_at, self._best[0], update,
             )  # fmt: skip
         if not self._weights:
@@ -81,8 +81,8 @@ class EarlyStopping:
         load_trained_state(self._network, self._weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best weights, their metrics, the number of measurements since then and the seconds of
-        training."""
+        """The best weights and their metrics, the number of measurements since then, and the
+        seconds trained."""
         return {
             "weights": self._weights,
             "best": list(self._best),

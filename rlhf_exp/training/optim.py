@@ -92,8 +92,8 @@ def load_optimizer_state(
     *,
     step: int,
 ) -> None:
-    """Restores `optimizer_state` and sets the scheduler to `step`. Rates and all other settings
-    stay as both were built."""
+    """Restores `state` and sets the scheduler to `step`. Base rates and other settings stay as
+    built."""
     moments = {int(index): dict(tensors) for index, tensors in state.items()}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})

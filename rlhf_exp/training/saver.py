@@ -18,7 +18,7 @@ from rlhf_exp.training.seeding import SharedRandomness
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of checkpoints; another one is refused
+FORMAT = 2  # the version of the checkpoint format; other versions are refused
 TENSOR = "__tensor__"
 
 
@@ -63,21 +63,21 @@ class Saver:
         folder = self._context.folder
         if not self._context.resume:
             return False
-        checkpoint = read_newest_checkpoint(folder.path)
-        if checkpoint is None:
+        files = read_newest_checkpoint(folder.path)
+        if files is None:
             log.info("no checkpoint was written yet: from the beginning")
             folder.clear()
             return False
-        if checkpoint.numbers.get("format") != FORMAT:
+        if files.numbers.get("format") != FORMAT:
             raise ConfigError(
                 f"{folder.path}: its checkpoint has a format that this version does not read; start"
                 " the run again, or finish it with the version that wrote it (see environment.txt)"
             )
-        saved = join_state(checkpoint.tensors, checkpoint.numbers)
+        checkpoint = join_state(files.tensors, files.numbers)
         for name, part in self._parts.items():
-            part.load_state_dict(saved["state"][name])
-        folder.rewind(saved["sizes"])
-        folder.keep_id(saved["run_id"])
+            part.load_state_dict(checkpoint["state"][name])
+        folder.rewind(checkpoint["sizes"])
+        folder.keep_id(checkpoint["run_id"])
         return True
 
     @contextmanager
@@ -107,15 +107,15 @@ class Saver:
 
     def _save(self, step: int, score: float | None) -> None:
         folder = self._context.folder
-        folder.sync()  # the rows that the checkpoint's sizes count must reach the disk before it
-        saved = {
+        folder.sync()  # flush rows first: the checkpoint records the files' sizes
+        checkpoint = {
             "format": FORMAT,
             "phase": step,
             "state": {name: part.state_dict() for name, part in self._parts.items()},
             "sizes": folder.sizes(),
             "run_id": folder.run_id,
         }
-        self._writer.save(step, *split_state(saved), score=score)
+        self._writer.save(step, *split_state(checkpoint), score=score)
 
 
 def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

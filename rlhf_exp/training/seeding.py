@@ -15,7 +15,7 @@ def stream_seed(seed: int, purpose: str) -> int:
     return int.from_bytes(digest[:7], "big")
 
 
-def stream(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+def make_generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator for one purpose (sampling, minibatches, evaluation ...) on the device."""
     return torch.Generator(device=device).manual_seed(stream_seed(seed, purpose))
 

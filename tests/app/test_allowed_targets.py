@@ -6,14 +6,14 @@ import shutil
 import pytest
 import torch
 
-from rlhf_exp.app.allowed_targets import forbidden_module, instructions, targets, unusable
+from rlhf_exp.app.allowed_targets import find_targets, forbidden_module, instructions, unusable
 from rlhf_exp.rewards.length import Length
 from rlhf_exp.settings import ConfigError
 
 OWN = ("rlhf_exp.", "torch.optim.")
 # Names as a configuration has them, and what they lead to.
 NAMES = {
-    "rlhf_exp.app.allowed_targets.targets": targets,
+    "rlhf_exp.app.allowed_targets.find_targets": find_targets,
     "rlhf_exp.app.run.shutil": shutil,
     "rlhf_exp.app.run.shutil.rmtree": shutil.rmtree,
     "rlhf_exp.app.run.json.dumps": json.dumps,
@@ -37,7 +37,7 @@ def find(name: str) -> object:
 @pytest.mark.parametrize(
     ("target", "allowed", "module"),
     [
-        ("rlhf_exp.app.allowed_targets.targets", OWN, None),
+        ("rlhf_exp.app.allowed_targets.find_targets", OWN, None),
         ("shutil.rmtree", OWN, "shutil"),
         ("os", OWN, "os"),
         # As long as a name begins alike it is still another one.
@@ -68,7 +68,7 @@ def test_the_module_that_is_not_allowed_is_named(target, allowed, module):
         ("mine.shutil.rmtree", False),
         ("rlhf_exp.nothing.there", False),
         # What does something when it is called, or is nothing that a configuration describes.
-        ("rlhf_exp.app.allowed_targets.targets", True),
+        ("rlhf_exp.app.allowed_targets.find_targets", True),
         ("rlhf_exp.rewards.length.Length.load", True),
         ("rlhf_exp.app.run.__builtins__.get", True),
         ("rlhf_exp.settings.ConfigError", True),
@@ -94,5 +94,5 @@ def test_all_targets_are_found_wherever_they_are():
         "target": "no",
         "none": None,
     }
-    assert [target for _, target in targets(config, "x")] == ["a", "b", "c", "d"]
-    assert [target for _, target in targets("text", "x")] == []
+    assert [target for _, target in find_targets(config, "x")] == ["a", "b", "c", "d"]
+    assert [target for _, target in find_targets("text", "x")] == []

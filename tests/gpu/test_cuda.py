@@ -33,7 +33,7 @@ from rlhf_exp.tasks.arithmetic import Arithmetic
 from rlhf_exp.tasks.pairs import PairsFile
 from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.training.optim import AdamWSettings
-from rlhf_exp.training.seeding import stream
+from rlhf_exp.training.seeding import make_generator
 from tests.architectures import build, largest_error
 from tests.builders import build_tokenizer
 from tests.edited import CHANGES, settings
@@ -75,10 +75,10 @@ def test_graphs_hold_an_intervention(case: str, positions: str, tmp_path: Path) 
     policy = build_policy(model, ToyTask().build_tokenizer, device=DEVICE, seed=0)
     prompts = encode_prompts(policy.tokenizer, RAGGED.prompts, prepend_bos=True, device=DEVICE)
     sampler = CachedSampler(gen_len=6)
-    sampler(policy, prompts, stream(1, "samples", DEVICE))  # a graph of the plain policy
+    sampler(policy, prompts, make_generator(1, "samples", DEVICE))  # a graph of the plain policy
     settings(case, tmp_path, positions=positions).attach(policy)
     found, expected = (
-        by(policy, prompts, stream(1, "samples", DEVICE))
+        by(policy, prompts, make_generator(1, "samples", DEVICE))
         for by in (sampler, replace(sampler, cuda_graphs=False))
     )
     assert torch.equal(found.completions.tokens, expected.completions.tokens)
@@ -90,7 +90,7 @@ def test_first_ratio_is_one(sampler: Sampler) -> None:
     model = Scratch(d_model=32, num_heads=4, context_len=16)
     policy = build_policy(model, ToyTask().build_tokenizer, device=DEVICE, seed=0)
     prompts = encode_prompts(policy.tokenizer, RAGGED.prompts, prepend_bos=True, device=DEVICE)
-    generation = sampler(policy, prompts, stream(1, "samples", DEVICE))
+    generation = sampler(policy, prompts, make_generator(1, "samples", DEVICE))
     completions = generation.completions
     with torch.no_grad():
         logits, _ = policy(*completions.sequences)
@@ -252,7 +252,7 @@ def test_greedy_samples_are_those_of_the_cpu(
         policy = build_policy(model, ToyTask().build_tokenizer, device=device, seed=0)
         perturb(policy, scale=0.2, seed=1)
         batch = encode_prompts(policy.tokenizer, prompts, prepend_bos=True, device=device)
-        seen.append(sampler(policy, batch, stream(1, "samples", device)))
+        seen.append(sampler(policy, batch, make_generator(1, "samples", device)))
     here, there = seen
     assert torch.equal(there.completions.tokens.cpu(), here.completions.tokens)
     assert torch.equal(there.completions.mask.cpu(), here.completions.mask)

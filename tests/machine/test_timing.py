@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from rlhf_exp.machine.timing import Stopwatch, since_process_start
+from rlhf_exp.machine.timing import Stopwatch, process_age_s
 
 
 def test_a_stopwatch_adds_up_by_part():
@@ -29,8 +29,8 @@ def test_a_block_that_raises_is_not_counted():
 def test_a_process_counts_from_its_start():
     before = time.time()
     script = "import time; time.sleep(0.2); from rlhf_exp.machine import timing; "
-    script += "print(timing.since_process_start())"
+    script += "print(timing.process_age_s())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
     # The start time of a process is known to 10 ms.
     assert 0.19 < float(done.stdout) < time.time() - before + 0.02
-    assert since_process_start() > time.time() - before
+    assert process_age_s() > time.time() - before

@@ -25,13 +25,13 @@ def test_it_sees_the_shift_that_the_samples_make_and_no_other() -> None:
     verdict = judge(split, "pos", before, after)
     assert verdict.held_out_accuracy > 0.95
     assert verdict.reward == (0.25, 0.75)
-    assert verdict.judge[0] < 0.2
-    assert verdict.judge[1] > 0.8
-    assert verdict.share == (0.0, 1.0)
+    assert verdict.judge_prob[0] < 0.2
+    assert verdict.judge_prob[1] > 0.8
+    assert verdict.positive_fraction == (0.0, 1.0)
     back = judge(split, "neg", before, after)
-    assert back.judge == pytest.approx(tuple(1 - x for x in verdict.judge), abs=0.02)
+    assert back.judge_prob == pytest.approx(tuple(1 - x for x in verdict.judge_prob), abs=0.02)
     same = judge(split, "pos", before, before)
-    assert same.judge[0] == same.judge[1]
+    assert same.judge_prob[0] == same.judge_prob[1]
 
 
 def test_words_are_counted_once_a_sample_and_the_rare_are_left_out() -> None:
@@ -39,9 +39,9 @@ def test_words_are_counted_once_a_sample_and_the_rare_are_left_out() -> None:
     before = rows(["dull dull"] * 12 + ["odd"], 0.0)
     after = rows(["fine fine fine"] * 11 + ["dull"] * 2, 1.0)
     verdict = judge(split, "pos", before, after)
-    assert verdict.rising[0] == ("fine", 0, 11)
-    assert verdict.falling[0] == ("dull", 12, 2)
-    assert "odd" not in {word for word, _, _ in verdict.rising}
+    assert verdict.rising_words[0] == ("fine", 0, 11)
+    assert verdict.falling_words[0] == ("dull", 12, 2)
+    assert "odd" not in {word for word, _, _ in verdict.rising_words}
 
 
 def rated_run(path: Path, **label: object) -> Path:

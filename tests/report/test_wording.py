@@ -3,8 +3,8 @@ import pytest
 from rlhf_exp.report.wording import (
     best_first,
     count_statuses,
-    front_of,
     one_line,
+    pareto_groups,
     show_interval,
     show_number,
 )
@@ -27,7 +27,7 @@ def test_numbers_and_intervals():
 
 def test_groups_in_order():
     payload = {"groups": GROUPS}
-    assert [g["id"] for g in front_of(payload)] == [0, 3]
+    assert [g["id"] for g in pareto_groups(payload)] == [0, 3]
     assert [g["id"] for g in best_first(GROUPS)] == [3, 0, 2, 4, 1]
 
 

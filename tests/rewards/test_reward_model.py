@@ -18,7 +18,7 @@ from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.rewards.protocol import ReadsTokens, Reward
 from rlhf_exp.rewards.reward_model import LearnedReward, score_answers
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.tasks.pair_tokens import written_completions
+from rlhf_exp.tasks.pair_tokens import encode_completions
 from rlhf_exp.tasks.tokenizers import word_tokenizer
 from rlhf_exp.types import Completions, PromptBatch
 from tests.builders import (
@@ -173,7 +173,7 @@ def test_answers_given_as_texts_score_as_their_tokens_do(path):
     rows = [[1, *(ids[w] for w in p.split())] for p in prompts]
     tokens = [[*(ids[w] for w in a.split()), 2] for a in answers]
     expected = [
-        model(written_completions([p], [a], prompt_texts=[""], texts=[""]))
+        model(encode_completions([p], [a], prompt_texts=[""], texts=[""]))
         for p, a in zip(rows, tokens, strict=True)
     ]
     assert_near(score_answers(model, prompts, answers), torch.cat(expected))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf_exp.rewards.protocol import RewardError
-from rlhf_exp.rewards.samples import Samples, cut, read_samples, read_scores
+from rlhf_exp.rewards.samples import Samples, cut, read_scores, to_samples
 from rlhf_exp.types import Completions
 from tests.builders import completions
 
@@ -25,12 +25,12 @@ def with_rows(texts: list[str], rows: list[dict[str, Any]]) -> Completions:
 
 
 def samples(*texts: str) -> Samples:
-    return read_samples(completions(texts, before=[f"before {text}" for text in texts]))
+    return to_samples(completions(texts, before=[f"before {text}" for text in texts]))
 
 
 def test_texts_come_as_texts_and_conversations_as_messages():
     record = with_rows(["yes", "no"], [{"prompt": "one"}, {"prompt": "<hello>", "messages": HELLO}])
-    ours = read_samples(record)
+    ours = to_samples(record)
     assert ours.prompts == ["one", HELLO]
     assert ours.completions == ["yes", [{"role": "assistant", "content": "no"}]]
     assert ours.columns == {}
@@ -43,7 +43,7 @@ def test_a_column_is_a_list_with_none_where_a_row_has_no_entry():
         {"prompt": "b", "source": ["x"], "messages": None},
         {"prompt": "c", "answer": 0, "source": ["y"]},
     ]
-    ours = read_samples(with_rows(["", "", ""], rows))
+    ours = to_samples(with_rows(["", "", ""], rows))
     assert ours.columns == {"answer": [4, None, 0], "source": [None, ["x"], ["y"]]}
     assert ours.prompts == ["a", "b", "c"]
 
@@ -51,14 +51,14 @@ def test_a_column_is_a_list_with_none_where_a_row_has_no_entry():
 def test_token_ids_are_those_that_are_not_masked_out():
     record = completions(["a b c", "", "d"])
     tokens = torch.tensor([[7, 8, 2], [0, 0, 0], [9, 0, 0]])
-    ours = read_samples(dataclasses.replace(record, tokens=tokens))
+    ours = to_samples(dataclasses.replace(record, tokens=tokens))
     assert ours.completion_ids == [[7, 8, 2], [], [9]]
 
 
 def test_a_scorer_that_changes_its_lists_changes_no_row():
     row = {"prompt": "<hello>", "messages": [dict(HELLO[0])], "tags": ["x"]}
     record = with_rows(["yes"], [row])
-    ours = read_samples(record)
+    ours = to_samples(record)
     ours.prompts[0][0]["content"] = "changed"
     ours.columns["tags"][0].append("y")
     ours.completions.clear()
@@ -70,7 +70,7 @@ def test_a_scorer_that_changes_its_lists_changes_no_row():
 def test_a_part_has_its_share_of_every_list_and_knows_its_place():
     record = completions(["a", "b b", "c", "d"], before=["1", "2", "3", "4"])
     rows = tuple({**row, "n": i} for i, row in enumerate(record.prompts.rows))
-    whole = read_samples(
+    whole = to_samples(
         dataclasses.replace(record, prompts=dataclasses.replace(record.prompts, rows=rows))
     )
     part = whole.part(1, 3)

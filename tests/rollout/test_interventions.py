@@ -12,7 +12,7 @@ from rlhf_exp.models.transformer import FastPaths
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.cached import CachedSampler, prefill
 from rlhf_exp.rollout.measure import measure
-from rlhf_exp.rollout.sampler import eos_token
+from rlhf_exp.rollout.sampler import eos_token_id
 from rlhf_exp.rollout.static import StaticDecoder
 from rlhf_exp.types import Generation, PromptBatch
 from tests.architectures import learning_logprobs
@@ -99,7 +99,7 @@ def static_generation(
     policy: TransformerWithValueHead, batch: PromptBatch, uniforms: Tensor, decoder: StaticDecoder
 ) -> Generation:
     seen = None if batch.mask.all() else batch.mask
-    eos = eos_token(policy, stop_at_eos=True)
+    eos = eos_token_id(policy, stop_at_eos=True)
     with torch.no_grad():
         width = batch.tokens.shape[1]
         cache, hidden = prefill(policy, batch, seen, width + SAMPLER.gen_len)

@@ -6,7 +6,7 @@ import torch
 from rlhf_exp.models.loading import build_policy
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rollout.cached import CachedSampler, prefill
-from rlhf_exp.rollout.sampler import eos_token
+from rlhf_exp.rollout.sampler import eos_token_id
 from rlhf_exp.rollout.static import StaticDecoder
 from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.tasks.tokenizers import word_tokenizer
@@ -32,7 +32,7 @@ def test_static_steps_give_what_the_loop_gives(
     width = prompts.tokens.shape[1]
     decoder = StaticDecoder(policy, sampler, 5, width)
     seen = None if prompts.mask.all() else prompts.mask
-    eos = eos_token(policy, stop_at_eos=sampler.stop_at_eos)
+    eos = eos_token_id(policy, stop_at_eos=sampler.stop_at_eos)
     for again in (uniforms.flip(0), uniforms):  # the second call must not see the first's
         with torch.no_grad():
             cache, hidden = prefill(policy, prompts, seen, width + 20)

@@ -12,7 +12,7 @@ from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.stages.held_out import HeldOut, held_out_loss, next_token_loss
 from rlhf_exp.tasks.examples import Example, encode_demonstrations, pack, pad
 from rlhf_exp.tasks.prompts import encode_prompts
-from rlhf_exp.training.seeding import stream
+from rlhf_exp.training.seeding import make_generator
 
 from ..builders import stretch
 from ..rl.toy import EchoTask, ToyTask, echo_policy
@@ -102,7 +102,7 @@ def rate(examples: Sequence[Example], *, is_greedy: bool, seed: int = 1) -> floa
     policy = echo_policy()
     texts = [policy.tokenizer.decode(e.tokens[1 : e.start]) for e in examples]
     sampler = CachedSampler(gen_len=3, stop_at_eos=True)
-    generator = stream(seed, "held-out samples")
+    generator = make_generator(seed, "held-out samples")
     prompts = encode_prompts(policy.tokenizer, texts, prepend_bos=True)
     if is_greedy:  # the sampled answers are drawn first
         exact_match(policy, EchoTask(), prompts, sampler, generator)

@@ -15,7 +15,7 @@ from rlhf_exp.sweeps.search import (
     Search,
     Trial,
     check_space,
-    corners,
+    edge_settings,
     read_metrics,
 )
 
@@ -288,7 +288,7 @@ def test_an_interval_that_cannot_be_drawn_from_is_refused_by_its_key(interval, m
 
 
 def test_corners_hold_both_ends_of_every_interval_and_every_choice():
-    settings = corners(SPACE)
+    settings = edge_settings(SPACE)
     assert all(setting.keys() == SPACE.keys() for setting in settings)
     held = {key: {setting[key] for setting in settings} for key in SPACE}
     assert held == {
@@ -298,12 +298,12 @@ def test_corners_hold_both_ends_of_every_interval_and_every_choice():
         "reward": {"keyword", "length", "'a b'"},
     }
     assert len(settings) == 1 + 1 + 1 + 1 + 2, "as few as it takes, not every combination"
-    assert corners({"a": ("x",)}) == [{"a": "x"}]
+    assert edge_settings({"a": ("x",)}) == [{"a": "x"}]
 
 
 def test_ends_of_an_interval_of_integers_are_integers_however_they_were_given():
     ends = Interval(low=1.0, high=4.0, log=False, integer=True)
-    assert [setting["n"] for setting in corners({"n": ends})] == ["1", "4"]
+    assert [setting["n"] for setting in edge_settings({"n": ends})] == ["1", "4"]
 
 
 def test_a_trial_whose_metric_was_not_finite_has_failed(tmp_path):

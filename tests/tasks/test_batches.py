@@ -10,10 +10,10 @@ from rlhf_exp.tasks.batches import (
     BUCKET,
     BatchStream,
     Order,
-    length_bucketed,
+    bucket_by_length,
     pad_left,
     pad_right,
-    shuffled,
+    shuffle_batches,
 )
 from tests.states import assert_equal_states, through_a_file
 
@@ -21,11 +21,11 @@ from tests.states import assert_equal_states, through_a_file
 def test_every_text_comes_once_an_epoch_in_another_order_each_time() -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = [i % 7 + 1 for i in range(103)]
-    first, second = ([*length_bucketed(lengths, 8, generator)] for _ in range(2))
+    first, second = ([*bucket_by_length(lengths, 8, generator)] for _ in range(2))
     assert sorted(i for batch in first for i in batch) == [*range(103)]
     assert sorted(map(len, first)) == [7] + [8] * 12
     assert first != second
-    assert first == [*length_bucketed(lengths, 8, torch.Generator().manual_seed(0))]
+    assert first == [*bucket_by_length(lengths, 8, torch.Generator().manual_seed(0))]
 
 
 def test_texts_of_a_batch_are_of_like_length() -> None:
@@ -33,7 +33,7 @@ def test_texts_of_a_batch_are_of_like_length() -> None:
     lengths = torch.randint(1, 100, (BUCKET * 8,), generator=generator).tolist()
     spreads = [
         max(lengths[i] for i in batch) - min(lengths[i] for i in batch)
-        for batch in length_bucketed(lengths, 8, generator)
+        for batch in bucket_by_length(lengths, 8, generator)
     ]
     assert sum(spreads) / len(spreads) < 5  # random batches of eight would spread over about 77
 
@@ -56,18 +56,18 @@ def test_padding_on_the_left() -> None:
 def test_shuffled_batches_hold_every_text_once_an_epoch_whatever_its_length() -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = list(range(400))
-    first, second = ([*shuffled(lengths, 8, generator)] for _ in range(2))
+    first, second = ([*shuffle_batches(lengths, 8, generator)] for _ in range(2))
     assert sorted(i for batch in first for i in batch) == lengths
     assert list(map(len, first)) == [8] * 50
     assert first != second
-    assert first == [*shuffled(lengths, 8, torch.Generator().manual_seed(0))]
-    assert list(map(len, shuffled(lengths[:19], 8, generator))) == [8, 8, 3]
+    assert first == [*shuffle_batches(lengths, 8, torch.Generator().manual_seed(0))]
+    assert list(map(len, shuffle_batches(lengths[:19], 8, generator))) == [8, 8, 3]
     # Not sorted by length: eight of 0 to 399 at random spread over 311 on average.
     spreads = [max(batch) - min(batch) for batch in first]
     assert sum(spreads) / len(spreads) > 250
 
 
-@pytest.mark.parametrize("order", [length_bucketed, shuffled])
+@pytest.mark.parametrize("order", [bucket_by_length, shuffle_batches])
 def test_a_stream_goes_on_from_anywhere_and_its_state_does_not_change(
     tmp_path: Path, order: Order
 ) -> None:

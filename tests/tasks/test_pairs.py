@@ -127,8 +127,8 @@ BAD_ROWS = {
     "no text": (ROW | {"prompt": ""}, "field prompt is blank: fill it in"),
     "blank": (ROW | {"prompt": " \n"}, "field prompt is blank: fill it in or remove the row"),
     "equal": (ROW | {"rejected": " good"}, "field rejected equals chosen: two equal texts have no"),
-    "one reward": (ROW | {"chosen_reward": 1.0}, "no field rejected_reward beside the other"),
-    "other reward": (ROW | {"rejected_reward": 1.0}, "no field chosen_reward beside the other"),
+    "one reward": (ROW | {"chosen_reward": 1.0}, "one reward but no rejected_reward: give both"),
+    "other reward": (ROW | {"rejected_reward": 1.0}, "one reward but no chosen_reward: give both"),
     "NaN": (
         ROW | {"chosen_reward": float("nan"), "rejected_reward": 1.0},
         "field chosen_reward is nan: give a finite number",

@@ -15,7 +15,7 @@ from rlhf_exp.app import run
 from rlhf_exp.runs.folder import RunFolder, Sink
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tracking.protocol import LocalLogger
-from rlhf_exp.tracking.several import BY_NAME, open_sinks, split_loggers
+from rlhf_exp.tracking.several import LOGGERS, open_sinks, split_loggers
 from tests.app.test_run import TINY, train
 
 from .wandb_runs import info
@@ -119,12 +119,12 @@ def test_what_is_wrong_with_further_loggers_is_said_before_anything_runs(
 
 def test_the_names_are_those_of_the_options_with_their_defaults():
     options = {path.stem: OmegaConf.load(path) for path in Path(run.CONF, "logger").glob("*.yaml")}
-    assert {name: option.pop("_target_") for name, option in options.items()} == BY_NAME
+    assert {name: option.pop("_target_") for name, option in options.items()} == LOGGERS
     problems: list[str] = []
     named = split_loggers({"_target_": "x", "also": sorted(options)}, problems)
     for name, (where, settings) in zip(sorted(options), [*named.items()][1:], strict=True):
         built = run.instantiate(settings, where, problems, allowed=run.ALLOWED_TARGETS)
-        from_file = {"_target_": BY_NAME[name], **OmegaConf.to_container(options[name])}
+        from_file = {"_target_": LOGGERS[name], **OmegaConf.to_container(options[name])}
         assert built == run.instantiate(from_file, where, problems, allowed=run.ALLOWED_TARGETS)
     assert problems == []
 

@@ -134,7 +134,7 @@ def test_a_rate_that_was_not_reached_is_warned_of(
     assert weight == 5
     assert caplog.messages == [
         "stage.stop_at=0.7 was not reached: the best exact-match rate is 0.600 after 5 updates;"
-        " raise stage.epochs or the caps on updates and seconds"
+        " raise stage.epochs, stage.max_updates or stage.max_seconds"
     ]
 
 

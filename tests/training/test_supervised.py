@@ -10,7 +10,7 @@ from torch import nn
 from rlhf_exp.runs.context import Context, TrainingError
 from rlhf_exp.runs.folder import RunFolder
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.tasks.batches import BatchStream, shuffled
+from rlhf_exp.tasks.batches import BatchStream, shuffle_batches
 from rlhf_exp.training.early_stopping import EXACT, LOSS, EarlyStopping
 from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.training.schedules import Constant, WarmupDecay
@@ -38,7 +38,7 @@ def train(
     model = nn.Sequential(nn.Dropout(dropout), nn.Linear(3, 1))
     asked: list[int] = []
     data = torch.rand(20, 3, generator=torch.Generator().manual_seed(3))
-    batches = BatchStream(shuffled, range(20), 8, torch.Generator().manual_seed(4))
+    batches = BatchStream(shuffle_batches, range(20), 8, torch.Generator().manual_seed(4))
 
     def losses():
         for index in batches:
@@ -276,7 +276,7 @@ def test_a_checkpoint_of_another_model_or_of_other_inputs_is_refused(tmp_path):
         adamw = AdamWSettings().build(model)
         return SupervisedState(
             network=model, optimizer=adamw, scheduler=Constant().build(adamw, total_steps=1),
-            batches=BatchStream(shuffled, range(4), 2, torch.Generator()), inputs=inputs,
+            batches=BatchStream(shuffle_batches, range(4), 2, torch.Generator()), inputs=inputs,
         )  # fmt: skip
 
     saved = state(3, {"task": "a"})
