@@ -42,7 +42,7 @@ def test_every_key_of_every_class_is_in_the_reference(site: dict[str, str]) -> N
 def test_a_row_has_default_values_and_meaning(site: dict[str, str]) -> None:
     for row in (
         r"`stage\.clip_coef` \| the ratio .* \| `0\.2` \| number above 0, below 1",
-        r"`stage\.value_clip_coef` \| values .* \| `null` \| number above 0 or `null`",
+        r"`stage\.value_clip_coef` \| the value loss .* \| `null` \| number above 0 or `null`",
         r"`intervention\.path` \| a safetensors .* \| required \| text",
         r"`stage\.kl_penalty` \| loss: exact .* \| `loss` \| `loss`, `reward`",
     ):
