@@ -1,1 +1,1 @@
-"""PPO-RLHF on transformers one can look inside. Importing the package imports nothing heavy."""
+"""PPO-RLHF for interpretability research. Importing the package imports nothing heavy."""

@@ -21,11 +21,11 @@ class Compute:
     """Settings of speed and memory. Only async_reward changes the training data."""
 
     dtype: Dtype = "auto"
-    """Dtype of passes: bf16, fp32; auto: bf16 on devices with instructions for it (CPU: from a
-    width of 192); weights, logits, losses stay fp32."""
+    """Dtype of passes: bf16, fp32; auto: bf16 if the device has instructions for it (CPU: if
+    d_model >= 192); weights, logits, losses stay fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compiles the passes of learning; auto: on CUDA, if all prompts have one length and
-    activations are kept."""
+    """Compiles the passes of learning; auto: on CUDA, if all prompts have the same length and
+    gradient_checkpointing is false."""
     rollout_batch_size: Count | None = None
     """Completions sampled and measured at a time; less memory, other random draws; null:
     batch_size."""
@@ -34,7 +34,7 @@ class Compute:
     gradient_checkpointing: bool = False
     """Computes activations again in the backward pass; less memory, slower."""
     async_reward: bool = False
-    """Scores a batch while the next one is sampled, which is then one update old."""
+    """Samples the next batch while this one is scored, from a policy one update old."""
 
     def problems(self, model: ModelSettings, sampler: Sampler) -> list[str]:
         """Conflicts between these settings, the model's and the sampler's."""
@@ -64,7 +64,8 @@ class Compute:
         return problems
 
     def too_large(self, *, batch: int, minibatch: int) -> Iterator[str]:
-        """Which sizes are above those of a batch or a minibatch (batch_size / num_minibatches)."""
+        """Yields a message for each size above that of a batch or a minibatch (batch_size /
+        num_minibatches)."""
         above = "compute.{}={} is above {}: lower it, or set it null"
         if (size := self.rollout_batch_size or 0) > batch:
             yield above.format("rollout_batch_size", size, f"batch_size={batch}")

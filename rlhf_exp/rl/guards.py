@@ -27,23 +27,22 @@ class Guards:
     """Stops a phase's learning before the first step whose policy/approxkl exceeds it (nats a
     token, 0.01-0.1); null: never."""
     max_kl_sum: Positive | None = None
-    """Nats a completion (objective/kl_sum), 5-100: the first phase above it is the last; null:
-    none."""
+    """Nats a completion (objective/kl_sum), 5-100: the run ends after the first phase above it;
+    null: no limit."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """stop: a loss or gradient that is not finite ends the run; skip: that step is not taken."""
+    """stop: a loss or gradient that is not finite ends the run; skip: the run skips that step."""
     on_reward_error: Literal["stop", "retry", "skip"] = "stop"
-    """When a reward raises, hangs or gives a score that is not finite; stop: the run ends; retry:
-    the reward is called again; skip: retry, then learn nothing from that phase. Evaluations are
-    never skipped: their numbers would be of other prompts."""
+    """If a reward raises, hangs or is not finite: stop the run; retry; or skip (retry, then learn
+    nothing from the phase). Evaluations are never skipped: that would change their prompts."""
     reward_retries: Index = 3
     """Attempts after the first with retry and skip, 0-10."""
     reward_retry_wait_s: NonNegative = 1.0
     """Seconds before the second attempt, doubled before each further one, 0-60."""
     reward_timeout_s: Positive | None = 1800.0
-    """Seconds after which a call of the reward counts as hanging, 1-7200; null: no limit, and
-    without async_reward the reward is called on the main thread."""
+    """Seconds after which a call of the reward counts as hanging, 1-7200; null: no limit, and the
+    main thread calls the reward unless async_reward is true."""
     max_skipped: Index = 10
-    """Skipped steps and phases without scores over a run, at most, 0-100."""
+    """Most steps and phases that a run may skip, 0-100."""
 
     @property
     def retry(self) -> RetryPolicy:

@@ -83,8 +83,8 @@ def load_setup(
 
 
 def fingerprints(network: PreTrainedModel, **parts: Any) -> dict[str, str]:
-    """The hash of each part's files, by part (task, model ...); of a model of the hub, its commit.
-    The reward is left out: the user may fix it and resume."""
+    """The hash of each part's files, by part (task, model ...); for a model from the hub, the
+    commit. The reward is left out: the user may fix it and resume."""
     hashes = {
         name: part.fingerprint() if isinstance(part, Fingerprinted) else ""
         for name, part in parts.items()

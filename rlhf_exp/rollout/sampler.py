@@ -28,7 +28,7 @@ class Sampler(ABC):
     """Settings that all samplers share. `top_k=1` is greedy decoding."""
 
     gen_len: Count = 24
-    """Tokens a completion, at most."""
+    """Most tokens of a completion."""
     temperature: Temperature = 1.0
     """Divides the logits for sampling, log-probs, KL and entropy; 0.5-1."""
     top_k: Count | None = None

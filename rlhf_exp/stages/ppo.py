@@ -83,7 +83,7 @@ class PPO(Stage[PPOParts]):
     batch_size: Count = 32
     """Completions a phase; a multiple of num_minibatches and samples_per_prompt."""
     samples_per_prompt: Count = 1
-    """Completions sampled of each prompt, 1-64; they form a group."""
+    """Completions sampled for each prompt, 1-64; they form a group."""
     num_minibatches: Count = 4
     """Optimizer steps a pass, 1-16."""
     batches_per_learning_phase: Count = 2
@@ -91,9 +91,9 @@ class PPO(Stage[PPOParts]):
     clip_coef: OpenFraction = 0.2
     """The ratio is clipped to 1 +- this, 0.1-0.3."""
     vf_coef: NonNegative = 0.15
-    """Weight of the value loss, 0.1-1; without values there is none."""
+    """Weight of the value loss, 0.1-1; unused without values."""
     value_clip_coef: Positive | None = None
-    """Values stay this close to the rollout's in the value loss; null: no clipping."""
+    """The value loss clips values to the rollout's +- this; null: no clipping."""
     ent_coef: NonNegative = 0.001
     """Weight of the entropy bonus (nats), 0-0.01."""
     kl_coef: NonNegative = 0.2
@@ -101,14 +101,14 @@ class PPO(Stage[PPOParts]):
     kl_penalty: Literal["loss", "reward"] = "loss"
     """loss: exact KL in the loss; reward: -kl_coef (log p - log q) on each token's reward."""
     adaptive_kl_target: Positive | None = None
-    """Target for the KL of a phase's samples (nats a completion, 1-20; 6 in Ziegler et al. 2019);
-    kl_coef starts as set and is adapted towards it; null: kl_coef stays."""
+    """Target KL of a phase (nats a completion, 1-20; 6 in Ziegler et al. 2019), reached by adapting
+    kl_coef; null: kl_coef is constant."""
     kl_horizon: Positive = 10000.0
-    """Completions in which that coefficient changes by at most a fifth, 1000-100000."""
+    """kl_coef changes by at most 20 % over this many completions, 1000-100000."""
     normalize_reward: bool = True
-    """Scores to mean 0 and standard deviation 1 over the batch."""
+    """Shifts and scales scores to mean 0 and standard deviation 1 over the batch."""
     missing_eos_penalty: NonNegative | None = None
-    """Taken off the score of a completion that does not end with EOS, 0.5-2; null: none."""
+    """Subtracted from the score of a completion that does not end with EOS, 0.5-2; null: none."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm over all parameters."""
     eval_every: Count = 25
@@ -118,8 +118,8 @@ class PPO(Stage[PPOParts]):
     histograms_every: Count | None = 25
     """Phases between histograms of advantages, ratios and token KL; null: none."""
     checkpoint_every: Count | None = 50
-    """Phases between checkpoints; one at the best evaluation and at the end too; null: only when
-    asked to stop."""
+    """Phases between checkpoints, besides those at the best evaluation and at the end; null: only
+    when asked to stop."""
     estimator: Estimator = GAE()
     """How rewards become advantages: stage/estimator=gae, one_step or leave_one_out."""
     objective: Objective = PPOClip()

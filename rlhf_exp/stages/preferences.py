@@ -66,7 +66,8 @@ class Preferences(Stage[PreferencesParts]):
     format: Format = "jsonl"
     """jsonl or parquet."""
     dtype: Dtype = "fp32"
-    """Dtype of forward passes: fp32, bf16, auto (bf16 if the device has it, from width 256)."""
+    """Dtype of forward passes: fp32, bf16; auto: bf16 if the device has instructions for it,
+    which pays if d_model >= 256."""
     checkpoint_every: Count | None = 20
     """Batches between checkpoints, and one at the end; null: only when asked to stop."""
 

@@ -72,7 +72,7 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
     Parts = RewardModelParts
 
     epochs: Count = 25
-    """Passes over the pairs, at most."""
+    """Most passes over the pairs."""
     batch_size: Count = 100
     """Pairs an update."""
     head: HeadKind = "token_sum"
@@ -97,7 +97,8 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
     num_examples: Count = 3
     """Held-out pairs in the table that is printed."""
     dtype: Dtype = "fp32"
-    """Dtype of the language model: fp32, bf16, auto (bf16 if the device has it, from width 256)."""
+    """Dtype of the language model: fp32, bf16; auto: bf16 if the device has instructions for it,
+    which pays if d_model >= 256."""
 
     @model_validator(mode="after")
     def _can_keep(self) -> "TrainRewardModel":

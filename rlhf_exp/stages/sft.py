@@ -69,9 +69,9 @@ class SFT(Supervised, Stage[SFTParts]):
     layout: Literal["pad", "pack"] = "pad"
     """pad: a text a row, like lengths together; pack: several a row, any lengths together."""
     max_updates: Count | None = None
-    """Updates, at most; null: all epochs."""
+    """Most updates; null: all epochs."""
     max_seconds: Positive | None = None
-    """Seconds of training, at most; null: no limit; runs then differ by machine."""
+    """Most seconds of training; null: no limit. With a limit, runs differ by machine."""
     eval_every: Count | None = None
     """Updates between measurements; the best model is kept; null: the last is."""
     eval_samples: Count = 512
@@ -79,7 +79,8 @@ class SFT(Supervised, Stage[SFTParts]):
     stop_at: OpenFraction | None = None
     """Ends at this exact-match rate of sampled held-out answers, 0-1."""
     dtype: Dtype = "fp32"
-    """Dtype of forward passes: fp32, bf16, auto (bf16 if the device has it, from width 256)."""
+    """Dtype of forward passes: fp32, bf16; auto: bf16 if the device has instructions for it,
+    which pays if d_model >= 256."""
 
     @model_validator(mode="after")
     def _can_stop(self) -> "SFT":

@@ -42,7 +42,7 @@ class LabelledTextFile:
     prepend_bos: bool = True
     """Whether a prompt begins with <bos>; true, as in the corpus."""
     vocab_size: Count = 3000
-    """Tokens of the byte-pair tokenizer, at most; 1000 to 8000."""
+    """Most tokens of the byte-pair tokenizer, 1000 to 8000."""
     held_out_fraction: OpenFraction = 0.1
     """Fraction of texts that are held out; prompts come from these; 0.05 to 0.5."""
     prompt_words_min: Count = 2

@@ -35,7 +35,7 @@ class Supervised:
     """Settings of a supervised stage."""
 
     epochs: Count = 1
-    """Passes over the texts, at most."""
+    """Most passes over the texts."""
     batch_size: Count = 64
     """Texts an update."""
     max_grad_norm: Positive = 1.0
@@ -47,7 +47,7 @@ class Supervised:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """stop: a loss or gradient that is not finite ends the run; skip: that update is skipped."""
     max_skipped: Index = 10
-    """Skipped updates, at most, 0-100."""
+    """Most updates that a run may skip, 0-100."""
 
     def explaining(self, doing: str, *knobs: str) -> AbstractContextManager[None]:
         """`explaining_memory` with the settings of a supervised stage that need less memory."""

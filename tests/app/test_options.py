@@ -75,14 +75,13 @@ def test_the_configuration_is_printed_with_the_comments_of_its_keys(tmp_path):
     ]
     assert [line for line in values if " # " not in line] == []
     for line in (
-        "seed: 1                         # of everything random in the run's own stage",
+        "seed: 1                         # seeds the run's own stage",
         "stage:                          # what the run trains: the policy by PPO, or one of the"
         " models that PPO starts from",
         "  kl_coef: 0.2                  # weight of the KL to the reference (nats a token),"
         " 0.03-3",
-        "    max_skipped: 10             # skipped steps and phases without scores over a run, at"
-        " most, 0-100",
-        "      max_skipped: 10           # skipped updates, at most, 0-100",
+        "    max_skipped: 10             # most steps and phases that a run may skip, 0-100",
+        "      max_skipped: 10           # most updates that a run may skip, 0-100",
         "    gamma: 1.0                  # discount per token, 0-1",
     ):
         assert line in outcome.out.splitlines()

@@ -303,7 +303,7 @@ def test_pairs_of_both_files_count_together(tmp_path):
 
 
 def test_a_split_that_leaves_no_pairs_to_train_on_is_refused(path):
-    expected = r"^task\.path: .* leaves no pairs to train on: move task\.held_out_fraction="
+    expected = r"^task\.path: .* leaves no pairs to train on: change task\.held_out_fraction="
     with pytest.raises(ConfigError, match=expected):
         PairsFile(path=path, held_out_fraction=1 - 1e-6).fingerprint()
     assert len(PairsFile(path=path, held_out_fraction=1e-6).eval_prompts()) == 1
