@@ -47,7 +47,7 @@ from rlhf_exp.sweeps.jobs import (
 )
 from rlhf_exp.sweeps.monitor import Monitor, problems, summary
 
-SWEEP_WORDS = ("skip_completed=", "dry_run=")  # of the sweep, not of its jobs
+SWEEP_WORDS = ("skip_completed=", "dry_run=")  # words for the sweep, not for its jobs
 OF_THE_SWEEP = ("launcher", "sweeper", "sweep")  # parts of Hydra's configuration
 MANY = 20  # jobs; checking so many takes long enough for a message
 
@@ -266,11 +266,11 @@ def _signals_interrupt() -> Iterator[None]:
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
         if signal.getsignal(number) != signal.SIG_IGN  # as under nohup
     ]
-    before = {number: signal.signal(number, end) for number in numbers}
+    previous_handlers = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
@@ -289,7 +289,7 @@ def _kind(config: DictConfig) -> Kind:
         return Kind(at_once=int(launcher.n_jobs) if launcher.n_jobs > 0 else cores)
     if "SlurmLauncher" in target:
         return Kind(at_once=int(launcher.array_parallelism), keeps=True, here=False)
-    if "LocalLauncher" in target:  # of submitit; it starts all of its jobs at once
+    if "LocalLauncher" in target:  # submitit's; it starts all of its jobs at once
         at_once = int(config.hydra.sweeper.max_batch_size or cores)
         return Kind(at_once=at_once, counts=False, keeps=True)
     if "hydra_ray_launcher" in target:

@@ -38,8 +38,8 @@ def quieten_transformers() -> None:
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Without what `datasets` and the hub's client write to stderr; what matters is raised."""
-    before = logging.root.manager.disable
+    """Silences `datasets` and the hub's client on stderr; their errors are still raised."""
+    disabled_level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # all: `datasets` greets while it is imported
     try:
         import datasets
@@ -50,13 +50,13 @@ def quiet_datasets() -> Iterator[None]:
         )
 
         datasets.disable_progress_bars()
-        shown = not are_progress_bars_disabled()
+        had_progress_bars = not are_progress_bars_disabled()
         with warnings.catch_warnings(action="ignore"):
             disable_progress_bars()
             try:
                 yield
             finally:
-                if shown:
+                if had_progress_bars:
                     enable_progress_bars()
     finally:
-        logging.disable(before)
+        logging.disable(disabled_level)

@@ -37,7 +37,7 @@ class Fingerprinted(Protocol):
 
 
 def is_reference(text: str) -> bool:
-    """Whether a value refers to an artifact of an earlier step, which may not exist yet."""
+    """Returns True if a value refers to an artifact of an earlier step, which may not exist yet."""
     return text.startswith(REFERENCE)
 
 

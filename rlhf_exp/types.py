@@ -55,13 +55,13 @@ def concatenate(records: Sequence[R]) -> R:
         return records[0]
     return type(records[0])(
         **{
-            field.name: _joined([getattr(record, field.name) for record in records])
+            field.name: _join([getattr(record, field.name) for record in records])
             for field in fields(records[0])  # type: ignore[arg-type]
         }
     )
 
 
-def _joined(values: list[Any]) -> Any:
+def _join(values: list[Any]) -> Any:
     if values[0] is None:
         return None
     if isinstance(values[0], tuple):
@@ -93,7 +93,7 @@ class PromptBatch(Record):
 
     @property
     def is_one(self) -> bool:
-        """Whether all rows hold the same tokens."""
+        """True if all rows hold the same tokens."""
         same_tokens = bool((self.tokens == self.tokens[:1]).all())
         return same_tokens and bool((self.mask == self.mask[:1]).all())
 
@@ -134,8 +134,9 @@ class Completions(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Which positions of completions have to be computed. It is read from the tensors once,
-    because each read makes the host wait for the GPU. `mask` is the completions', on the CPU."""
+    """The positions of completions that have to be computed. It is read from the tensors once,
+    because each read makes the host wait for the GPU. `mask` is the completions' mask, on the CPU.
+    """
 
     mask: Bool[Tensor, "batch completion"]
     one_prompt: bool  # all rows have the same prompt
@@ -228,8 +229,8 @@ class Rollout(Record):
 
 @record
 class Experience(Record):
-    """What a learning phase trains on; a minibatch is `experience[index]`. `returns` are the
-    targets of the values, None without values."""
+    """The data that a learning phase trains on; a minibatch is `experience[index]`. `returns` are
+    the targets of the values, None without values."""
 
     rollout: Rollout
     rewards: Float[Tensor, "batch completion"]

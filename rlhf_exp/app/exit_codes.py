@@ -103,8 +103,8 @@ def _how_to_go_on(path: Path) -> str:
 
 
 def _disk_fault(error: Exception, path: Path) -> str | None:
-    """What is wrong with the disk, or None for any other error. Rust libraries such as safetensors
-    give the number of the error only in its text."""
+    """A message about a disk that fails, or None for any other error. Rust libraries such as
+    safetensors give the number of the error only in its text."""
     number, name = getattr(error, "errno", None), getattr(error, "filename", None)
     if match := re.search(r"\(os error (\d+)\)", str(error)):
         number = int(match[1])

@@ -24,7 +24,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from rlhf_exp.app.overrides import command, quoted
+from rlhf_exp.app.overrides import command, quote
 from rlhf_exp.security.redaction import redact_words
 from rlhf_exp.settings import ConfigError
 
@@ -111,7 +111,7 @@ def _unreadable(error: OverrideParseException) -> str:
         reason = (lines[1:] or [last])[0].partition(" expecting ")[0]
     if place < len(key) or not re.fullmatch(r"[+~]*[\w./@:$-]+", key, re.ASCII):
         return f"{key!r} is not the name of a key; see: {command('--cfg', 'job')}"
-    text = f"{key}={quoted(value)}"
+    text = f"{key}={quote(value)}"
     fix = shlex.quote(text) if text.isprintable() else f"${text!r}"
     return f"{word} cannot be read: {reason}\nif the value is a text, quote it: {fix}"
 

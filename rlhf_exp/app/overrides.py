@@ -50,7 +50,7 @@ def _search_words() -> list[str]:
     return [*(word for folder in folders for word in ("--config-dir", folder)), *words]
 
 
-def quoted(text: str) -> str:
+def quote(text: str) -> str:
     """The text in quotes, so that Hydra and OmegaConf read it unchanged."""
     text = without_interpolations(text)
     return '"' + re.sub(r'(\\*)"', r"\1\1\\" + '"', text) + "\\" * _count_backslashes(text) + '"'
@@ -61,8 +61,8 @@ def without_interpolations(text: str) -> str:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
-def unquoted(value: str) -> str:
-    """The text of a value, the inverse of `quoted`; a value without quotes is its own text."""
+def unquote(value: str) -> str:
+    """The text of a value, the inverse of `quote`; a value without quotes is its own text."""
     quote = value[:1]
     if len(value) < 2 or quote not in ("'", '"') or value[-1] != quote:
         return value
@@ -77,7 +77,7 @@ def _count_backslashes(text: str) -> int:
     return len(text) - len(text.rstrip("\\"))
 
 
-def prepared(words: Sequence[str]) -> list[str]:
+def quote_paths(words: Sequence[str]) -> list[str]:
     """A command line whose paths are quoted where Hydra cannot read them, or would read an existing
     path as a number or a list. A leading ~/ becomes the home folder. Raises ConfigError for a word
     without a key, with bytes that are not UTF-8, or with a carriage return at its end."""
@@ -106,7 +106,7 @@ def _with_quoted_path(word: str) -> str:
     try:
         parsed = OverridesParser.create().parse_override(f"path={path}").value()
     except HydraException:
-        return f"{key}={quoted(path)}"
+        return f"{key}={quote(path)}"
     is_itself = parsed == path and "${" not in path
     exists = os.path.lexists(path) or os.path.lexists(path.rpartition(":")[0])
-    return f"{key}={quoted(path)}" if exists and not is_itself else f"{key}={path}"
+    return f"{key}={quote(path)}" if exists and not is_itself else f"{key}={path}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.app.overrides import unquoted
+from rlhf_exp.app.overrides import unquote
 from rlhf_exp.runs.config_keys import MAX_KL_SUM, OF_ONE_START, leaves, use_of
 from rlhf_exp.runs.lock import is_locked
 from rlhf_exp.runs.paths import CONFIG, is_run, last_written, read_overrides, runs_below
@@ -75,8 +75,8 @@ def with_recorded_words(words: Sequence[str]) -> list[str]:
                   if not word.startswith("-") and before[i] not in WITH_A_VALUE), 0)  # fmt: skip
     options, words = words[:first], words[first:]
     values = {key: value for key, _, value in (word.partition("=") for word in words)}
-    resume = unquoted(values.get("resume", ""))
-    folder = unquoted(values.get("hydra.run.dir", ""))
+    resume = unquote(values.get("resume", ""))
+    folder = unquote(values.get("hydra.run.dir", ""))
     if not resume or resume == "null" or {"-m", "--multirun"} & {*options, *words}:
         return [*options, *words]
     try:
@@ -109,7 +109,7 @@ def _text_of(value: Any) -> str:
     return "absent" if value is ABSENT else "null" if value is None else str(value)
 
 
-def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+def find_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
     """The leaves that differ, in the order of their keys."""
     old, new = dict(leaves(before)), dict(leaves(after))
     return [
@@ -152,9 +152,9 @@ def _is_larger(change: Change) -> bool:
     return all(isinstance(n, int | float) for n in counts) and change.after > change.before
 
 
-def lets_go_on(changes: Sequence[Change]) -> bool:
-    """Whether a finished run can continue with the changes: more phases or updates, or another KL
-    budget."""
+def can_continue(changes: Sequence[Change]) -> bool:
+    """Returns True if a finished run can continue with the changes: more phases or updates, or
+    another KL budget."""
     return any(
         change.key == MAX_KL_SUM
         or (use_of(change.key, {}).resume == "larger" and _is_larger(change))
@@ -162,7 +162,7 @@ def lets_go_on(changes: Sequence[Change]) -> bool:
     )
 
 
-def apply(config: dict[str, Any], changes: Sequence[Change]) -> dict[str, Any]:
+def apply_changes(config: dict[str, Any], changes: Sequence[Change]) -> dict[str, Any]:
     """A copy of the configuration with the changes."""
     result: dict[str, Any] = json.loads(json.dumps(config))
     for change in changes:

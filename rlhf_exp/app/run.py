@@ -27,16 +27,16 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf_exp.app import hydra_errors
 from rlhf_exp.app.instantiate import ALLOWED_TARGETS, instantiate
 from rlhf_exp.app.options import list_groups
-from rlhf_exp.app.overrides import command, prepared, program
+from rlhf_exp.app.overrides import command, program, quote_paths
 from rlhf_exp.app.resume import (
     AUTO,
     Change,
-    apply,
-    changes,
+    apply_changes,
+    can_continue,
     check_allowed,
     check_changes,
+    find_changes,
     key_of,
-    lets_go_on,
     recorded_words,
     run_dir,
     with_recorded_words,
@@ -91,7 +91,7 @@ def execute(cfg: DictConfig, path: Path, stop: "StopRequests | None" = None) -> 
     from rlhf_exp.runs.checkpoint import has_checkpoint
 
     words = _words()
-    resumed = _resumed(cfg, path) if cfg.get("resume") else None
+    resumed = _read_resumed(cfg, path) if cfg.get("resume") else None
     resumed_or_new = resumed.config if resumed else cfg
     if cfg.get("dry_run"):
         _say_plan(check(resumed_or_new, path, words, sweep=False), path)
@@ -206,7 +206,7 @@ class Resumed:
     words: Sequence[str]
 
 
-def _resumed(cfg: DictConfig, folder: Path) -> Resumed:
+def _read_resumed(cfg: DictConfig, folder: Path) -> Resumed:
     """A run's own configuration with the changes of the command line. Raises ConfigError for a
     change that is not allowed, and for a run that is done and gets no more phases."""
     plain: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
@@ -220,15 +220,15 @@ def _resumed(cfg: DictConfig, folder: Path) -> Resumed:
             OmegaConf.to_container(hydra.compose("config", overrides=overrides))
             for overrides in (previous_words, words)
         )
-        differences = changes(old, new)  # type: ignore[arg-type]
+        differences = find_changes(old, new)  # type: ignore[arg-type]
         check_allowed(cfg.resume_with, old, new)  # type: ignore[arg-type]
         check_changes(differences, [*cfg.resume_with, *redacted_keys(plain)], run=folder)
-    if is_done(folder) and not lets_go_on(differences):
+    if is_done(folder) and not can_continue(differences):
         raise ConfigError(
             f"resume={folder}: that run is done; give it more phases (or epochs), or another seed"
         )
     return Resumed(
-        config=OmegaConf.create(apply(plain, differences)), changes=differences, words=words
+        config=OmegaConf.create(apply_changes(plain, differences)), changes=differences, words=words
     )
 
 
@@ -278,7 +278,7 @@ def job(cfg: DictConfig) -> None:
     plain: Any = OmegaConf.to_container(HydraConfig.instance().cfg, resolve=True)  # type: ignore[arg-type]
     plain["hydra"]["overrides"]["task"] = _words()
     config = OmegaConf.to_container(cfg)
-    code = call_in_process(_isolated, plain, config, path, log=log_file)
+    code = call_in_process(_run_isolated, plain, config, path, log=log_file)
     unreported = read_state(path).status in ("waiting", "running") and not is_locked(path)
     if code and unreported:
         write_status(path, "failed", describe_end(code))
@@ -305,7 +305,7 @@ def _settle_resume(cfg: DictConfig, path: Path) -> None:
         )
 
 
-def _written_to(cfg: DictConfig, path: Path) -> Path:
+def _config_folder(cfg: DictConfig, path: Path) -> Path:
     return path / (RESUMED if cfg.get("resume") else HYDRA)
 
 
@@ -317,7 +317,7 @@ def _write_configuration(cfg: DictConfig, path: Path) -> None:
     words = of_hydra.hydra.overrides.task
     # The configuration last: it marks a folder as a run's.
     for name, part in {"hydra": of_hydra, "overrides": words, "config": cfg}.items():
-        write_whole(_written_to(cfg, path) / f"{name}.yaml", to_yaml(part))
+        write_whole(_config_folder(cfg, path) / f"{name}.yaml", to_yaml(part))
 
 
 def to_yaml(config: DictConfig | ListConfig) -> str:
@@ -332,7 +332,7 @@ def to_yaml(config: DictConfig | ListConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
-def _isolated(hydra_config: dict[str, Any], config: dict[str, Any], path: Path) -> None:
+def _run_isolated(hydra_config: dict[str, Any], config: dict[str, Any], path: Path) -> None:
     setup_globals()
     # The parent already prints to the console: keep only the file's handler.
     logs = hydra_config["hydra"]["job_logging"]
@@ -353,7 +353,7 @@ def attempt(cfg: DictConfig, path: Path) -> None:
     from rlhf_exp.app.exit_codes import handle_exit
 
     def undo() -> None:  # nothing ran, so nothing but the log is left behind
-        shutil.rmtree(_written_to(cfg, path), ignore_errors=True)
+        shutil.rmtree(_config_folder(cfg, path), ignore_errors=True)
         (path / LOCK).unlink()
 
     with handle_exit(path, sweep=_is_sweep(), undo=undo) as stop:
@@ -372,7 +372,7 @@ def guard(main: Callable[[], None]) -> None:
     words = ["dry_run=true" if word == "--dry-run" else word for word in sys.argv[1:]]
     try:
         # Before Hydra reads them: a word may belong to an option that the resumed run chose.
-        sys.argv = [sys.argv[0], *with_recorded_words(prepared(words))]
+        sys.argv = [sys.argv[0], *with_recorded_words(quote_paths(words))]
         main()
     except AlreadySaid as failed:
         sys.exit(failed.args[0])
@@ -390,7 +390,7 @@ def guard(main: Callable[[], None]) -> None:
 
 
 def explain(error: BaseException) -> str | None:
-    """What is wrong with a command line or a file, in a few lines without secrets; None for an
-    error that is not the user's."""
+    """The user's mistake in a command line or a file, in a few lines without secrets; None for any
+    other error."""
     message = hydra_errors.explain(error, CONF)
     return None if message is None else printable(scrub(message))

@@ -76,7 +76,7 @@ class Step:
 
     @property
     def reads_made_task(self) -> bool:
-        """Whether an earlier step makes the task's data, which may then not exist yet."""
+        """True if an earlier step makes the task's data, which may then not exist yet."""
         return any(where.startswith("task.") for where, _ in _references(self.config))
 
 

@@ -25,7 +25,7 @@ def import_from_config_folders(hydra: Any) -> None:
 
 
 def import_problem(target: str, error: BaseException | None) -> str:
-    """Why a target cannot be imported, in a line; `error` is the error that Hydra raised."""
+    """The reason that a target cannot be imported, in a line; `error` is Hydra's error."""
     cause = error.__cause__ if error else None
     if cause is None:
         return str(error).partition("\n")[0]

@@ -110,7 +110,7 @@ def logits_agree(
     *,
     dtype: torch.dtype,
 ) -> bool:
-    """Whether logits equal the expected ones up to the rounding of a model in `dtype`:
+    """Returns True if logits equal the expected ones up to the rounding of a model in `dtype`:
     |logits - expected| <= tolerance |expected| at each position, both centred over the vocabulary,
     since a constant added to all logits changes no probability."""
     tolerance = ROUNDING[dtype]

@@ -17,7 +17,7 @@ def warmup_decay(step: int, *, warmup_steps: int, total_steps: int, final_scale:
 
 
 def warmup_cosine(step: int, *, warmup_steps: int, total_steps: int, final_scale: float) -> float:
-    """As `warmup_decay`, with half a cosine instead of the linear fall."""
+    """`warmup_decay` with half a cosine instead of the linear fall."""
     _check(step, warmup_steps=warmup_steps, total_steps=total_steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps

@@ -96,7 +96,7 @@ def rollout_statistics(
     *,
     temperature: float,
 ) -> RolloutStatistics:
-    """As `token_statistics`, without gradients and with the reference's log-probs."""
+    """`token_statistics` without gradients, and the reference's log-probs."""
     statistics = _statistics(hidden, head, tokens, ref_hidden, ref_head, temperature)
     return RolloutStatistics(*statistics)
 

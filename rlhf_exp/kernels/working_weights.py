@@ -72,8 +72,8 @@ def _add_gradient(weight: nn.Parameter, copy: Tensor) -> None:
 def multiplied(
     model: nn.Module, *, excluded: Tensor
 ) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """Module, name and parameter of the fp32 weights and biases that autocast converts: those of
-    matrix products, except of modules whose weight is `excluded`."""
+    """Yields module, name and parameter for each fp32 weight and bias of a matrix product, which
+    autocast converts. Skips modules whose weight is `excluded`."""
     from transformers.pytorch_utils import Conv1D
 
     for module in model.modules():

@@ -41,9 +41,9 @@ def use_fast_fp32_products() -> bool:
     a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
     exact = a.double() @ b.double()
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch has no stub for it
-    before = matmul.fp32_precision
+    previous_precision = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     if (a @ b - exact).abs().max() > 1e-6 * exact.abs().max():
-        matmul.fp32_precision = before
+        matmul.fp32_precision = previous_precision
         return False
     return True

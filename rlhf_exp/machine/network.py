@@ -15,7 +15,7 @@ PATIENCE_S = 10.0  # for an answer; a connection must open within 2 s
 
 
 def is_http_url(text: str) -> bool:
-    """Whether the text is http(s)://HOST or http(s)://HOST:PORT with any path."""
+    """Returns True if the text is http(s)://HOST or http(s)://HOST:PORT with any path."""
     try:
         parts = urlsplit(text)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -42,14 +42,14 @@ def hub_responds() -> bool:
 
 @contextmanager
 def without_hub() -> Iterator[None]:
-    """Within it the hub's client raises instead of connecting."""
+    """Makes the hub's client raise instead of connecting."""
     from huggingface_hub import constants
 
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    was_offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE = was_offline
 
 
 @functools.cache

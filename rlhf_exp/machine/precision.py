@@ -14,7 +14,7 @@ NARROW = 192
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether the device computes bfloat16 in hardware."""
+    """Returns True if the device computes bfloat16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":

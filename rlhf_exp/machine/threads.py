@@ -12,10 +12,10 @@ WORTH_SHARING = 10_000_000
 @contextmanager
 def threads_for(multiplications: int) -> Iterator[None]:
     """Runs the block on one thread if it has too few multiplications to share, else on all."""
-    before = torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     if multiplications < WORTH_SHARING:
         torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(num_threads)

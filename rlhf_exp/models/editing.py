@@ -20,7 +20,7 @@ from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.settings import ConfigError
 
 Positions = Literal["all", "prompt", "completion"]
-Edit = Callable[[Tensor], Tensor]  # of activations [batch seq width], with all heads in width
+Edit = Callable[[Tensor], Tensor]  # on activations [batch seq width], with all heads in width
 Editing = Callable[[], AbstractContextManager[None]]  # makes the context of an edited pass
 BridgeHook = tuple[str, Callable[..., Tensor]]
 
@@ -144,8 +144,8 @@ class Edits:
         are those of `tokens`."""
         if not self._edits:
             return nullcontext
-        where = self._where(tokens.shape[1], mask, prompt_len, tokens.device)
-        return nullcontext if where is False else partial(self._hooked, where)
+        edit_mask = self._columns_to_edit(tokens.shape[1], mask, prompt_len, tokens.device)
+        return nullcontext if edit_mask is False else partial(self._hooked, edit_mask)
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -168,8 +168,8 @@ class Edits:
         def edit_in_bridge(name: str, edit: Edit, x: Tensor, hook: Any) -> Tensor:
             computed.add(name)
             real = nn.functional.pad(mask, (0, x.shape[1] - mask.shape[1]), value=True)
-            where = self._where(x.shape[1], real, prompt_len, x.device)
-            return x if where is False else _edited(edit, where, x)
+            edit_mask = self._columns_to_edit(x.shape[1], real, prompt_len, x.device)
+            return x if edit_mask is False else _apply_edit(edit, edit_mask, x)
 
         yield [(name, partial(edit_in_bridge, name, edit)) for name, _, edit in self._edits]
         for name, _, _ in self._edits:
@@ -179,10 +179,11 @@ class Edits:
                     " choose another site, or model.engine=fast and sampler=cached"
                 )
 
-    def _where(
+    def _columns_to_edit(
         self, length: int, mask: Tensor | None, prompt_len: int | None, device: torch.device
     ) -> Tensor | bool:
-        """A mask [batch length 1] of the columns of a pass to edit; True or False for all."""
+        """A mask [batch length 1] that is True at the columns to edit; a bool if it is the same for
+        all columns."""
         start, end = 0, length
         if self._positions != "all":
             if prompt_len is None:
@@ -191,15 +192,19 @@ class Edits:
                     " prompt's tokens"
                 )
             start, end = (0, prompt_len) if self._positions == "prompt" else (prompt_len, length)
-        where: Tensor | bool = start < end
-        if where and end - start < length:
+        edit_mask: Tensor | bool = start < end
+        if edit_mask and end - start < length:
             columns = torch.arange(length, device=device)
-            where = ((start <= columns) & (columns < end))[None, :, None]
-        return where if mask is None or where is False else where & mask[:, -length:, None]
+            edit_mask = ((start <= columns) & (columns < end))[None, :, None]
+        if mask is None or edit_mask is False:
+            return edit_mask
+        return edit_mask & mask[:, -length:, None]
 
     @contextmanager
-    def _hooked(self, where: Tensor | bool) -> Iterator[None]:
-        handles = [site.hook(partial(_edited, edit, where)) for _, site, edit in self._edits]
+    def _hooked(self, edit_mask: Tensor | bool) -> Iterator[None]:
+        handles = [
+            site.hook(partial(_apply_edit, edit, edit_mask)) for _, site, edit in self._edits
+        ]
         try:
             yield
         finally:
@@ -207,10 +212,11 @@ class Edits:
                 handle.remove()
 
 
-def _edited(edit: Edit, where: Tensor | bool, x: Tensor) -> Tensor:
-    """The activation, edited where `where` is True. In TransformerLens heads may be an axis."""
+def _apply_edit(edit: Edit, edit_mask: Tensor | bool, x: Tensor) -> Tensor:
+    """The activation, edited where `edit_mask` is True. With TransformerLens, `x` may have an axis
+    for heads."""
     flat = x.flatten(2)
     edited = edit(flat).to(x.dtype)
-    if isinstance(where, Tensor):
-        edited = torch.where(where, edited, flat)
+    if isinstance(edit_mask, Tensor):
+        edited = torch.where(edit_mask, edited, flat)
     return edited.unflatten(2, x.shape[2:])

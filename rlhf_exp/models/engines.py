@@ -88,7 +88,7 @@ class HookedEngine:
         *,
         prompt_len: int | None = None,
     ) -> LogitsAndValues:
-        """As FastEngine's, by the bridge."""
+        """FastEngine's logits and values, computed by the bridge."""
         model = self.transformer
         with model.edits.in_bridge(mask, prompt_len) as hooks:
             return model.view.run_with_value_head(model.value_head, tokens, mask, hooks)[:2]
@@ -96,7 +96,7 @@ class HookedEngine:
     def learning_pass(
         self, rollout: Rollout, ref_head: Head, layout: Layout, *, temperature: float
     ) -> Pass:
-        """As FastEngine's, by `textbook_pass`."""
+        """FastEngine's learning pass, computed by `textbook_pass`."""
         prompt_len = rollout.completions.prompt_len
         sequences = rollout.completions.sequences
         logits, values = self.logits_and_values(*sequences, prompt_len=prompt_len)

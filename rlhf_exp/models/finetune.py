@@ -1,5 +1,5 @@
-"""Choices of the weights to train, each with its frozen reference. With every choice the reference
-computes the same numbers: those of the policy before training."""
+"""Choices of the weights to train, each with its frozen reference. Whatever the choice, the
+reference computes the same numbers as the policy before training."""
 
 from typing import Protocol, runtime_checkable
 

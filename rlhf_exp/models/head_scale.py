@@ -71,14 +71,14 @@ def measure_unembedding(language_model: PreTrainedModel) -> Unembedding:
     finally:
         for hook in hooks:
             hook.remove()
-    before = _ratio(states[-1], states[0]) if states else None
-    after = _fitted(chosen, logits) if logits.shape == chosen.shape else None
-    if before is None or after is None or (embedding.bias is not None and before != 1):
+    input_scale = _ratio(states[-1], states[0]) if states else None
+    fitted = _fitted(chosen, logits) if logits.shape == chosen.shape else None
+    if input_scale is None or fitted is None or (embedding.bias is not None and input_scale != 1):
         raise ConfigError(
             f"model: {name} does more than its output embedding, a scale and a soft cap between"
             " final hidden states and logits; this architecture is not supported"
         )
-    return Unembedding(before * after.scale, after.cap)
+    return Unembedding(input_scale * fitted.scale, fitted.cap)
 
 
 def _ratio(actual: Tensor, hidden: Tensor) -> float | None:

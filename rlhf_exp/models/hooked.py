@@ -142,8 +142,8 @@ class HookedView:
 def _find_sources(
     caller: _Caller, language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, tuple[str, Int[Tensor, "*axes"]]]:
-    """For each parameter that the bridge created: the model's parameter that holds its elements,
-    and their flat indices there.
+    """Finds, for each parameter that the bridge created, the model's parameter with its elements,
+    and their flat indices in it.
 
     They are read from a bridge over a copy whose weights are numbered consecutively, which works
     for any adapter that only selects and permutes. It temporarily needs 8 bytes a weight. Raises

@@ -73,12 +73,12 @@ def find_file(source: str, filename: str, *, revision: str | None) -> Path | Non
         return Path(
             hf_hub_download(source, filename, revision=revision, local_files_only=local_only)
         )
-    except EntryNotFoundError:  # also if it is not in the cache of an offline machine
+    except EntryNotFoundError:  # or offline and not in the local cache
         return None
 
 
 def locate_revision(name: str, revision: str | None, field: str) -> str:
-    """As `locate_model`; also raises ConfigError for a revision of a directory."""
+    """`locate_model`, which raises ConfigError also for a revision of a directory."""
     source = locate_model(name, field=field)
     if revision is not None and Path(source).is_dir():
         group = field.partition(".")[0]

@@ -207,7 +207,8 @@ class Ablate(Intervention):
 
 
 def _columns(heads: list[int] | None, width: int, num_heads: int, name: str) -> Tensor:
-    """A mask of the entries of a site's activation that belong to the heads; None: to all."""
+    """A mask that is True at the entries of a site's activation that belong to the heads; None if
+    all entries do."""
     if heads is None:
         return torch.ones(width, dtype=torch.bool)
     if max(heads) >= num_heads:

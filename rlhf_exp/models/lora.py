@@ -129,7 +129,7 @@ def _check_called(language_model: PreTrainedModel) -> None:
 
 
 def has_adapter(language_model: PreTrainedModel) -> bool:
-    """Whether the model has adapters."""
+    """Returns True if the model has adapters."""
     return any("lora_" in name for name, _ in language_model.named_parameters())
 
 

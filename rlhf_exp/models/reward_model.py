@@ -90,8 +90,8 @@ class TokenSumHead(nn.Module):
 
     def forward(self, features: RewardFeatures) -> Float[Tensor, " batch"]:
         """A score for each completion."""
-        before, after = features.states[:, :-1], features.states[:, 1:]
-        inputs = torch.cat([before, after, features.logprobs[..., None]], dim=-1)
+        states_before, states_after = features.states[:, :-1], features.states[:, 1:]
+        inputs = torch.cat([states_before, states_after, features.logprobs[..., None]], dim=-1)
         # Only real tokens: about half of all positions are padding.
         tokens = self.token(inputs[features.mask])
         rows = features.mask.nonzero()[:, 0]

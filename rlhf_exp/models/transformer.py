@@ -37,9 +37,9 @@ BOOLEAN_MASKS = ("sdpa", ATTENTION)
 
 @dataclass(frozen=True)
 class FastPaths:
-    """Which shortcuts give the numbers of plain passes on an architecture: decoding with a
-    key-value cache, running a shared prompt once, decoding by steps of fixed shapes.
-    `models.fast_paths` tests it. Everything works without them, but is slower."""
+    """The shortcuts that give the numbers of plain passes on an architecture: `cache`, decoding
+    with a key-value cache; `one_prompt`, running a shared prompt once; `static`, decoding by steps
+    of fixed shapes. `models.fast_paths` tests them. Without them everything works, but slower."""
 
     cache: bool = True
     one_prompt: bool = True
@@ -98,7 +98,7 @@ class CausalTransformer(nn.Module):
 
     @property
     def is_working(self) -> bool:
-        """Whether the low-precision copies are in use."""
+        """True while the low-precision copies are in use."""
         return self._working is not None and self._working.active
 
     def weights_changed(self) -> None:
@@ -112,7 +112,7 @@ class CausalTransformer(nn.Module):
 
     @property
     def is_compiled(self) -> bool:
-        """Whether `compile_passes` was called."""
+        """True after `compile_passes`."""
         return bool(self._compiled)
 
     def checkpoint_gradients(self) -> None:

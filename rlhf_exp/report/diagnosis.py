@@ -14,7 +14,7 @@ from rlhf_exp.runs.reading import Run
 MIN_PHASES = 8  # fewer show no trend
 KL_RISE, KL_FACTOR = 0.01, 1.5  # nats a token
 CLIPPED, OFTEN = 0.4, 0.1  # a clip fraction; a share of phases
-OVERFIT = 1.05  # of the lowest held-out loss
+OVERFIT = 1.05  # as a multiple of the lowest held-out loss
 
 
 def diagnose(run: Run) -> list[str]:

@@ -149,7 +149,7 @@ def draw_parameters(payload: Mapping[str, Any], folder: Path) -> Path | None:
                 axis.scatter(*zip(*points, strict=True), s=22, facecolors=face, edgecolors=SCORE,
                              alpha=alpha, linewidths=0.8)  # fmt: skip
         share = f"  ({shares[name]:.0%})" if name in shares else ""
-        axis.set_title(f"{_escaped(names[name])}{share}", loc="left", color=INK, fontsize=9)
+        axis.set_title(f"{_escape_dollars(names[name])}{share}", loc="left", color=INK, fontsize=9)
     for axis in panels[::columns]:
         axis.set_ylabel(payload["score"], color=INK)
     return _save(figure, folder / "parameters.png")
@@ -181,7 +181,9 @@ def _places(axis: Any, values: Sequence[Any]) -> list[float]:
         return [float(value) for value in values]
     words = [show_value(value, limit=18) for value in values]
     order = sorted(set(words))
-    axis.set_xticks(range(len(order)), [_escaped(word) for word in order], rotation=20, ha="right")
+    axis.set_xticks(
+        range(len(order)), [_escape_dollars(word) for word in order], rotation=20, ha="right"
+    )
     return [float(order.index(word)) for word in words]
 
 
@@ -193,11 +195,11 @@ def _colors(payload: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _label(group: Mapping[str, Any]) -> str:
-    text = _escaped(group["label"])
+    text = _escape_dollars(group["label"])
     return text if len(text) <= 60 else f"{text[:59]}…"
 
 
-def _escaped(text: str) -> str:
+def _escape_dollars(text: str) -> str:
     # Matplotlib reads text between dollar signs as a formula.
     return text.replace("$", r"\$")
 

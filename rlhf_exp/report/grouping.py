@@ -58,7 +58,9 @@ def split_configs(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, list[A
     """The keys and values that all runs with a known configuration share, and each run's values of
     the other keys, None for a missing key."""
     configured = [run for run in runs if run.config]
-    differing = {name: [run.config.get(name) for run in runs] for name in _differing(configured)}
+    differing = {
+        name: [run.config.get(name) for run in runs] for name in _differing_keys(configured)
+    }
     config = configured[0].config if configured else {}
     return {name: value for name, value in config.items() if name not in differing}, differing
 
@@ -138,25 +140,25 @@ def sortable(value: Any) -> tuple[int, float, str]:
     return (3, 0.0, _key(value))
 
 
-def _differing(runs: Sequence[Run]) -> list[str]:
+def _differing_keys(runs: Sequence[Run]) -> list[str]:
     keys = dict.fromkeys(key for run in runs for key in run.config)
     return [key for key in keys if len({_key(run.config.get(key)) for run in runs}) > 1]
 
 
 def _parameters_within(kind: Sequence[Run]) -> list[str]:
-    differing = [key for key in _differing(kind) if use_of(key, kind[0].config).compared]
+    differing = [key for key in _differing_keys(kind) if use_of(key, kind[0].config).compared]
     chosen = [key.removesuffix(TARGET) for key in differing if key.endswith(TARGET)]
     parameters = [
         key
         for key in differing
         if all(key in run.config for run in kind)
-        or not _follows(kind, key, [name for name in chosen if key.startswith(f"{name}.")])
+        or not _is_determined(kind, key, [name for name in chosen if key.startswith(f"{name}.")])
     ]
     return [key.removesuffix(TARGET) for key in parameters]
 
 
-def _follows(runs: Sequence[Run], key: str, groups: Sequence[str]) -> bool:
-    """Whether the options of these groups, except the key itself, determine its value."""
+def _is_determined(runs: Sequence[Run], key: str, groups: Sequence[str]) -> bool:
+    """Returns True if the options of these groups, except the key itself, determine its value."""
     options = [_key([_value(run, n) for n in groups if f"{n}{TARGET}" != key]) for run in runs]
     pairs = {(option, _key(run.config.get(key))) for option, run in zip(options, runs, strict=True)}
     return len(pairs) == len(set(options))

@@ -14,7 +14,7 @@ import numpy as np
 
 from rlhf_exp.report.grouping import sortable
 
-FULL = 0.8  # of the grid's cells; with fewer filled the effects are not separable
+MIN_FILLED = 0.8  # fraction of the grid's cells; below it the effects are not separable
 MIN_NOISE_DF = 2
 MIN_FOREST_RUNS = 12
 LEVELS, BACKGROUND = 8, 128
@@ -46,7 +46,7 @@ def measure_importance(
         return Importance(note=reason)
     target = np.asarray(scores, dtype=float)
     cells = len(set(zip(*columns.values(), strict=True)))
-    full = cells >= FULL * math.prod(len(set(codes)) for codes in columns.values())
+    full = cells >= MIN_FILLED * math.prod(len(set(codes)) for codes in columns.values())
     importance = _decompose_grid(columns, target) if full else _decompose_forest(columns, target)
     moving = "".join(f" {copy} changes only together with {first}." for copy, first in copies)
     return Importance(
@@ -199,8 +199,8 @@ def _decompose_forest(columns: Mapping[str, Sequence[float]], target: np.ndarray
 def _marginals(
     predict: Callable[[np.ndarray], np.ndarray], table: np.ndarray, names: Sequence[str]
 ) -> tuple[list[tuple[str, float]], list[tuple[str, str, float]]]:
-    """The variances of the averaged predictions: of each parameter, and of each pair minus those of
-    its two parameters."""
+    """The variance of the averaged predictions for each parameter, and for each pair of parameters
+    minus the variances of the two."""
     random = np.random.default_rng(0)
     rows = random.permutation(len(table))[:BACKGROUND]
     levels = [np.quantile(column, (np.arange(LEVELS) + 0.5) / LEVELS, method="nearest")

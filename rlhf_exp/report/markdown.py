@@ -22,7 +22,7 @@ from rlhf_exp.report.wording import (
     show_number,
 )
 
-MAX_ROWS = 30  # of a table, and of the warnings
+MAX_ROWS = 30  # in a table, and in the list of warnings
 MAX_SAMPLED_RUNS = 3
 MAX_CELL = 500  # characters
 SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$^-])")

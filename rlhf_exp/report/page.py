@@ -33,7 +33,7 @@ def _page(payload: Mapping[str, Any]) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    # Of the filter tojson, whose JSON HTML parsers read as plain text.
+    # For the filter tojson, so that HTML parsers read its JSON as plain text.
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     sources = [(ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS]
     scripts = [f"\n{script}\n" for script in (get_plotlyjs(), "\n".join(sources))]

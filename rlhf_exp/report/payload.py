@@ -29,7 +29,7 @@ from rlhf_exp.runs.reading import Curves, Run, read_runs
 from rlhf_exp.runs.samples import Sample, encodable
 
 MAX_NUMBERS = 1_000_000  # in curves: 7 MB of JSON beside Plotly's 5 in a page of 15
-MAX_TEXT_BYTES = 2_000_000  # of all samples as JSON
+MAX_TEXT_BYTES = 2_000_000  # for all samples as JSON
 MAX_TEXT = 2000  # characters of a prompt or a completion
 
 
@@ -208,7 +208,7 @@ def _thinned_phases(phases: Iterable[int], thinned: set[int] | None) -> list[int
 def _table(
     sources: Sequence[Curves], phases: Sequence[int], metrics: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """For each metric an array with a row per run and a column per phase; NaN for no value."""
+    """An array for each metric, with a row per run and a column per phase; NaN for no value."""
     tables = {name: np.full((len(sources), len(phases)), math.nan) for name in metrics}
     for row, source in enumerate(sources):
         _, columns, places = np.intersect1d(phases, source.phases, return_indices=True)
@@ -292,15 +292,15 @@ def _group_curves(
 def _importance(
     runs: Sequence[Run], counted: set[int], parameters: Sequence[str], names: Names
 ) -> Importance:
-    chosen = [runs[i] for i in sorted(counted) if runs[i].config]
-    scores = [score for run in chosen if (score := run.final(names.score)) is not None]
-    settings = [settings_of(run, parameters) for run in chosen]
+    configured = [runs[i] for i in sorted(counted) if runs[i].config]
+    scores = [score for run in configured if (score := run.final(names.score)) is not None]
+    settings = [settings_of(run, parameters) for run in configured]
     return measure_importance(settings, scores, parameters)
 
 
 def _text_limit(runs: Sequence[Run]) -> int:
-    """The number of characters to show of each text, so that all fit into MAX_TEXT_BYTES of JSON,
-    where many characters take six bytes."""
+    """The number of characters to show of each text. All texts must fit into MAX_TEXT_BYTES of
+    JSON, where many characters take six bytes."""
     samples = [sample for run in runs for sample in run.samples]
     texts = [text[:MAX_TEXT] for s in samples for text in (s.prompt, s.before, s.after) if text]
     escaped = sum(len(json.dumps(text)) for text in texts)

@@ -36,12 +36,12 @@ def mean_interval(table: np.ndarray, *, confidence: float = 0.95) -> Interval:
 
 
 def pareto_front(points: Sequence[tuple[float | None, float | None]]) -> list[bool]:
-    """Whether each (KL, score) is on the front: no other point has KL <= its KL and score >= its
+    """True for each (KL, score) on the front: no other point has KL <= its KL and score >= its
     score, one of them strictly. Equal points are both on the front; a point with a None is not."""
-    known = {(kl, score) for kl, score in points if kl is not None and score is not None}
+    complete = {(kl, score) for kl, score in points if kl is not None and score is not None}
     front = {
         (kl, score)
-        for kl, score in known
-        if not any(k <= kl and s >= score for k, s in known - {(kl, score)})
+        for kl, score in complete
+        if not any(k <= kl and s >= score for k, s in complete - {(kl, score)})
     }
     return [point in front for point in points]

@@ -89,8 +89,8 @@ class Talk:
 
     def _ids(self, line: str) -> list[int]:
         if not self._tokenizer.chat_template:
-            before = leading_ids(self._tokenizer, prepend_bos=self._prepend_bos)
-            return before + encode(self._tokenizer, [line])[0]
+            bos = leading_ids(self._tokenizer, prepend_bos=self._prepend_bos)
+            return bos + encode(self._tokenizer, [line])[0]
         messages = [*self._said, {"role": "user", "content": line}]
         return encode(self._tokenizer, [render(self._tokenizer, messages)])[0]
 

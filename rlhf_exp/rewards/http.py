@@ -194,7 +194,7 @@ class HttpReward:
         )
 
     def _cause(self, error: "RequestException", attempts: str) -> str:
-        """Why there is no answer."""
+        """The reason that there is no answer."""
         from requests import ConnectTimeout, ReadTimeout
         from requests.exceptions import ChunkedEncodingError
         from urllib3.exceptions import ReadTimeoutError

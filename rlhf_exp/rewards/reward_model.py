@@ -88,8 +88,8 @@ def score_answers(
     if len(prompts) != len(answers) or not prompts:
         raise ConfigError(f"{len(prompts)} prompts and {len(answers)} answers: give equally many")
     tokenizer = model.backbone.tokenizer
-    before = leading_ids(tokenizer, prepend_bos=model.shape.prepend_bos)
-    rows = [before + ids for ids in encode(tokenizer, prompts)]
+    bos = leading_ids(tokenizer, prepend_bos=model.shape.prepend_bos)
+    rows = [bos + ids for ids in encode(tokenizer, prompts)]
     ended = [[*ids, tokenizer.eos_token_id] for ids in encode(tokenizer, answers)]
     longest = max(len(prompt) + len(answer) for prompt, answer in zip(rows, ended, strict=True))
     if longest > model.backbone.context_len:

@@ -76,7 +76,7 @@ class SequenceClassifier:
             return self.tokenizer(text if completion.endswith(suffix) else text + suffix, **cut)[
                 "input_ids"
             ]
-        except Exception as error:  # of a template's program, or tokenizers' own, a bare Exception
+        except Exception as error:  # templates and tokenizers raise any kind, even a bare Exception
             raise RewardError(
                 f"the tokenizer of reward.name={self.name!r} cannot read the prompt"
                 f" {row['prompt'][:60]!r} with the completion {completion[:60]!r}: {error}"

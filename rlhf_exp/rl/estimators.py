@@ -48,7 +48,7 @@ class Estimator(ABC):
     """A formula for advantages."""
 
     needs_values: ClassVar[bool] = False
-    """Whether the policy has a value head, which learns the returns."""
+    """True: the policy gets a value head, which learns the returns."""
     min_samples_per_prompt: ClassVar[int] = 1
     """The smallest stage.samples_per_prompt that the formula is defined for."""
 

@@ -62,13 +62,13 @@ def read_evaluations(folder: RunFolder) -> tuple[Evaluation, Evaluation]:
 def evaluate(
     setup: Setup, reward: CheckedReward, *, num_samples: int, seed: int, phase: int
 ) -> Evaluation:
-    """Scores, exact KL and diversity of `num_samples` completions of the held-out prompts; with a
-    task that knows exact answers also exact-match rates, sampled and greedy, and the true reward.
+    """Scores, exact KL and diversity of `num_samples` completions of the held-out prompts. A task
+    that knows exact answers adds exact-match rates, sampled and greedy, and the true reward.
 
-    Calls with the same seed use the same prompts in the same order, repeated if there are fewer
-    than samples, and the same random numbers; so evaluations are paired, and their differences less
-    noisy. Rollouts draw from other streams. Raises TrainingError
-    naming the phase for logits that are not finite, and RewardError as the reward does.
+    Calls with the same seed use the same random numbers and the same prompts in the same order,
+    repeated if there are fewer than samples. So evaluations are paired, and their differences are
+    less noisy. Rollouts draw from other streams. Raises TrainingError naming the phase for logits
+    that are not finite, and RewardError as the reward does.
     """
     policy, prompts, answers = setup.policy, setup.eval_prompts, setup.answers
     device = policy.device

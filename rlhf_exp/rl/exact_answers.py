@@ -40,8 +40,7 @@ def judge_answers(
 def exact_matches(
     completions: Completions, answers: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> Bool[Tensor, " batch"]:
-    """Whether a completion is the answer's tokens followed by EOS, nothing more and nothing
-    less."""
+    """True for each completion that is exactly the answer's tokens followed by EOS."""
     answer_ids = tokenizer(list(answers), add_special_tokens=False)["input_ids"]
     lengths = completions.mask.sum(dim=1).tolist()
     rows = completions.tokens.cpu().tolist()

@@ -54,8 +54,7 @@ class Guards:
 
 
 class Verdict(NamedTuple):
-    """Whether to take the optimizer step of a minibatch, and whether to stop learning from the
-    rollout."""
+    """`take`: take the optimizer step of the minibatch. `stop`: stop learning from the rollout."""
 
     take: bool
     stop: bool
@@ -78,7 +77,7 @@ def judge(guards: Guards, metrics: Mapping[str, Tensor]) -> Verdict:
 
 
 def must_be_finite(name: str) -> bool:
-    """Whether an optimizer step requires that the metric of that name is finite."""
+    """Returns True if an optimizer step requires that the metric of that name is finite."""
     return name == "loss/total" or name.startswith("grad_norm/")
 
 

@@ -56,7 +56,7 @@ def micro_batches(minibatch: Minibatch, size: int | None) -> Iterator[Minibatch]
 def add_share(
     metrics: Mapping[str, Tensor], part: Mapping[str, Tensor], share: float
 ) -> dict[str, Tensor]:
-    """The metrics of a minibatch so far, with those of one more of its parts."""
+    """Adds a part's metrics to the minibatch's metrics so far, weighted by its share."""
     return {name: metrics.get(name, 0) + share * value for name, value in part.items()}
 
 

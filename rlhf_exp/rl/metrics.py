@@ -88,8 +88,8 @@ def mean_over_steps(
     minibatches: Sequence[Mapping[str, float]],
     names: Sequence[str],
 ) -> dict[str, float]:
-    """The metrics of a phase from those of its minibatches: means over the steps that were taken,
-    and their number as policy/steps. The metrics of these `names` are NaN if no step was taken.
+    """The means of the minibatches' metrics over the steps that were taken, and the number of these
+    steps as policy/steps. If no step was taken, the metrics `names` are NaN.
 
     Counts skipped steps in the state. Raises TrainingError that names phase and step for a loss or
     gradient that is not finite with on_nonfinite="stop", and as `check_skipped` does.

@@ -93,7 +93,7 @@ def fingerprints(network: PreTrainedModel, **parts: Any) -> dict[str, str]:
 
 
 def check_frozen(setup: Setup, expected: str) -> None:
-    """Raises TrainingError if the reference's weights are not those of that hash any more."""
+    """Raises TrainingError if the reference's weights no longer have that hash."""
     if reference_hash(setup.reference, setup.policy) != expected:
         raise TrainingError(
             "the reference's weights changed during the run, so its KL is wrong: some code wrote"
@@ -104,12 +104,12 @@ def check_frozen(setup: Setup, expected: str) -> None:
 def without(prompts: PromptBatch, others: PromptBatch) -> PromptBatch:
     """The prompts whose tokens are not among the others', or all prompts if none is left. Different
     texts may be equal once cut to their first tokens."""
-    taken = set(_ids(others))
-    new = [i for i, ids in enumerate(_ids(prompts)) if ids not in taken]
-    if not new:
+    excluded_ids = set(_ids(others))
+    indices = [i for i, ids in enumerate(_ids(prompts)) if ids not in excluded_ids]
+    if not indices:
         log.warning("every held-out prompt is trained on too: evaluations measure no new prompts")
         return prompts
-    return take(prompts, torch.tensor(new, device=prompts.tokens.device))
+    return take(prompts, torch.tensor(indices, device=prompts.tokens.device))
 
 
 def _ids(prompts: PromptBatch) -> list[tuple[int, ...]]:

@@ -25,7 +25,7 @@ from rlhf_exp.types import Generation, PromptBatch
 
 @settings
 class BridgeSampler(Sampler):
-    """Samples with `TransformerBridge.generate`, in either engine."""
+    """Samples with `TransformerBridge.generate`; model.engine may be fast or hooked."""
 
     @model_validator(mode="after")
     def _one_filter(self) -> "BridgeSampler":

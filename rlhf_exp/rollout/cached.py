@@ -34,7 +34,8 @@ MAX_SHAPES = 8
 
 @settings
 class CachedSampler(Sampler):
-    """Samples with a key-value cache through the plain module, in either engine."""
+    """Samples with a key-value cache through the plain module; model.engine may be fast or
+    hooked."""
 
     cuda_graphs: bool = True
     """On a GPU a decoding step is replayed as a captured graph; false: run by Python."""
@@ -84,7 +85,7 @@ class CachedSampler(Sampler):
     ) -> Generation:
         active = torch.arange(len(hidden), device=hidden.device)
         steps = _Steps(len(hidden), self.gen_len)
-        sequences = prompts.tokens  # of the active rows; without a cache, all tokens so far
+        sequences = prompts.tokens  # active rows: the new tokens, or all without a cache
         for t in range(self.gen_len):
             drawn = draw(self, policy, hidden, uniforms[:, t])
             steps.add(active, hidden, drawn)
@@ -129,8 +130,8 @@ class _Steps:
         columns = torch.cat([row.new_full(row.shape, t) for t, row in enumerate(self.rows)])
 
         def spread(entries: Tensor) -> Tensor:
-            whole = entries.new_zeros((self.batch, self.length, *entries.shape[1:]))
-            return whole.index_put((rows, columns), entries)
+            padded = entries.new_zeros((self.batch, self.length, *entries.shape[1:]))
+            return padded.index_put((rows, columns), entries)
 
         hidden = torch.cat(self.hidden)
         tokens, logprobs, kept_mass = (torch.cat(x) for x in zip(*self.drawn, strict=True))

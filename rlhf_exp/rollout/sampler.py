@@ -47,7 +47,7 @@ class Sampler(ABC):
 
     @property
     def truncates(self) -> bool:
-        """Whether the filter excludes tokens that the policy could emit."""
+        """True if the filter excludes tokens that the policy could emit."""
         return self.top_k is not None or self.top_p < 1
 
     @cached_property
@@ -163,6 +163,6 @@ def eos_token_id(policy: CausalTransformer, *, stop_at_eos: bool) -> int | None:
 def have_ended(
     completions: Completions, tokenizer: PreTrainedTokenizerBase
 ) -> Bool[Tensor, " batch"]:
-    """Whether the last real token of each completion is EOS."""
+    """True for each completion whose last real token is EOS."""
     last = completions.mask.sum(dim=1, keepdim=True) - 1
     return completions.tokens.gather(1, last).squeeze(1) == tokenizer.eos_token_id

@@ -81,7 +81,7 @@ def write_checkpoint(
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Whether a run has written a checkpoint."""
+    """Returns True if a run has written a checkpoint."""
     return newest_phase(run) is not None
 
 
@@ -242,10 +242,10 @@ class CheckpointWriter:
 
         def write() -> Path:
             try:
-                whole = {**copies, **{name: _copy(tensor) for name, tensor in later.items()}}
+                all_copies = {**copies, **{name: _copy(tensor) for name, tensor in later.items()}}
             finally:
                 self._settled.set()
-            return write_checkpoint(self._run, phase, whole, json.loads(text), score=score)
+            return write_checkpoint(self._run, phase, all_copies, json.loads(text), score=score)
 
         self._write = self._thread.submit(write)
 

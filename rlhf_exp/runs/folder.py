@@ -35,7 +35,7 @@ from rlhf_exp.runs.summary import Histogram, summarize
 
 log = logging.getLogger(__name__)
 ROWS = (METRICS, SAMPLES, HISTOGRAMS)
-TABLE_ROWS = 32  # of each evaluation's samples, shown by trackers
+TABLE_ROWS = 32  # samples of each evaluation that trackers show
 
 
 @runtime_checkable
@@ -118,7 +118,7 @@ class RunFolder:
         self._pass_on(lambda sink: sink.log_result(result, self.path))
 
     def rows(self, name: str = METRICS) -> list[dict[str, Any]]:
-        """The rows so far of such a file. Skips broken lines with a warning."""
+        """The rows so far of a file of JSON lines. Skips broken lines with a warning."""
         path = self.path / name
         # Not splitlines(), which also splits at characters that JSON leaves in a text. Text after
         # the last line end is a row that a killed run was writing.
@@ -187,7 +187,7 @@ class RunFolder:
 
     @property
     def model(self) -> Path:
-        """Where a stage saves its model."""
+        """The folder in which a stage saves its model."""
         return self.path / MODEL
 
     def samples(self) -> list[dict[str, Any]]:
@@ -217,10 +217,10 @@ class RunFolder:
         files = [file, *(file.with_stem(f"{file.stem}-{i}") for i in range(2, 99))]
         existing_files = [file for file in files if file.is_file()]
         if existing_files:
-            before = existing_files[-1].read_text(encoding="utf-8", errors="replace").splitlines()
-            if before == lines:
+            newest = existing_files[-1].read_text(encoding="utf-8", errors="replace").splitlines()
+            if newest == lines:
                 return
-            new = [line for line in lines if line and line not in before]
+            new = [line for line in lines if line and line not in newest]
             changes = "; ".join(line for line in new if not line.startswith(("memory", "differs")))
             log.warning("the environment has changed since the run began, so its numbers may"
                         " change: %s", changes[:300] or "what differs from the commit")  # fmt: skip

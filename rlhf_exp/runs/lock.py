@@ -25,7 +25,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a living process has locked the folder."""
+    """Returns True if a living process has locked the folder."""
     if not (path / LOCK).is_file():
         return False
     try:

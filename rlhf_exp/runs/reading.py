@@ -1,4 +1,4 @@
-"""Reads run folders below any path into records, also unfinished and damaged ones.
+"""Reads run folders below any path into records, even unfinished and damaged ones.
 
 It knows files and their faults, not what the numbers mean. An unreadable file becomes a line of
 `problems` with its path; the content of a folder never raises an error here. Readers of JSON lines
@@ -80,7 +80,7 @@ class Run:
     after: dict[str, float]
     seconds: float | None
     samples: list[Sample]
-    commits: tuple[str, ...]  # of the code that it ran, with "+" where files differ from it
+    commits: tuple[str, ...]  # the commits of its code, with "+" if files differed
 
     @property
     def seed(self) -> int | None:
@@ -105,9 +105,9 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     problems: list[str] = []
     folders: dict[Path, Path] = {}
     for path in paths:
-        before = len(problems)
+        num_problems = len(problems)
         run_folders = list(_find(path, MAX_DEPTH, problems, set()))
-        if not run_folders and len(problems) == before:
+        if not run_folders and len(problems) == num_problems:
             problems.append(f"{path}: no run in it (a run has a status.json or a metrics.jsonl)")
         for folder in run_folders:
             folders.setdefault(_resolved(folder), folder)

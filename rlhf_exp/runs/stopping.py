@@ -29,7 +29,7 @@ class Interrupted(BaseException):
 
     @property
     def to_be_requeued(self) -> bool:
-        """Whether the signal was SIGUSR1, by which a queue announces the end of its time."""
+        """True if the signal was SIGUSR1: a queue announces with it that the job's time ends."""
         return self.exit_code == 128 + signal.SIGUSR1
 
 

@@ -14,7 +14,7 @@ TAIL = 0.005  # the share of the values outside the equal bins, on each side
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """How many values lie in each bin; bin i is edges[i] to edges[i + 1], the last closed."""
+    """The number of values in each bin. Bin i is edges[i] to edges[i + 1]; the last is closed."""
 
     counts: tuple[int, ...]
     edges: tuple[float, ...]

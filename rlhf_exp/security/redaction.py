@@ -60,8 +60,9 @@ _secret_texts: set[str] = set()
 
 
 def is_secret(key: str, value: object = "") -> bool:
-    """Whether the value of a key is a secret; of a dotted key the last part counts. A number is a
-    secret only if the key ends in a word such as token; true, false and null never are."""
+    """Returns True if the value of a key is a secret. Only the last part of a dotted key counts. A
+    number is a secret only if the key ends in a word such as token; true, false and null never
+    are."""
     name = key.rpartition(".")[2]
     if name in NO_SECRETS or name.lower().endswith("_env") or not _SECRET.search(name):
         return False
@@ -135,8 +136,9 @@ def remember_environment() -> None:
 
 
 def looks_random(text: str) -> bool:
-    """Whether the text looks like a token or a generated password, not like words or a path: at
-    least one character in five changes between upper case, lower case, digits and signs."""
+    """Returns True if the text looks like a token or a generated password, not like words or a
+    path: at least one character in five changes between upper case, lower case, digits and
+    signs."""
     return len(text) >= _SHORTEST_RANDOM and 5 * len(_CHANGE.findall(text)) >= len(text)
 
 
@@ -190,8 +192,8 @@ def scrub_tracebacks() -> None:
 
 
 def _holds_only_secrets(key: str, config: Mapping[Any, Any], within: bool) -> bool:
-    """Whether everything in a mapping is secret, as under api_keys. If it or a nested mapping has a
-    _target_, it describes parts, whose keys are judged one by one."""
+    """Returns True if everything in a mapping is secret, as under api_keys. If it or a nested
+    mapping has a _target_, it describes parts, whose keys are judged one by one."""
     named_secret = bool(_SECRETS_END.search(key)) and is_secret(key)
     return (within or named_secret) and not _has_target(config)
 
@@ -217,8 +219,8 @@ def _map_values(
 
 
 def _repeats_secret(value: str) -> bool:
-    """Whether a value contains a secret that is not a plain word. `scrub` replaces plain words in
-    messages, but here they must stay: the files that are redacted here are read back."""
+    """Returns True if a value contains a secret that is not a plain word. `scrub` replaces plain
+    words in messages, but here they must stay: the redacted files are read back."""
     if _in_query(value):
         return True
     return any(not _WORD.fullmatch(s) and _pattern(s).search(value) for s in _secret_texts)
@@ -248,7 +250,7 @@ def _pattern(secret: str) -> re.Pattern[str]:
 
 
 def _holds_secrets(path: str, value: str) -> bool:
-    """Whether the value of a dotted key on a command line is a secret."""
+    """Returns True if the value of a dotted key on a command line is a secret."""
     if not _PATH.fullmatch(path) or not value.strip() or _REFERENCE.fullmatch(value):
         return False
     if all(re.fullmatch("true|false|null", v.strip(), re.IGNORECASE) for v in value.split(",")):

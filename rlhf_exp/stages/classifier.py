@@ -57,7 +57,7 @@ class TrainClassifier(Supervised, Stage[ClassifierParts]):
     crop_fraction: Fraction = 0.5
     """Fraction of the texts that are cut to a random prefix, 0-1."""
     crop_min_tokens: Count = 10
-    """Shortest such prefix, tokens."""
+    """Tokens of the shortest prefix."""
     token_noise: Fraction = 0.0
     """Fraction of the tokens that are replaced by random ones, 0-0.2."""
 

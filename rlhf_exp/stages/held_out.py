@@ -46,7 +46,7 @@ class HeldOut:
         self._answers: tuple[AnswerTask, PromptBatch] | None = None
 
     def with_answers(self, task: AnswerTask, prompts: Sequence[str]) -> None:
-        """Measures exact matches too; `prompts` are those of the examples."""
+        """Makes `measure` measure exact matches too. `prompts` are the examples' prompts."""
         encoded = encode_prompts(
             self.policy.tokenizer, prompts, prepend_bos=task.prepend_bos, device=self.policy.device
         )

@@ -18,7 +18,7 @@ from rlhf_exp.types import concatenate
 
 ROWS = 256  # pairs whose features or scores are computed at once, without gradients
 
-Scores = tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]  # of the chosen, of the rejected
+Scores = tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]  # chosen answers, rejected answers
 
 
 class PairData:
@@ -94,8 +94,8 @@ def pair_loss(scores: Scores, rewards: Scores | None, *, rank_coef: float) -> Fl
 
 
 def pair_metrics(scores: Scores, rewards: Scores | None) -> dict[str, float]:
-    """How well the scores order the pairs, and all answers if rewards are known: Spearman's rank
-    correlation."""
+    """Metrics of the order that the scores give: of each pair, and if rewards are known of all
+    answers (Spearman's rank correlation)."""
     from scipy.stats import spearmanr
 
     chosen, rejected = scores

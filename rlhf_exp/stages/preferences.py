@@ -151,7 +151,7 @@ class _PairSource:
 
     @property
     def is_complete(self) -> bool:
-        """Whether there are enough pairs."""
+        """True if both splits have enough pairs."""
         return self._split is None
 
     @property

@@ -74,7 +74,7 @@ class Stage(ABC, Generic[P]):
         checking = [part for part in by_name.values() if isinstance(part, ChecksUpstream)]
         problems = [problem for part in checking for problem in part.check_upstream(upstream)]
         model, sampler, intervention = map(by_name.get, ("model", "sampler", "intervention"))
-        if (made := _made(model, upstream)) is not None:
+        if (made := _upstream_artifact(model, upstream)) is not None:
             length, key, model = made.context_len, made.context_len_key, made.model
             if isinstance(sampler, Sampler) and length is not None and sampler.gen_len >= length:
                 problems.append(
@@ -92,7 +92,7 @@ class Stage(ABC, Generic[P]):
         if isinstance(model, Scratch):
             key = f"{path}model.context_len"
             return Artifact(context_len=model.context_len, context_len_key=key, model=model)
-        return _made(model, upstream) or Artifact()
+        return _upstream_artifact(model, upstream) or Artifact()
 
     @abstractmethod
     def metric_names(self, parts: P) -> tuple[str, ...]:
@@ -119,5 +119,5 @@ def look_up(built: Mapping[str, Built]) -> Upstream:
     return upstream
 
 
-def _made(model: Any, upstream: Upstream) -> Artifact | None:
+def _upstream_artifact(model: Any, upstream: Upstream) -> Artifact | None:
     return upstream(model.base_model) if isinstance(model, Pretrained) else None

@@ -28,7 +28,7 @@ PRELOADED = (
     "matplotlib.backends.backend_agg",
 )  # fmt: skip
 SWEEP_PID = "RLHF_EXP_SWEEP_PID"  # environment variable: jobs end when this process ends
-LONGEST_TEMP_DIR = 70  # of the 104 characters that macOS allows; multiprocessing adds 32
+LONGEST_TEMP_DIR = 70  # characters; macOS allows 104, and multiprocessing adds 32
 POLL_S = 1.0
 GRACE_S = 600.0  # to finish a step and save after a request to stop
 

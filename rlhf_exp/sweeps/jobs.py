@@ -41,7 +41,7 @@ class SweepJob:
     @property
     def label(self) -> str:
         """The swept overrides without secrets, each key shortened to its last part if unique."""
-        return ",".join(_shortened(redact_words(self.swept))) or "all defaults"
+        return ",".join(_shorten(redact_words(self.swept))) or "all defaults"
 
 
 class _Row(BaseModel, strict=True):
@@ -81,17 +81,17 @@ def slug(text: str, limit: int = 80) -> str:
     return f"{name[: limit - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def _shortened(words: Sequence[str]) -> list[str]:
+def _shorten(words: Sequence[str]) -> list[str]:
     pairs = [word.lstrip("+~").split("=", 1) for word in words]
     last = Counter(key.rpartition(".")[2] for key, *_ in pairs)
     short = []
     for key, *value in pairs:
         name = key.rpartition(".")[2]
-        short.append("=".join([name if last[name] == 1 else key, *map(_rounded, value)]))
+        short.append("=".join([name if last[name] == 1 else key, *map(_round_number, value)]))
     return short
 
 
-def _rounded(value: str) -> str:
+def _round_number(value: str) -> str:
     value = re.sub(r"\\(.)", r"\1", value).strip("'\"")  # as it was before Hydra quoted it
     # A search draws numbers with 17 digits.
     if not re.fullmatch(r"-?\d*\.\d{5,}(e-?\d+)?|-?\d+\.\d+e-?\d+", value):

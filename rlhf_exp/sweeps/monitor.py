@@ -24,7 +24,7 @@ POLL_S = 0.5
 COLORS = {"done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow"}
 ENDED = {"done", "failed", "interrupted"}
 WIDE = 60  # columns from which a terminal shows the time left of each job
-FIRST = ("running", "failed", "interrupted", "waiting", "done")  # shown first on a short terminal
+ORDER = ("running", "failed", "interrupted", "waiting", "done")  # a short terminal shows the first
 
 
 class Monitor:
@@ -85,14 +85,15 @@ class Monitor:
         self._console.print(line, soft_wrap=True)
 
     def _count(self) -> str:
-        of = Counter(state.status for state in self._states.values())
-        return ", ".join(f"{of[status]} {status}" for status in ("done", *FIRST[:-1]) if of[status])
+        counts = Counter(state.status for state in self._states.values())
+        statuses = [status for status in ("done", *ORDER[:-1]) if counts[status]]
+        return ", ".join(f"{counts[status]} {status}" for status in statuses)
 
     def _picture(self, now: float) -> Group:
         left = self._seconds_left(now)
         about = "" if left is None else f"; about {duration(left)} left"
         rows = sorted(
-            self._jobs, key=lambda job: (FIRST.index(self._states[job.number].status), job.number)
+            self._jobs, key=lambda job: (ORDER.index(self._states[job.number].status), job.number)
         )
         room = max(3, self._console.height - 6)
         table = _new_table(one_line=True)
@@ -174,8 +175,8 @@ def problems(jobs: Sequence[SweepJob]) -> list[str]:
         state = read_state(job.folder)
         if state.status != "done":
             log = job.folder / LOG
-            where = f"; see {log}" if log.is_file() else ""
-            lines.append(f"job {job.number} ({job.label}) {_word(state)}{where}")
+            hint = f"; see {log}" if log.is_file() else ""
+            lines.append(f"job {job.number} ({job.label}) {_word(state)}{hint}")
     return lines
 
 

@@ -141,12 +141,12 @@ def series_reward(exact: Sequence[int], answer: Sequence[int] | None) -> float:
     if not answer:
         return MIN_REWARD
     length = max(len(exact), len(answer))
-    pairs = zip(_extended(exact, length), _extended(answer, length), strict=True)
+    pairs = zip(_extend(exact, length), _extend(answer, length), strict=True)
     distance = math.sqrt(sum(abs(a - b) for a, b in pairs))
     return MIN_REWARD + (MAX_REWARD - MIN_REWARD) / (1 + DISTANCE_SCALE * distance)
 
 
-def _extended(values: Sequence[int], length: int) -> list[int]:
+def _extend(values: Sequence[int], length: int) -> list[int]:
     return [*values, *[values[-1]] * (length - len(values))]
 
 

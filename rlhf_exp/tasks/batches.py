@@ -62,7 +62,7 @@ class BatchStream(Iterator[list[int]]):
         return {"pending": [*self._pending], "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from the state of a stream of the same texts."""
+        """Continues from the state of another stream over the same texts."""
         self._pending = [*state["pending"]]
         self.generator.set_state(state["generator"])
 

@@ -17,7 +17,9 @@ def typed_columns(
     cells: Mapping[str, Sequence[str]], text_columns: Sequence[str]
 ) -> dict[str, Sequence[Any]]:
     """The columns, converted to the type of their cells, except `text_columns`."""
-    return {n: column if n in text_columns else _typed(column) for n, column in cells.items()}
+    return {
+        n: column if n in text_columns else _parse_column(column) for n, column in cells.items()
+    }
 
 
 def rows_of(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -25,7 +27,7 @@ def rows_of(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _typed(cells: Sequence[str]) -> Sequence[Any]:
+def _parse_column(cells: Sequence[str]) -> Sequence[Any]:
     """A column as integers, floats or booleans if all cells that are not missing have that type,
     with None for missing ones; else as texts. Integers with leading zeros are texts."""
     filled = {cell for cell in cells if cell not in MISSING}

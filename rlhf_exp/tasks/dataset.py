@@ -185,7 +185,8 @@ class PromptDataset:
         return rows
 
     def _is_short(self, value: Any) -> bool:
-        """Whether to drop a text; blank and missing texts count as 0 characters."""
+        """Returns True if a text is too short to keep. Blank and missing texts count as 0
+        characters."""
         if value is not None and not isinstance(value, str):
             return False
         return (len(value) if value and value.strip() else 0) < self.min_chars

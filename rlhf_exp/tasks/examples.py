@@ -63,15 +63,13 @@ def encode_texts(
 
     Texts longer than `limit` tokens are cut but still end with EOS; their number is logged.
     """
-    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    room = limit - len(before) - 1
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    room = limit - len(bos) - 1
     encoded = encode(tokenizer, texts)
     too_long = sum(len(ids) > room for ids in encoded)
     if too_long:
         log.info("%d of %d texts are cut to %d tokens", too_long, len(encoded), limit)
-    return [
-        Example(tokens=[*before, *ids[:room], tokenizer.eos_token_id], start=1) for ids in encoded
-    ]
+    return [Example(tokens=[*bos, *ids[:room], tokenizer.eos_token_id], start=1) for ids in encoded]
 
 
 def encode_demonstrations(
@@ -86,10 +84,10 @@ def encode_demonstrations(
     Raises ConfigError for a demonstration without a prompt, and for one longer than `limit` tokens:
     if it was cut, the model would learn answers that do not end.
     """
-    before = leading_ids(tokenizer, prepend_bos=prepend_bos)
+    bos = leading_ids(tokenizer, prepend_bos=prepend_bos)
     prompts, responses = (encode(tokenizer, [d[i] for d in demonstrations]) for i in (0, 1))
     examples = [
-        Example(tokens=[*before, *p, *r, tokenizer.eos_token_id], start=len(before) + len(p))
+        Example(tokens=[*bos, *p, *r, tokenizer.eos_token_id], start=len(bos) + len(p))
         for p, r in zip(prompts, responses, strict=True)
     ]
     for demonstration, example in zip(demonstrations, examples, strict=True):

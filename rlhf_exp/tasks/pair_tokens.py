@@ -36,7 +36,7 @@ def encode_pairs(
     Raises ConfigError naming the source and the field of a text that the vocabulary cannot encode,
     or whose prompt and answer exceed `limit` tokens.
     """
-    before = leading_ids(tokenizer, prepend_bos=prepend_bos)
+    bos = leading_ids(tokenizer, prepend_bos=prepend_bos)
     columns = {
         name: _encode(tokenizer, [getattr(pair, name) for pair in pairs], name, sources)
         for name in ("prompt", "chosen", "rejected")
@@ -47,7 +47,7 @@ def encode_pairs(
             name: columns[name][i] + ([tokenizer.eos_token_id] if ended else [])
             for name, ended in (("chosen", pair.chosen_ended), ("rejected", pair.rejected_ended))
         }
-        prompt = before + columns["prompt"][i]
+        prompt = bos + columns["prompt"][i]
         for name, answer in answers.items():
             if not answer:
                 raise ConfigError(f"task.path: {source}, field {name} is blank and has not ended")

@@ -233,10 +233,10 @@ def _ended(row: Mapping[str, Any], name: str, where: str) -> bool:
 
 def _check_rewards(pairs: Sequence[SourcedPair]) -> None:
     """Raises ConfigError if only some of the pairs have rewards."""
-    first = pairs[0].pair.chosen_reward is None
+    expect_none = pairs[0].pair.chosen_reward is None
     for pair, place in pairs:
-        if (pair.chosen_reward is None) != first:
-            has, others = ("no", "have them") if not first else ("a", "have none")
+        if (pair.chosen_reward is None) != expect_none:
+            has, others = ("a", "have none") if expect_none else ("no", "have them")
             raise ConfigError(
                 f"task.path: {place} has {has} chosen_reward where earlier rows {others}:"
                 " give rewards for all pairs or for none"

@@ -129,6 +129,6 @@ class PromptStream(Iterator[PromptBatch]):
         return {"pending": self._pending, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Continues from the state of a stream of the same prompts."""
+        """Continues from the state of another stream over the same prompts."""
         self._pending = state["pending"].clone()
         self._generator.set_state(state["generator"])

@@ -238,7 +238,7 @@ def _read_parquet(file: Path, source: Source) -> Table:
         raise ConfigError(
             f"task.path: {source.path} cannot be read as Parquet: {_short(error)}"
         ) from error
-    return _of_dataset(dataset, source, range(1, dataset.num_rows + 1))
+    return _table_from_dataset(dataset, source, range(1, dataset.num_rows + 1))
 
 
 READERS: Mapping[str, Callable[[Path, Source], Table]] = {
@@ -251,11 +251,11 @@ READERS: Mapping[str, Callable[[Path, Source], Table]] = {
 }
 
 
-def _of_dataset(dataset: Any, source: Source, numbers: Sequence[int]) -> Table:
+def _table_from_dataset(dataset: Any, source: Source, numbers: Sequence[int]) -> Table:
     def fetch(indices: Sequence[int]) -> Sequence[Row]:
         try:
             columns = dataset[list(indices)]
-        except Exception as error:  # of the libraries that decode images and audio
+        except Exception as error:  # libraries that decode images and audio raise any kind
             raise ConfigError(
                 f"task.path: rows of {source.path} cannot be read: {_short(error)}"
             ) from error
@@ -284,17 +284,17 @@ def _read_directory(directory: Path, source: Source) -> Table:
 def _read_hub(source: Source) -> Table:
     import datasets
 
-    before = datasets.config.HF_HUB_OFFLINE
-    if not before and hub_responds():
+    was_offline = datasets.config.HF_HUB_OFFLINE
+    if not was_offline and hub_responds():
         return _load(source.path, source, f"check the name on {hub_url()}/datasets, or name a file")
-    why = "HF_HUB_OFFLINE is set" if before else f"{hub_url()} is out of reach"
+    why = "HF_HUB_OFFLINE is set" if was_offline else f"{hub_url()} is out of reach"
     fix = f"{why}, and it is not in the local cache; name a file or a directory"
     # Otherwise `datasets` tries to connect for half a minute.
     datasets.config.HF_HUB_OFFLINE = True
     try:
         return _load(source.path, source, fix, offline=why)
     finally:
-        datasets.config.HF_HUB_OFFLINE = before
+        datasets.config.HF_HUB_OFFLINE = was_offline
 
 
 def _load(
@@ -352,7 +352,7 @@ def _load(
     if is_csv:
         columns = typed_columns(dataset.to_dict(), source.text_columns)
         return _in_memory([*columns], dict(zip(numbers, rows_of(columns), strict=True)))
-    return _of_dataset(dataset, source, numbers)
+    return _table_from_dataset(dataset, source, numbers)
 
 
 def _short(error: BaseException, limit: int = 300) -> str:

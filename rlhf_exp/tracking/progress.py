@@ -79,7 +79,7 @@ def log_remaining(**parts: tuple[int, float]) -> None:
 
 
 def on_terminal() -> bool:
-    """Whether standard error, where the bar goes, is a terminal."""
+    """Returns True if standard error, where the bar goes, is a terminal."""
     return sys.stderr.isatty()
 
 

@@ -1,4 +1,4 @@
-"""What every logger is, and the one that adds nothing to the run's folder."""
+"""The protocol of loggers, and the logger that writes nothing besides the run's folder."""
 
 import importlib.util
 import secrets

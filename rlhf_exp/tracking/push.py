@@ -21,14 +21,14 @@ RepoName = Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")]
 
 @settings
 class HubSettings:
-    """Whether the final model goes to the hub's repository `repo` (NAME or OWNER/NAME)."""
+    """Pushes the final model to the hub's repository `repo` (NAME or OWNER/NAME), if `push`."""
 
     push: bool = False
     """true: after training; needs a token (`hf auth login` or HF_TOKEN)."""
     repo: RepoName | None = None
     """Repository there, OWNER/NAME."""
     private: bool = True
-    """Whether a repository that is made for it is private."""
+    """true: a repository that is created for it is private."""
 
     @model_validator(mode="after")
     def _has_repo(self) -> "HubSettings":
@@ -74,7 +74,7 @@ class HubSettings:
             api.upload_folder(
                 repo_id=url.repo_id, folder_path=folder, commit_message="Train with rlhf_exp"
             )
-        except Exception as error:  # of the client or its transport: the model is on disk anyway
+        except Exception as error:  # any kind; the model is on disk anyway
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             raise TrainingError(
                 f"hub.repo={self.repo}: the push failed ({reason}); the model is in {folder}, push"

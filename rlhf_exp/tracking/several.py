@@ -51,11 +51,13 @@ def open_sinks(loggers: Sequence[Logger], info: RunInfo) -> Iterator[list[Sink]]
     """The sinks of all loggers. A logger that fails to open or to close is left out with a warning,
     unless it raises ConfigError when it is opened."""
     with ExitStack() as stack:
-        yield [sink for logger in loggers for sink in stack.enter_context(_opened(logger, info))]
+        yield [
+            sink for logger in loggers for sink in stack.enter_context(_open_logger(logger, info))
+        ]
 
 
 @contextmanager
-def _opened(logger: Logger, info: RunInfo) -> Iterator[list[Sink]]:
+def _open_logger(logger: Logger, info: RunInfo) -> Iterator[list[Sink]]:
     name = type(logger).__name__
     try:
         context = logger.open(info)

@@ -213,12 +213,12 @@ def _default_variables(folder: Path) -> dict[str, str]:
 def _environment(variables: Mapping[str, str | None]) -> Iterator[None]:
     """Sets these variables of the environment in the block, and removes those that are None."""
     # W&B reads WANDB_MODE before it looks its server up, and its settings only after that.
-    before = {name: os.environ.get(name) for name in variables}
+    previous_values = {name: os.environ.get(name) for name in variables}
     _set(variables)
     try:
         yield
     finally:
-        _set(before)
+        _set(previous_values)
 
 
 def _set(variables: Mapping[str, str | None]) -> None:

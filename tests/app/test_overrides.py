@@ -7,7 +7,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from rlhf_exp.app.overrides import PATH_KEYS, command, prepared, quoted, unquoted
+from rlhf_exp.app.overrides import PATH_KEYS, command, quote, quote_paths, unquote
 from rlhf_exp.app.run import CONF
 from rlhf_exp.settings import ConfigError
 
@@ -26,14 +26,14 @@ def value_of(word: str) -> object:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_quoted_text_is_read_as_it_is(text):
-    assert value_of(f"task.prefix={quoted(text)}") == text
-    assert unquoted(quoted(text)) == text
+    assert value_of(f"task.prefix={quote(text)}") == text
+    assert unquote(quote(text)) == text
 
 
 def test_a_value_without_quotes_is_its_own_text():
     for value in ("", "a", "'", "'a", 'a"', "auto"):
-        assert unquoted(value) == value
-    assert unquoted("'it\\'s'") == "it's"
+        assert unquote(value) == value
+    assert unquote("'it\\'s'") == "it's"
 
 
 @pytest.mark.parametrize("name", [text.replace("/", "+") for text in TEXTS if text])
@@ -42,15 +42,15 @@ def test_a_path_that_exists_is_read_as_it_is(tmp_path, monkeypatch, name):
     (tmp_path / name).mkdir()
     for key in ("resume", "model.base_model", "reward.path", "+task.path", "hydra.run.dir"):
         for path in (name, str(tmp_path / name)):
-            [word] = prepared([f"{key}={path}"])
+            [word] = quote_paths([f"{key}={path}"])
             assert value_of(word) == path
-            assert prepared([word]) == [word]
-    [word] = prepared([f"reward.function={name}:score"])
+            assert quote_paths([word]) == [word]
+    [word] = quote_paths([f"reward.function={name}:score"])
     assert value_of(word) == f"{name}:score"
 
 
 def test_a_path_that_hydra_cannot_read_is_one_even_if_it_does_not_exist():
-    [word] = prepared(["resume=outputs/0_kl_coef=0.1"])
+    [word] = quote_paths(["resume=outputs/0_kl_coef=0.1"])
     assert value_of(word) == "outputs/0_kl_coef=0.1"
 
 
@@ -62,13 +62,13 @@ def test_all_else_is_left_to_hydra(tmp_path, monkeypatch):
         "model.base_model=artifact:base", "reward.path=${model.base_model}", "--config-dir=1",
         "~reward", "stage.kl_coef=[1", "resume='a b'",
     ]  # fmt: skip
-    assert prepared(words) == words
+    assert quote_paths(words) == words
 
 
 def test_the_home_folder_is_found(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    assert prepared(["task.path=~/a.csv"]) == ["task.path=/home/me/a.csv"]
-    assert prepared(["task.prefix=~/a.csv"]) == ["task.prefix=~/a.csv"]
+    assert quote_paths(["task.path=~/a.csv"]) == ["task.path=/home/me/a.csv"]
+    assert quote_paths(["task.prefix=~/a.csv"]) == ["task.prefix=~/a.csv"]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_the_home_folder_is_found(monkeypatch):
 )
 def test_a_word_that_cannot_be_meant_is_refused(word, message):
     with pytest.raises(ConfigError, match=message):
-        prepared(["seed=1", word])
+        quote_paths(["seed=1", word])
 
 
 @pytest.mark.parametrize("path", ["outputs/0_kl_coef=0.1", "my runs/$HOME/it's"])

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from rlhf_exp.app.resume import (
-    apply,
-    changes,
+    apply_changes,
+    can_continue,
     check_changes,
+    find_changes,
     find_run,
     is_run,
-    lets_go_on,
     recorded_words,
     with_recorded_words,
 )
@@ -78,7 +78,7 @@ def test_a_run_that_is_named_must_be_one(tmp_path):
 
 
 def changed(**groups) -> list:
-    return changes(CONFIG, {**CONFIG, **groups})
+    return find_changes(CONFIG, {**CONFIG, **groups})
 
 
 def test_changes_are_the_leaves_that_differ():
@@ -95,7 +95,7 @@ def test_changes_are_the_leaves_that_differ():
         "seed: 1 -> 2",
         "stage.kl_coef: 0.2 -> null",
     ]
-    assert apply(CONFIG, found) == {
+    assert apply_changes(CONFIG, found) == {
         **CONFIG,
         "seed": 2,
         "stage": {**CONFIG["stage"], "kl_coef": None},
@@ -107,9 +107,9 @@ def test_changes_are_the_leaves_that_differ():
 def test_a_group_may_take_the_place_of_a_value_and_the_reverse():
     prepare = {"base": {"stage": {"epochs": 2}}}
     there = changed(prepare=prepare)
-    assert apply(CONFIG, there) == {**CONFIG, "prepare": prepare}
-    back = changes({**CONFIG, "prepare": prepare}, CONFIG)
-    assert apply({**CONFIG, "prepare": prepare}, back)["prepare"].get("base", {}) in (
+    assert apply_changes(CONFIG, there) == {**CONFIG, "prepare": prepare}
+    back = find_changes({**CONFIG, "prepare": prepare}, CONFIG)
+    assert apply_changes({**CONFIG, "prepare": prepare}, back)["prepare"].get("base", {}) in (
         {}, {"stage": {}},
     )  # fmt: skip
 
@@ -137,10 +137,10 @@ def test_more_phases_and_what_concerns_no_results_are_always_allowed():
     stage = {**CONFIG["stage"], "total_phases": 200, "checkpoint_every": None}
     found = changed(stage=stage, logger={"mode": "offline"})
     check_changes(found, [], run=Path("x"))
-    assert lets_go_on(found)
-    assert not lets_go_on(changed(logger={}))
+    assert can_continue(found)
+    assert not can_continue(changed(logger={}))
     fewer = changed(stage={**CONFIG["stage"], "total_phases": 50})
-    assert not lets_go_on(fewer)
+    assert not can_continue(fewer)
     for refused in (fewer, changed(device="cuda")):
         with pytest.raises(ConfigError, match="differs"):
             check_changes(refused, [], run=Path("x"))
@@ -202,8 +202,8 @@ def test_what_lets_a_run_that_is_done_go_on():
         ("guards", {"max_kl_sum": None}),
     ):
         before = {**CONFIG["stage"], "epochs": 2, "guards": {"max_kl_sum": 1.0}}
-        found = changes({"stage": before}, {"stage": {**before, key: after}})
-        assert lets_go_on(found)
+        found = find_changes({"stage": before}, {"stage": {**before, key: after}})
+        assert can_continue(found)
     for key, after in (("total_phases", 50), ("epochs", 1), ("kl_coef", 5.0)):
-        found = changes({"stage": before}, {"stage": {**before, key: after}})
-        assert not lets_go_on(found)
+        found = find_changes({"stage": before}, {"stage": {**before, key: after}})
+        assert not can_continue(found)
