@@ -6,8 +6,8 @@ import torch
 
 from rlhf_exp.training.seeding import (
     SharedRandomness,
+    make_generator,
     seed_shared_generators,
-    stream,
     stream_seed,
 )
 
@@ -25,12 +25,12 @@ def test_every_seed_and_purpose_has_its_own(seed, purpose):
 
 
 def test_a_stream_repeats_and_is_drawn_from_alone():
-    first = torch.rand(4, generator=stream(1, "samples"))
-    other = stream(1, "prompts")
+    first = torch.rand(4, generator=make_generator(1, "samples"))
+    other = make_generator(1, "prompts")
     torch.rand(100, generator=other)
     torch.rand(100)
-    assert torch.equal(torch.rand(4, generator=stream(1, "samples")), first)
-    assert not torch.equal(torch.rand(4, generator=stream(1, "prompts")), first)
+    assert torch.equal(torch.rand(4, generator=make_generator(1, "samples")), first)
+    assert not torch.equal(torch.rand(4, generator=make_generator(1, "prompts")), first)
 
 
 def draws():
