@@ -1,4 +1,4 @@
-"""Hugging Face's `from_pretrained` for a hub name, a local directory or a run's folder.
+"""Hugging Face's `from_pretrained` for a hub name, a directory, a run's folder or a GGUF file.
 
 Knows where models are stored and how loading fails: every failure is a ConfigError that names the
 model and the fix.
@@ -28,6 +28,7 @@ WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json",
     "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
+GGUF = ".gguf"  # llama.cpp's format: one file with configuration, tokenizer and quantised weights
 # Other files that are loaded: configurations, the tokenizer, and this package's heads.
 LOADED = (
     "config.json", "generation_config.json", "*token*.json", "vocab*", "merges.txt", "*.model",
@@ -36,11 +37,14 @@ LOADED = (
 
 
 def locate_model(name: str, *, field: str = "model.base_model") -> str:
-    """The source to load `name` from: the absolute path of a directory or of `model/` in a run's
-    folder, else the name itself, as a hub name. Raises ConfigError for a directory without a model
-    and for a path that does not exist."""
+    """The source to load `name` from: the absolute path of a directory, of `model/` in a run's
+    folder or of a GGUF file, else the name itself, as a hub name. Raises ConfigError for a
+    directory without a model and for a path that does not exist."""
     # Absolute, since tokenizers read some of their files again on saving.
     path = Path(name).expanduser().absolute()
+    if path.suffix == GGUF and path.is_file():
+        refuse_lfs_pointer(path, field=field)
+        return str(path)
     if path.is_dir():
         for candidate in (path, path / MODEL):
             if os.path.lexists(candidate / "config.json"):
@@ -51,13 +55,41 @@ def locate_model(name: str, *, field: str = "model.base_model") -> str:
                 f"{field}={name!r} holds a PEFT adapter without its model: merge it"
                 " (PeftModel.merge_and_unload), save that, and name the directory"
             )
+        if gguf_files := sorted(file.name for file in path.glob(f"*{GGUF}")):
+            raise ConfigError(
+                f"{field}={name!r} holds GGUF files: name one of them, {path / gguf_files[0]}"
+            )
         raise ConfigError(
             f"{field}={name!r} is a directory without a model: neither config.json nor"
             " model/config.json is in it. Name a save_pretrained directory or a finished run."
         )
+    if name.endswith(GGUF):
+        raise ConfigError(f"{field}={name!r}: no such file")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(f"{field}={name!r}: no such directory")
     return name
+
+
+def is_local(source: str) -> bool:
+    """Returns True for a directory or a GGUF file, False for a hub name."""
+    return source.endswith(GGUF) or Path(source).is_dir()
+
+
+def locate_gguf(name: str, filename: str, *, revision: str | None, field: str) -> str:
+    """The path of a GGUF file in a directory or hub repository, downloaded if needed. Raises
+    ConfigError if it does not exist."""
+    if Path(name).expanduser().is_dir():
+        return str(Path(name) / filename)
+    with _explaining("hf_hub_download", name, field, name):
+        path = find_file(name, filename, revision=revision)
+    if path is not None:
+        return str(path)
+    if hub_responds():
+        raise ConfigError(f"{field}={name!r} has no {filename}: see {hub_url()}/{name}/tree/main")
+    raise ConfigError(
+        f"{field}={name!r}: {hub_url()} is out of reach and {filename} is not in the local cache;"
+        " name a local file"
+    )
 
 
 def find_file(source: str, filename: str, *, revision: str | None) -> Path | None:
@@ -65,7 +97,7 @@ def find_file(source: str, filename: str, *, revision: str | None) -> Path | Non
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    if Path(source).is_dir():
+    if is_local(source):
         path = Path(source) / filename
         return path if path.is_file() else None
     local_only = _local_only(source)
@@ -80,10 +112,11 @@ def find_file(source: str, filename: str, *, revision: str | None) -> Path | Non
 def locate_revision(name: str, revision: str | None, field: str) -> str:
     """`locate_model`, which raises ConfigError also for a revision of a directory."""
     source = locate_model(name, field=field)
-    if revision is not None and Path(source).is_dir():
+    if revision is not None and is_local(source):
         group = field.partition(".")[0]
+        kind = "directory" if Path(source).is_dir() else "file"
         raise ConfigError(
-            f"{group}.revision={revision} is for hub names; {name!r} is a directory: set it null"
+            f"{group}.revision={revision} is for hub names; {name!r} is a {kind}: set it null"
         )
     return source
 
@@ -117,6 +150,9 @@ def tokenizer_from_pretrained(
 
     with _explaining("AutoTokenizer", source, field, name) as local_only:
         options |= {"revision": revision, "local_files_only": local_only}
+        if source.endswith(GGUF):
+            folder, file = os.path.split(source)
+            return AutoTokenizer.from_pretrained(folder, gguf_file=file, **options)
         saved = get_tokenizer_config(source, revision=revision, local_files_only=local_only)
         # AutoTokenizer would load any tokenizer in a Qwen2's directory as Qwen's own.
         plain = saved.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
@@ -128,6 +164,8 @@ def from_pretrained(loader: Any, source: str, field: str, name: str, **options: 
     """`loader.from_pretrained(source)`, only from the local cache if the hub is out of reach.
     Raises ConfigError naming `field`, the user's `name` and the fix."""
     with _explaining(loader.__name__, source, field, name) as local_only:
+        if source.endswith(GGUF):
+            source, options["gguf_file"] = os.path.split(source)
         return loader.from_pretrained(source, local_files_only=local_only, **options)
 
 
@@ -153,13 +191,15 @@ def _explaining(loader: str, source: str, field: str, name: str) -> Iterator[boo
 
 
 def _local_only(source: str) -> bool:
-    return Path(source).is_dir() or not hub_responds()
+    return is_local(source) or not hub_responds()
 
 
 def _fix(error: str, loader: str, source: str, group: str, *, offline: bool) -> str:
     if "trust_remote_code" in error:
         return f"it comes with code; if you trust that, set {group}.trust_remote_code=true"
-    if Path(source).is_dir():
+    if source.endswith(GGUF):
+        return "it is cut off, or transformers does not read its architecture or quantisation"
+    if is_local(source):
         return f"{loader} must be able to open it"
     if offline:
         return (
@@ -171,14 +211,14 @@ def _fix(error: str, loader: str, source: str, group: str, *, offline: bool) -> 
 
 
 def directory_hash(path: str) -> str:
-    """A SHA-256 of the names and contents of the files that a model is loaded from, "" if the path
-    is not a directory. Other files, times and the directory's name do not matter. Reads all weights
+    """A SHA-256 of the names and contents of the files that a model is loaded from, "" for a hub
+    name. Other files, times and the directory's name do not matter. Reads all weights
     once a process, at about 1.5 GB/s."""
     source = Path(path)
-    if not source.is_dir():
+    if not source.is_dir() and source.suffix != GGUF:
         return ""
     digest = hashlib.sha256()
-    for file in _loaded_files(source):
+    for file in _loaded_files(source) if source.is_dir() else [source]:
         stat = file.stat()
         content = _file_hash(file.resolve(), stat.st_size, stat.st_mtime_ns)
         digest.update(f"{file.relative_to(source)} {content}\n".encode())

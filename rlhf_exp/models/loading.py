@@ -1,9 +1,10 @@
-"""Policies and classifiers from a hub name, a local directory or a run's folder.
+"""Policies and classifiers from a hub name, a local directory, a run's folder or a GGUF file.
 
 Knows Hugging Face's formats and how loading fails: every failure is a ConfigError that names the
 model and the fix.
 """
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -20,9 +21,12 @@ from rlhf_exp.models.cache import config_context_len
 from rlhf_exp.models.engines import ENGINES, EngineName
 from rlhf_exp.models.fast_paths import check_hooked, with_fast_paths
 from rlhf_exp.models.hub import (
+    GGUF,
     directory_hash,
     find_file,
     from_pretrained,
+    is_local,
+    locate_gguf,
     locate_model,
     locate_revision,
     model_from_pretrained,
@@ -73,14 +77,17 @@ class ModelSettings(Protocol):
 
 @settings
 class Pretrained:
-    """A saved model, named by hub name, local directory or run folder.
+    """A saved model, named by hub name, local directory, run folder or GGUF file. The quantised
+    weights of a GGUF file become plain weights of `dtype`, which can be trained and saved.
 
     `dtype` is that of the weights; trained weights must be fp32, since bf16 rounds small updates
     away. Code that comes with a model runs only with trust_remote_code.
     """
 
     base_model: Text
-    """Hub name, directory, run folder or artifact:NAME."""
+    """Hub name, directory, run folder, GGUF file or artifact:NAME."""
+    gguf_file: str | None = None
+    """A GGUF file in the directory or in the hub's repository; null: none."""
     revision: str | None = None
     """Branch, tag or commit of the hub's repository; null: its main branch."""
     dtype: WeightsDtype = "fp32"
@@ -103,40 +110,49 @@ class Pretrained:
             )
         return self
 
+    @property
+    def source(self) -> str:
+        """What is loaded: `base_model`, or the path of its `gguf_file`."""
+        if self.gguf_file is None:
+            return self.base_model
+        return locate_gguf(
+            self.base_model, self.gguf_file, revision=self.revision, field="model.base_model"
+        )
+
     def language_model(
         self, make_tokenizer: TokenizerFactory | None, *, seed: int
     ) -> LanguageModel:
         """The model and the tokenizer of its directory; the task's is not used."""
         return load_language_model(
-            self.base_model,
-            revision=self.revision,
+            self.source,
+            revision=self.revision if self.gguf_file is None else None,
             dtype=self.dtype,
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
         )
 
     def skeleton(self) -> PreTrainedModel | None:
-        """The model of the directory's config.json, without weights; None for a hub name."""
+        """The model of the directory or the GGUF file, without weights; None for a hub name."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        directory = locate_model(self.base_model)
-        if not Path(directory).is_dir():  # a hub name, or artifact:NAME
+        source = locate_model(self.source)
+        if not is_local(source):  # a hub name, or artifact:NAME
             return None
         code = {"trust_remote_code": self.trust_remote_code}
         config = from_pretrained(
-            AutoConfig, directory, "model.base_model", self.base_model, **code
+            AutoConfig, source, "model.base_model", self.base_model, **code
         ).get_text_config()
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", **code)
         return model.eval()
 
     def fingerprint(self) -> str:
-        """A hash of the directory's files, "" for a hub name."""
-        return directory_hash(locate_model(self.base_model))
+        """A hash of the files, "" for a hub name."""
+        return directory_hash(locate_model(self.source))
 
     def value_head_path(self) -> Path | None:
         """`value_head.safetensors` in the model's directory or repository, if it exists."""
-        return find_file(locate_model(self.base_model), VALUE_HEAD_FILE, revision=self.revision)
+        return find_file(locate_model(self.source), VALUE_HEAD_FILE, revision=self.revision)
 
 
 def must_be_fp32(model: ModelSettings) -> list[str]:
@@ -235,6 +251,8 @@ def load_language_model(
             f"{field}={name!r} holds an adapter: merge it into its base model with PEFT's"
             " merge_and_unload, save that, and name its directory"
         )
+    if source.endswith(GGUF):
+        model = _without_quantisation(model)
     model = _text_part(model, field, name)
     tokenizer = load_tokenizer(
         name, revision=revision, field=field, trust_remote_code=trust_remote_code
@@ -247,6 +265,19 @@ def load_language_model(
             f" only {model.config.vocab_size}; save the tokenizer that the model was trained with"
         )
     return model, tokenizer
+
+
+def _without_quantisation(model: PreTrainedModel) -> PreTrainedModel:
+    """The model of a GGUF file, whose weights transformers has dequantised, without the record of
+    its quantisation, with which transformers refuses to save it."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain = type(model)(config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    plain.name_or_path = model.name_or_path
+    return plain.eval()
 
 
 def _text_part(model: PreTrainedModel, field: str, name: str) -> PreTrainedModel:

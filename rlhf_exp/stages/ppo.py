@@ -146,7 +146,7 @@ class PPO(Stage[PPOParts]):
             if isinstance(part, Fingerprinted):
                 part.fingerprint()
         if isinstance(model, Pretrained):
-            locate_model(model.base_model)  # not its hash, which reads all weights
+            locate_model(model.source)  # not its hash, which reads all weights
         problems = check_schedule(
             parts.schedule, total_steps=self.total_phases, field="stage.total_phases"
         )
