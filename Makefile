@@ -28,7 +28,7 @@ soak: export RLHF_EXP_RELIABILITY := $(CURDIR)/outputs/reliability
 soak: $(STAMP)
 	rm -rf outputs/reliability
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m 'not gpu' $(COUNTED)
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m soak tests --ignore=tests/test_faults.py
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m soak tests $(addprefix --ignore=,$(COUNTED))
 	$(BIN)/python -m tests.reliability outputs/reliability
 
 check: $(STAMP)
