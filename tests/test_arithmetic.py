@@ -158,7 +158,10 @@ ROW = {"prompt": "a b", "chosen": " c", "rejected": " d"}
         ([], "FILE.jsonl holds no rows"),
         ([{"prompt": "a", "chosen": "b"}], "FILE.jsonl, row 1 has no field rejected"),
         ([ROW, ROW | {"rejected": " c"}], "FILE.jsonl, row 2, field rejected equals chosen"),
-        ([ROW, ROW | {"chosen_reward": 1.0}], "FILE.jsonl, row 2 has no field rejected_reward"),
+        (
+            [ROW, ROW | {"chosen_reward": 1.0}],
+            "FILE.jsonl, row 2 has one reward but no rejected_reward: give both",
+        ),
     ],
 )
 def test_bad_pairs_are_refused_by_file_row_and_field(
