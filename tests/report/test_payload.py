@@ -244,3 +244,9 @@ def test_runs_from_different_commits_are_told(sweep):
     installed = f"commit none\ncode {'d' * 12} of rlhf_exp 1, installed without its repository\n"
     (jobs[0] / "environment-2.txt").write_text(installed)
     assert f"{told}aaaaaaa (2 runs), ddddddd (1 run)" in report(sweep)["problems"]
+
+
+def test_a_group_with_a_lower_score_at_a_higher_kl_is_not_on_the_front(tmp_path):
+    for kl_coef, score, kl in ((0.1, 0.9, 0.3), (1.0, 0.6, 0.5)):
+        write_run(tmp_path / f"{kl_coef}", config(kl_coef=kl_coef), [point(4, score, kl)])
+    assert [group["pareto"] for group in report(tmp_path)["groups"]] == [True, False]

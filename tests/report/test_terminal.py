@@ -83,3 +83,10 @@ def test_supervised_runs_and_one_that_knows_nothing(tmp_path):
     assert lines[0] == "reviews: 2 runs (1 done, 1 failed)"
     assert lines[2].split() == ["reviews", "1", "-", "-"]
     assert lines[3].split() == ["1", "1", "-", "-"]
+
+
+def test_a_row_shows_the_score_and_then_the_kl(tmp_path):
+    ends = [{"phase": 4, "eval/score": 0.75, "eval/kl": 0.25}]
+    lines = printed(write_run(tmp_path / "run", config(), ends))
+    assert lines[1].split() == ["parameters", "runs", "eval/score", "eval/kl"]
+    assert lines[2].split() == ["*", "reviews", "1", "0.75", "0.25"]
