@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from rlhf_exp.report.judge import judge
+from rlhf_exp.tasks.protocol import Split
 from rlhf_exp.tasks.reviews import Reviews
 
 from ..scripts import call_script
@@ -97,3 +98,16 @@ def test_the_judge_names_a_label_that_the_task_lacks(
     outcome = call_script("judge.py", rated_run(tmp_path, **label))
     assert outcome.returncode == 2
     assert message in " ".join(outcome.stderr.split())
+
+
+def test_the_accuracy_is_that_of_the_held_out_texts() -> None:
+    train, held_out = Reviews(num_labelled=300, num_held_out=50).labelled_split()
+    other = {"pos": "neg", "neg": "pos"}
+    mislabelled = tuple(text._replace(label=other[text.label]) for text in held_out)
+    samples = rows(["dull"], 0.0)
+    right, wrong = (
+        judge(Split(train, texts), "pos", samples, samples).held_out_accuracy
+        for texts in (held_out, mislabelled)
+    )
+    assert right > 0.8
+    assert wrong == pytest.approx(1 - right)
