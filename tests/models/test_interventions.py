@@ -391,6 +391,14 @@ def test_a_fingerprint_is_that_of_the_files(tmp_path: Path) -> None:
     assert not isinstance(NoIntervention(), Fingerprinted)
 
 
+@pytest.mark.parametrize("name", ["vectors", "means"])
+def test_a_change_in_either_file_changes_the_fingerprint(name: str, tmp_path: Path) -> None:
+    intervention, file = settings("mean direction", tmp_path), tmp_path / f"{name}.safetensors"
+    before = intervention.fingerprint()
+    save_file({**load_file(file), "more": torch.ones(1)}, file)
+    assert intervention.fingerprint() != before
+
+
 def test_what_does_not_fit_is_told_without_weights(architecture: str, tmp_path: Path) -> None:
     scratch = Scratch(architecture=architecture, num_layers=2, d_model=16, num_heads=2)
     save_policy(tiny_policy(architecture), tmp_path / "model")
