@@ -336,3 +336,11 @@ def test_a_push_without_a_token_is_refused_before_anything_is_written(tmp_path, 
     assert_refused(outcome, r"hub\.push=true: no Hugging Face token")
     assert [name for name in written(tmp_path) if not name.endswith("train.log")] == []
     assert_refused(train(tmp_path, *TINY, "hub.push=true"), r"hub: .*hub\.repo=OWNER/NAME")
+
+
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_starts(tmp_path, broken):
+    (tmp_path / "mended").touch()
+    assert train(tmp_path, f"resume={broken}").code == 0
+    seconds = json.loads((broken / "result.json").read_text())["seconds"]
+    total = seconds.pop("total")
+    assert total == pytest.approx(sum(seconds.values()))
