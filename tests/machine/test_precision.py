@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rlhf_exp.machine.precision import autocast, compute_dtype, computes_bf16
+from rlhf_exp.machine.precision import autocast, compute_dtype, computes_bf16, fp32_logits
 
 CPU = torch.device("cpu")
 
@@ -63,3 +63,12 @@ def test_a_gpu_is_asked_for_what_it_does_without_emulation(monkeypatch):
 def test_other_devices_do_not():
     assert not computes_bf16(torch.device("mps"))
     assert compute_dtype("auto", torch.device("mps"), width=768) == torch.float32
+
+
+def test_logits_are_computed_in_fp32_under_autocast():
+    head, hidden = torch.nn.Linear(3, 5), torch.randn(2, 3).bfloat16()
+    expected = torch.nn.functional.linear(hidden.float(), head.weight, head.bias)
+    with autocast("bf16", CPU):
+        with fp32_logits(head):
+            torch.testing.assert_close(head(hidden), expected)
+        assert head(hidden).dtype == torch.bfloat16
