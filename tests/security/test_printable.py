@@ -33,6 +33,11 @@ def test_what_a_terminal_obeys_is_replaced_and_the_rest_stays():
     assert printable("two\r\nlines") == "two\nlines"
 
 
+@pytest.mark.parametrize("mark", "\u200b\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+def test_a_mark_that_hides_or_turns_text_is_replaced(mark: str) -> None:
+    assert printable(f"a{mark}b") == "a\ufffdb"
+
+
 def test_tables_of_completions_and_pairs_obey_none():
     out = io.StringIO()
     console = Console(file=out, width=200)

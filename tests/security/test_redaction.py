@@ -310,3 +310,9 @@ def test_logs_and_tracebacks_are_scrubbed(tmp_path, monkeypatch, capsys):
     for text in ((tmp_path / "log").read_text(), capsys.readouterr().err):
         assert "ValueError: bad ***" in text
         assert "hunter" not in text
+
+
+def test_a_secret_that_begins_with_another_leaves_nothing_behind():
+    short, long = "x7Kq2Lm9", "x7Kq2Lm9Zp4Wt8Rv"
+    remember({"api_key": short, "password": long})
+    assert scrub(f"{long} and {short}") == f"{REDACTED} and {REDACTED}"
