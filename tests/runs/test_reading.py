@@ -214,3 +214,10 @@ def test_samples_come_with_the_run(tmp_path):
     shown = samples([0, 5])
     ((run,), _) = read_runs([write_run(tmp_path / "run", config(), [], shown=shown)])
     assert [sample.prompt for sample in run.samples] == [row["prompt"] for row in shown[:8]]
+
+
+def test_a_done_run_that_was_only_measured_at_phase_0_has_an_end_without_its_result(tmp_path):
+    lines = [{"phase": 0, "eval/score": 0.5, "eval/kl": 0.0}]
+    folder = write_run(tmp_path / "run", config(), lines)
+    (folder / "result.json").unlink()
+    assert read_run(folder).final("eval/score") == 0.5
