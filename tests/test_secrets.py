@@ -104,7 +104,6 @@ def test_a_run_tells_no_secret(tmp_path, words, monkeypatch):
     assert any(name.endswith(".wandb") for name in names)
 
 
-@pytest.mark.soak
 def test_a_sweep_tells_no_secret_and_is_completed(tmp_path, words):
     keys = f"+reward.api_key={SECRETS[0]},other"
     sweep = ["-m", *words, keys, "logger.mode=offline", "hydra.sweep.dir=sweep"]

@@ -74,8 +74,8 @@ class Progress:
 def log_remaining(**parts: tuple[int, float]) -> None:
     """Logs how long the rest of a loop takes, from the number of each part and its seconds."""
     if seconds := sum(number * each for number, each in parts.values()):
-        products = ", ".join(f"{name} {n} x {each:.2f} s" for name, (n, each) in parts.items())
-        log.info("about %.0f s to go: %s", seconds, products)
+        terms = [f"{name} {n} x {each:.2f} s" for name, (n, each) in parts.items() if n]
+        log.info("about %.0f s to go: %s", seconds, ", ".join(terms))
 
 
 def on_terminal() -> bool:

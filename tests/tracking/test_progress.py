@@ -75,8 +75,11 @@ def test_the_first_step_that_is_one_says_how_long_the_rest_takes(caplog, monkeyp
 
 
 def test_nothing_is_said_of_a_rest_that_is_none(caplog):
+    caplog.set_level(logging.INFO, logger="rlhf_exp")
     log_remaining(phases=(0, 2.0), evaluations=(0, 3.0))
     assert caplog.messages == []
+    log_remaining(phases=(0, 2.0), evaluations=(1, 3.0))
+    assert caplog.messages == ["about 3 s to go: evaluations 1 x 3.00 s"]
 
 
 @pytest.fixture
