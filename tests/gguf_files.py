@@ -1,5 +1,6 @@
 """Small GGUF files, written with llama.cpp's own package, and the models that they hold."""
 
+import json
 from pathlib import Path
 
 import gguf
@@ -56,7 +57,7 @@ def write_gguf(path: Path, architecture: str, *, quantised: bool = False) -> Pre
     write_tokenizer(writer, tokenizer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], 2)
     for name, tensor in model.state_dict().items():
-        data = rotated(name, tensor) if architecture == "llama" else tensor
+        data = interleave_halves(name, tensor) if architecture == "llama" else tensor
         kind = gguf.GGMLQuantizationType.F32
         if quantised and data.ndim == 2:
             kind = gguf.GGMLQuantizationType.Q8_0
@@ -73,8 +74,6 @@ def write_gguf(path: Path, architecture: str, *, quantised: bool = False) -> Pre
 
 def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: ByteLevelBPETokenizer) -> None:
     """The tokens in order, the merges and a chat template."""
-    import json
-
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
     control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
@@ -89,7 +88,7 @@ def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: ByteLevelBPETokenizer) -
     writer.add_chat_template(TEMPLATE)
 
 
-def rotated(name: str, tensor: Tensor) -> Tensor:
+def interleave_halves(name: str, tensor: Tensor) -> Tensor:
     """Llama's queries and keys in llama.cpp's order, where a pair that RoPE turns lies together;
     in transformers' order its halves do."""
     heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(name.split(".")[-2])

@@ -24,8 +24,8 @@ from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.reviews import Reviews
 from rlhf_exp.tracking.progress import line_log, package_log
 from tests.builders import build_tokenizer, without_checks
+from tests.forked import TRAIN
 
-TRAIN = Path(run.CONF).parent / "train.py"
 # A run of a second that stands on nothing.
 TINY = (
     "~experiment", "model.num_layers=1", "model.d_model=16", "sampler.gen_len=6",
