@@ -4,7 +4,7 @@ Autocast converts every weight in every pass; the copies are converted once an o
 memory that is reused. The weights themselves stay fp32: they are trained, saved and inspected.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -84,7 +84,7 @@ def multiplied(
 
 
 def round_frozen(
-    model: nn.Module, dtype: torch.dtype, *, excluded: Tensor, shared: set[int]
+    model: nn.Module, dtype: torch.dtype, *, excluded: Tensor, shared: Set[int]
 ) -> None:
     """Rounds the matrices of a frozen model to `dtype`, except weights whose id is in `shared`:
     another model uses their memory."""

@@ -1,5 +1,6 @@
 """Key-value caches that allocate their memory once, and the context length of a model."""
 
+import copy
 import functools
 from typing import Any
 
@@ -45,6 +46,17 @@ def prompt_cache(model: PreTrainedModel) -> Cache | None:
 
     cache = DynamicCache(config=model.config)
     return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
+
+
+def repeated(cache: Cache, rows: int) -> Cache:
+    """The content of a one-row `prompt_cache` for `rows` rows. It shares the memory of `cache`,
+    which stays as it is when further tokens are added."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in other.layers:
+        layer.keys = layer.keys.expand(rows, -1, -1, -1)
+        layer.values = layer.values.expand(rows, -1, -1, -1)
+    return other
 
 
 def decoding_cache(model: PreTrainedModel, length: int) -> Cache:

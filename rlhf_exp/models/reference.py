@@ -1,13 +1,14 @@
 """The frozen reference: the policy before training, to which the KL is measured."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rlhf_exp.hf import Cache
 from rlhf_exp.kernels.vocab_head import Head
 from rlhf_exp.kernels.working_weights import round_frozen
 from rlhf_exp.models.lora import adapter_off, plain_name
@@ -21,6 +22,16 @@ class WithoutAdapter:
 
     def __init__(self, policy: CausalTransformer) -> None:
         self._policy = policy
+
+    def hidden_states(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        mask: Bool[Tensor, "batch _"] | None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "batch seq d_model"]:
+        """The policy's, with adapters and intervention switched off."""
+        with adapter_off(self._policy.language_model), self._policy.edits.off():
+            return self._policy.hidden_states(tokens, mask, cache)
 
     def completion_states(
         self, completions: Completions, layout: Layout
@@ -48,16 +59,19 @@ def compute_reference_in(
 ) -> None:
     """Casts the reference to the policy's compute dtype, so that equal weights give a KL of exactly
     0. The policy's own matrices keep their dtype."""
-    if not isinstance(reference, CausalTransformer):
-        return  # it is the policy
+    if isinstance(reference, CausalTransformer):  # otherwise it is the policy
+        compute_frozen_in(reference, dtype, shared={id(p) for p in policy.parameters()})
+
+
+def compute_frozen_in(
+    model: CausalTransformer, dtype: torch.dtype, *, shared: Set[int] = frozenset()
+) -> None:
+    """Casts the matrices of a frozen model to `dtype` and runs its passes in it, as
+    `CausalTransformer.compute_in` does with trained weights. Weights whose id is in `shared` keep
+    their dtype."""
     if dtype != torch.float32:
-        round_frozen(
-            reference.language_model,
-            dtype,
-            excluded=reference.head.weight,
-            shared={id(p) for p in policy.parameters()},
-        )
-        reference.autocast_dtype = dtype
+        round_frozen(model.language_model, dtype, excluded=model.head.weight, shared=shared)
+        model.autocast_dtype = dtype
 
 
 def reference_hash(reference: Reference, policy: CausalTransformer) -> str:

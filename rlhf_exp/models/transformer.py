@@ -20,7 +20,7 @@ from rlhf_exp.hf import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.kernels.attention import ATTENTION
 from rlhf_exp.kernels.vocab_head import Head, unembed
 from rlhf_exp.kernels.working_weights import WorkingWeights
-from rlhf_exp.models.cache import context_len, prompt_cache
+from rlhf_exp.models.cache import context_len, prompt_cache, repeated
 from rlhf_exp.models.editing import Editing, Edits
 from rlhf_exp.models.head_scale import measure_unembedding
 from rlhf_exp.models.hooked import HookedView
@@ -267,10 +267,8 @@ class CausalTransformer(nn.Module):
         prompt_state = prompt_state[:, -1:].expand(len(tokens), -1, -1)
         if not tokens.shape[1]:
             return prompt_state
-        for layer in cache.layers:
-            layer.keys = layer.keys.expand(len(tokens), -1, -1, -1)
-            layer.values = layer.values.expand(len(tokens), -1, -1, -1)
-        states = self.hidden_states(tokens, full_mask, cache, prompt_len=0)
+        of_all = repeated(cache, len(tokens))
+        states = self.hidden_states(tokens, full_mask, of_all, prompt_len=0)
         return torch.cat([prompt_state, states], dim=1)
 
     def last_layers(

@@ -2,13 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_exp.hf import PreTrainedTokenizerBase
+from rlhf_exp.models.reference import Reference
+from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.types import Completions
 
@@ -51,6 +53,27 @@ class ReadsPrompts(Protocol):
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raises ConfigError naming the first prompt that it cannot read."""
         ...
+
+
+@runtime_checkable
+class UsesReference(Protocol):
+    """A reward that the run's frozen reference may compute."""
+
+    @property
+    def uses_reference(self) -> bool:
+        """True if the reference computes it; `load_with_reference` then replaces `load`."""
+        ...
+
+    def load_with_reference(
+        self, policy: CausalTransformer, reference: Reference
+    ) -> RewardFunction:
+        """The reward function; `policy` owns the tokenizer and what the reference shares."""
+        ...
+
+
+def is_scored_by_reference(reward: Any) -> bool:
+    """Returns True if the reward is computed by the run's frozen reference."""
+    return isinstance(reward, UsesReference) and reward.uses_reference
 
 
 class TextReward(ABC):

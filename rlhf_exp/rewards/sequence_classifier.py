@@ -111,7 +111,7 @@ class SequenceClassifierSettings:
         """The classifier on `device`, by default the policy's. dtype auto is `auto_on_cuda` on CUDA
         and fp32 elsewhere. Raises ConfigError if the model cannot be loaded or the machine lacks
         the device."""
-        device = _pick_device(self.device, policy_device)
+        device = reward_device(self.device, policy_device)
         auto = auto_on_cuda if device.type == "cuda" else torch.float32
         model, tokenizer = load_classifier(
             self.name,
@@ -162,7 +162,8 @@ def _set_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
         )
 
 
-def _pick_device(name: str | None, policy_device: torch.device) -> torch.device:
+def reward_device(name: str | None, policy_device: torch.device) -> torch.device:
+    """The device `name`, by default the policy's. Raises ConfigError if the machine lacks it."""
     if name is None:
         return policy_device
     try:

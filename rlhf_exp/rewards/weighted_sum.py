@@ -7,7 +7,14 @@ import torch
 from pydantic import Field
 
 from rlhf_exp.hf import PreTrainedTokenizerBase
-from rlhf_exp.rewards.protocol import ReadsPrompts, ReadsTokens, RewardFunction
+from rlhf_exp.models.reference import Reference
+from rlhf_exp.models.transformer import CausalTransformer
+from rlhf_exp.rewards.protocol import (
+    ReadsPrompts,
+    ReadsTokens,
+    RewardFunction,
+    is_scored_by_reference,
+)
 from rlhf_exp.settings import Fingerprinted, Real, settings
 from rlhf_exp.types import Completions
 
@@ -47,11 +54,34 @@ class WeightedSum:
             if isinstance(term.reward, ReadsPrompts):
                 term.reward.check_prompts(prompts)
 
+    @property
+    def uses_reference(self) -> bool:
+        """True if the run's reference computes one of the terms."""
+        return any(is_scored_by_reference(term.reward) for term in self.terms.values())
+
     def load(self, device: torch.device) -> RewardFunction:
         """The reward function of the sum; loads every term."""
-        functions = [(term.weight, term.reward.load(device)) for term in self.terms.values()]
+        return self._total([term.reward.load(device) for term in self.terms.values()])
+
+    def load_with_reference(
+        self, policy: CausalTransformer, reference: Reference
+    ) -> RewardFunction:
+        """The reward function of the sum; loads every term, some with the reference."""
+        rewards = [term.reward for term in self.terms.values()]
+        return self._total(
+            [
+                reward.load_with_reference(policy, reference)
+                if is_scored_by_reference(reward)
+                else reward.load(policy.device)
+                for reward in rewards
+            ]
+        )
+
+    def _total(self, functions: Sequence[RewardFunction]) -> RewardFunction:
+        weights = [term.weight for term in self.terms.values()]
 
         def total(completions: Completions) -> torch.Tensor:
-            return torch.stack([weight * f(completions) for weight, f in functions]).sum(dim=0)
+            terms = zip(weights, functions, strict=True)
+            return torch.stack([weight * f(completions) for weight, f in terms]).sum(dim=0)
 
         return total

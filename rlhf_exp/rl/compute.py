@@ -10,6 +10,8 @@ from rlhf_exp.models.engines import ENGINES
 from rlhf_exp.models.loading import ModelSettings, Pretrained
 from rlhf_exp.models.reference import compute_reference_in
 from rlhf_exp.models.transformer import CausalTransformer
+from rlhf_exp.rewards.protocol import Reward, is_scored_by_reference
+from rlhf_exp.rl.guards import Guards
 from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.sampler import Sampler
@@ -36,8 +38,8 @@ class Compute:
     async_reward: bool = False
     """Samples the next batch while this one is scored, from a policy one update old."""
 
-    def problems(self, model: ModelSettings, sampler: Sampler) -> list[str]:
-        """Conflicts between these settings, the model's and the sampler's."""
+    def problems(self, model: ModelSettings, sampler: Sampler, reward: Reward) -> list[str]:
+        """Conflicts between these settings, the model's, the sampler's and the reward's."""
         problems = []
         wants_plain = {
             "gradient_checkpointing": self.gradient_checkpointing,
@@ -61,7 +63,20 @@ class Compute:
                 "stage.compute.compile=on and stage.compute.gradient_checkpointing exclude each"
                 " other"
             )
+        if self.async_reward and is_scored_by_reference(reward):
+            problems.append(
+                "stage.compute.async_reward=true: with reward.name=policy the reference scores"
+                " while the policy samples with the same modules; set it false, or name another"
+                " model"
+            )
         return problems
+
+    def scores_on_thread(self, setup: Setup, guards: Guards) -> bool:
+        """Returns True if the reward runs on a thread of its own. That pays where reward and
+        reference compute on different devices; without a timeout the reward runs on the main
+        thread, so nothing overlaps. Never with the reference as the reward."""
+        overlaps = setup.policy.device.type == "cuda" and guards.reward_timeout_s is not None
+        return self.async_reward or (overlaps and not setup.scored_by_reference)
 
     def too_large(self, *, batch: int, minibatch: int) -> Iterator[str]:
         """Yields a message for each size above that of a batch or a minibatch (batch_size /

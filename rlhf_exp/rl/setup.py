@@ -15,7 +15,14 @@ from rlhf_exp.models.interventions import NO_INTERVENTION, Intervention
 from rlhf_exp.models.loading import ModelSettings, build_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.reference import Reference, reference_hash
-from rlhf_exp.rewards.protocol import ReadsPrompts, ReadsTokens, Reward, RewardFunction
+from rlhf_exp.rewards.protocol import (
+    ReadsPrompts,
+    ReadsTokens,
+    Reward,
+    RewardFunction,
+    UsesReference,
+    is_scored_by_reference,
+)
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.sampler import Sampler, eos_token_id
 from rlhf_exp.runs.context import Context, TrainingError
@@ -38,6 +45,7 @@ class Setup:
     reference: Reference
     reference_hash: str
     score: RewardFunction
+    scored_by_reference: bool
     sampler: Sampler
     train_prompts: PromptBatch
     eval_prompts: PromptBatch
@@ -67,14 +75,15 @@ def load_setup(
     first = policy.tokenizer.decode(train.tokens[0][train.mask[0]])  # with special tokens
     log.info("%d prompts to train on, %d held out; the first: %r",
              len(train.rows), len(held_out.rows), first)  # fmt: skip
-    score = load_reward(context, reward, policy, task, sampler, (train, held_out))
     reference = finetune.attach(policy, seed=stream_seed(context.seed, "reference"))
+    score = load_reward(context, reward, policy, reference, task, sampler, (train, held_out))
     intervention.attach(policy)
     return Setup(
         policy=policy,
         reference=reference,
         reference_hash=reference_hash(reference, policy),
         score=score,
+        scored_by_reference=is_scored_by_reference(reward),
         sampler=sampler,
         train_prompts=train,
         eval_prompts=held_out,
@@ -141,11 +150,13 @@ def load_reward(
     context: Context,
     reward: Reward,
     policy: TransformerWithValueHead,
+    reference: Reference,
     task: Task,
     sampler: Sampler,
     prompts: Sequence[PromptBatch],
 ) -> RewardFunction:
-    """The reward's function. Raises ConfigError if it cannot be loaded or cannot read the prompts
+    """The reward's function. `reference` scores the completions if the reward names no other model.
+    Raises ConfigError if it cannot be loaded or cannot read the prompts
     or the policy's completions."""
     for batch in prompts:
         if isinstance(reward, ReadsPrompts):
@@ -157,6 +168,8 @@ def load_reward(
                 num_tokens=batch.tokens.shape[1] + sampler.gen_len,
             )
     with contextlib.chdir("."):  # the reward may change the working folder
+        if isinstance(reward, UsesReference) and is_scored_by_reference(reward):
+            return reward.load_with_reference(policy, reference)
         return reward.load(context.device)
 
 

@@ -150,7 +150,8 @@ class PPO(Stage[PPOParts]):
         problems = check_schedule(
             parts.schedule, total_steps=self.total_phases, field="stage.total_phases"
         )
-        problems += parts.finetune.check(model) + self.compute.problems(model, sampler)
+        problems += parts.finetune.check(model)
+        problems += self.compute.problems(model, sampler, parts.reward)
         if self.missing_eos_penalty is not None and not sampler.stop_at_eos:
             problems.append("stage.missing_eos_penalty needs sampler.stop_at_eos=true")
         if isinstance(parts.task, AnswerTask) and not sampler.stop_at_eos:
@@ -271,11 +272,8 @@ class Phases:
         self.lap = Stopwatch()
         self.histograms = HistogramCollector(ppo.batch_size)
         self.kl_coefficient = _kl_coefficient(ppo)
-        # Worth a thread where reward and reference compute on different devices. Without a timeout
-        # the reward runs on the main thread, so nothing overlaps.
-        overlaps = setup.policy.device.type == "cuda" and ppo.guards.reward_timeout_s is not None
         self.scorer = Scorer(
-            setup.score, ppo.guards, on_thread=overlaps or ppo.compute.async_reward,
+            setup.score, ppo.guards, on_thread=ppo.compute.scores_on_thread(setup, ppo.guards),
             penalty=missing_eos_penalty(setup.policy.tokenizer, ppo.missing_eos_penalty),
         )  # fmt: skip
         collect = partial(

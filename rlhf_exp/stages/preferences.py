@@ -94,7 +94,7 @@ class Preferences(Stage[PreferencesParts]):
                 fitting_prompts(policy, task, texts, sampler)
                 for texts in split_prompts(task, share)
             ]
-            score = load_reward(context, parts.reward, policy, task, sampler, prompts)
+            score = load_reward(context, parts.reward, policy, policy, task, sampler, prompts)
         source = _PairSource(policy, sampler, score, context, self, prompts)
         source.inputs = fingerprints(policy.language_model, task=task, model=model)
         saver = Saver(context, {"pairs": source}, interval=self.checkpoint_every)

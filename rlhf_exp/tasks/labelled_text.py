@@ -22,9 +22,11 @@ from rlhf_exp.tasks.text_files import read_text
 MIN_TEXTS, MIN_TEXTS_PER_LABEL = 200, 20
 
 
-class _Contents(NamedTuple):
+class LabelledFile(NamedTuple):
+    """A file's distinct texts in its order, without those that have two labels."""
+
     sha256: str
-    texts: tuple[LabelledText, ...]  # distinct, in the file's order
+    texts: tuple[LabelledText, ...]
     num_contradictory: int
 
 
@@ -132,33 +134,40 @@ class LabelledTextFile:
         return tuple(prompts)
 
     @cached_property
-    def _contents(self) -> _Contents:
-        path = Path(self.path).expanduser()
-        labels_of: dict[str, set[str]] = {}
-        for label, text in _parse(read_text(path, field="task.path"), path):
-            labels_of.setdefault(text, set()).add(label)
-        texts = tuple(
-            LabelledText(next(iter(labels)), text)
-            for text, labels in labels_of.items()
-            if len(labels) == 1
-        )
-        num_contradictory = len(labels_of) - len(texts)
-        _check_counts(texts, num_contradictory, path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        return _Contents(digest, texts, num_contradictory)
+    def _contents(self) -> LabelledFile:
+        return read_labelled_file(self.path, field="task.path")
 
 
-def _parse(contents: str, path: Path) -> list[LabelledText]:
+def read_labelled_file(name: str, *, field: str) -> LabelledFile:
+    """The texts of a tab-separated file. Raises ConfigError naming the file, and the configuration
+    key `field`, if it cannot be read as `LabelledTextFile` says, holds fewer than 200 texts or
+    fewer than 20 of a label."""
+    path = Path(name).expanduser()
+    labels_of: dict[str, set[str]] = {}
+    for label, text in _parse(read_text(path, field=field), path, field):
+        labels_of.setdefault(text, set()).add(label)
+    texts = tuple(
+        LabelledText(next(iter(labels)), text)
+        for text, labels in labels_of.items()
+        if len(labels) == 1
+    )
+    num_contradictory = len(labels_of) - len(texts)
+    _check_counts(texts, num_contradictory, path, field)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return LabelledFile(digest, texts, num_contradictory)
+
+
+def _parse(contents: str, path: Path, field: str) -> list[LabelledText]:
     if not contents.strip():
         raise ConfigError(
-            f"task.path: {path} is empty: give tab-separated lines with the columns label and text"
+            f"{field}: {path} is empty: give tab-separated lines with the columns label and text"
         )
     # Not splitlines(), which also splits at characters that sentences may contain.
     lines = contents.rstrip("\r\n").split("\n")
     header = [name.strip() for name in lines[0].split("\t")]
     if header.count("label") != 1 or header.count("text") != 1:
         raise ConfigError(
-            f"task.path: {path}, line 1 must name the columns label and text once each, separated "
+            f"{field}: {path}, line 1 must name the columns label and text once each, separated "
             f"by tabs; it names {reprlib.repr(header)}"
         )
     label_column, text_column = header.index("label"), header.index("text")
@@ -167,22 +176,24 @@ def _parse(contents: str, path: Path) -> list[LabelledText]:
         cells = line.split("\t")
         if len(cells) != len(header):
             raise ConfigError(
-                f"task.path: {path}, line {number} has {len(cells)} columns where the header has "
+                f"{field}: {path}, line {number} has {len(cells)} columns where the header has "
                 f"{len(header)}: remove blank lines, and tabs and line ends within a text"
             )
         row = LabelledText(cells[label_column].strip(), cells[text_column].strip())
         for name, cell in row._asdict().items():
             if not cell:
                 raise ConfigError(
-                    f"task.path: {path}, line {number} has an empty {name}: fill it in or remove "
+                    f"{field}: {path}, line {number} has an empty {name}: fill it in or remove "
                     "the line"
                 )
         rows.append(row)
     return rows
 
 
-def _check_counts(texts: tuple[LabelledText, ...], num_contradictory: int, path: Path) -> None:
-    contents = f"task.path: {path} has {len(texts)} distinct texts"
+def _check_counts(
+    texts: tuple[LabelledText, ...], num_contradictory: int, path: Path, field: str
+) -> None:
+    contents = f"{field}: {path} has {len(texts)} distinct texts"
     if num_contradictory:
         contents += f" (and {num_contradictory} with two labels, which are dropped)"
     if len(texts) < MIN_TEXTS:

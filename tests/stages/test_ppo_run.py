@@ -12,9 +12,11 @@ from rlhf_exp.models.finetune import Finetune, LastLayers, Lora
 from rlhf_exp.models.loading import load_policy
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rewards.attempts import CheckedReward
+from rlhf_exp.rewards.judge import Judge
 from rlhf_exp.rewards.keyword import Keyword
 from rlhf_exp.rewards.length import Length
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
+from rlhf_exp.rewards.weighted_sum import Term, WeightedSum
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError, settings
 from rlhf_exp.stages.ppo import PPO
@@ -283,6 +285,11 @@ def test_parts_that_do_not_fit_each_other_are_refused() -> None:
         ]
     assert check(ppo_with(dtype="bf16", compile="on")) == []
     assert check(ppo_with(dtype="fp32", compile="off", async_reward=True), model=hooked) == []
+    judge = Judge(template="{text}", answers=["a", "b"])
+    assert check(PPO(), reward=judge) == []
+    for reward in (judge, WeightedSum(terms={"a": Term(weight=1, reward=judge)})):
+        [problem] = check(ppo_with(async_reward=True), reward=reward)
+        assert "async_reward=true: with reward.name=policy the reference scores" in problem
     both = ppo_with(compile="on", gradient_checkpointing=True)
     assert check(both) == [
         "stage.compute.compile=on and stage.compute.gradient_checkpointing exclude each other"
