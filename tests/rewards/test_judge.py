@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -97,6 +98,25 @@ def test_scores_are_those_of_the_whole_question(architecture: str, tmp_path: Pat
         ours = score(path, record, output="logit", batch_size=batch_size)
         assert_equal(ours, logits[:, 1] - logits[:, 0])
     assert_equal(score(path, record), logits.softmax(dim=-1)[:, 1])
+
+
+def test_special_tokens_are_added_once(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    policy.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 1)]
+    )
+    policy.language_model.save_pretrained(tmp_path)
+    for chat in (None, "<bos>{{ messages[0]['content'] }}"):
+        policy.tokenizer.chat_template = chat
+        policy.tokenizer.save_pretrained(tmp_path)
+        ids = torch.tensor([[1, *policy.tokenizer.convert_tokens_to_ids(["no", "three"])]])
+        logits = policy(ids)[0][0, -1]
+        expected = logits[policy.tokenizer.convert_tokens_to_ids(["one", "two"])]
+        ours = score(
+            str(tmp_path), completions(["three"]), template="no {text}", examples=(),
+            answers=[" one", " two"], output="logit", chat=chat is not None,
+        )  # fmt: skip
+        assert_equal(ours, (expected[1] - expected[0])[None])
 
 
 def test_the_examples_are_run_once(tmp_path: Path) -> None:
