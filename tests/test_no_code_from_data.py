@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf_exp.models.classifiers import load_classifier
 from rlhf_exp.models.loading import (
-    load_classifier,
     load_language_model,
     load_policy,
     load_tokenizer,

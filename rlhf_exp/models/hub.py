@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -122,17 +122,24 @@ def locate_revision(name: str, revision: str | None, field: str) -> str:
 
 
 def model_from_pretrained(
-    loader: Any, source: str, field: str, name: str, **options: Any
+    loader: Any,
+    source: str,
+    field: str,
+    name: str,
+    *,
+    may_lack: Callable[[PreTrainedModel, str], bool] = lambda model, weight: False,
+    **options: Any,
 ) -> PreTrainedModel:
-    """The model of an Auto class. Raises ConfigError as `from_pretrained` does, and if weights are
-    missing."""
+    """The model of an Auto class. Raises ConfigError as `from_pretrained` does, and if a weight is
+    missing or has another shape, unless `may_lack` returns True for the model and the weight."""
     # With PEFT installed, transformers looks for adapters on the hub despite local_files_only.
     adapters = {"local_files_only": _local_only(source)}
     model, info = from_pretrained(
         loader, source, field, name, output_loading_info=True, adapter_kwargs=adapters, **options
     )
     # transformers only warns and draws these weights at random.
-    if missing := sorted(info["missing_keys"]):
+    absent = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    if missing := sorted(weight for weight in absent if not may_lack(model, weight)):
         raise ConfigError(
             f"{field}={name!r} was not saved as {type(model).__name__}: it lacks the weights"
             f" {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"

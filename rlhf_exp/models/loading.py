@@ -7,7 +7,7 @@ model and the fix.
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import model_validator
@@ -252,7 +252,7 @@ def load_language_model(
             " merge_and_unload, save that, and name its directory"
         )
     if source.endswith(GGUF):
-        model = _without_quantisation(model)
+        model = without_quantisation(model)
     model = _text_part(model, field, name)
     tokenizer = load_tokenizer(
         name, revision=revision, field=field, trust_remote_code=trust_remote_code
@@ -267,7 +267,7 @@ def load_language_model(
     return model, tokenizer
 
 
-def _without_quantisation(model: PreTrainedModel) -> PreTrainedModel:
+def without_quantisation(model: PreTrainedModel) -> PreTrainedModel:
     """The model of a GGUF file, whose weights transformers has dequantised, without the record of
     its quantisation, with which transformers refuses to save it."""
     config = copy.deepcopy(model.config)
@@ -275,7 +275,8 @@ def _without_quantisation(model: PreTrainedModel) -> PreTrainedModel:
     plain = type(model)(config)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
-    plain.generation_config = model.generation_config
+    if model.can_generate():
+        plain.generation_config = model.generation_config
     plain.name_or_path = model.name_or_path
     return plain.eval()
 
@@ -340,34 +341,6 @@ def load_context_len(name: str, *, field: str = "model.base_model") -> int:
 
     config = from_pretrained(AutoConfig, locate_model(name, field=field), field, name)
     return config_context_len(config.get_text_config(), name)
-
-
-def load_classifier(
-    name: str,
-    *,
-    dtype: torch.dtype,
-    revision: str | None = None,
-    field: str = "reward.name",
-    trust_remote_code: bool = False,
-) -> LanguageModel:
-    """A sequence classifier in evaluation mode and its tokenizer; EOS becomes the padding token of
-    one without (GPT-2). Raises ConfigError as `load_language_model` does."""
-    from transformers import AutoModelForSequenceClassification
-
-    source = locate_revision(name, revision, field)
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    model = model_from_pretrained(
-        AutoModelForSequenceClassification, source, field, name, dtype=dtype, **options
-    )
-    tokenizer = tokenizer_from_pretrained(source, field, name, **options)
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ConfigError(f"{field}={name!r}: its tokenizer has no padding and no EOS token")
-        tokenizer.pad_token = tokenizer.eos_token
-    config = model.config.get_text_config()  # a part of a multimodal model's configuration
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
-    return model.eval(), tokenizer
 
 
 def _load_value_head(value_head: nn.Module, path: Path) -> None:

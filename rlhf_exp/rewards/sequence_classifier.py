@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
+from rlhf_exp.models.classifiers import load_classifier, readable_tokens
 from rlhf_exp.models.hub import directory_hash, locate_model
-from rlhf_exp.models.loading import DTYPES, load_classifier
+from rlhf_exp.models.loading import DTYPES
 from rlhf_exp.rewards.protocol import RewardError
 from rlhf_exp.runs.context import pick_device
 from rlhf_exp.settings import ConfigError, Count, Text, settings
@@ -22,8 +23,6 @@ from rlhf_exp.tasks.batches import pad_right
 from rlhf_exp.types import Completions
 
 Side = Literal["right", "left"]
-# transformers gives a tokenizer without a limit a number far above this.
-NO_LIMIT = 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +118,6 @@ class SequenceClassifierSettings:
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
         )
-        _set_padding(self.name, model, tokenizer)
         # Decoders would cache the keys and values of a whole batch for a next token.
         model.config.get_text_config().use_cache = False
         tokenizer.truncation_side = truncation_side
@@ -129,36 +127,6 @@ class SequenceClassifierSettings:
             tokenizer=tokenizer,
             max_tokens=readable_tokens(model, tokenizer),
             batch_size=self.batch_size,
-        )
-
-
-def readable_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The largest number of tokens that model and tokenizer both accept, None without a limit."""
-    config = model.config.get_text_config()
-    key = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-    limits = [tokenizer.model_max_length, config.to_dict().get(key) or NO_LIMIT]
-    # RoBERTa and its relatives count positions from after the padding's, so they accept fewer than
-    # their configuration says.
-    limits += [
-        module.num_embeddings - module.padding_idx - 1
-        for name, module in model.named_modules()
-        if name.endswith("position_embeddings")
-        and isinstance(module, nn.Embedding)
-        and module.padding_idx is not None
-    ]
-    return min(limits) if min(limits) < NO_LIMIT else None
-
-
-def _set_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Sets a padding token that the model has in its configuration; the first Llama's was -1."""
-    config = model.config.get_text_config()
-    size = model.get_input_embeddings().num_embeddings
-    if config.pad_token_id not in range(size):
-        config.pad_token_id = tokenizer.pad_token_id
-    if config.pad_token_id not in range(size):
-        raise ConfigError(
-            f"reward.name={name!r}: its padding token is {config.pad_token_id}, but the model has"
-            f" {size} tokens; resize its embeddings, or save it with another padding token"
         )
 
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from rlhf_exp.functional.logprobs import logits_agree
 from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.models.cache import context_len
+from rlhf_exp.models.classifiers import load_classifier
 from rlhf_exp.models.loading import (
     DTYPES,
     VALUE_HEAD_FILE,
     LanguageModel,
     WeightsDtype,
-    load_classifier,
     load_language_model,
 )
 from rlhf_exp.models.policy import TransformerWithValueHead

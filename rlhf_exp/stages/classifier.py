@@ -11,10 +11,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
+from rlhf_exp.machine.precision import Dtype, autocast
 from rlhf_exp.machine.timing import Stopwatch
+from rlhf_exp.models.classifiers import build_classifier, head_modules
+from rlhf_exp.models.hub import locate_model
+from rlhf_exp.models.loading import Pretrained, must_be_plain
 from rlhf_exp.models.scratch import ScratchClassifier
 from rlhf_exp.rl.setup import fingerprints
 from rlhf_exp.runs.context import Context
@@ -38,7 +42,7 @@ class ClassifierParts:
     """The parts for training a classifier."""
 
     task: LabelledTask = field(metadata={"needs": NEEDS})
-    model: ScratchClassifier
+    model: ScratchClassifier | Pretrained
     optimizer: AdamWSettings
     schedule: Schedule
 
@@ -60,6 +64,16 @@ class TrainClassifier(Supervised, Stage[ClassifierParts]):
     """Tokens of the shortest prefix."""
     token_noise: Fraction = 0.0
     """Fraction of the tokens that are replaced by random ones, 0-0.2."""
+    dtype: Dtype = "fp32"
+    """Dtype of forward passes: fp32, bf16; auto: bf16 if the device has instructions for it,
+    which pays if d_model >= 256."""
+
+    def check(self, parts: ClassifierParts) -> list[str]:
+        model = parts.model
+        if not isinstance(model, Pretrained):
+            return []
+        locate_model(model.source)
+        return must_be_plain(model, stage="classifier")
 
     def check_texts(self, parts: ClassifierParts) -> list[str]:
         return self.check_updates(parts.schedule, len(parts.task.labelled_split().train))
@@ -81,12 +95,12 @@ class TrainClassifier(Supervised, Stage[ClassifierParts]):
         with clock("load"), self.explaining("loading"):
             split = task.labelled_split()
             labels = labels_of(split.train)
-            tokenizer = with_leading_bos(task.build_tokenizer())
-            network = model.classifier(
-                tokenizer, labels, seed=stream_seed(context.seed, "model")
-            ).to(context.device)
-            train = encode_labelled(tokenizer, split.train, labels, limit=model.context_len)
-            held_out = encode_labelled(tokenizer, split.held_out, labels, limit=model.context_len)
+            seed = stream_seed(context.seed, "model")
+            built = build_classifier(model, task.build_tokenizer, labels, seed=seed)
+            network, tokenizer = built.network.to(context.device), built.tokenizer
+            train, held_out = (
+                encode_labelled(tokenizer, texts, labels, limit=built.max_tokens) for texts in split
+            )
         context.folder.start()
         log.info(
             "training %.2f M parameters on %d texts labelled %s; %d texts held out",
@@ -94,9 +108,7 @@ class TrainClassifier(Supervised, Stage[ClassifierParts]):
         )  # fmt: skip
         with clock("train"):
             num_updates = self.num_updates(len(train.rows))
-            base = network.base_model
-            head = nn.ModuleList([m for m in network.children() if m is not base])
-            adamw = parts.optimizer.build(base, head)
+            adamw = parts.optimizer.build(network.base_model, head_modules(network))
             network.train()
             generator = make_generator(context.seed, "minibatches")
             lengths = [*map(len, train.rows)]
@@ -126,7 +138,9 @@ class TrainClassifier(Supervised, Stage[ClassifierParts]):
         for index in batches:
             rows = [self._disturb(data.rows[i], network, batches.generator) for i in index]
             targets = torch.tensor([data.targets[i] for i in index], device=network.device)
-            yield F.cross_entropy(class_logits(network, rows), targets)
+            with autocast(self.dtype, network.device):
+                logits = class_logits(network, rows)
+            yield F.cross_entropy(logits.float(), targets)
 
     def _disturb(
         self, row: list[int], network: PreTrainedModel, generator: torch.Generator
@@ -160,33 +174,24 @@ def encode_labelled(
     texts: Sequence[LabelledText],
     labels: tuple[str, ...],
     *,
-    limit: int,
+    limit: int | None,
 ) -> EncodedTexts:
     """The texts cut to `limit` tokens, as the classifier's tokenizer encodes them when it is a
     reward."""
-    encoded = tokenizer([text.text for text in texts], truncation=True, max_length=limit)
+    cut = {"truncation": limit is not None, "max_length": limit}
+    encoded = tokenizer([text.text for text in texts], **cut)
     return EncodedTexts(
         rows=encoded["input_ids"], targets=[labels.index(text.label) for text in texts]
     )
-
-
-def with_leading_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer, changed to start each text with BOS, where the classifier reads its answer."""
-    from tokenizers.processors import TemplateProcessing
-
-    bos = tokenizer.bos_token
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
-    )
-    tokenizer.padding_side = "right"
-    return tokenizer
 
 
 def class_logits(
     network: PreTrainedModel, rows: Sequence[list[int]]
 ) -> Float[Tensor, "batch label"]:
     """The classifier's logits for rows of token ids."""
-    tokens = pad_right(rows, fill=0).to(network.device)
+    # Decoders read their logits at the last token that differs from this one.
+    fill = network.config.get_text_config().pad_token_id
+    tokens = pad_right(rows, fill=fill).to(network.device)
     mask = pad_right([[1] * len(row) for row in rows], fill=0).to(network.device)
     return network(input_ids=tokens, attention_mask=mask).logits
 

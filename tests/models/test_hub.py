@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from rlhf_exp.machine.network import reachable, responds
+from rlhf_exp.models.classifiers import load_classifier
 from rlhf_exp.models.finetune import Lora
 from rlhf_exp.models.hub import (
     directory_hash,
@@ -23,7 +24,7 @@ from rlhf_exp.models.hub import (
     locate_model,
     locate_revision,
 )
-from rlhf_exp.models.loading import load_classifier, load_language_model, load_policy
+from rlhf_exp.models.loading import load_language_model, load_policy
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.settings import ConfigError
 from tests.builders import ragged_tokens, tiny_policy

@@ -9,13 +9,13 @@ import transformers as hf
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
+from rlhf_exp.models.classifiers import load_classifier
 from rlhf_exp.models.engines import ENGINES
 from rlhf_exp.models.hub import locate_model
 from rlhf_exp.models.loading import (
     VALUE_HEAD_FILE,
     Pretrained,
     build_policy,
-    load_classifier,
     load_language_model,
     load_policy,
     load_tokenizer,

@@ -6,11 +6,11 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf_exp.models.classifiers import with_leading_bos
 from rlhf_exp.models.loading import directory_hash
 from rlhf_exp.models.scratch import ScratchClassifier
 from rlhf_exp.rewards.classifier import Classifier
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.stages.classifier import with_leading_bos
 from tests.builders import build_tokenizer, completions, stretch
 from tests.rewards.checkpoints import (
     BOS,

@@ -4,22 +4,26 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 
+from rlhf_exp.models.classifiers import with_leading_bos
+from rlhf_exp.models.loading import Pretrained
 from rlhf_exp.models.scratch import ScratchClassifier
 from rlhf_exp.rewards.classifier import Classifier
+from rlhf_exp.settings import ConfigError
 from rlhf_exp.stages.classifier import (
     EncodedTexts,
     TrainClassifier,
     class_logits,
     encode_labelled,
     held_out_metrics,
-    with_leading_bos,
 )
 from rlhf_exp.tasks.prefix import Prefix
 from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.types import Completions
 
+from ..builders import completions
 from ..rl.toy import ToyTask, context, parts_of
 
 MODEL = ScratchClassifier(d_model=16, context_len=16)
@@ -34,16 +38,52 @@ def test_it_learns_and_serves_as_a_reward(tmp_path: Path) -> None:
     assert result.after["heldout/accuracy"] == 1.0
     tokenizer = ToyTask().build_tokenizer()
     prompts = encode_prompts(tokenizer, ["w1", "w10"], prepend_bos=True)
-    completions = Completions(
+    record = Completions(
         prompts=prompts,
         tokens=torch.tensor([[6, 7], [6, 7]]),
         mask=torch.ones(2, 2, dtype=torch.bool),
         texts=(" w2 w3", " w2 w3"),
     )
     reward = Classifier(name=str(tmp_path), label="high").load(torch.device("cpu"))
-    low, high = reward(completions).tolist()
+    low, high = reward(record).tolist()
     assert low < 0.1
     assert high > 0.9
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_a_pretrained_model_learns_in_bf16_and_serves_as_a_reward(
+    architecture: str, tmp_path: Path
+) -> None:
+    config = hf.AutoConfig.for_model(
+        architecture, vocab_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=20,
+    )  # fmt: skip
+    hf.AutoModel.from_config(config).save_pretrained(tmp_path / "body")
+    ToyTask().build_tokenizer().save_pretrained(tmp_path / "body")
+    model = Pretrained(base_model=str(tmp_path / "body"))
+    stage = TrainClassifier(epochs=12, batch_size=16, crop_min_tokens=2, dtype="bf16")
+    optimizer = AdamWSettings(base_lr=1e-2, head_lr=1e-2)
+    taken = parts_of(stage, model=model, optimizer=optimizer)
+    assert stage.check(taken) == []
+    result = stage.run(context(tmp_path / "run"), taken)
+    assert result.after["heldout/accuracy"] >= 0.95
+    reward = Classifier(name=str(tmp_path / "run"), label="high").load(torch.device("cpu"))
+    low, high = reward(completions([" w2 w1", " w2 w10"], before=["w1", "w10"])).tolist()
+    assert low < 0.2
+    assert high > 0.8
+
+
+def test_a_model_that_cannot_be_trained_is_refused(tmp_path: Path) -> None:
+    def problems(**options: str) -> list[str]:
+        model = Pretrained(base_model=str(tmp_path), **options)
+        return TrainClassifier().check(parts_of(TrainClassifier(), model=model))
+
+    with pytest.raises(ConfigError, match="is a directory without a model"):
+        problems()
+    MODEL.classifier(ToyTask().build_tokenizer(), ("a", "b"), seed=0).save_pretrained(tmp_path)
+    assert problems() == []
+    assert "weights that are trained must be fp32" in problems(dtype="bf16")[0]
+    assert "stage=classifier trains with engine=fast" in problems(engine="hooked")[0]
 
 
 def test_two_runs_are_equal(tmp_path: Path) -> None:

@@ -65,6 +65,12 @@ def classifier(given: Context, base: Path) -> StageResult:
     return stage.run(given, parts_of(stage, model=model, optimizer=OPTIMIZER))
 
 
+def pretrained_classifier(given: Context, base: Path) -> StageResult:
+    """The language model below a new head, which is drawn again on resume."""
+    stage = TrainClassifier(epochs=1, batch_size=40, log_every=1, dtype="bf16")
+    return stage.run(given, parts_of(stage, model=model_in(base), optimizer=OPTIMIZER))
+
+
 def model_in(base: Path) -> Pretrained:
     return Pretrained(base_model=str(base)) if base.exists() else saved_model(base)
 
@@ -113,6 +119,7 @@ STAGES: dict[str, tuple[Run, int]] = {
     "sft on texts": (sft("texts"), 6),
     "sft on demonstrations": (sft("demonstrations"), 6),
     "classifier": (classifier, 6),
+    "classifier on a pretrained model": (pretrained_classifier, 3),
     "preferences": (preferences, 3),
     "reward_model": (reward_model, 4),
     "ppo": (ppo, 4),
