@@ -1,37 +1,77 @@
-"""A second opinion on a run: a judge that shares no features with the reward.
+"""Second opinions on a run: classifiers of labelled texts score its first and last samples.
 
-TF-IDF of words and word pairs with logistic regression, trained on the task's own labelled texts.
-It knows nothing of grammar or meaning; it shows whether another model sees the reward's gain, and
-which words cause it.
+A logistic regression on TF-IDF of words and word pairs knows nothing of grammar or meaning; a
+finetuned model does. Both show whether others see the reward's gain; the words that became more
+or less frequent show what causes it.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from rlhf_exp.tasks.protocol import LabelledText, Split
 
 MIN_SAMPLES = 10  # a word is listed if at least this many samples contain it, before or after
 
+TextScorer = Callable[[Sequence[str]], Sequence[float]]
+"""The probability of the label for each text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opinion:
+    """A judge's accuracy on held-out texts, its mean probability of the samples (before, after) and
+    the share of samples with P > .5."""
+
+    held_out_accuracy: float
+    mean: tuple[float, float]
+    share: tuple[float, float]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The mean reward and the judge's mean probability of the samples (before, after);
-    `positive_fraction` counts samples with P > .5."""
+    """The mean reward of the samples (before, after), each judge's opinion, and words with the
+    number of samples that contain them (before, after)."""
 
-    held_out_accuracy: float
     reward: tuple[float, float]
-    judge_prob: tuple[float, float]
-    positive_fraction: tuple[float, float]
+    opinions: dict[str, Opinion]
     rising_words: list[tuple[str, int, int]]
     falling_words: list[tuple[str, int, int]]
 
 
 def judge(
-    split: Split, label: str, before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]
+    judges: Mapping[str, TextScorer],
+    held_out: Sequence[LabelledText],
+    label: str,
+    before: Sequence[dict[str, Any]],
+    after: Sequence[dict[str, Any]],
 ) -> Verdict:
-    """Trains the judge on the split and scores both sets of samples with it. Needs scikit-learn."""
+    """The opinions of the judges on the samples of a run. Their accuracy is measured on the
+    held-out texts."""
+    texts_by_run = [[row["prompt"] + row["completion"] for row in rows] for rows in (before, after)]
+    true = np.array([text.label == label for text in held_out])
+    opinions = {}
+    for name, score in judges.items():
+        guesses = np.asarray(score([text.text for text in held_out])) > 0.5
+        old, new = (np.asarray(score(texts)) for texts in texts_by_run)
+        opinions[name] = Opinion(
+            held_out_accuracy=float((guesses == true).mean()),
+            mean=(float(old.mean()), float(new.mean())),
+            share=(float((old > 0.5).mean()), float((new > 0.5).mean())),
+        )
+    changes = _word_changes(*texts_by_run)
+    return Verdict(
+        reward=(_mean_score(before), _mean_score(after)),
+        opinions=opinions,
+        rising_words=changes[:12],
+        falling_words=changes[::-1][:12],
+    )
+
+
+def tfidf_judge(split: Split[LabelledText], label: str) -> TextScorer:
+    """A logistic regression on TF-IDF, trained on the split. Needs scikit-learn."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -40,23 +80,8 @@ def judge(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\S+"),
         LogisticRegression(C=10.0, max_iter=1000),
     )
-    model.fit(_texts(split.train), [text.label == label for text in split.train])
-    accuracy = model.score(_texts(split.held_out), [t.label == label for t in split.held_out])
-    texts_by_run = [[row["prompt"] + row["completion"] for row in rows] for rows in (before, after)]
-    probs = [model.predict_proba(texts)[:, 1] for texts in texts_by_run]
-    changes = _word_changes(*texts_by_run)
-    return Verdict(
-        held_out_accuracy=float(accuracy),
-        reward=(_mean_score(before), _mean_score(after)),
-        judge_prob=(float(probs[0].mean()), float(probs[1].mean())),
-        positive_fraction=(float((probs[0] > 0.5).mean()), float((probs[1] > 0.5).mean())),
-        rising_words=changes[:12],
-        falling_words=changes[::-1][:12],
-    )
-
-
-def _texts(texts: Sequence[LabelledText]) -> list[str]:
-    return [text.text for text in texts]
+    model.fit([text.text for text in split.train], [text.label == label for text in split.train])
+    return lambda texts: model.predict_proba(list(texts))[:, 1]
 
 
 def _mean_score(rows: Sequence[dict[str, Any]]) -> float:

@@ -10,7 +10,11 @@ from pydantic import BeforeValidator, model_validator
 from torch import Tensor
 
 from rlhf_exp.rewards.protocol import RewardFunction
-from rlhf_exp.rewards.sequence_classifier import SequenceClassifierSettings, Side
+from rlhf_exp.rewards.sequence_classifier import (
+    SequenceClassifier,
+    SequenceClassifierSettings,
+    Side,
+)
 from rlhf_exp.settings import ConfigError, Upstream, settings
 from rlhf_exp.types import Completions
 
@@ -60,9 +64,7 @@ class Classifier(SequenceClassifierSettings):
     def load(self, device: torch.device) -> RewardFunction:
         """The reward function; it returns scores on `device`, wherever the classifier is. Raises
         ConfigError if the model cannot be loaded or lacks the label or the output."""
-        classifier = self.open_model(
-            device, auto_on_cuda=torch.float16, truncation_side=self.truncation_side
-        )
+        classifier = self.open(device)
         config = classifier.model.config
         if config.num_labels < 2:
             raise ConfigError(
@@ -74,8 +76,7 @@ class Classifier(SequenceClassifierSettings):
                 f"reward.output={self.output}: {self.name!r} has problem_type=regression, its"
                 " outputs are no probabilities; set reward.output=logit"
             )
-        labels = [str(config.id2label[i]) for i in range(config.num_labels)]
-        label_index = self.find_label(labels)
+        label_index = self.find_label(classifier.labels)
         exclusive = config.problem_type != "multi_label_classification"
 
         def score(completions: Completions) -> torch.Tensor:
@@ -84,6 +85,12 @@ class Classifier(SequenceClassifierSettings):
             return outputs[:, label_index].to(device)
 
         return score
+
+    def open(self, device: torch.device) -> SequenceClassifier:
+        """The classifier, by default on `device`. Raises ConfigError if it cannot be loaded."""
+        return self.open_model(
+            device, auto_on_cuda=torch.float16, truncation_side=self.truncation_side
+        )
 
     def check_upstream(self, upstream: Upstream) -> list[str]:
         """One message if the earlier step's classifier lacks the label, else none."""

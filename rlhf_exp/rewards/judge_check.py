@@ -21,20 +21,23 @@ def labelled_texts(path: str, label: str | None, *, best_answer: str) -> list[tu
     cannot be read and a label that it lacks."""
     texts = [*read_labelled_file(path, field="reward.check").texts]
     labels = sorted({text.label for text in texts})
-    matches = [x for x in labels if x == label] if label else _that_begin(labels, best_answer)
-    if len(matches) != 1:
+    high = label or label_of_answer(labels, best_answer)
+    if high not in labels:
         wanted = f"reward.check_label={label}" if label else f"the answer {best_answer!r}"
         raise ConfigError(
             f"reward.check: {path} has the labels {', '.join(labels)}, and {wanted} is none of"
             " them; set reward.check_label to the label of texts that should score high"
         )
     random.Random(0).shuffle(texts)
-    return [(text.text, text.label == matches[0]) for text in texts[:MAX_TEXTS]]
+    return [(text.text, text.label == high) for text in texts[:MAX_TEXTS]]
 
 
-def _that_begin(labels: Sequence[str], answer: str) -> list[str]:
+def label_of_answer(labels: Sequence[str], answer: str) -> str | None:
+    """The label that begins as the answer, or the reverse ("pos" for " positive"); None if none or
+    several do."""
     name = answer.strip().lower()
-    return [x for x in labels if name.startswith(x.lower()) or x.lower().startswith(name)]
+    matches = [x for x in labels if name.startswith(x.lower()) or x.lower().startswith(name)]
+    return matches[0] if len(matches) == 1 else None
 
 
 def check_judge(scores: Tensor, is_high: Sequence[bool], *, threshold: float) -> None:

@@ -4,7 +4,7 @@ Knows texts, conversations, batches, truncation and devices, not what the output
 sees the policy's tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,10 +44,21 @@ class SequenceClassifier:
         Otherwise the text is the prompt, the completion and `suffix`, unless the completion ends
         with it.
         """
-        rows = [
-            self._ids(row, completion, suffix)
-            for row, completion in zip(completions.prompts.rows, completions.texts, strict=True)
-        ]
+        pairs = zip(completions.prompts.rows, completions.texts, strict=True)
+        return self._row_logits([self._ids(row, text, suffix) for row, text in pairs])
+
+    @torch.no_grad()
+    def text_logits(self, texts: Sequence[str]) -> Float[Tensor, "batch label"]:
+        """The fp32 logits of texts, on the classifier's device."""
+        return self._row_logits([self._ids({"prompt": ""}, text, "") for text in texts])
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the outputs."""
+        config = self.model.config
+        return [str(config.id2label[i]) for i in range(config.num_labels)]
+
+    def _row_logits(self, rows: list[list[int]]) -> Float[Tensor, "batch label"]:
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         return torch.cat([self._batch_logits(batch) for batch in batches])
 

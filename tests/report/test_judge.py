@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from rlhf_exp.report.judge import judge
+from rlhf_exp.report.judge import Verdict, judge, tfidf_judge
 from rlhf_exp.tasks.protocol import Split
 from rlhf_exp.tasks.reviews import Reviews
 
@@ -17,29 +18,34 @@ def rows(texts: list[str], score: float) -> list[dict[str, object]]:
     return [{"prompt": "this film", "completion": f" {t}", "score": score} for t in texts]
 
 
+def by_words(split: Split, label: str, before: list[Any], after: list[Any]) -> Verdict:
+    return judge({"TF-IDF": tfidf_judge(split, label)}, split.held_out, label, before, after)
+
+
 def test_it_sees_the_shift_that_the_samples_make_and_no_other() -> None:
     split = Reviews(num_labelled=1500, num_held_out=300).labelled_split()
     texts = {
         label: [t.text for t in split.held_out if t.label == label][:60] for label in ("pos", "neg")
     }
     before, after = rows(texts["neg"], 0.25), rows(texts["pos"], 0.75)
-    verdict = judge(split, "pos", before, after)
-    assert verdict.held_out_accuracy > 0.95
+    verdict = by_words(split, "pos", before, after)
+    opinion = verdict.opinions["TF-IDF"]
+    assert opinion.held_out_accuracy > 0.95
     assert verdict.reward == (0.25, 0.75)
-    assert verdict.judge_prob[0] < 0.2
-    assert verdict.judge_prob[1] > 0.8
-    assert verdict.positive_fraction == (0.0, 1.0)
-    back = judge(split, "neg", before, after)
-    assert back.judge_prob == pytest.approx(tuple(1 - x for x in verdict.judge_prob), abs=0.02)
-    same = judge(split, "pos", before, before)
-    assert same.judge_prob[0] == same.judge_prob[1]
+    assert opinion.mean[0] < 0.2
+    assert opinion.mean[1] > 0.8
+    assert opinion.share == (0.0, 1.0)
+    back = by_words(split, "neg", before, after)
+    assert back.opinions["TF-IDF"].mean == pytest.approx([1 - x for x in opinion.mean], abs=0.02)
+    same = by_words(split, "pos", before, before).opinions["TF-IDF"]
+    assert same.mean[0] == same.mean[1]
 
 
 def test_words_are_counted_once_a_sample_and_the_rare_are_left_out() -> None:
     split = Reviews(num_labelled=300, num_held_out=50).labelled_split()
     before = rows(["dull dull"] * 12 + ["odd"], 0.0)
     after = rows(["fine fine fine"] * 11 + ["dull"] * 2, 1.0)
-    verdict = judge(split, "pos", before, after)
+    verdict = by_words(split, "pos", before, after)
     assert verdict.rising_words[0] == ("fine", 0, 11)
     assert verdict.falling_words[0] == ("dull", 12, 2)
     assert "odd" not in {word for word, _, _ in verdict.rising_words}
@@ -106,7 +112,7 @@ def test_the_accuracy_is_that_of_the_held_out_texts() -> None:
     mislabelled = tuple(text._replace(label=other[text.label]) for text in held_out)
     samples = rows(["dull"], 0.0)
     right, wrong = (
-        judge(Split(train, texts), "pos", samples, samples).held_out_accuracy
+        by_words(Split(train, texts), "pos", samples, samples).opinions["TF-IDF"].held_out_accuracy
         for texts in (held_out, mislabelled)
     )
     assert right > 0.8
