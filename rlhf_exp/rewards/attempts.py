@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhf_exp.machine.background import Background
 from rlhf_exp.rewards.faults import describe_fault
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
+from rlhf_exp.rewards.weighted_sum import SumOfRewards
 from rlhf_exp.training.out_of_memory import is_out_of_memory
 from rlhf_exp.types import Completions
 
@@ -52,10 +53,23 @@ class CheckedReward:
         """The reward's scores in fp32. Raises RewardError naming the phase and the cause if every
         attempt raised, hung or did not return one finite score for each completion. Running out of
         memory is raised at once and unchanged."""
+        return self._scores(completions, self._reward, phase)
+
+    def by_term(
+        self, completions: Completions, *, phase: int
+    ) -> tuple[Float[Tensor, " batch"], dict[str, Float[Tensor, " batch"]]]:
+        """The scores, and those of each term of a sum of rewards. Raises RewardError as a call."""
+        total = self._reward
+        if not isinstance(total, SumOfRewards):
+            return self(completions, phase=phase), {}
+        rows = self._scores(completions, total.stack, phase)
+        return total.combine(rows), dict(zip(total.terms, rows, strict=True))
+
+    def _scores(self, completions: Completions, reward: RewardFunction, phase: int) -> Tensor:
         attempts, wait_s = self._retry.retries + 1, self._retry.wait_s
         for attempt in range(1, attempts + 1):
             try:
-                return self._attempt(completions)
+                return self._attempt(completions, reward)
             except RewardError as error:
                 if attempt == attempts:
                     tried = f" ({attempts} attempts failed)" if attempts > 1 else ""
@@ -68,9 +82,9 @@ class CheckedReward:
             wait_s *= 2
         raise AssertionError("unreachable")
 
-    def _attempt(self, completions: Completions) -> Float[Tensor, " batch"]:
+    def _attempt(self, completions: Completions, reward: RewardFunction) -> Tensor:
         try:
-            scores = self._call(completions)
+            scores = self._call(completions, reward)
         except RewardError as error:
             raise RewardError(f"{error}{self._hint(error.__cause__)}") from error
         except (Exception, SystemExit) as error:
@@ -78,15 +92,16 @@ class CheckedReward:
                 raise
             fault = describe_fault(error, caller=__file__)
             raise RewardError(f"the reward raised {fault}{self._hint(error)}") from error
-        _check(scores, completions)
+        for row in [scores] if reward is self._reward else scores:  # or a row for each term
+            _check(row, completions)
         return scores
 
-    def _call(self, completions: Completions) -> Tensor:
+    def _call(self, completions: Completions, reward: RewardFunction) -> Tensor:
         if not self._has_thread:
-            return self._reward(completions).float()
+            return reward(completions).float()
         if self._thread is None:
             self._thread = Background("reward call")
-        scores = self._thread.submit(lambda: self._reward(completions).float())
+        scores = self._thread.submit(lambda: reward(completions).float())
         timeout_s = self._retry.timeout_s
         if not wait([scores], timeout_s).done:
             self._thread = None  # the hanging call blocks it for good

@@ -1,10 +1,13 @@
 """A reward that is the weighted sum of other rewards."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
+from torch import Tensor
 
 from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.models.reference import Reference
@@ -77,11 +80,30 @@ class WeightedSum:
             ]
         )
 
-    def _total(self, functions: Sequence[RewardFunction]) -> RewardFunction:
-        weights = [term.weight for term in self.terms.values()]
+    def _total(self, functions: Sequence[RewardFunction]) -> "SumOfRewards":
+        return SumOfRewards(
+            terms=dict(zip(self.terms, functions, strict=True)),
+            weights=[term.weight for term in self.terms.values()],
+        )
 
-        def total(completions: Completions) -> torch.Tensor:
-            terms = zip(weights, functions, strict=True)
-            return torch.stack([weight * f(completions) for weight, f in terms]).sum(dim=0)
 
-        return total
+@dataclass(frozen=True, kw_only=True)
+class SumOfRewards:
+    """The reward function of a sum, which also tells the terms' own scores."""
+
+    terms: dict[str, RewardFunction]
+    weights: Sequence[float]
+
+    def __call__(self, completions: Completions) -> Float[Tensor, " batch"]:
+        """The sum of the terms' scores times their weights."""
+        return self.combine(self.stack(completions))
+
+    def stack(self, completions: Completions) -> Float[Tensor, "term batch"]:
+        """The score of each term, without its weight."""
+        return torch.stack([reward(completions) for reward in self.terms.values()])
+
+    def combine(self, scores: Float[Tensor, "term batch"]) -> Float[Tensor, " batch"]:
+        """The sum of the terms' scores times their weights."""
+        return torch.stack(
+            [weight * row for weight, row in zip(self.weights, scores, strict=True)]
+        ).sum(dim=0)

@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from rlhf_exp.functional.masking import masked_mean
 from rlhf_exp.rewards.attempts import CheckedReward
+from rlhf_exp.rewards.protocol import Reward
+from rlhf_exp.rewards.weighted_sum import WeightedSum
 from rlhf_exp.rl.collect import sample
 from rlhf_exp.rl.exact_answers import exact_match, judge_answers
 from rlhf_exp.rl.metrics import distinct_n
@@ -22,6 +25,7 @@ from rlhf_exp.runs.folder import RunFolder
 from rlhf_exp.runs.paths import CURVES
 from rlhf_exp.runs.summary import describe
 from rlhf_exp.tasks.prompts import take
+from rlhf_exp.tasks.protocol import AnswerTask, Task
 from rlhf_exp.tracking.curves import plot_ppo, print_before_after
 from rlhf_exp.training.seeding import make_generator
 from rlhf_exp.types import Rollout
@@ -35,6 +39,13 @@ METRICS = ("eval/score", "eval/kl", "eval/kl_sum", "eval/entropy", "eval/distinc
 # Also for a task that knows exact answers.
 ANSWER_METRICS = ("eval/true_reward", "eval/reward_gap", "eval/exact_match",
                   "eval/greedy_exact_match")  # fmt: skip
+
+
+def metric_names(task: Task, reward: Reward) -> tuple[str, ...]:
+    """The names of an evaluation's metrics."""
+    terms = reward.terms if isinstance(reward, WeightedSum) else ()
+    of_answers = ANSWER_METRICS if isinstance(task, AnswerTask) else ()
+    return (*METRICS, *(f"eval/score_{name}" for name in terms), *of_answers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +73,9 @@ def read_evaluations(folder: RunFolder) -> tuple[Evaluation, Evaluation]:
 def evaluate(
     setup: Setup, reward: CheckedReward, *, num_samples: int, seed: int, phase: int
 ) -> Evaluation:
-    """Scores, exact KL and diversity of `num_samples` completions of the held-out prompts. A task
-    that knows exact answers adds exact-match rates, sampled and greedy, and the true reward.
+    """Scores, exact KL and diversity of `num_samples` completions of the held-out prompts. A sum of
+    rewards adds the mean score of each term; a task that knows exact answers adds exact-match
+    rates, sampled and greedy, and the true reward.
 
     Calls with the same seed use the same random numbers and the same prompts in the same order,
     repeated if there are fewer than samples. So evaluations are paired, and their differences are
@@ -76,16 +88,22 @@ def evaluate(
     index = order.repeat(-(-num_samples // len(order)))[:num_samples]
     generator = make_generator(seed, "evaluation", device)
     full = setup.sampler.full_distribution
-    chunks = []
+    chunks, by_term = [], list[dict[str, Tensor]]()
     began = time.monotonic()
     for rows in index.split(ROWS):
         generation = sample(full, policy, take(prompts, rows.to(device)), generator, phase=phase)
-        scores = reward(generation.completions, phase=phase)
+        scores, terms = reward.by_term(generation.completions, phase=phase)
+        by_term.append(terms)
         chunks.append(measure(policy, setup.reference, generation, scores, temperature=1.0))
         seconds = (time.monotonic() - began) * len(index) / len(rows)
         if len(chunks) == 1 and seconds > SAID_S:
             log.info("evaluating %d completions takes about %.0f s", len(index), seconds)
     metrics, samples = _metrics(chunks), sample_rows(chunks)
+    for name in by_term[0]:
+        scores = torch.cat([terms[name] for terms in by_term])
+        metrics[f"eval/score_{name}"] = scores.mean().item()
+        for row, score in zip(samples, scores.tolist(), strict=True):
+            row[f"score_{name}"] = score
     if answers is not None:
         judged = [judge_answers(answers, policy.tokenizer, chunk.completions) for chunk in chunks]
         exact, true = map(torch.cat, zip(*judged, strict=True))

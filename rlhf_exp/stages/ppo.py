@@ -22,7 +22,7 @@ from rlhf_exp.rl import loop
 from rlhf_exp.rl.collect import Rollouts, Scorer, missing_eos_penalty, sample
 from rlhf_exp.rl.compute import Compute, warm_up
 from rlhf_exp.rl.estimators import GAE, Estimator, credit, token_rewards
-from rlhf_exp.rl.evaluation import ANSWER_METRICS, METRICS, present, read_evaluations
+from rlhf_exp.rl.evaluation import metric_names, present, read_evaluations
 from rlhf_exp.rl.guards import Guards, clear_stop_if_allowed
 from rlhf_exp.rl.histograms import HistogramCollector
 from rlhf_exp.rl.kl_coefficient import KLCoefficient
@@ -159,7 +159,7 @@ class PPO(Stage[PPOParts]):
         return problems
 
     def metric_names(self, parts: PPOParts) -> tuple[str, ...]:
-        return METRICS + ANSWER_METRICS if isinstance(parts.task, AnswerTask) else METRICS
+        return metric_names(parts.task, parts.reward)
 
     def run(self, context: Context, parts: PPOParts) -> StageResult:
         """Trains, evaluates before, between and after, saves the policy; returns the result.

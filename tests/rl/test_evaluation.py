@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from rlhf_exp.rewards.attempts import CheckedReward
+from rlhf_exp.rewards.keyword import Keyword
 from rlhf_exp.rewards.length import Length
+from rlhf_exp.rewards.protocol import RewardError, RewardFunction
+from rlhf_exp.rewards.weighted_sum import Term, WeightedSum
 from rlhf_exp.rl import evaluation
 from rlhf_exp.rl.evaluation import Evaluation, evaluate, read_evaluations
 from rlhf_exp.rl.exact_answers import exact_match
@@ -25,6 +28,40 @@ from .toy import RAGGED, Echoed, EchoTask, echo_policy, parts, pass_shape, start
 def run(setup: Setup, *, num_samples: int = 6, seed: int = 1) -> Evaluation:
     reward = CheckedReward(setup.score)
     return evaluate(setup, reward, num_samples=num_samples, seed=seed, phase=0)
+
+
+def test_a_sum_of_rewards_tells_the_score_of_each_term(tmp_path: Path) -> None:
+    terms = {
+        "short": Term(weight=2.0, reward=Length(target_tokens=2)),
+        "word": Term(weight=-0.5, reward=Keyword(keywords=["w7"])),
+    }
+    reward = WeightedSum(terms=terms)
+    setup, _ = start(PPO(), tmp_path, task=RAGGED, reward=reward)
+    result = run(setup, num_samples=40)
+    assert {*result.metrics} == {*PPO().metric_names(parts(task=RAGGED, reward=reward))}
+    words = [float("w7" in (row["prompt"] + row["completion"]).split()) for row in result.samples]
+    assert [row["score_word"] for row in result.samples] == words
+    assert 0 < sum(words) < 40
+    for row in result.samples:
+        assert row["score"] == pytest.approx(2 * row["score_short"] - 0.5 * row["score_word"])
+    assert result.metrics["eval/score_word"] == pytest.approx(sum(words) / 40)
+    assert result.metrics["eval/score"] == pytest.approx(
+        2 * result.metrics["eval/score_short"] - 0.5 * result.metrics["eval/score_word"]
+    )
+
+
+def test_a_term_that_is_not_finite_is_named_as_any_score(tmp_path: Path) -> None:
+    term = Term(weight=0.0, reward=NotANumber())
+    setup, _ = start(PPO(), tmp_path, reward=WeightedSum(terms={"bad": term}))
+    with pytest.raises(RewardError, match="phase 0: the reward gave nan for 6 of 6 samples"):
+        run(setup)
+
+
+class NotANumber:
+    """A reward that is never a number."""
+
+    def load(self, device: torch.device) -> RewardFunction:
+        return lambda completions: torch.full((len(completions.texts),), math.nan)
 
 
 def test_metrics_by_hand(tmp_path: Path) -> None:
