@@ -35,9 +35,11 @@ def hub_url() -> str:
 
 
 def hub_responds() -> bool:
-    """True if the Hugging Face hub answers requests. Raises ConfigError as `hub_url` does."""
+    """True if the Hugging Face hub answers requests; False under HF_HUB_OFFLINE, without a request.
+    Raises ConfigError as `hub_url` does."""
     url = hub_url()
-    return reachable(url) and responds(url)
+    offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+    return not offline and reachable(url) and responds(url)
 
 
 @contextmanager

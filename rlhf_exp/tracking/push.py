@@ -4,7 +4,6 @@ It knows the hub's client and nothing of models.
 """
 
 import logging
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +47,7 @@ class HubSettings:
                 "hub.push=true: no Hugging Face token; log in with `hf auth login`, set HF_TOKEN,"
                 " or set hub.push=false"
             )
-        if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0") or not hub_responds():
+        if not hub_responds():
             problems.append(
                 f"hub.push=true: {hub_url()} is out of reach (or HF_HUB_OFFLINE is set); set"
                 " hub.push=false and push later with `hf upload`"

@@ -16,6 +16,7 @@ from rlhf_exp.settings import ConfigError
 def no_proxy(monkeypatch):
     for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(network, "PATIENCE_S", 0.3)
     reachable.cache_clear()
     responds.cache_clear()
@@ -173,3 +174,13 @@ def test_a_proxy_that_says_nothing_is_found_out(monkeypatch):
         monkeypatch.setenv("HTTPS_PROXY", f"http://{address}")
         monkeypatch.setenv("HF_ENDPOINT", "https://hub.example")
         assert not hub_responds()
+
+
+def test_offline_the_hub_is_not_asked(monkeypatch):
+    for address in listening(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"):
+        monkeypatch.setenv("HF_ENDPOINT", f"http://{address}")
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        assert not hub_responds()
+        assert reachable.cache_info().misses == 0
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        assert hub_responds()
