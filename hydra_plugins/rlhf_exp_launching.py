@@ -24,7 +24,7 @@ from rich.text import Text
 
 from rlhf_exp.app import run
 from rlhf_exp.app.user_modules import import_from_config_folders
-from rlhf_exp.machine.locations import REPOSITORY, SCRIPTS
+from rlhf_exp.machine.locations import script_command
 from rlhf_exp.machine.slurm import requeue
 from rlhf_exp.runs.config_keys import use_of
 from rlhf_exp.runs.files import write_whole
@@ -236,10 +236,7 @@ class Launching:
         undone = problems(jobs)
         for line in undone:
             self.say(line)
-        script = ["python", os.path.relpath(SCRIPTS / "compare.py")]
-        if not REPOSITORY:
-            script = [sys.executable, "-m", "rlhf_exp.scripts.compare"]
-        self.say(f"compare them: {shlex.join([*script, str(self.folder)])}")
+        self.say(f"compare them: {script_command('compare', str(self.folder))}")
         if undone:
             self.say_how_to_go_on()
             raise run.AlreadySaid(1)
