@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -191,6 +192,7 @@ def _explaining(loader: str, source: str, field: str, name: str) -> Iterator[boo
         ) from error
     except (
         OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, HTTPError,
+        struct.error,  # of a GGUF file that ends within its header
     ) as error:  # fmt: skip
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         fix = _fix(str(error), loader, source, field.partition(".")[0], offline=local_only)

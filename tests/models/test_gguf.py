@@ -79,16 +79,18 @@ def test_a_file_of_a_directory_is_chosen_by_its_key(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("cut.gguf", r"cannot be loaded: it is cut off, or transformers does not read its arch"),
+        ("begun.gguf", r"cannot be loaded: it is cut off, or transformers does not read its arch"),
         ("text.gguf", r"cannot be loaded: it is cut off.*\n.*not a GGUF file"),
         ("other.gguf", r"(?s)cannot be loaded: .*rwkv6"),
         ("none.gguf", r"none\.gguf'?: no such file$"),
-        ("", r"holds GGUF files: name one of them, \S+cut\.gguf$"),
+        ("", r"holds GGUF files: name one of them, \S+begun\.gguf$"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(name: str, message: str, tmp_path: Path) -> None:
     write_gguf(tmp_path / "whole.gguf", "llama")
     content = (tmp_path / "whole.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(content[: len(content) // 2])
+    (tmp_path / "begun.gguf").write_bytes(content[:10])
     (tmp_path / "text.gguf").write_text("no model")
     (tmp_path / "other.gguf").write_bytes(content.replace(b"llama", b"rwkv6"))
     with pytest.raises(ConfigError, match=message) as caught:
