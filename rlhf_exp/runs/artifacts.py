@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from rlhf_exp.runs.files import move_whole
+from rlhf_exp.runs.lock import await_lock
 from rlhf_exp.settings import ConfigError
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -86,13 +85,8 @@ class ArtifactStore:
                 raise ConfigError(f"{path} is a link: remove it, or name another artifacts_dir=...")
         if not final.is_dir():
             self.root.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.root / f".{final.name}.lock")
-            try:
-                acquired = lock.acquire(timeout=0)
-            except Timeout:
-                log.info("%s: another job is building it, waiting", name)
-                acquired = lock.acquire()
-            with acquired:
+            busy = f"{name}: another job is building it, waiting"
+            with await_lock(self.root / f".{final.name}.lock", busy):
                 if not final.is_dir():
                     log.info("%s: building", name)
                     partial.mkdir(exist_ok=True)

@@ -1,5 +1,7 @@
-"""Locks a run's folder for one process. The lock ends with its process, even after a crash."""
+"""Locks a run's folder, or what several processes would make at once, for one process. A lock ends
+with its process, even after a crash."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,21 @@ from rlhf_exp.runs.paths import LOCK
 from rlhf_exp.settings import ConfigError
 
 PATIENCE_S = 2.0  # a call of `is_locked` elsewhere holds the lock for a moment
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def await_lock(path: Path, busy: str) -> Iterator[None]:
+    """Holds the lock of the file within the block. Logs the message `busy` if it has to wait."""
+    lock = FileLock(path)
+    try:
+        acquired = lock.acquire(timeout=0)
+    except Timeout:
+        log.info("%s", busy)
+        acquired = lock.acquire()
+    with acquired:
+        yield
 
 
 @contextmanager
