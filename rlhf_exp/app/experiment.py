@@ -5,6 +5,7 @@ It knows nothing of Hydra: the caller passes the function that turns configurati
 """
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from rlhf_exp.app.steps import Instantiate, Prepared, Step, prepare, read_steps
 from rlhf_exp.hf import quieten_transformers
 from rlhf_exp.machine.network import hub_url
 from rlhf_exp.machine.timing import process_age_s
+from rlhf_exp.models.known import hub_name
 from rlhf_exp.runs.context import Context
 from rlhf_exp.runs.folder import RunFolder, Sink
 from rlhf_exp.runs.paths import MODEL
@@ -244,7 +246,10 @@ def _run_stage(
         show = context.presentation
         show.add("copying the figures of prepared steps", lambda: prepared.copy_figures(job.path))
         if folder.model.is_dir():
-            show.add("the model card", lambda: write_model_card(job.path, resolved_config, content))
+            card = functools.partial(
+                write_model_card, job.path, resolved_config, content, hub_name=hub_name
+            )
+            show.add("the model card", card)
         show.add("telling the loggers the result", lambda: folder.log_result(content))
         show.show()
     log.info("seconds: %s", "  ".join(f"{k} {v:.1f}" for k, v in seconds.items()))

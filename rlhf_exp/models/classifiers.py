@@ -16,12 +16,12 @@ from rlhf_exp.models.hub import (
     locate_revision,
     model_from_pretrained,
     tokenizer_from_pretrained,
+    without_quantisation,
 )
 from rlhf_exp.models.loading import (
     LanguageModel,
     Pretrained,
     TokenizerFactory,
-    without_quantisation,
 )
 from rlhf_exp.models.scratch import ScratchClassifier
 from rlhf_exp.settings import ConfigError

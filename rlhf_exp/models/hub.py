@@ -1,9 +1,11 @@
-"""Hugging Face's `from_pretrained` for a hub name, a directory, a run's folder or a GGUF file.
+"""Hugging Face's `from_pretrained` for a hub name, a short name, a directory, a run's folder or a
+GGUF file.
 
 Knows where models are stored and how loading fails: every failure is a ConfigError that names the
 model and the fix.
 """
 
+import copy
 import functools
 import hashlib
 import json
@@ -20,6 +22,7 @@ from safetensors import SafetensorError
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.machine.network import hub_responds, hub_url
+from rlhf_exp.models.known import KNOWN, fetched_folder, locate_on_hub
 from rlhf_exp.runs.lfs import refuse_lfs_pointer
 from rlhf_exp.runs.paths import MODEL
 from rlhf_exp.settings import ConfigError
@@ -39,10 +42,13 @@ LOADED = (
 
 def locate_model(name: str, *, field: str = "model.base_model") -> str:
     """The source to load `name` from: the absolute path of a directory, of `model/` in a run's
-    folder or of a GGUF file, else the name itself, as a hub name. Raises ConfigError for a
-    directory without a model and for a path that does not exist."""
+    folder, of a GGUF file or of the fetched model with that short name, else a hub name. Raises
+    ConfigError for a directory without a model, for a path that does not exist, and as
+    `locate_on_hub` does."""
     # Absolute, since tokenizers read some of their files again on saving.
-    path = Path(name).expanduser().absolute()
+    path = fetched_folder(name) if name in KNOWN else Path(name).expanduser().absolute()
+    if name in KNOWN and not path.is_dir():
+        return locate_on_hub(name, field=field)
     if path.suffix == GGUF and path.is_file():
         refuse_lfs_pointer(path, field=field)
         return str(path)
@@ -146,6 +152,20 @@ def model_from_pretrained(
             f" {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
         )
     return model
+
+
+def without_quantisation(model: PreTrainedModel) -> PreTrainedModel:
+    """The model of a GGUF file, whose weights transformers has dequantised, without the record of
+    its quantisation, with which transformers refuses to save it."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain = type(model)(config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    if model.can_generate():
+        plain.generation_config = model.generation_config
+    plain.name_or_path = model.name_or_path
+    return plain.eval()
 
 
 def tokenizer_from_pretrained(

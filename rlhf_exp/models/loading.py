@@ -4,7 +4,6 @@ Knows Hugging Face's formats and how loading fails: every failure is a ConfigErr
 model and the fix.
 """
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -20,6 +19,7 @@ from rlhf_exp.kernels.attention import install_kernels
 from rlhf_exp.models.cache import config_context_len
 from rlhf_exp.models.engines import ENGINES, EngineName
 from rlhf_exp.models.fast_paths import check_hooked, with_fast_paths
+from rlhf_exp.models.fetching import fetch_model
 from rlhf_exp.models.hub import (
     GGUF,
     directory_hash,
@@ -31,7 +31,9 @@ from rlhf_exp.models.hub import (
     locate_revision,
     model_from_pretrained,
     tokenizer_from_pretrained,
+    without_quantisation,
 )
+from rlhf_exp.models.known import KNOWN, fetched_folder
 from rlhf_exp.models.lora import has_adapter
 from rlhf_exp.models.policy import TransformerWithValueHead, initialise_value_head
 from rlhf_exp.settings import ConfigError, Text, settings
@@ -77,15 +79,18 @@ class ModelSettings(Protocol):
 
 @settings
 class Pretrained:
-    """A saved model, named by hub name, local directory, run folder or GGUF file. The quantised
-    weights of a GGUF file become plain weights of `dtype`, which can be trained and saved.
+    """A saved model, named by hub name, short name, local directory, run folder or GGUF file. The
+    quantised weights of a GGUF file become plain weights of `dtype`, which can be trained and
+    saved.
 
     `dtype` is that of the weights; trained weights must be fp32, since bf16 rounds small updates
     away. Code that comes with a model runs only with trust_remote_code.
     """
 
     base_model: Text
-    """Hub name, directory, run folder, GGUF file or artifact:NAME."""
+    """Hub name, short name, directory, run folder, GGUF file or artifact:NAME."""
+    fetch: bool = False
+    """true: downloads a model with a short name (smollm2) if it is not in outputs/models."""
     gguf_file: str | None = None
     """A GGUF file in the directory or in the hub's repository; null: none."""
     revision: str | None = None
@@ -100,6 +105,15 @@ class Pretrained:
     """fast: the Hugging Face module; hooked: TransformerBridge."""
     value_head_init: ValueHeadInit = "default"
     """default: as nn.Linear; zero: every value starts at 0; unused if a head was saved."""
+
+    @model_validator(mode="after")
+    def _fetches_known(self) -> "Pretrained":
+        if self.fetch and self.base_model not in KNOWN:
+            raise ValueError(
+                f"fetch=true is for the models {', '.join(KNOWN)}: set it false for"
+                f" base_model={self.base_model}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_attention(self) -> "Pretrained":
@@ -119,10 +133,24 @@ class Pretrained:
             self.base_model, self.gguf_file, revision=self.revision, field="model.base_model"
         )
 
+    def locate(self) -> str | None:
+        """The source that `locate_model` finds, without downloading it; None if it is still to be
+        fetched."""
+        if self.fetch and not fetched_folder(self.base_model).is_dir():
+            return None
+        return locate_model(self.source)
+
+    def obtain(self) -> str:
+        """The source that `locate_model` finds, fetched first if `fetch` is set."""
+        if self.fetch:
+            fetch_model(KNOWN[self.base_model])
+        return locate_model(self.source)
+
     def language_model(
         self, make_tokenizer: TokenizerFactory | None, *, seed: int
     ) -> LanguageModel:
         """The model and the tokenizer of its directory; the task's is not used."""
+        self.obtain()
         return load_language_model(
             self.source,
             revision=self.revision if self.gguf_file is None else None,
@@ -132,11 +160,12 @@ class Pretrained:
         )
 
     def skeleton(self) -> PreTrainedModel | None:
-        """The model of the directory or the GGUF file, without weights; None for a hub name."""
+        """The model of the directory or the GGUF file, without weights; None for a hub name and for
+        a model that is still to be fetched."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        source = locate_model(self.source)
-        if not is_local(source):  # a hub name, or artifact:NAME
+        source = self.locate()
+        if source is None or not is_local(source):  # a hub name, or artifact:NAME
             return None
         code = {"trust_remote_code": self.trust_remote_code}
         config = from_pretrained(
@@ -148,11 +177,11 @@ class Pretrained:
 
     def fingerprint(self) -> str:
         """A hash of the files, "" for a hub name."""
-        return directory_hash(locate_model(self.source))
+        return directory_hash(self.obtain())
 
     def value_head_path(self) -> Path | None:
         """`value_head.safetensors` in the model's directory or repository, if it exists."""
-        return find_file(locate_model(self.source), VALUE_HEAD_FILE, revision=self.revision)
+        return find_file(self.obtain(), VALUE_HEAD_FILE, revision=self.revision)
 
 
 def must_be_fp32(model: ModelSettings) -> list[str]:
@@ -265,20 +294,6 @@ def load_language_model(
             f" only {model.config.vocab_size}; save the tokenizer that the model was trained with"
         )
     return model, tokenizer
-
-
-def without_quantisation(model: PreTrainedModel) -> PreTrainedModel:
-    """The model of a GGUF file, whose weights transformers has dequantised, without the record of
-    its quantisation, with which transformers refuses to save it."""
-    config = copy.deepcopy(model.config)
-    del config.quantization_config
-    plain = type(model)(config)
-    plain.load_state_dict(model.state_dict(), assign=True)
-    plain.tie_weights()
-    if model.can_generate():
-        plain.generation_config = model.generation_config
-    plain.name_or_path = model.name_or_path
-    return plain.eval()
 
 
 def _text_part(model: PreTrainedModel, field: str, name: str) -> PreTrainedModel:

@@ -59,10 +59,12 @@ def read_run(folder: str | Path, *, trust_remote_code: bool = False) -> RunOnDis
 
 
 def _pretrained(model: Mapping[str, Any], trust_remote_code: bool) -> Pretrained | None:
-    """The settings of the run's pretrained model, its revision included; None without one."""
+    """The settings of the run's pretrained model, its revision included, which download nothing of
+    their own accord; None without one."""
     if "base_model" not in model:
         return None
-    fields = {k: v for k, v in model.items() if k not in ("_target_", "trust_remote_code")}
+    dropped = ("_target_", "trust_remote_code", "fetch")
+    fields = {k: v for k, v in model.items() if k not in dropped}
     trusted = trust_remote_code and bool(model.get("trust_remote_code"))
     return Pretrained(**fields, trust_remote_code=trusted)
 

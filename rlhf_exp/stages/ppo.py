@@ -12,7 +12,6 @@ from torch import Tensor
 
 from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.finetune import Finetune
-from rlhf_exp.models.hub import locate_model
 from rlhf_exp.models.interventions import NO_INTERVENTION, Intervention
 from rlhf_exp.models.loading import ModelSettings, Pretrained
 from rlhf_exp.models.reference import reference_hash, resident_memory
@@ -146,7 +145,7 @@ class PPO(Stage[PPOParts]):
             if isinstance(part, Fingerprinted):
                 part.fingerprint()
         if isinstance(model, Pretrained):
-            locate_model(model.source)  # not its hash, which reads all weights
+            model.locate()  # not its hash, which reads all weights
         problems = check_schedule(
             parts.schedule, total_steps=self.total_phases, field="stage.total_phases"
         )

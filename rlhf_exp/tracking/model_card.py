@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,28 @@ from rlhf_exp.runs.paths import CURVES, MODEL, read_environment
 VERSIONS = ("python", "torch", "transformers", "transformer-lens", "peft", "rlhf_exp")
 
 
-def write_model_card(run: Path, config: Mapping[str, Any], result: Mapping[str, Any]) -> Path:
+def write_model_card(
+    run: Path,
+    config: Mapping[str, Any],
+    result: Mapping[str, Any],
+    *,
+    hub_name: Callable[[str], str] = str,
+) -> Path:
     """Writes model/README.md below the run's folder from its configuration, result and
-    environment.txt, with the curves beside it, and returns it."""
+    environment.txt, with the curves beside it, and returns it. `hub_name` gives the hub's name of
+    a base model that has a short one."""
     from huggingface_hub import ModelCard, ModelCardData
 
     base = (config.get("model") or {}).get("base_model")
     # A directory of this machine means nothing to others.
-    on_hub = isinstance(base, str) and not Path(base).exists() and ":" not in base
+    on_hub = None
+    if isinstance(base, str) and not Path(base).exists() and ":" not in base:
+        on_hub = hub_name(base)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["rlhf_exp", _stage(config)],
-        base_model=base if on_hub else None,
+        base_model=on_hub,
     )
     model = run / MODEL
     if (run / CURVES).is_file():

@@ -77,6 +77,13 @@ def test_an_intervention_is_named_with_what_it_means_for_the_weights(run: Path) 
     assert "under this intervention; the saved weights are without it.\n\n- `mlps`: [1]\n" in text
 
 
+def test_a_short_name_is_told_to_others_as_the_hub_names_it(run: Path) -> None:
+    config = {**CONFIG, "model": {"base_model": "tiny"}}
+    card = ModelCard.load(write_model_card(run, config, RESULT, hub_name=lambda name: f"me/{name}"))
+    assert card.data.base_model == "me/tiny"
+    assert "from `tiny`." in card.content
+
+
 def test_a_directory_of_this_machine_is_no_base_model_for_others(run: Path) -> None:
     config = {**CONFIG, "model": {"base_model": str(run)}}
     card = ModelCard.load(write_model_card(run, config, RESULT))
