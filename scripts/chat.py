@@ -34,7 +34,7 @@ def main() -> None:
     """Reads the arguments, then lines until the end of input."""
     make_streams_unbreakable()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", help="folder of a run, directory or hub name")
+    parser.add_argument("model", help="folder of a run, directory, hub name or short name")
     parser.add_argument("--gen-len", type=int, default=128, help="most tokens per answer (128)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")

@@ -98,7 +98,7 @@ class SequenceClassifierSettings:
     """Settings of all rewards that read a sequence classifier: which one, and how it runs."""
 
     name: Text
-    """Hub name, directory, run folder or artifact:NAME."""
+    """Hub name, short name, directory, run folder or artifact:NAME."""
     revision: str | None = None
     """Branch, tag or commit of a hub name; null: the newest."""
     batch_size: Count = 64
