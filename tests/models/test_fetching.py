@@ -16,9 +16,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf_exp.models.classifiers import load_classifier
 from rlhf_exp.models.fetching import fetch_model
 from rlhf_exp.models.known import KNOWN, KnownModel
-from rlhf_exp.models.loading import Pretrained, load_classifier, load_language_model
+from rlhf_exp.models.loading import Pretrained, load_language_model
 from rlhf_exp.settings import ConfigError
 from tests.gguf_files import TEMPLATE, TEXTS, write_gguf
 from tests.model_servers import (

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from rlhf_exp.app.run import CONF
+from rlhf_exp.models.classifiers import load_classifier
 from rlhf_exp.models.hub import locate_model
 from rlhf_exp.models.known import KNOWN, hub_name
-from rlhf_exp.models.loading import Pretrained, load_classifier, load_policy
+from rlhf_exp.models.loading import Pretrained, load_policy
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.report.continuations import read_run
 from rlhf_exp.settings import ConfigError
