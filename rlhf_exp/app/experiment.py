@@ -8,7 +8,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from rlhf_exp.hf import quieten_transformers
 from rlhf_exp.machine.network import hub_url
 from rlhf_exp.machine.timing import process_age_s
 from rlhf_exp.models.known import hub_name
+from rlhf_exp.models.loading import Pretrained
 from rlhf_exp.runs.context import Context
 from rlhf_exp.runs.folder import RunFolder, Sink
 from rlhf_exp.runs.paths import MODEL
@@ -29,6 +30,7 @@ from rlhf_exp.runs.status import write_status
 from rlhf_exp.runs.stopping import StopRequests
 from rlhf_exp.security.redaction import redact
 from rlhf_exp.settings import PARTS, ConfigError
+from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.stages.protocol import Built, look_up
 from rlhf_exp.tracking.model_card import write_model_card
 from rlhf_exp.tracking.protocol import Logger, RunInfo
@@ -100,6 +102,7 @@ def check_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantia
             problems.append(str(error))
     if not problems and job.until is None:
         problems += stage.check_upstream(parts, look_up(built))
+        problems += _toy_settings(stage, parts, job.chosen)
         problems += _missing_metrics(job.metrics, stage.metric_names(parts))
         problems += [
             f"{part}: {type(stage).__name__} takes none and would ignore it: leave {part}=... out"
@@ -254,3 +257,17 @@ def _run_stage(
         show.show()
     log.info("seconds: %s", "  ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
     log.info("run folder: %s", job.path)
+
+
+def _toy_settings(stage: Any, parts: Any, chosen: Collection[str]) -> list[str]:
+    """A message if PPO would train a saved model with the defaults of a tiny one. `chosen` are the
+    groups of the command line."""
+    if "~experiment" not in chosen or not isinstance(stage, PPO):
+        return []
+    if not isinstance(parts.model, Pretrained):
+        return []
+    return [
+        "~experiment: the defaults, such as optimizer.base_lr, are those of a tiny model and would"
+        f" ruin {parts.model.base_model}: write experiment=yours in its place, with the same"
+        " overrides"
+    ]

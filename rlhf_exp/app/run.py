@@ -28,6 +28,7 @@ from rlhf_exp.app import hydra_errors
 from rlhf_exp.app.instantiate import ALLOWED_TARGETS, instantiate
 from rlhf_exp.app.options import list_groups
 from rlhf_exp.app.overrides import command, program, quote_paths
+from rlhf_exp.app.own_model import suited_lr, suited_warmup
 from rlhf_exp.app.resume import (
     AUTO,
     Change,
@@ -77,6 +78,8 @@ log = logging.getLogger(__name__)
 OmegaConf.register_new_resolver("groups", list_groups, replace=True)
 OmegaConf.register_new_resolver("program", program, replace=True)
 OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
+OmegaConf.register_new_resolver("suited_lr", suited_lr, replace=True)
+OmegaConf.register_new_resolver("suited_warmup", suited_warmup, replace=True)
 OmegaConf.register_new_resolver(
     "run_id", lambda: secrets.token_hex(3), use_cache=True, replace=True
 )

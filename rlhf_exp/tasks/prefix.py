@@ -38,9 +38,8 @@ class Prefix:
     """UTF-8 file with a prefix a line, instead of prefix."""
     held_out_fraction: Fraction = 0.1
     """Fraction of several prefixes that only evaluations use; 0 to 0.5."""
-    prepend_bos: bool | None = True
-    """Whether a prompt begins with BOS; true for GPT-2; null: if the tokenizer adds one by
-    itself."""
+    prepend_bos: bool | None = None
+    """Whether a prompt begins with BOS; null: if the tokenizer adds one by itself."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "Prefix":
