@@ -15,8 +15,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: threads wou
 import rlhf_exp.machine.environment  # noqa: F401, I001  it must precede the import of torch
 
 from rlhf_exp.machine.cpu_settings import use_processor_well
+from tests.forked import compose_once
 
 use_processor_well()
+compose_once()
 
 # Ignored where the tests were started in the background or under nohup; what they start would
 # ignore them too.
@@ -32,6 +34,10 @@ LONGEST = (
     "test_config_property.py", "test_resume.py", "test_wandb_logger.py", "test_ppo_run.py",
 )  # fmt: skip
 
+# Folders whose tests build models: of each matrix of parameters there, `make test` runs cells in
+# which each value occurs, as of one that is marked.
+SAMPLED = {"models", "rl", "rollout", "stages"}
+
 
 @pytest.hookimpl(tryfirst=True)  # before those that are marked are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,13 +45,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
     matrices = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("sampled"):
+        is_sampled = item.path.parent.name in SAMPLED or item.get_closest_marker("sampled")
+        if is_sampled and hasattr(item, "callspec"):
             matrices[item.nodeid.partition("[")[0]].append(item)
     for matrix in matrices.values():
         often: Counter[tuple[str, str]] = Counter()
         for item in random.Random(0).sample(matrix, len(matrix)):
             values = values_of(item)
-            if all(often[value] >= 2 for value in values):
+            if all(often[value] for value in values):
                 item.add_marker("soak")
             else:
                 often.update(values)

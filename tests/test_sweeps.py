@@ -2,11 +2,8 @@
 
 import json
 import os
-import pty
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from rlhf_exp.runs.lock import is_locked
-from tests.app.test_run import TINY, TRAIN, assert_refused, train, written
+from rlhf_exp.runs.lock import is_locked, locked
+from tests.app.test_run import TINY, assert_refused, train, written
 from tests.forked import Command
 from tests.test_cli import environment
 
@@ -113,7 +110,7 @@ def test_of_many_jobs_three_fail_and_are_completed(tmp_path, given, launcher):
     (tmp_path / "rewards.py").write_text(REWARDS)
     functions = ",".join(f"rewards.py:f{number}" for number in given)
     words = [*SMALL, *launcher, "reward=function", f"reward.function={functions}"]
-    words += ["stage.total_phases=5", "stage.checkpoint_every=2", "skip_completed=true"]
+    words += ["stage.total_phases=4", "stage.checkpoint_every=2", "skip_completed=true"]
     first = train(tmp_path, "-m", *words)
     assert (first.code, first.raised) == (1, None), first.out + first.err
     assert "Traceback" not in first.out + first.err
@@ -141,7 +138,7 @@ def test_of_many_jobs_three_fail_and_are_completed(tmp_path, given, launcher):
     for path, changed in before.items():
         mended = given[int(path.parent.name.partition("_")[0])] in failed
         assert (path.stat().st_mtime_ns != changed) == mended
-        assert phases(path.parent) == [1, 2, 3, 4, 5]
+        assert phases(path.parent) == [1, 2, 3, 4]
         went_on = "going on after phase 2" in (path.parent / "train.log").read_text()
         assert went_on == mended
 
@@ -162,24 +159,48 @@ def test_a_dry_run_removes_nothing_that_was_there(tmp_path):
     assert written(tmp_path / "cut") == before
 
 
+def test_a_sweep_is_alone_in_its_folder(tmp_path):
+    with locked(tmp_path / "sweep"):
+        outcome = train(tmp_path, "-m", *SMALL, "seed=1,2")
+    assert_refused(outcome, r"sweep: another process is running in this folder")
+    assert not list((tmp_path / "sweep").glob("*_*"))
+
+
+STOPS_ITS_SWEEP = """
+import os, signal
+
+calls = 0
+
+def stop(completions, **_):
+    global calls
+    calls += 1
+    if calls == 3:
+        os.kill(int(os.environ["RLHF_EXP_SWEEP_PID"]) if WHOLE else os.getpid(), signal.NAME)
+    return [float(len(text)) for text in completions]
+"""
+
+
 @pytest.mark.parametrize(
-    ("name", "code"), [("SIGINT", 130), pytest.param("SIGTERM", 143, marks=pytest.mark.soak)]
+    ("name", "whole", "code"),
+    [
+        ("SIGINT", True, 130),
+        pytest.param("SIGTERM", True, 143, marks=pytest.mark.soak),
+        pytest.param("SIGINT", False, 130, id="of a job"),
+    ],
 )
-def test_a_sweep_is_alone_in_its_folder_and_ends_with_how_it_goes_on(tmp_path, name, code):
-    words = [*SMALL, "stage.total_phases=5000", "seed=1,2", "skip_completed=true"]
-    with begin(tmp_path, *words) as sweep:
-        rows = tmp_path / "sweep" / "0_seed=1" / "metrics.jsonl"
-        sweep.await_that(lambda: rows.is_file() and rows.read_text().count("\n") > 3)
-        outcome = train(tmp_path, "-m", *words)
-        assert_refused(outcome, r"sweep: another process is running in this folder")
-        os.killpg(sweep.pid, getattr(signal, name))
-        assert sweep.wait() == code, sweep.said()
-    assert "Traceback" not in sweep.said()
+def test_a_sweep_that_is_stopped_ends_with_how_it_goes_on(tmp_path, name, whole, code):
+    source = STOPS_ITS_SWEEP.replace("NAME", name).replace("WHOLE", str(whole))
+    (tmp_path / "rewards.py").write_text(source)
+    words = [*SMALL, "reward=function", "reward.function=rewards.py:stop"]
+    outcome = train(tmp_path, "-m", *words, "stage.total_phases=5000", "seed=1,2")
+    assert (outcome.code, outcome.raised) == (code, None), outcome.out + outcome.err
+    assert "Traceback" not in outcome.out + outcome.err
     again = r"run what is missing: python .* hydra\.sweep\.dir=sweep .*skip_completed=true"
-    assert re.search(again, sweep.said())
+    assert re.search(again, outcome.out)
     assert {n: state["status"] for n, state in states(tmp_path).items()} == {0: "interrupted"}
 
 
+@pytest.mark.soak
 def test_the_end_of_a_sweep_is_that_of_its_jobs(tmp_path):
     words = [*SMALL, *TWO_AT_A_TIME, "stage.total_phases=5000", "seed=1,2"]
     jobs = [tmp_path / "sweep" / name for name in ("0_seed=1", "1_seed=2")]
@@ -244,6 +265,9 @@ def test_a_sweep_that_cannot_be_is_refused(tmp_path, words, message):
     outcome = train(tmp_path, "-m", *TINY, "hydra.sweep.dir=sweep", *words, "--dry-run")
     assert (outcome.code, outcome.raised) == (2, None)
     assert re.search(message, outcome.err), outcome.err
+
+
+def test_what_is_for_sweeps_is_refused_in_a_run(tmp_path):
     assert_refused(train(tmp_path, *TINY, "skip_completed=true"), r"is for sweeps: add -m")
 
 
@@ -274,7 +298,9 @@ def test_what_is_the_whole_sweeps_is_not_taken_from_a_swept_experiment(tmp_path,
 
 
 def test_a_folder_holds_one_sweep(tmp_path):
-    assert train(tmp_path, "-m", *SMALL, "seed=1").code == 0
+    assert train(tmp_path, "-m", *SMALL, "seed=1", "hydra/job_logging=none").code == 0
+    log = (tmp_path / "sweep" / "0_all-defaults" / "train.log").read_text()
+    assert log.count("INFO] run folder: ") == 1
     again = train(tmp_path, "-m", *SMALL, "seed=1,2")
     assert_refused(again, r"hydra\.sweep\.dir=sweep holds a sweep already: add skip_completed=true")
     more = train(tmp_path, "-m", *SMALL, "seed=2,1", "skip_completed=true")
@@ -340,42 +366,32 @@ def test_a_search_draws_runs_and_goes_on(tmp_path):
     assert "kl_coef=1.0, num_minibatches=1" in dry.out
     assert "both ends of each interval are right; 2 trials to run" in dry.out
     assert written(tmp_path) == []
-    outcome = train(tmp_path, "-m", *words, "hydra.sweeper.n_trials=2")
+    outcome = train(tmp_path, "-m", *words, "hydra.sweeper.n_trials=1")
     assert (outcome.code, outcome.raised) == (0, None), outcome.out + outcome.err
-    assert len(states(tmp_path)) == 2
+    assert len(states(tmp_path)) == 1
     assert re.search(
         r"best: \{'eval/score': .*'eval/kl': .*\} with \{'stage\.kl_coef': 0\.", outcome.out
     )
-    more = train(tmp_path, "-m", *words, "hydra.sweeper.n_trials=3", "skip_completed=true")
+    more = train(tmp_path, "-m", *words, "hydra.sweeper.n_trials=2", "skip_completed=true")
     assert (more.code, more.raised) == (0, None), more.out + more.err
     assert {state["status"] for state in states(tmp_path).values()} == {"done"}
-    assert len(states(tmp_path)) == 3
+    assert len(states(tmp_path)) == 2
     drawn = set()
     for path in (tmp_path / "sweep").glob("*/resolved_config.json"):
         stage = json.loads(path.read_text())["stage"]
         assert 0.1 <= stage["kl_coef"] <= 1
         drawn.add(stage["kl_coef"])
-    assert len(drawn) == 3
+    assert len(drawn) == 2
 
 
-def test_a_terminal_shows_a_table_that_lives(tmp_path):
-    main, terminal = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, str(TRAIN), "-m", *SMALL, "seed=1,2", "stage.total_phases=20"],
-        cwd=tmp_path, stdout=terminal, stderr=terminal, close_fds=True,
-        env=environment(tmp_path / "of wandb", TERM="xterm", COLUMNS="90", LINES="30"),
-    )  # fmt: skip
-    os.close(terminal)
-    said = b""
-    while True:
-        try:
-            said += os.read(main, 1 << 16)
-        except OSError:  # the end, on Linux
-            break
-    assert process.wait(timeout=60) == 0
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode())
-    assert "2 waiting" in text
+def test_a_terminal_shows_a_table_that_lives(tmp_path, monkeypatch):
+    for name, value in {"TERM": "xterm", "COLUMNS": "90", "LINES": "30"}.items():
+        monkeypatch.setenv(name, value)
+    words = [*SMALL, "seed=1,2", "stage.total_phases=20"]
+    outcome = train(tmp_path, "-m", *words, terminal=True)
+    assert (outcome.code, outcome.raised) == (0, None), outcome.out + outcome.err
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", outcome.out)
     assert "1 running, 1 waiting" in text
     assert re.search(r"0 +seed=1 +running +\d+/20", text)
     last = text[text.rindex("#  job") :]
-    assert re.search(r"0 +seed=1 +done +20/20 .*\n1 +seed=2 +done +20/20", last.replace("\r", ""))
+    assert re.search(r"0 +seed=1 +done +20/20 .*\n1 +seed=2 +done +20/20", last)

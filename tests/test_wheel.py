@@ -55,17 +55,43 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scripts
 
 
-def test_an_installed_copy_runs_a_reward_of_the_users_own(scripts: Path, tmp_path: Path) -> None:
+def files(folder: Path) -> set[str]:
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def test_an_installed_copy_has_every_file_of_the_package(scripts: Path) -> None:
+    [own] = [p for p in scripts.parent.rglob("site-packages") if (p / "rlhf_exp").is_dir()]
+    package = files(ROOT / "rlhf_exp")
+    for name in ("conf", "scripts"):
+        package |= {f"{name}/{file}" for file in files(ROOT / name)}
+    assert files(own / "rlhf_exp") == package
+    assert files(own / "hydra_plugins") == files(ROOT / "hydra_plugins")
+
+
+@pytest.fixture
+def script(scripts: Path, tmp_path: Path) -> tuple[Path | str, ...]:
+    """The console script with a folder of options that holds a reward of the user's own."""
     (tmp_path / "mine" / "reward").mkdir(parents=True)
     (tmp_path / "mine" / "my_vowels.py").write_text(CLASS)
     (tmp_path / "mine" / "reward" / "vowels.yaml").write_text(
         "_target_: my_vowels.Vowels\nweight: 1.0\n"
     )
-    words = ["reward=vowels", "allow_targets=[my_vowels]", *TINY, "logger=local"]
+    (tmp_path / "here").mkdir()
+    return scripts / "rlhf-exp", "--config-dir", "../mine"
+
+
+WORDS = ["reward=vowels", "allow_targets=[my_vowels]", *TINY, "logger=local"]
+
+
+def test_an_installed_copy_runs_a_reward_of_the_users_own(
+    script: tuple[Path | str, ...], tmp_path: Path
+) -> None:
     here = tmp_path / "here"
-    here.mkdir()
-    script = (scripts / "rlhf-exp", "--config-dir", "../mine")
-    call(*script, *words, cwd=here)
+    call(*script, *WORDS, cwd=here)
     assert [path.name for path in here.iterdir()] == ["outputs"]
     [run] = here.glob("outputs/run/*")
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
@@ -74,9 +100,17 @@ def test_an_installed_copy_runs_a_reward_of_the_users_own(scripts: Path, tmp_pat
     assert commit == "commit none"
     assert re.fullmatch("code [0-9a-f]{12} of rlhf_exp .*, installed without its repository", code)
 
-    # Hydra finds the sweepers by their place, and the jobs are checked with the user's class.
-    plan = call(*script, "-m", *words, "reward.weight=1,2", "--dry-run", cwd=here)
+
+@pytest.mark.soak
+def test_an_installed_copy_sweeps_and_compares(
+    script: tuple[Path | str, ...], scripts: Path, tmp_path: Path
+) -> None:
+    """Hydra finds the sweepers by their place, and the jobs are checked with the user's class."""
+    here = tmp_path / "here"
+    plan = call(*script, "-m", *WORDS, "reward.weight=1,2", "--dry-run", cwd=here)
     assert "weight=2" in plan
+    call(*script, *WORDS, cwd=here)
+    [run] = here.glob("outputs/run/*")
     compare = call(scripts / "python", "-m", "rlhf_exp.scripts.compare", run, cwd=here)
     assert "report.html" in compare
 

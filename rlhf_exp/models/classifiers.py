@@ -60,7 +60,7 @@ def new_head(model: Pretrained, labels: Sequence[str], *, seed: int) -> NewClass
     """The pretrained model with a new head for the labels."""
     from transformers import AutoModelForSequenceClassification
 
-    field, name, source = "model.base_model", model.base_model, model.source
+    field, name, source = "model.base_model", model.base_model, model.obtain()
     revision = None if source.endswith(GGUF) else model.revision
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": model.trust_remote_code}
     source = locate_revision(source, revision, field)

@@ -17,7 +17,6 @@ from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.machine.precision import Dtype, autocast
 from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.classifiers import build_classifier, head_modules
-from rlhf_exp.models.hub import locate_model
 from rlhf_exp.models.loading import Pretrained, must_be_plain
 from rlhf_exp.models.scratch import ScratchClassifier
 from rlhf_exp.rl.setup import fingerprints
@@ -72,7 +71,7 @@ class TrainClassifier(Supervised, Stage[ClassifierParts]):
         model = parts.model
         if not isinstance(model, Pretrained):
             return []
-        locate_model(model.source)
+        model.locate()
         return must_be_plain(model, stage="classifier")
 
     def check_texts(self, parts: ClassifierParts) -> list[str]:

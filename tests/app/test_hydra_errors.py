@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from rlhf_exp.app.hydra_errors import RENAMED, explain
 from rlhf_exp.app.run import CONF
+from tests.composed import compose
 
 
 def test_an_error_that_is_not_hydras_is_not_explained():
@@ -120,9 +121,9 @@ def test_half_an_interpolation_is_told_how_to_be_text():
             "optimizer.bose_lr: no such key. Did you mean optimizer.base_lr?",
         ),
         (
-            ["stage=classifier", "stage.dtype=bf16"],
-            "stage.dtype: no such key. It is stage.compute.dtype now. The chosen stage does not "
-            "have it; these do: stage=ppo",
+            ["stage=classifier", "stage.compile=on"],
+            "stage.compile: no such key. It is stage.compute.compile now. The chosen stage does "
+            "not have it; these do: stage=ppo",
         ),
         (
             ["stage=classifier", "stage.layout=pack"],
@@ -143,17 +144,14 @@ def test_half_an_interpolation_is_told_how_to_be_text():
 )
 def test_an_old_key_is_told_with_the_new_one(words, told, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", *words])
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        with pytest.raises(HydraException) as caught:
-            hydra.compose("config", overrides=words)
-        assert explain(caught.value, CONF) == told
+    with pytest.raises(HydraException) as caught:
+        compose(*words)
+    assert explain(caught.value, CONF) == told
 
 
 @pytest.mark.parametrize("key", RENAMED)
 def test_a_renamed_key_leads_to_one_that_there_is(key):
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("config")
-        missing = object()
-        new = RENAMED[key].partition("=")[0]
-        assert OmegaConf.select(config, new, default=missing) is not missing
-        assert OmegaConf.select(config, key, default=missing) is missing
+    config, missing = compose(), object()
+    new = RENAMED[key].partition("=")[0]
+    assert OmegaConf.select(config, new, default=missing) is not missing
+    assert OmegaConf.select(config, key, default=missing) is missing

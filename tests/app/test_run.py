@@ -9,14 +9,14 @@ import re
 import runpy
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from rlhf_exp.app import run
 from rlhf_exp.models.scratch import ScratchClassifier
@@ -24,6 +24,7 @@ from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.reviews import Reviews
 from rlhf_exp.tracking.progress import line_log, package_log
 from tests.builders import build_tokenizer, without_checks
+from tests.composed import compose
 from tests.forked import TRAIN
 
 # A run of a second that stands on nothing.
@@ -32,6 +33,8 @@ TINY = (
     "stage.total_phases=2", "schedule.warmup_steps=1", "stage.batch_size=8", "stage.eval_samples=8",
     "stage.num_minibatches=1", "stage.batches_per_learning_phase=1",
 )  # fmt: skip
+# In place of ~experiment for a model that was saved; it needs a model, a task and a reward.
+OWN_MODEL = ("experiment=yours", "name=run", "sampler.stop_at_eos=false")
 OFFLINE = {
     "HYDRA_FULL_ERROR": "",
     "WANDB_MODE": "disabled",
@@ -64,7 +67,7 @@ class Terminal(io.StringIO):
 
 def train(folder: Path, *arguments: str, terminal: bool = False) -> Outcome:
     """`python train.py ARGUMENTS` in the folder, as if it were a process of its own."""
-    out, err = io.StringIO(), Terminal() if terminal else io.StringIO()
+    out, err = (Terminal() if terminal else io.StringIO() for _ in range(2))
     code, raised = 0, None
     with pytest.MonkeyPatch.context() as patch, kept_logging(), one_thread(), without_checks():
         patch.chdir(folder)
@@ -365,31 +368,23 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def config_of() -> Iterator[Callable[..., DictConfig]]:
-    with hydra.initialize_config_dir(str(run.CONF), version_base="1.3"):
-        yield lambda *overrides: hydra.compose("config", overrides=list(overrides))
-
-
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_bad_value_is_refused_by_name_before_anything_is_loaded(
-    tmp_path, monkeypatch, config_of, case
-):
+def test_a_bad_value_is_refused_by_name_before_anything_is_loaded(tmp_path, monkeypatch, case):
     arguments, messages = REFUSED[case]
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as caught:
-        run.execute(config_of(*arguments.split(" ")), tmp_path / "run")
+        run.execute(compose(*arguments.split(" ")), tmp_path / "run")
     for message in messages:
         assert re.search(message, str(caught.value)), caught.value
     assert written(tmp_path) == []
 
 
 def test_a_malformed_address_of_the_hub_is_refused_even_if_nothing_is_loaded_from_it(
-    tmp_path, monkeypatch, config_of
+    tmp_path, monkeypatch
 ):
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.example:bad")
     with pytest.raises(ConfigError, match=r"^HF_ENDPOINT=https://hub\.example:bad is not a URL"):
-        run.execute(config_of(*TINY), tmp_path / "run")
+        run.execute(compose(*TINY), tmp_path / "run")
 
 
 # --- what shows when the parts are loaded ---
@@ -408,13 +403,16 @@ def test_a_malformed_address_of_the_hub_is_refused_even_if_nothing_is_loaded_fro
 )
 def test_what_cannot_be_loaded_is_refused_by_name(tmp_path, arguments, message):
     saved = tmp_path / "classifier=1,#2"
-    model = ScratchClassifier(d_model=16, num_heads=2).classifier(
-        build_tokenizer(), ("positive", "meh"), seed=0
-    )
-    model.save_pretrained(saved)
-    build_tokenizer().save_pretrained(saved)
+    if "{}" in arguments:
+        model = ScratchClassifier(d_model=16, num_heads=2).classifier(
+            build_tokenizer(), ("positive", "meh"), seed=0
+        )
+        model.save_pretrained(saved)
+        build_tokenizer().save_pretrained(saved)
     overrides = [word.format(saved) for word in arguments.split(" ")]
-    tiny = [word for word in TINY if not (word.startswith("model.") and "model=" in arguments)]
+    tiny = [*TINY]
+    if "model=" in arguments:
+        tiny = [*OWN_MODEL, "task=reviews", "reward=char_count"]
     outcome = train(tmp_path, *tiny, *overrides)
     assert_refused(outcome, message)
     assert written(run_folder(tmp_path)) == ["train.log"]
@@ -531,6 +529,7 @@ def test_a_reward_that_is_not_finite_stops_the_run_by_phase_and_cause(tmp_path, 
     assert phases == [0, 1]
 
 
+@pytest.mark.soak
 def test_a_job_of_a_sweep_that_stops_leaves_the_others(tmp_path, my_rewards):
     broken = own(my_rewards, "Broken", "+reward.after=8,1000")
     outcome = train(tmp_path, "-m", *broken)
@@ -538,16 +537,6 @@ def test_a_job_of_a_sweep_that_stops_leaves_the_others(tmp_path, my_rewards):
     assert "Traceback" not in outcome.out + outcome.err
     jobs = sorted(tmp_path.glob("outputs/run/sweeps/*/*/status.json"))
     assert [json.loads(path.read_text())["status"] for path in jobs] == ["failed", "done"]
-
-
-def test_a_bug_of_a_reward_is_said_in_a_few_lines_and_its_traceback_is_in_the_log(
-    tmp_path, my_rewards
-):
-    outcome = train(tmp_path, *own(my_rewards, "Bug"))
-    assert_refused(outcome, r"error: phase 0: .*ZeroDivisionError: division by zero")
-    folder = run_folder(tmp_path)
-    assert status(folder)["status"] == "failed"
-    assert "Traceback" in (folder / "train.log").read_text()
 
 
 def test_a_bug_keeps_its_traceback(tmp_path, my_rewards):
@@ -567,8 +556,11 @@ def test_a_bug_in_the_scores_of_a_reward_is_told_with_its_line(tmp_path, my_rewa
         rf"error: phase 0: the reward raised ZeroDivisionError: .* at .*{my_rewards}\.py:{line}"
     )
     assert re.search(message, outcome.out)
-    assert "Traceback" not in outcome.out + outcome.err
-    assert "ZeroDivisionError" in (run_folder(tmp_path) / "train.log").read_text()
+    assert_refused(outcome)
+    log = (run_folder(tmp_path) / "train.log").read_text()
+    assert "Traceback" in log
+    assert "ZeroDivisionError" in log
+    assert status(run_folder(tmp_path))["status"] == "failed"
 
 
 def test_an_interrupt_ends_the_run_with_a_line_and_130(tmp_path, my_rewards):
@@ -588,7 +580,10 @@ def test_on_a_terminal_the_lines_of_the_phases_are_in_the_log_alone(tmp_path):
     assert "evaluation at phase 2" in outcome.out
 
 
-@pytest.mark.parametrize("option", ["none", "disabled", "stdout"])
+@pytest.mark.parametrize(
+    "option",
+    ["none", *(pytest.param(name, marks=pytest.mark.soak) for name in ("disabled", "stdout"))],
+)
 def test_the_log_is_written_whatever_hydra_logs(tmp_path, option):
     outcome = train(tmp_path, *TINY, f"hydra/job_logging={option}", "hydra.run.dir=run")
     assert (outcome.code, outcome.raised) == (0, None)
@@ -597,13 +592,6 @@ def test_the_log_is_written_whatever_hydra_logs(tmp_path, option):
     bad = train(tmp_path, *words)
     assert_refused(bad, r"error: stage\.kl_coef=-1")
     assert "kl_coef=-1" in (tmp_path / "bad" / "train.log").read_text()
-
-
-def test_a_sweep_needs_none_of_hydras_logs(tmp_path):
-    outcome = train(tmp_path, "-m", *TINY, "hydra/job_logging=none", "hydra.sweep.dir=sweep")
-    assert (outcome.code, outcome.raised) == (0, None), outcome.out
-    [log] = tmp_path.glob("sweep/*/train.log")
-    assert log.read_text().count("INFO] run folder: ") == 1
 
 
 def test_a_reward_that_sets_up_logging_anew_ends_no_log(tmp_path, my_rewards):
@@ -674,8 +662,8 @@ def test_a_run_goes_on_with_the_command_that_is_shown(tmp_path, monkeypatch):
     assert resolved["reward"]["keywords"] == ["costs ${x}", "great", prompt]
 
 
-def test_all_that_is_missing_is_named(config_of):
-    cfg = config_of("~experiment", "task=labelled_text", "model=local", "reward=classifier")
+def test_all_that_is_missing_is_named():
+    cfg = compose("~experiment", "task=labelled_text", "model=local", "reward=classifier")
     with pytest.raises(ConfigError) as caught:
         run.to_container(cfg)
     assert str(caught.value).splitlines() == [
@@ -684,7 +672,7 @@ def test_all_that_is_missing_is_named(config_of):
     ]
 
 
-def test_every_run_has_an_id_of_its_own(config_of):
+def test_every_run_has_an_id_of_its_own():
     ids = [OmegaConf.create({"a": "${run_id:}", "b": "${run_id:}"}) for _ in range(2)]
     assert ids[0].a == ids[0].b
     assert re.fullmatch("[0-9a-f]{6}", ids[0].a)
@@ -736,21 +724,23 @@ def test_a_push_is_of_one_run(tmp_path, monkeypatch):
 
 WANDERING = """
 import os, tempfile
-{at_import}
+
+def wander():
+    os.chdir(tempfile.mkdtemp(dir={away!r}))
+
+wander()
+
 def f(completions, **_):
-    {in_call}
+    wander()
     return [float(len(text)) for text in completions]
 """
-WANDERS = "os.chdir(tempfile.mkdtemp(dir='{away}'))"
 
 
-@pytest.mark.parametrize("when", ["at_import", "in_call"])
-def test_a_reward_that_changes_the_folder_scatters_nothing(tmp_path, when):
+def test_a_reward_that_changes_the_folder_scatters_nothing(tmp_path):
     here, away = tmp_path / "here", tmp_path / "away"
     here.mkdir()
     away.mkdir()
-    lines = {"at_import": "", "in_call": "", when: WANDERS.format(away=away)}
-    (here / "rewards.py").write_text(WANDERING.format(**lines))
+    (here / "rewards.py").write_text(WANDERING.format(away=str(away)))
     words = ["reward=function", "reward.function=rewards.py:f", "logger=local"]
     done = train(here, *TINY, *words, "stage.checkpoint_every=1")
     assert done.code == 0, done.lines
@@ -758,7 +748,7 @@ def test_a_reward_that_changes_the_folder_scatters_nothing(tmp_path, when):
     assert json.loads((folder / "status.json").read_text())["status"] == "done"
     assert {"model/README.md", "curves.png", "result.json"} <= {*written(folder)}
     assert f"run folder: {folder.relative_to(here)}" in done.out
-    assert [*away.iterdir()]
+    assert len([*away.iterdir()]) > 1
     assert written(away) == []
 
 

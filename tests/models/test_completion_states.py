@@ -87,7 +87,6 @@ def assert_plain(
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("lengths", [EARLY, LATE, FULL], ids=["early", "late", "full"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.sampled
 def test_they_are_those_of_a_plain_pass(
     architecture: str, kind: str, lengths: tuple[int, ...], whole: bool
 ) -> None:

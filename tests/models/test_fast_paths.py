@@ -101,7 +101,6 @@ def test_states_of_other_kinds_are_shared_and_left(name: str, texts: str) -> Non
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 4, "temperature": 0.7}, {"stop_at_eos": True}])
 @pytest.mark.parametrize("texts", TEXTS)
-@pytest.mark.sampled
 def test_without_fast_paths_the_same_is_sampled(
     architecture: str, texts: str, settings: dict[str, object]
 ) -> None:

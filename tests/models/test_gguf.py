@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_exp.models.loading import Pretrained, load_language_model, load_policy
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.settings import ConfigError
-from tests.app.test_run import TINY, assert_refused, train
+from tests.app.test_run import OWN_MODEL, TINY, assert_refused, train
 from tests.gguf_files import ARCHITECTURES, TEXTS, train_tokenizer, write_gguf
 
 TOKENS = torch.tensor([[5, 9, 20, 33, 7, 2], [3, 3, 8, 60, 61, 40]])
@@ -107,9 +107,9 @@ def test_a_revision_is_for_hub_names(tmp_path: Path) -> None:
 
 def test_a_run_trains_a_file_and_saves_a_directory(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", "llama", quantised=True)
-    tiny = [word for word in TINY if not word.startswith("model.")]
+    tiny = [*OWN_MODEL, *(word for word in TINY if word.startswith(("stage.", "schedule.")))]
     words = ["model=local", "model.base_model=model.gguf", "task=prefix", "logger=local"]
-    words += ["task.prefix=this movie was", "task.prepend_bos=false", "reward=length"]
+    words += ["task.prefix=this movie was", "reward=length"]
     outcome = train(tmp_path, *tiny, *words)
     assert (outcome.code, outcome.raised) == (0, None), outcome.out + outcome.err
     [run] = tmp_path.glob("outputs/run/*")

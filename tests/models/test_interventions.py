@@ -59,7 +59,6 @@ def edited_policy(architecture: str, case: str, folder: Path, **fields: object):
 
 
 @pytest.mark.parametrize(("case", "positions"), CHANGES)
-@pytest.mark.sampled
 def test_a_pass_is_the_one_with_hooks_put_on_by_hand(
     architecture: str, case: str, positions: str, tmp_path: Path
 ) -> None:
@@ -74,7 +73,6 @@ def test_a_pass_is_the_one_with_hooks_put_on_by_hand(
 
 
 @pytest.mark.parametrize(("case", "positions"), CHANGES)
-@pytest.mark.sampled
 def test_the_names_mean_what_they_mean_in_transformerlens(
     architecture: str, case: str, positions: str, tmp_path: Path
 ) -> None:
@@ -104,7 +102,6 @@ def gradients(policy: TransformerWithValueHead, run: Callable[[], tuple[Tensor, 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ["add", "mean", "direction"])
-@pytest.mark.sampled
 def test_gradients_are_those_of_hooks_put_on_by_hand(
     architecture: str, case: str, kind: str, tmp_path: Path
 ) -> None:
@@ -155,7 +152,6 @@ def test_the_gradient_is_the_slope(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ["add", "mean", "direction"])
-@pytest.mark.sampled
 def test_the_reference_runs_without_it(
     architecture: str, kind: str, case: str, tmp_path: Path
 ) -> None:
@@ -182,7 +178,6 @@ def num_hooks(policy: TransformerWithValueHead) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.sampled
 def test_copies_bridges_and_saved_models_are_plain(
     architecture: str, kind: str, tmp_path: Path
 ) -> None:

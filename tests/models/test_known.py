@@ -17,15 +17,15 @@ from rlhf_exp.models.loading import Pretrained, load_policy
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.report.continuations import read_run
 from rlhf_exp.settings import ConfigError
-from tests.app.test_run import TINY, assert_refused, train
+from tests.app.test_run import OWN_MODEL, TINY, assert_refused, train
 from tests.builders import ragged_tokens, tiny_policy
 from tests.model_servers import Hub, serving
 from tests.models.conftest import UseHub
 from tests.models.test_hub import in_cache
 
 TOKENS, MASK = ragged_tokens()
-WORDS = [*(word for word in TINY if not word.startswith("model.")), "logger=local", "task=prefix"]
-WORDS += ["task.prefix=a", "task.prepend_bos=false", "reward=length"]
+WORDS = [*OWN_MODEL, *(word for word in TINY if word.startswith(("stage.", "schedule.")))]
+WORDS += ["logger=local", "task=prefix", "task.prefix=a", "reward=length"]
 
 
 @pytest.fixture(autouse=True)

@@ -289,7 +289,6 @@ def test_what_follows_the_last_word_does_not_reach_the_last_token_head():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("read_layers", [1, 2])
-@pytest.mark.sampled
 def test_a_saved_reward_model_gives_bit_equal_scores(architecture, kind, read_layers, tmp_path):
     model = tiny_reward_model(architecture, kind, read_layers=read_layers)
     batch = ragged_completions()

@@ -16,11 +16,7 @@ def test_a_sweep_gets_its_report_in_its_folder(tmp_path):
     sweep = write_sweep(tmp_path / "sweep", {"kl_coef": [0.1, 1.0], "seed": [1, 2]})
     (sweep / "4_broken").mkdir()
     (sweep / "4_broken" / "metrics.jsonl").write_bytes(b"\xff\x00\n{")
-    done = subprocess.run(
-        [sys.executable, SCRIPTS / "compare.py", "sweep"],
-        capture_output=True, text=True, cwd=tmp_path, timeout=100, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"},
-    )  # fmt: skip
+    done = call_script("compare.py", "sweep", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split("\n")[-3:] == [
         "sweep/report/report.md",

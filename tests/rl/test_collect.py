@@ -281,7 +281,14 @@ def test_checkpoints_change_no_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(("at", "phase"), [(4, None), (6, 2), (7, 2), (9, 4)])
+@pytest.mark.parametrize(
+    ("at", "phase"),
+    [
+        (4, None),
+        (7, 2),
+        *(pytest.param(*given, marks=pytest.mark.soak) for given in ((6, 2), (9, 4))),
+    ],
+)
 def test_a_run_goes_on_bit_by_bit_across_batches_ahead(
     at: int, phase: int | None, tmp_path: Path
 ) -> None:

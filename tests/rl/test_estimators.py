@@ -120,7 +120,7 @@ def test_a_run_without_values_resumes_bit_by_bit(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_leave_one_out_solves_the_bandit(tmp_path: Path) -> None:
-    ppo = ppo_with(total_phases=25, kl_coef=0.0, eval_every=25, **LOO)
+    ppo = ppo_with(total_phases=12, kl_coef=0.0, eval_every=12, **LOO)
     result = ppo.run(context(tmp_path), parts(sampler=CachedSampler(gen_len=1)))
     assert result.after["eval/score"] > 0.9 > 0.3 > result.before["eval/score"]
 
@@ -218,8 +218,8 @@ def test_an_estimator_and_an_objective_from_outside_train_a_bandit(
         tmp_path, "~experiment", *words, "allow_targets=[outside]",
         f"hydra.searchpath=[file://{options.parent}]",
         "model=tiny", "task=reviews", "reward=char_count", "reward.character=e", "logger=local",
-        "sampler.gen_len=1", "stage.kl_coef=0", "stage.ent_coef=0", "stage.total_phases=40",
-        "stage.eval_samples=64", "stage.eval_every=40", "optimizer.base_lr=3e-3",
+        "sampler.gen_len=1", "stage.kl_coef=0", "stage.ent_coef=0", "stage.total_phases=12",
+        "stage.eval_samples=64", "stage.eval_every=12", "optimizer.base_lr=1e-2",
         "hydra.run.dir=run",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err

@@ -2,8 +2,7 @@
 must not change."""
 
 import math
-import subprocess
-import sys
+import resource
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,16 @@ from torch import Tensor, nn
 from rlhf_exp.models.finetune import Full, LastLayers, Lora
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.reference import reference_hash
+from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rewards.protocol import RewardFunction
 from rlhf_exp.rl.guards import check_finite
 from rlhf_exp.rl.setup import check_frozen
+from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.runs.checkpoint import read_newest_checkpoint
 from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.settings import ConfigError, settings
 from rlhf_exp.stages.ppo import PPO
+from rlhf_exp.sweeps.isolation import call_in_process
 from rlhf_exp.types import Completions
 
 from .toy import RAGGED, context, parts, phase, ppo_with, rows, start
@@ -101,39 +103,25 @@ def test_memory_of_a_reward_is_no_fault_to_skip(tmp_path: Path) -> None:
         ppo.run(context(tmp_path), parts(reward=Greedy()))
 
 
-SCARCE = """
-import resource, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from tests.rl.toy import context, parts
-from rlhf_exp.models.scratch import Scratch
-from rlhf_exp.rollout.cached import CachedSampler
-from tests.rl.toy import ppo_with
-from rlhf_exp.runs.context import TrainingError
-
-given = parts(
-    model=Scratch(num_layers=1, d_model=64, num_heads=2, context_len=512),
-    sampler=CachedSampler(gen_len=200),
-)
-used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (96 << 20),) * 2)
-try:
-    ppo_with(batch_size=1024, num_minibatches=1, eval_samples=4, reward_timeout_s=None).run(
-        context(Path(sys.argv[1])), given
+def run_out_of_memory(path: Path) -> None:
+    """Prints how a run ends that may take 96 MiB more than the process has."""
+    torch.set_num_threads(1)
+    given = parts(
+        model=Scratch(num_layers=1, d_model=64, num_heads=2, context_len=512),
+        sampler=CachedSampler(gen_len=200),
     )
-except TrainingError as error:
-    print(error)
-"""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (96 << 20),) * 2)
+    ppo = ppo_with(batch_size=1024, num_minibatches=1, eval_samples=4, reward_timeout_s=None)
+    with pytest.raises(TrainingError) as caught:
+        ppo.run(context(path), given)
+    print(caught.value)
 
 
 def test_a_process_without_memory_says_so(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCARCE, str(tmp_path)],
-        capture_output=True, text=True, timeout=120, check=True,
-        cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    first, why, knobs = done.stdout.strip().splitlines()[-3:]
+    log = tmp_path / "log"
+    assert call_in_process(run_out_of_memory, tmp_path / "run", log=log) == 0, log.read_text()
+    first, why, knobs = log.read_text().strip().splitlines()[-3:]
     assert first.startswith("phase 1: ")
     assert first.endswith(": out of memory")
     assert "allocate" in why

@@ -32,7 +32,6 @@ SAMPLERS = [
 @pytest.mark.parametrize("engine", ["fast", "hooked"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=["plain", "eos", "top_k", "bridge"])
-@pytest.mark.sampled
 def test_first_ratio_of_a_phase_is_one(
     sampler: Sampler, architecture: str, engine: str, tmp_path: Path
 ) -> None:

@@ -68,7 +68,6 @@ def moved(
 @pytest.mark.parametrize("kind", REFERENCES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.sampled
 def test_a_phase_moves_the_weights_as_in_fp32(
     task: str, architecture: str, kind: str, tmp_path: Path
 ) -> None:
@@ -94,7 +93,6 @@ def test_gradients_of_micro_batches_add_up(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", REFERENCES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.sampled
 def test_a_phase_begins_at_ratio_1_and_at_its_reference(
     architecture: str, kind: str, tmp_path: Path
 ) -> None:

@@ -63,7 +63,10 @@ def of_a_step(path: Path, *, vocab: int, rows: int, dtype: str, tied: bool) -> t
         return peak(step), peak(by_the_book) if vocab < 10_000 else 0
 
 
-@pytest.mark.parametrize(("dtype", "tied"), [("fp32", True), ("fp32", False), ("bf16", True)])
+@pytest.mark.parametrize(
+    ("dtype", "tied"),
+    [pytest.param("fp32", True, marks=pytest.mark.soak), ("fp32", False), ("bf16", True)],
+)
 def test_a_step_of_learning_takes_no_more_for_a_larger_vocabulary(
     dtype: str, tied: bool, tmp_path: Path
 ) -> None:

@@ -1,14 +1,13 @@
 """The fast pass is the textbook's: its numbers, its gradients, and what a phase learns from it."""
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from rlhf_exp.models.finetune import Finetune, Full, LastLayers, Lora
 from rlhf_exp.models.scratch import Scratch
@@ -16,6 +15,7 @@ from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.stages.ppo import PPO
+from rlhf_exp.sweeps.isolation import call_in_process
 from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.types import Layout, Pass
 
@@ -94,7 +94,6 @@ def gradients(setup: Setup, given: Pass, mask: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", REFERENCES)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.sampled
 def test_the_fast_pass_is_the_textbooks(
     architecture: str, tied: bool, kind: str, task: str, tmp_path: Path
 ) -> None:
@@ -171,7 +170,6 @@ def learned(path: Path, ppo: PPO, *given: object, by_the_book: bool) -> tuple[li
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("kind", REFERENCES)
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-@pytest.mark.sampled
 def test_a_phase_learns_what_the_textbook_does(
     architecture: str, kind: str, task: str, micro_batch_size: int | None, tmp_path: Path
 ) -> None:
@@ -187,28 +185,20 @@ def test_a_phase_learns_what_the_textbook_does(
         assert (a - b).norm() <= 1e-5 * a.norm()
 
 
-# By itself: the checks that tests put around functions cannot be compiled.
-COMPILED = """
-import json, sys
-import rlhf_exp.machine.environment
-import torch
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from torch._dynamo.utils import counters
-from rlhf_exp.models.finetune import Full
-from tests.rl.test_objectives import SMALL, learned
-from tests.rl.toy import ppo_with
-path, device, mode = Path(sys.argv[1]), torch.device(sys.argv[2]), sys.argv[3]
-torch.compile = partial(torch.compile, backend=sys.argv[4])
-given = ("ragged", Full(), {"num_layers": 1, "device": device})
-weights, losses = zip(*[
-    learned(path, ppo_with(SMALL, compile=compile), *given, by_the_book=False)
-    for compile in ("off", mode)
-])
-apart = max(((a - b).norm() / a.norm()).item() for a, b in zip(*weights))
-print(json.dumps([*losses, apart, counters["stats"]["unique_graphs"]]))
-"""
+def learn_compiled(path: Path, device: str, mode: str, backend: str) -> None:
+    """In a process without the checks that tests put around functions: they cannot be compiled."""
+    torch.set_num_threads(1)
+    torch.compile = partial(torch.compile, backend=backend)
+    given = ("ragged", Full(), {"num_layers": 1, "device": torch.device(device)})
+    weights, losses = zip(
+        *(
+            learned(path, ppo_with(SMALL, compile=compile), *given, by_the_book=False)
+            for compile in ("off", mode)
+        ),
+        strict=True,
+    )
+    apart = max(((a - b).norm() / a.norm()).item() for a, b in zip(*weights, strict=True))
+    print(json.dumps([*losses, apart, counters["stats"]["unique_graphs"]]))
 
 
 def compiled_beside_plain(
@@ -216,13 +206,10 @@ def compiled_beside_plain(
 ) -> tuple[list, list, float, int]:
     """The losses of a phase's steps plain and compiled, how far apart the weights are then, and
     how many graphs were compiled."""
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED, str(path), device, mode, backend],
-        cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    log = path / "log"
+    code = call_in_process(learn_compiled, path / "run", device, mode, backend, log=log)
+    assert code == 0, log.read_text()[-2000:]
+    return json.loads(log.read_text().splitlines()[-1])
 
 
 # aot_eager captures the graphs of both directions as inductor does and calls PyTorch's own kernels;

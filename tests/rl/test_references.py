@@ -61,7 +61,6 @@ def against(setup: Setup, reference: object) -> Rollout:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.sampled
 def test_kl_is_that_to_a_full_copy_taken_before(
     architecture: str, kind: str, tmp_path: Path
 ) -> None:

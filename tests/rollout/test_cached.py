@@ -16,7 +16,6 @@ def generator() -> torch.Generator:
 
 
 @pytest.mark.parametrize("texts", [SHARED, RAGGED, EVEN], ids=["shared", "ragged", "even"])
-@pytest.mark.sampled
 def test_greedy_decoding_is_transformer_lens_own(architecture, texts):
     policy = tiny_policy(architecture)
     batch = prompts(policy, texts)

@@ -49,7 +49,6 @@ def assert_by_hand(
 
 @pytest.mark.parametrize("texts", TEXTS)
 @pytest.mark.parametrize(("case", "positions"), CHANGES)
-@pytest.mark.sampled
 def test_sampling_with_a_cache_gives_what_one_pass_gives(
     architecture: str, case: str, positions: str, texts: str, tmp_path: Path
 ) -> None:
@@ -77,7 +76,6 @@ def test_sampling_without_a_cache(
 
 
 @pytest.mark.parametrize(("case", "positions"), CHANGES[1::2])
-@pytest.mark.sampled
 def test_transformerlens_samples_under_it(
     architecture: str, case: str, positions: str, tmp_path: Path
 ) -> None:
@@ -109,7 +107,6 @@ def static_generation(
 
 @pytest.mark.parametrize("texts", TEXTS)
 @pytest.mark.parametrize(("case", "positions"), CHANGES[::2])
-@pytest.mark.sampled
 def test_static_steps_give_what_the_loop_gives(
     architecture: str, case: str, positions: str, texts: str, tmp_path: Path
 ) -> None:
@@ -130,7 +127,6 @@ def test_static_steps_give_what_the_loop_gives(
 
 @pytest.mark.parametrize("kind", ["full", "last_layers", "lora"])
 @pytest.mark.parametrize("case", ["add", "mean"])
-@pytest.mark.sampled
 def test_the_kl_is_from_the_policy_under_it_to_the_model_without(
     architecture: str, case: str, kind: str, tmp_path: Path
 ) -> None:

@@ -19,7 +19,6 @@ PROMPTS = {"shared": ["w1 w2 w3"] * 5, "ragged": ["w1 w2 w3", "w4", "w5 w6", "w7
 @pytest.mark.parametrize("settings", [{}, {"top_k": 4, "temperature": 0.7}, {"stop_at_eos": True}])
 @pytest.mark.parametrize("texts", PROMPTS)
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2", "gpt_neox"])
-@pytest.mark.sampled
 def test_static_steps_give_what_the_loop_gives(
     architecture: str, texts: str, settings: dict[str, object]
 ) -> None:

@@ -26,6 +26,8 @@ from rlhf_exp.training.schedules import Constant
 from ..builders import without_checks
 from ..rl.toy import context, ppo_with, rows
 
+pytestmark = pytest.mark.soak  # tests/test_arithmetic.py runs such a chain by commands
+
 SAMPLER = CachedSampler(gen_len=15, stop_at_eos=True)
 OPTIMIZER = AdamWSettings(base_lr=3e-3, head_lr=3e-3)
 

@@ -36,7 +36,6 @@ def given(path: Path, architecture: str, **replaced: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("case", "positions"), [("add", "prompt"), ("mean direction", "all")])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.sampled
 def test_both_engines_and_samplers_learn_alike(
     architecture: str, case: str, positions: str, tmp_path: Path
 ) -> None:
