@@ -18,6 +18,9 @@ from torch.nn import functional as F
 # Numbers in a tile of logits: few enough for a processor's cache, enough to keep a GPU busy.
 CPU_TILE, GPU_TILE = 2**18, 2**27
 NARROWEST_TILE = 1024
+# On a CPU, log-probs of policy and reference of at most this many numbers together (256 MiB) are
+# kept for the backward pass; larger ones are computed again.
+KEPT = 2**26
 
 
 class TokenStatistics(NamedTuple):
@@ -173,6 +176,10 @@ def _tiles(weight: Tensor, rows: int) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
+def _is_kept(weight: Tensor, rows: int) -> bool:
+    return not weight.is_cuda and 2 * rows * weight.shape[0] <= KEPT
+
+
 def _product(a: Tensor, b: Tensor, low_dtype: torch.dtype | None) -> Tensor:
     # In low precision a GPU accumulates and returns fp32; a CPU returns rounded numbers.
     if low_dtype is None:
@@ -262,18 +269,20 @@ class _TokenStatistics(torch.autograd.Function):
         scaled = _divide(hidden, head, temperature)
         ref_scaled = _divide(ref_hidden.to(scaled.dtype), ref_head, temperature)
         pol, ref = _LogSumExp(scaled), _LogSumExp(ref_scaled)
+        is_kept = any(ctx.needs_input_grad) and _is_kept(weight, len(hidden))
+        kept: list[Tensor] = []
         for tile in _tiles(weight, len(hidden)):
             logits = _logits(scaled, head, tile, temperature, low_dtype)
             ref_logits = _logits(ref_scaled, ref_head, tile, temperature, low_dtype)
-            pol.add(logits, logits - ref_logits)
+            difference = logits - ref_logits
+            if is_kept:
+                kept += [logits, ref_logits]
+                logits, ref_logits = logits.clone(), ref_logits.clone()
+            pol.add(logits, difference)
             ref.add(ref_logits)
-        all_logprobs: tuple[Tensor, ...] = ()
-        if any(ctx.needs_input_grad) and weight.shape[0] <= NARROWEST_TILE:
-            # One tile, which both sums have centred in place.
-            all_logprobs = (
-                logits.sub_(pol.log_total()[:, None]),
-                ref_logits.sub_(ref.log_total()[:, None]),
-            )
+        for sums, tiles in ((pol, kept[::2]), (ref, kept[1::2])):
+            for tile_logits in tiles:  # now log-probs; less rounded than logits - lse
+                tile_logits.sub_(sums.maximum[:, None]).sub_(sums.log_total()[:, None])
         mean_logit, mean_diff = pol.expectations()
         entropy = pol.log_total() - mean_logit
         # Not pol.value() - ref.value(): the difference of two large numbers would be rounded.
@@ -286,7 +295,7 @@ class _TokenStatistics(torch.autograd.Function):
         ctx.mark_non_differentiable(ref_logprobs)
         ctx.save_for_backward(
             hidden, weight, bias, tokens, ref_hidden, ref_head.weight, ref_head.bias,
-            lse, ref_lse, entropy, kl, *all_logprobs,
+            lse, ref_lse, entropy, kl, *kept,
         )  # fmt: skip
         ctx.temperature, ctx.low_dtype, ctx.sink = temperature, low_dtype, sink
         ctx.shapes = (scale, cap), (ref_head.scale, ref_head.cap)
@@ -296,7 +305,7 @@ class _TokenStatistics(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (hidden, weight, bias, tokens, ref_hidden, ref_weight, ref_bias,
-         lse, ref_lse, entropy, kl, *all_logprobs) = ctx.saved_tensors  # fmt: skip
+         lse, ref_lse, entropy, kl, *kept) = ctx.saved_tensors  # fmt: skip
         temperature, low_dtype = ctx.temperature, ctx.low_dtype
         by_logprob, by_entropy, by_kl = (g[:, None] for g in gradients[:3])
         factor = by_kl - by_entropy
@@ -313,9 +322,9 @@ class _TokenStatistics(torch.autograd.Function):
         if wants_weight and for_weight is None:
             for_weight = torch.zeros_like(weight)
         for_bias = torch.empty_like(bias) if wants_bias else None
-        for tile in _tiles(weight, len(hidden)):
-            if all_logprobs:
-                logprobs, ref_logprobs = all_logprobs
+        for i, tile in enumerate(_tiles(weight, len(hidden))):
+            if kept:
+                logprobs, ref_logprobs = kept[2 * i : 2 * i + 2]
             else:
                 logprobs = _logits(scaled, head, tile, temperature, low_dtype).sub_(lse[:, None])
                 ref_logprobs = _logits(ref_scaled, ref_head, tile, temperature, low_dtype)

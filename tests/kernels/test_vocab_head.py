@@ -23,10 +23,13 @@ from rlhf_exp.kernels.vocab_head import (
 from tests.builders import assert_near
 
 
-@pytest.fixture(params=["several tiles", "one tile"])
+@pytest.fixture(params=["several tiles", "several tiles, kept", "one tile"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seven tokens a tile, the last one shorter, or the defaults: small vocabularies as a whole."""
+    """Seven tokens a tile, the last one shorter, whose logits are computed again or kept; or the
+    defaults: small vocabularies as a whole."""
     if request.param == "several tiles":
+        monkeypatch.setattr(vocab_head, "KEPT", 0)
+    if request.param != "one tile":
         monkeypatch.setattr(vocab_head, "CPU_TILE", 1)
         monkeypatch.setattr(vocab_head, "NARROWEST_TILE", 7)
 
@@ -399,16 +402,17 @@ def test_under_autocast_only_the_gradients_are_rounded(tiles: None) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Keeps the most numbers of a tensor that an operation has returned."""
+    """Keeps the most numbers of a tensor that an operation has returned, and counts operations."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.numel = self.calls = 0
+        self.numel = self.calls = self.products = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         sizes = [x.numel() for x in tree_leaves(output) if isinstance(x, Tensor)]
         self.numel, self.calls = max(self.numel, *sizes, 0), self.calls + 1
+        self.products += func is torch.ops.aten.mm.default
         return output
 
 
@@ -418,6 +422,7 @@ def test_no_tensor_has_the_size_of_the_logits(
     tile: int | None, narrowest: int | None, low: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of = case(axes=(16, 4), d_model=2, vocab=20_000, bias=False)
+    monkeypatch.setattr(vocab_head, "KEPT", 0)
     if tile is not None:
         monkeypatch.setattr(vocab_head, "CPU_TILE", tile)
         monkeypatch.setattr(vocab_head, "NARROWEST_TILE", narrowest)
@@ -432,6 +437,22 @@ def test_no_tensor_has_the_size_of_the_logits(
     allowed = 2 * 20_000 if tile is not None else 2**18
     assert largest.numel <= allowed
     assert sink.any()
+
+
+def test_logits_are_kept_up_to_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocab_head, "NARROWEST_TILE", 50)
+    monkeypatch.setattr(vocab_head, "CPU_TILE", 1)
+    products, gradients = [], []
+    for budget in (2 * 64 * 500, 2 * 64 * 500 - 1):
+        monkeypatch.setattr(vocab_head, "KEPT", budget)
+        of = case(axes=(64,), d_model=4, vocab=500, bias=False)
+        with Largest() as largest:
+            loss(of.statistics()).backward()
+        products.append(largest.products)
+        gradients.append(of.hidden.grad)
+    # Ten tiles: two products forward, two for the gradients, and two to compute logits again.
+    assert products == [40, 60]
+    assert_near(gradients[0], gradients[1])
 
 
 def test_more_tiles_take_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
