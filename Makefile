@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 DOCS_STAMP := $(VENV)/.stamp-docs
 
-.PHONY: venv run test soak check docs bench
+.PHONY: venv run smollm2 test soak check docs bench
 venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +15,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 run: $(STAMP)
 	$(BIN)/python train.py
+
+# A real model learns to write positive film reviews; the first call fetches it.
+smollm2: $(STAMP)
+	$(BIN)/python scripts/fetch.py smollm2
+	$(BIN)/python train.py experiment=smollm2_sentiment
 
 # CHECKED=rlhf_exp checks shapes and types in all packages, not only where tensors are computed.
 test: $(STAMP)

@@ -79,6 +79,9 @@ def explain(error: BaseException, conf: Path) -> str | None:
     group = re.search(r"Could not override '([^']+)'", str(error))
     if isinstance(error, HydraException) and group:
         return f"{group[1]}: no such key or group.{_suggestion(group[1], conf, _known_keys(conf))}"
+    required = re.match(r"You must specify '(\w+)'", str(error))
+    if isinstance(error, HydraException) and required:
+        return "\n".join(_required_groups(required[1], conf))
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"{error.filename}: {error.strerror}: shorten it"
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
@@ -197,6 +200,21 @@ def refuse_old_keys(config: Mapping[str, Any], run: Path) -> None:
             f" {RENAMED[old[0]]} now. Finish it with that version (see environment.txt in it), or"
             " start the run again"
         )
+
+
+def _required_groups(group: str, conf: Path) -> Iterator[str]:
+    """A line for each group that the experiment leaves open and the command line does not set;
+    Hydra names one, `group`."""
+    words = dict(word.partition("=")[::2] for word in sys.argv[1:])
+    experiment = conf / "experiment" / f"{words.get('experiment')}.yaml"
+    if experiment.is_file():
+        left_open = re.findall(r"override /(\w+): \?\?\?", experiment.read_text(encoding="utf-8"))
+    else:  # of a user's own folder
+        left_open = [group]
+    for name in left_open:
+        if name not in words:
+            options = sorted(file.stem for file in (conf / name).glob("*.yaml"))
+            yield f"{name} is required: choose one: {name}={' '.join(options)}"
 
 
 def _group_choices(conf: Path) -> list[str]:

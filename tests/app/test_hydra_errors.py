@@ -149,6 +149,18 @@ def test_an_old_key_is_told_with_the_new_one(words, told, monkeypatch):
     assert explain(caught.value, CONF) == told
 
 
+def test_every_group_that_an_experiment_leaves_open_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ["experiment=yours", "model=gpt2"]
+    monkeypatch.setattr("sys.argv", ["train.py", *words])
+    with pytest.raises(HydraException) as caught:
+        compose(*words)
+    task, reward = explain(caught.value, CONF).splitlines()
+    assert re.fullmatch(r"task is required: choose one: task=arithmetic .* prefix .*", task)
+    assert re.fullmatch(r"reward is required: choose one: reward=arithmetic .* judge .*", reward)
+
+
 @pytest.mark.parametrize("key", RENAMED)
 def test_a_renamed_key_leads_to_one_that_there_is(key):
     config, missing = compose(), object()
