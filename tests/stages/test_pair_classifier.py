@@ -160,11 +160,13 @@ def test_bf16_trains_nearly_alike_and_saves_fp32(bert: Pretrained, tmp_path: Pat
     assert saved.dtype == torch.float32
 
 
-def test_two_runs_are_equal_and_another_seed_is_not(bert: Pretrained, tmp_path: Path) -> None:
+def test_the_head_is_drawn_from_the_runs_seed(bert: Pretrained, tmp_path: Path) -> None:
+    # One batch of all pairs: nothing else of the first loss depends on the seed.
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train(tmp_path / name, bert, seed=seed)
+        train(tmp_path / name, bert, seed=seed, batch_size=1000)
         torch.rand(3)
-    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert losses(tmp_path / "a")[0] != pytest.approx(losses(tmp_path / "c")[0], rel=1e-3)
 
 
 def test_a_gguf_file_is_trained_on(tmp_path: Path) -> None:
