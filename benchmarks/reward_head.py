@@ -17,7 +17,7 @@ import torch
 from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.models.reward_model import HeadShape, RewardModel
 from rlhf_exp.models.scratch import Scratch
-from rlhf_exp.stages.pair_data import PairData, pair_loss
+from rlhf_exp.stages.pair_data import FeaturePairs, pair_loss
 from rlhf_exp.tasks.arithmetic import Arithmetic, series_reward
 from rlhf_exp.tasks.pair_tokens import EncodedPair, encode_pairs
 from rlhf_exp.tasks.protocol import Pair
@@ -50,7 +50,7 @@ def build(head: str) -> tuple[RewardModel, list[EncodedPair]]:
     return model, encode_pairs(tokenizer, pairs, sources, prepend_bos=False, limit=64)
 
 
-def train(data: PairData, epochs: int) -> float:
+def train(data: FeaturePairs, epochs: int) -> float:
     """Seconds of so many epochs, as the notebook trains: batches of 100 pairs, AdamW at 3e-4."""
     optimizer = AdamWSettings(head_lr=3e-4, eps=1e-8).build(data.model.backbone, data.model.head)
     assert data.rewards is not None
@@ -80,10 +80,10 @@ def main() -> None:
     features, kept, anew = [], [], []
     for _ in range(ROUNDS):
         start = time.perf_counter()
-        data = PairData(model, pairs, keep_features=True, dtype="fp32")
+        data = FeaturePairs(model, pairs, keep_features=True, dtype="fp32")
         features.append(time.perf_counter() - start)
         kept.append(train(data, EPOCHS))
-        slow = PairData(model, pairs, keep_features=False, dtype="fp32")
+        slow = FeaturePairs(model, pairs, keep_features=False, dtype="fp32")
         anew.append(train(slow, SLOW_EPOCHS) / SLOW_EPOCHS * EPOCHS)
     seconds = sorted(f + k for f, k in zip(features, kept, strict=True))[ROUNDS // 2]
     print(

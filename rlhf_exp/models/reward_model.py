@@ -212,5 +212,6 @@ def read_head_shape(directory: Path) -> HeadShape:
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"reward.path={str(directory)!r} holds no reward model ({SHAPE_FILE}): name the folder"
-            " of a run of stage=reward_model"
+            " of a run of stage=reward_model (one with stage.head=classifier is for"
+            " reward=pair_model)"
         ) from error

@@ -42,9 +42,8 @@ class PairModel(SequenceClassifierSettings):
                 f"reward.name={self.name!r} has {num_labels} outputs, a reward model one; the"
                 " probability of a label is reward=classifier"
             )
-        eos = model.tokenizer.eos_token or ""
 
         def score(completions: Completions) -> torch.Tensor:
-            return model.logits(completions, suffix=eos)[:, 0].to(device)
+            return model.logits(completions, suffix=model.eos)[:, 0].to(device)
 
         return score

@@ -27,10 +27,11 @@ Side = Literal["right", "left"]
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceClassifier:
-    """A classifier on its device with its tokenizer. Texts are cut to `max_tokens`; None if neither
-    the classifier nor its tokenizer has a limit."""
+    """A classifier on its device with its tokenizer; `field` is the key of its name. Texts are cut
+    to `max_tokens`; None if neither the classifier nor its tokenizer has a limit."""
 
     name: str
+    field: str = "reward.name"
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int | None
@@ -45,12 +46,12 @@ class SequenceClassifier:
         with it.
         """
         pairs = zip(completions.prompts.rows, completions.texts, strict=True)
-        return self._row_logits([self._ids(row, text, suffix) for row, text in pairs])
+        return self.row_logits([self.ids(row, text, suffix) for row, text in pairs])
 
     @torch.no_grad()
     def text_logits(self, texts: Sequence[str]) -> Float[Tensor, "batch label"]:
         """The fp32 logits of texts, on the classifier's device."""
-        return self._row_logits([self._ids({"prompt": ""}, text, "") for text in texts])
+        return self.row_logits([self.ids({"prompt": ""}, text, "") for text in texts])
 
     @property
     def labels(self) -> list[str]:
@@ -58,11 +59,17 @@ class SequenceClassifier:
         config = self.model.config
         return [str(config.id2label[i]) for i in range(config.num_labels)]
 
-    def _row_logits(self, rows: list[list[int]]) -> Float[Tensor, "batch label"]:
+    @property
+    def eos(self) -> str:
+        """The text of EOS, "" if the tokenizer has none."""
+        return self.tokenizer.eos_token or ""
+
+    def row_logits(self, rows: Sequence[list[int]]) -> Float[Tensor, "batch label"]:
+        """The fp32 logits of rows of token ids, on the classifier's device."""
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         return torch.cat([self._batch_logits(batch) for batch in batches])
 
-    def _batch_logits(self, rows: list[list[int]]) -> Float[Tensor, "batch label"]:
+    def _batch_logits(self, rows: Sequence[list[int]]) -> Float[Tensor, "batch label"]:
         # Padded on the right with the id of the model's configuration, even if the tokenizer pads
         # otherwise: GPT-2 counts positions from the first column, and decoders read their logits at
         # the last token that differs from this id.
@@ -73,7 +80,9 @@ class SequenceClassifier:
         output = self.model(input_ids=tokens.to(device), attention_mask=mask.to(device))
         return output.logits.float()
 
-    def _ids(self, row: Mapping[str, Any], completion: str, suffix: str) -> list[int]:
+    def ids(self, row: Mapping[str, Any], completion: str, suffix: str) -> list[int]:
+        """The token ids of a prompt with its completion, as `logits` reads them. Raises RewardError
+        if the tokenizer or its chat template cannot read them."""
         cut = {"truncation": self.max_tokens is not None, "max_length": self.max_tokens}
         try:
             if "messages" in row and self.tokenizer.chat_template:
@@ -88,7 +97,7 @@ class SequenceClassifier:
             ]
         except Exception as error:  # templates and tokenizers raise any kind, even a bare Exception
             raise RewardError(
-                f"the tokenizer of reward.name={self.name!r} cannot read the prompt"
+                f"the tokenizer of {self.field}={self.name!r} cannot read the prompt"
                 f" {row['prompt'][:60]!r} with the completion {completion[:60]!r}: {error}"
             ) from error
 

@@ -1,5 +1,6 @@
 """Encoded pairs and their scores under a reward model, with metrics and tables."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -21,9 +22,43 @@ ROWS = 256  # pairs whose features or scores are computed at once, without gradi
 Scores = tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]  # chosen answers, rejected answers
 
 
-class PairData:
-    """Pairs, their rewards if they are known, and their scores under a model: from features that
-    are computed once and kept, or from the whole model at every call."""
+class PairData(ABC):
+    """Pairs, their rewards if they are known, and their scores under a model."""
+
+    def __init__(self, pairs: Sequence[EncodedPair], device: torch.device) -> None:
+        self.pairs, self.device = pairs, device
+        self.rewards: Scores | None = None
+        if pairs[0].pair.chosen_reward is not None:
+            rewards = [(p.pair.chosen_reward, p.pair.rejected_reward) for p in pairs]
+            chosen, rejected = torch.tensor(rewards, device=device).unbind(dim=1)
+            self.rewards = chosen, rejected
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @abstractmethod
+    def multiplications(self, num_pairs: int) -> int:
+        """The approximate number of multiplications for the scores of so many pairs."""
+
+    @abstractmethod
+    def scores(self, index: Tensor) -> Scores:
+        """Scores of the pairs at `index`."""
+
+    @torch.no_grad()
+    def all_scores(self) -> Scores:
+        """Scores of all pairs, without gradients."""
+        index = torch.arange(len(self), device=self.device).split(ROWS)
+        chosen, rejected = zip(*map(self.scores, index), strict=True)
+        return torch.cat(chosen), torch.cat(rejected)
+
+    def longest(self) -> int:
+        """Tokens of the longest answer."""
+        return max(max(len(p.chosen), len(p.rejected)) for p in self.pairs)
+
+
+class FeaturePairs(PairData):
+    """Pairs that a reward model scores: from features that are computed once and kept, or from the
+    whole model at every call."""
 
     def __init__(
         self,
@@ -33,40 +68,23 @@ class PairData:
         keep_features: bool,
         dtype: Dtype,
     ) -> None:
-        self.model, self.pairs, self.dtype = model, pairs, dtype
-        self.device = model.backbone.device
-        self._width = max(max(len(p.chosen), len(p.rejected)) for p in pairs)
-        self.rewards: Scores | None = None
-        if pairs[0].pair.chosen_reward is not None:
-            rewards = [(p.pair.chosen_reward, p.pair.rejected_reward) for p in pairs]
-            chosen, rejected = torch.tensor(rewards, device=self.device).unbind(dim=1)
-            self.rewards = chosen, rejected
+        super().__init__(pairs, model.backbone.device)
+        self.model, self.dtype = model, dtype
+        self._width = self.longest()
         self._cache = self._compute() if keep_features else None
 
-    def __len__(self) -> int:
-        return len(self.pairs)
-
     def multiplications(self, num_pairs: int) -> int:
-        """The approximate number of multiplications for the scores of so many pairs."""
         computed = self.model if self._cache is None else self.model.head
         states = self._width if self._cache is None else self._cache.states.shape[1]
         return 2 * num_pairs * states * sum(p.numel() for p in computed.parameters())
 
     def scores(self, index: Tensor) -> Scores:
-        """Scores of the pairs at `index`."""
         if self._cache is None:
             features = self._features([self.pairs[i] for i in index.tolist()])
         else:
             features = self._cache[torch.cat([index, index + len(self)])]
         chosen, rejected = self.model.head(features).float().chunk(2)
         return chosen, rejected
-
-    @torch.no_grad()
-    def all_scores(self) -> Scores:
-        """Scores of all pairs, without gradients."""
-        index = torch.arange(len(self), device=self.device).split(ROWS)
-        chosen, rejected = zip(*map(self.scores, index), strict=True)
-        return torch.cat(chosen), torch.cat(rejected)
 
     def _features(self, pairs: Sequence[EncodedPair]) -> RewardFeatures:
         completions = collate(pairs, width=self._width, device=self.device)

@@ -1,29 +1,39 @@
-"""Training of a reward model on preference pairs: features of a frozen language model, computed
-once, and a head on them."""
+"""Training of a reward model on preference pairs: a head on features of a frozen language model,
+which are computed once, or a whole sequence classifier."""
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Literal
 
 import torch
 from pydantic import model_validator
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_exp.machine.precision import Dtype
 from rlhf_exp.machine.threads import threads_for
 from rlhf_exp.machine.timing import Stopwatch
+from rlhf_exp.models.classifiers import head_modules
 from rlhf_exp.models.fast_paths import with_fast_paths
-from rlhf_exp.models.loading import ModelSettings, must_be_plain
+from rlhf_exp.models.loading import ModelSettings, Pretrained, must_be_plain
 from rlhf_exp.models.reward_model import HeadKind, HeadShape, RewardModel, save_reward_model
 from rlhf_exp.models.transformer import CausalTransformer
+from rlhf_exp.rewards.sequence_classifier import SequenceClassifier
 from rlhf_exp.rl.setup import fingerprints
 from rlhf_exp.runs.context import Context
 from rlhf_exp.runs.summary import describe
 from rlhf_exp.settings import ConfigError, Count, Index, NonNegative, settings
 from rlhf_exp.stages.check_saved import check_saved_reward_model
+from rlhf_exp.stages.pair_classifier import (
+    ClassifierPairs,
+    encode_texts,
+    load_pair_classifier,
+    save_pair_classifier,
+)
 from rlhf_exp.stages.pair_data import (
+    FeaturePairs,
     PairData,
     Scores,
     error_metrics,
@@ -48,6 +58,10 @@ from rlhf_exp.training.supervised import Supervised, SupervisedState
 log = logging.getLogger(__name__)
 
 NEEDS = "stage=reward_model needs preference pairs: task=pairs task.path=FILE"
+# The keys of a head on a language model's features.
+FEATURE_KEYS = ("width", "read_layers", "unfreeze_layers", "keep_features")
+
+Scorer = RewardModel | SequenceClassifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +79,13 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
     """Squared error of the rewards plus rank_coef times the rank loss of each pair, or with
     loss="rank" only the rank loss, for pairs without rewards.
 
-    Keeps the head that is best on one half of the held-out prompts, and reports results on the
+    Keeps the weights that are best on one half of the held-out prompts, and reports results on the
     other half. With unfreeze_layers the last blocks are trained with the head.
+
+    head="classifier" trains all weights of transformers' own sequence classifier with one output,
+    on any pretrained encoder or decoder. It reads the texts that reward=pair_model reads, without
+    dropout. Its output may have no bias, so its scores neither begin at the mean reward nor are
+    centred.
     """
 
     Parts = RewardModelParts
@@ -75,10 +94,11 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
     """Most passes over the pairs."""
     batch_size: Count = 100
     """Pairs an update."""
-    head: HeadKind = "token_sum"
-    """token_sum: a sum over the answer's tokens, with log-probs; last_token: the last state."""
+    head: Literal[HeadKind, "classifier"] = "token_sum"
+    """token_sum: a sum over the answer's tokens, with log-probs; last_token: the last state;
+    classifier: transformers' own, all weights are trained, for reward=pair_model."""
     width: Count = 192
-    """Width of the head's hidden layers."""
+    """Width of the hidden layers of head=token_sum and last_token."""
     read_layers: Count = 2
     """The head reads the outputs of this many last blocks."""
     loss: Literal["mse_rank", "rank"] = "mse_rank"
@@ -97,8 +117,8 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
     num_examples: Count = 3
     """Held-out pairs in the table that is printed."""
     dtype: Dtype = "fp32"
-    """Dtype of the language model: fp32, bf16; auto: bf16 if the device has instructions for it,
-    which pays if d_model >= 256."""
+    """Dtype of forward passes of the language model or classifier: fp32, bf16; auto: bf16 if the
+    device has instructions for it, which pays if d_model >= 256."""
 
     @model_validator(mode="after")
     def _can_keep(self) -> "TrainRewardModel":
@@ -109,9 +129,27 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_the_keys(self) -> "TrainRewardModel":
+        values = vars(self)
+        changed = [
+            f"{key.name}={values[key.name]}"
+            for key in fields(self)
+            if key.name in FEATURE_KEYS and values[key.name] != key.default
+        ]
+        if self.head == "classifier" and changed:
+            raise ValueError(
+                f"head=classifier trains a whole model: leave out {', '.join(changed)}, which is"
+                " for the other heads"
+            )
+        return self
+
     def check(self, parts: RewardModelParts) -> list[str]:
         parts.task.fingerprint()
-        return must_be_plain(parts.model, stage="reward_model")
+        problems = must_be_plain(parts.model, stage="reward_model")
+        if self.head == "classifier":
+            problems += check_classifier_parts(parts)
+        return problems
 
     def check_texts(self, parts: RewardModelParts) -> list[str]:
         train = parts.task.pair_split().train
@@ -140,19 +178,16 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
                 raise ConfigError("\n".join(problems))
             scorer, encoded = self._load(context, parts.task, parts.model)
         context.folder.start()
+        trained = [p.numel() for p in module_of(scorer).parameters() if p.requires_grad]
         log.info(
-            "training a %s head of %.2f M parameters on %d pairs; %d held out to stop by, %d to"
-            " report", self.head, sum(p.numel() for p in scorer.parameters() if p.requires_grad)
-            / 1e6, *map(len, encoded),
+            "head=%s: training %.2f M parameters on %d pairs; %d held out to stop by, %d to report",
+            self.head, sum(trained) / 1e6, *map(len, encoded),
         )  # fmt: skip
         less = "set stage.keep_features=false"
         with clock("features"), self.explaining("computing features", less):
-            train, stop_by, report = (
-                PairData(scorer, pairs, keep_features=self.keep_features, dtype=self.dtype)
-                for pairs in encoded
-            )
+            train, stop_by, report = (self._data(scorer, pairs) for pairs in encoded)
         with clock("train"), threads_for(train.multiplications(self.batch_size)):
-            last = self._train(context, parts, train, stop_by)
+            last = self._train(context, parts, scorer, train, stop_by)
         with clock("evaluate"), self.explaining("evaluating"):
             scores = report.all_scores()
             metrics = pair_metrics(scores, report.rewards)
@@ -160,8 +195,11 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
                 metrics |= error_metrics(scores, report.rewards)
         context.folder.log(last, metrics)
         with clock("save"):
-            path = save_reward_model(scorer, context.folder.model)
-            check_saved_reward_model(scorer, path)
+            if isinstance(scorer, RewardModel):
+                path = save_reward_model(scorer, context.folder.model)
+                check_saved_reward_model(scorer, path)
+            else:
+                save_pair_classifier(scorer, context.folder.model)
         rows = score_rows(report, scores)
         context.folder.log_samples(0, rows)
         self._present(context, report, scores, rows)
@@ -170,30 +208,22 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
 
     def _load(
         self, context: Context, task: PairTask, model: ModelSettings
-    ) -> tuple[RewardModel, tuple[Sequence[EncodedPair], ...]]:
+    ) -> tuple[Scorer, tuple[Sequence[EncodedPair], ...]]:
         """The model with a fresh head, and the pairs for training, stopping and the report."""
-        network, tokenizer = model.language_model(None, seed=stream_seed(context.seed, "model"))
-        if tokenizer.eos_token_id is None:
-            raise ConfigError("stage=reward_model needs a tokenizer with an EOS token")
-        backbone = with_fast_paths(CausalTransformer(network.to(context.device), tokenizer))
-        shape = HeadShape(
-            kind=self.head,
-            width=self.width,
-            read_layers=self.read_layers,
-            prepend_bos=bool(leading_ids(tokenizer, prepend_bos=task.prepend_bos)),
-        )
-        try:
-            scorer = RewardModel(backbone, shape)
-            scorer.unfreeze(self.unfreeze_layers)
-        except ValueError as error:
-            raise ConfigError(f"stage: {error}") from error
-        train, held_out = (
-            encode_pairs(
-                tokenizer, pairs, sources,
-                prepend_bos=task.prepend_bos, limit=backbone.context_len,
+        scorer = self._scorer(context, task, model)
+        if isinstance(scorer, RewardModel):
+            encode = partial(
+                encode_pairs,
+                scorer.backbone.tokenizer,
+                prepend_bos=task.prepend_bos,
+                limit=scorer.backbone.context_len,
             )
+        else:
+            encode = partial(encode_texts, scorer)
+        train, held_out = (
+            encode(pairs, sources)
             for pairs, sources in zip(task.pair_split(), task.sources(), strict=True)
-        )  # fmt: skip
+        )
         if shared := num_shared(task.pair_split()):
             log.warning(
                 "%d of %d held-out pairs have a prompt that is trained on too: what is reported is"
@@ -209,26 +239,64 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
             )
         return scorer, (train, *halves)
 
+    def _scorer(self, context: Context, task: PairTask, model: ModelSettings) -> Scorer:
+        """The model with a fresh head."""
+        seed = stream_seed(context.seed, "model")
+        if self.head == "classifier":
+            assert isinstance(model, Pretrained)
+            texts = 2 * self.batch_size  # of the pairs of an update
+            return load_pair_classifier(model, batch_size=texts, device=context.device, seed=seed)
+        network, tokenizer = model.language_model(None, seed=seed)
+        if tokenizer.eos_token_id is None:
+            raise ConfigError("stage=reward_model needs a tokenizer with an EOS token")
+        backbone = with_fast_paths(CausalTransformer(network.to(context.device), tokenizer))
+        shape = HeadShape(
+            kind=self.head,
+            width=self.width,
+            read_layers=self.read_layers,
+            prepend_bos=bool(leading_ids(tokenizer, prepend_bos=task.prepend_bos)),
+        )
+        try:
+            scorer = RewardModel(backbone, shape)
+            scorer.unfreeze(self.unfreeze_layers)
+        except ValueError as error:
+            raise ConfigError(f"stage: {error}") from error
+        return scorer
+
+    def _data(self, scorer: Scorer, pairs: Sequence[EncodedPair]) -> PairData:
+        if isinstance(scorer, RewardModel):
+            return FeaturePairs(scorer, pairs, keep_features=self.keep_features, dtype=self.dtype)
+        return ClassifierPairs(scorer, pairs, dtype=self.dtype)
+
     def _train(
-        self, context: Context, parts: RewardModelParts, train: PairData, stop_by: PairData
+        self,
+        context: Context,
+        parts: RewardModelParts,
+        scorer: Scorer,
+        train: PairData,
+        stop_by: PairData,
     ) -> int:
-        """Trains the head and restores its best; returns the number of updates."""
-        scorer, known = train.model, train.rewards if self.loss == "mse_rank" else None
-        mean = 0.0 if known is None else torch.cat(known).mean().item()
-        scorer.initialise_head(make_generator(context.seed, "head"), bias=mean)
-        adamw = parts.optimizer.build(scorer.backbone, scorer.head)
+        """Trains the model and restores its best weights; returns the number of updates."""
+        known, module = train.rewards if self.loss == "mse_rank" else None, module_of(scorer)
+        if isinstance(scorer, RewardModel):
+            mean = 0.0 if known is None else torch.cat(known).mean().item()
+            scorer.initialise_head(make_generator(context.seed, "head"), bias=mean)
+            network = scorer.backbone.language_model
+            adamw = parts.optimizer.build(scorer.backbone, scorer.head)
+        else:
+            network = scorer.model
+            adamw = parts.optimizer.build(network.base_model, head_modules(network))
         num_updates = self.num_updates(len(train))
         early_stopping = EarlyStopping(
-            context, scorer,
+            context, module,
             lambda update: {LOSS: self._loss(stop_by.all_scores(), stop_by.rewards).item()},
             eval_every=self.eval_every, patience=self.patience,
             lr_fields="optimizer.head_lr and optimizer.base_lr",
         )  # fmt: skip
         generator = make_generator(context.seed, "minibatches")
         batches = BatchStream(shuffle_batches, range(len(train)), self.batch_size, generator)
-        network = scorer.backbone.language_model
         state = SupervisedState(
-            network=scorer,
+            network=module,
             optimizer=adamw,
             scheduler=parts.schedule.build(adamw, total_steps=num_updates),
             batches=batches,
@@ -237,7 +305,7 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
         )
         self.fit(context, state, self._losses(train, batches), num_updates=num_updates)
         early_stopping.restore_best(state.update)
-        if known is None:  # ranks fix no offset: centre the scores
+        if known is None and isinstance(scorer, RewardModel):  # ranks fix no offset: centre them
             scorer.shift(-torch.cat(train.all_scores()).mean().item())
         return state.update
 
@@ -269,3 +337,26 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
         queue_loss_plot(context, title="reward model")
         add("held_out.png", plot_held_out)
         add("the table of pairs", lambda: print_pairs(rows[: self.num_examples], Console()))
+
+
+def check_classifier_parts(parts: RewardModelParts) -> list[str]:
+    """Messages about parts that a classifier on pairs cannot be trained with. Raises ConfigError
+    for a directory without a model."""
+    problems = []
+    if isinstance(parts.model, Pretrained):
+        parts.model.locate()
+    else:
+        problems.append(
+            "model: stage.head=classifier needs a saved model: model=local, model=minilm"
+        )
+    if parts.task.prepend_bos:
+        problems.append(
+            "task.prepend_bos=true is not for stage.head=classifier, whose tokenizer adds special"
+            " tokens by itself: set it false"
+        )
+    return problems
+
+
+def module_of(scorer: Scorer) -> nn.Module:
+    """The module with the scorer's weights."""
+    return scorer if isinstance(scorer, RewardModel) else scorer.model

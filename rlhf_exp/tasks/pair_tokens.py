@@ -15,7 +15,8 @@ from rlhf_exp.types import Completions, PromptBatch
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedPair:
-    """A pair with the token ids of its prompt and answers, with EOS if the answer ended."""
+    """A pair with the token ids of its prompt and answers, with EOS if the answer ended. For a
+    classifier, each answer's ids are those of the whole text, and `prompt` is empty."""
 
     pair: Pair
     prompt: list[int]

@@ -90,6 +90,15 @@ def reward_model(given: Context, base: Path) -> StageResult:
     return stage.run(given, parts_of(stage, task=pairs, model=model_in(base), optimizer=OPTIMIZER))
 
 
+def reward_classifier(given: Context, base: Path) -> StageResult:
+    """All weights are trained, below a new head, which is drawn again on resume."""
+    stage = TrainRewardModel(
+        head="classifier", epochs=2, batch_size=40, log_every=1, eval_every=3, dtype="bf16"
+    )
+    pairs = ToyPairs(count=120)
+    return stage.run(given, parts_of(stage, task=pairs, model=model_in(base), optimizer=OPTIMIZER))
+
+
 def ppo(given: Context, base: Path) -> StageResult:
     stage = ppo_with(
         total_phases=4, batch_size=6, num_minibatches=2, eval_every=2, eval_samples=4,
@@ -122,6 +131,7 @@ STAGES: dict[str, tuple[Run, int]] = {
     "classifier on a pretrained model": (pretrained_classifier, 3),
     "preferences": (preferences, 3),
     "reward_model": (reward_model, 4),
+    "reward_model with a classifier": (reward_classifier, 4),
     "ppo": (ppo, 4),
     "ppo on a dataset": (ppo_on_a_dataset, 3),
 }

@@ -12,7 +12,7 @@ from rlhf_exp.models.reward_model import HeadShape, RewardModel
 from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.stages import pair_data
 from rlhf_exp.stages.pair_data import (
-    PairData,
+    FeaturePairs,
     error_metrics,
     pair_loss,
     pair_metrics,
@@ -63,7 +63,7 @@ def test_each_answer_is_scored_as_by_itself(
     monkeypatch.setattr(pair_data, "ROWS", size)
     scorer = model(tmp_path)
     pairs = encoded(scorer)
-    data = PairData(scorer, pairs, keep_features=keep_features, dtype="fp32")
+    data = FeaturePairs(scorer, pairs, keep_features=keep_features, dtype="fp32")
     chosen, rejected = data.all_scores()
     assert chosen.tolist() == pytest.approx(
         [score_alone(scorer, p.prompt, p.chosen) for p in pairs], abs=1e-4
@@ -83,7 +83,7 @@ def test_kept_features_give_the_scores_and_gradients_of_new_ones(tmp_path: Path,
     scorer = model(tmp_path, kind)
     pairs = encoded(scorer)
     kept, fresh = (
-        PairData(scorer, pairs, keep_features=keep, dtype="fp32") for keep in (True, False)
+        FeaturePairs(scorer, pairs, keep_features=keep, dtype="fp32") for keep in (True, False)
     )
     index = torch.tensor([1, 4, 9])
     gradients = []
@@ -101,7 +101,7 @@ def test_kept_features_give_the_scores_and_gradients_of_new_ones(tmp_path: Path,
 def test_half_precision_is_for_the_language_model_alone(tmp_path: Path) -> None:
     scorer = model(tmp_path)
     full, half = (
-        PairData(scorer, encoded(scorer), keep_features=True, dtype=dtype).all_scores()[0]
+        FeaturePairs(scorer, encoded(scorer), keep_features=True, dtype=dtype).all_scores()[0]
         for dtype in ("fp32", "bf16")
     )
     assert half.dtype == torch.float32
@@ -112,11 +112,11 @@ def test_half_precision_is_for_the_language_model_alone(tmp_path: Path) -> None:
 def test_rewards_are_those_of_the_pairs(tmp_path: Path) -> None:
     scorer = model(tmp_path)
     pairs = encoded(scorer)
-    chosen, rejected = PairData(scorer, pairs, keep_features=False, dtype="fp32").rewards
+    chosen, rejected = FeaturePairs(scorer, pairs, keep_features=False, dtype="fp32").rewards
     assert chosen.tolist() == [p.pair.chosen_reward for p in pairs]
     assert rejected.tolist() == [p.pair.rejected_reward for p in pairs]
     without = encoded(scorer, ToyPairs(rewarded=False))
-    assert PairData(scorer, without, keep_features=False, dtype="fp32").rewards is None
+    assert FeaturePairs(scorer, without, keep_features=False, dtype="fp32").rewards is None
 
 
 SCORES = torch.tensor([2.0, 0.5, 1.0]), torch.tensor([1.0, 1.5, 1.0])
@@ -156,7 +156,7 @@ def test_metrics_by_hand() -> None:
 @pytest.mark.parametrize("rewarded", [True, False])
 def test_rows_and_table_hold_texts_scores_and_known_rewards(tmp_path: Path, rewarded: bool) -> None:
     scorer = model(tmp_path)
-    data = PairData(
+    data = FeaturePairs(
         scorer, encoded(scorer, ToyPairs(rewarded=rewarded)), keep_features=False, dtype="fp32"
     )
     scores = torch.arange(11) + 0.25, torch.arange(11) - 0.25

@@ -13,7 +13,7 @@ from rlhf_exp.models.reward_model import load_reward_model
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rewards.reward_model import LearnedReward
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.stages.pair_data import PairData, error_metrics, pair_loss, pair_metrics
+from rlhf_exp.stages.pair_data import FeaturePairs, error_metrics, pair_loss, pair_metrics
 from rlhf_exp.stages.reward_model import TrainRewardModel
 from rlhf_exp.tasks.pair_tokens import collate, encode_pairs
 from rlhf_exp.tasks.pairs import PairsFile, hold_out
@@ -51,13 +51,13 @@ def losses(path: Path, name: str = "train/loss") -> list[float]:
     return [row[name] for row in rows(path) if name in row]
 
 
-def data_of(path: Path, pairs: tuple[Pair, ...]) -> PairData:
+def data_of(path: Path, pairs: tuple[Pair, ...]) -> FeaturePairs:
     """The pairs and the model that a run saved."""
     scorer = load_reward_model(path)
     encoded = encode_pairs(
         scorer.backbone.tokenizer, pairs, ["?"] * len(pairs), prepend_bos=True, limit=16
     )
-    return PairData(scorer, encoded, keep_features=False, dtype="fp32")
+    return FeaturePairs(scorer, encoded, keep_features=False, dtype="fp32")
 
 
 def halves(task: ToyPairs) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
