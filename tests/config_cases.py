@@ -31,12 +31,17 @@ BOUNDED = {
     },
     "Compute": {
         "rollout_batch_size", "micro_batch_size", "gradient_checkpointing", "compile", "dtype",
+        "async_reward",
     },
     "WarmupDecay": {"warmup_steps"},
     "Cosine": {"warmup_steps"},
     "Scratch": {"architecture", "d_model", "num_heads", "context_len", "num_layers", "engine"},
     "ScratchClassifier": {"d_model", "num_heads", "context_len"},
-    "Pretrained": {"engine", "attn_implementation", "dtype"},
+    "Pretrained": {"engine", "attn_implementation", "dtype", "fetch"},
+    "Judge": {
+        "name", "revision", "device", "template", "examples", "answers", "output", "chat", "system",
+        "check",
+    },
     "SFT": {"data", "stop_at", "eval_every"},
     "TrainRewardModel": {"head", "unfreeze_layers", "keep_features"},
     "CachedSampler": {"gen_len", "stop_at_eos"},
@@ -423,7 +428,8 @@ def invalid_cases(rng: random.Random, bases: list[Base], count: int) -> list[Cas
     cases: dict[tuple[str, tuple[str, ...]], Case] = {}
     turn = 0
     while len(cases) < count:
-        base, kind = bases[turn % len(bases)], KINDS[turn // len(bases) % len(KINDS)]
+        base = bases[turn % len(bases)]
+        kind = KINDS[(turn % len(bases) + turn // len(bases)) % len(KINDS)]
         case = kind(rng, base)
         if case is not None:
             cases.setdefault((case.base, case.words), case)

