@@ -39,7 +39,10 @@ def main() -> None:
     if (folder / SOURCE).is_file():  # not in a directory that somebody else put there
         print((folder / SOURCE).read_text(encoding="utf-8"), end="")
     words = f"model={model.name}" if root == MODELS else f"model=local model.base_model={folder}"
-    print(f"use it: {program()} {words}" if model.language_model else f"use it as {words}")
+    if model.language_model:
+        print(f"use it: {program()} experiment=yours {words} task=... reward=...")
+    else:
+        print(f"use it: {program()} experiment=minilm_sentiment {words} task.path=FILE.tsv")
 
 
 if __name__ == "__main__":

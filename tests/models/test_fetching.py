@@ -238,7 +238,7 @@ def test_the_script_fetches_from_the_hub_once(tmp_path: Path) -> None:
                 "outputs/models/smollm2\nsmollm2: SmolLM2-135M-Instruct, a language model with a"
                 " chat template: 135 M parameters\nlicence: Apache-2.0\n"
                 f"from: {url}/{name}, commit {COMMIT}\nweights: the original ones\n"
-                "use it: python train.py model=smollm2\n"
+                "use it: python train.py experiment=yours model=smollm2 task=... reward=...\n"
             )
             assert out.startswith("outputs") == (asked == []), out
             requests, asked[:] = len(asked), []
