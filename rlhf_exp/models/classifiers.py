@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.models.hub import (
@@ -25,6 +26,7 @@ from rlhf_exp.models.loading import (
 )
 from rlhf_exp.models.scratch import ScratchClassifier
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.tasks.batches import pad_right
 
 # transformers gives a tokenizer without a limit a number far above this.
 NO_LIMIT = 10**9
@@ -91,6 +93,19 @@ def is_head(network: PreTrainedModel, weight: str) -> bool:
 def head_modules(network: PreTrainedModel) -> nn.ModuleList:
     """The modules of a classifier that are not its base model."""
     return nn.ModuleList([m for m in network.children() if m is not network.base_model])
+
+
+def class_logits(
+    network: PreTrainedModel, rows: Sequence[list[int]]
+) -> Float[Tensor, "batch label"]:
+    """The classifier's logits for rows of token ids; an empty row is one padding token."""
+    # Padded on the right with the id of the model's configuration, even if the tokenizer pads
+    # otherwise: GPT-2 counts positions from the first column, and decoders read their logits at
+    # the last token that differs from this id.
+    fill = network.config.get_text_config().pad_token_id
+    tokens = pad_right([row or [fill] for row in rows], fill=fill).to(network.device)
+    mask = pad_right([[1] * max(1, len(row)) for row in rows], fill=0).to(network.device)
+    return network(input_ids=tokens, attention_mask=mask).logits
 
 
 def with_leading_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -3,7 +3,6 @@
 Knows how the model is run. `question` knows what it reads; what the answers mean is the user's.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,8 +28,6 @@ from rlhf_exp.rewards.sequence_classifier import reward_device
 from rlhf_exp.settings import ConfigError, Count, Text, settings
 from rlhf_exp.tasks.batches import pad_right
 from rlhf_exp.types import Completions
-
-log = logging.getLogger(__name__)
 
 POLICY = "policy"
 Output = Literal["prob", "logit", "rating"]

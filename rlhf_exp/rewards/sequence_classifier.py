@@ -13,13 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
-from rlhf_exp.models.classifiers import load_classifier, readable_tokens
+from rlhf_exp.models.classifiers import class_logits, load_classifier, readable_tokens
 from rlhf_exp.models.hub import directory_hash, locate_model
 from rlhf_exp.models.loading import DTYPES
 from rlhf_exp.rewards.protocol import RewardError
 from rlhf_exp.runs.context import pick_device
 from rlhf_exp.settings import ConfigError, Count, Text, settings
-from rlhf_exp.tasks.batches import pad_right
 from rlhf_exp.types import Completions
 
 Side = Literal["right", "left"]
@@ -67,18 +66,7 @@ class SequenceClassifier:
     def row_logits(self, rows: Sequence[list[int]]) -> Float[Tensor, "batch label"]:
         """The fp32 logits of rows of token ids, on the classifier's device."""
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        return torch.cat([self._batch_logits(batch) for batch in batches])
-
-    def _batch_logits(self, rows: Sequence[list[int]]) -> Float[Tensor, "batch label"]:
-        # Padded on the right with the id of the model's configuration, even if the tokenizer pads
-        # otherwise: GPT-2 counts positions from the first column, and decoders read their logits at
-        # the last token that differs from this id.
-        fill = self.model.config.get_text_config().pad_token_id
-        tokens = pad_right([row or [fill] for row in rows], fill=fill)
-        mask = pad_right([[1] * max(1, len(row)) for row in rows], fill=0)
-        device = self.model.device
-        output = self.model(input_ids=tokens.to(device), attention_mask=mask.to(device))
-        return output.logits.float()
+        return torch.cat([class_logits(self.model, batch).float() for batch in batches])
 
     def ids(self, row: Mapping[str, Any], completion: str, suffix: str) -> list[int]:
         """The token ids of a prompt with its completion, as `logits` reads them. Raises RewardError

@@ -10,13 +10,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
 
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.machine.precision import Dtype, autocast
 from rlhf_exp.machine.timing import Stopwatch
-from rlhf_exp.models.classifiers import build_classifier, head_modules
+from rlhf_exp.models.classifiers import build_classifier, class_logits, head_modules
 from rlhf_exp.models.loading import Pretrained, must_be_plain
 from rlhf_exp.models.scratch import ScratchClassifier
 from rlhf_exp.rl.setup import fingerprints
@@ -24,7 +22,7 @@ from rlhf_exp.runs.context import Context
 from rlhf_exp.settings import Artifact, Count, Fraction, Upstream, settings
 from rlhf_exp.stages.check_saved import check_saved_classifier
 from rlhf_exp.stages.protocol import Stage, StageResult
-from rlhf_exp.tasks.batches import BatchStream, bucket_by_length, pad_right
+from rlhf_exp.tasks.batches import BatchStream, bucket_by_length
 from rlhf_exp.tasks.protocol import LabelledTask, LabelledText
 from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.training.schedules import Schedule
@@ -182,17 +180,6 @@ def encode_labelled(
     return EncodedTexts(
         rows=encoded["input_ids"], targets=[labels.index(text.label) for text in texts]
     )
-
-
-def class_logits(
-    network: PreTrainedModel, rows: Sequence[list[int]]
-) -> Float[Tensor, "batch label"]:
-    """The classifier's logits for rows of token ids."""
-    # Decoders read their logits at the last token that differs from this one.
-    fill = network.config.get_text_config().pad_token_id
-    tokens = pad_right(rows, fill=fill).to(network.device)
-    mask = pad_right([[1] * len(row) for row in rows], fill=0).to(network.device)
-    return network(input_ids=tokens, attention_mask=mask).logits
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as hf
 
-from rlhf_exp.models.classifiers import with_leading_bos
+from rlhf_exp.models.classifiers import class_logits, with_leading_bos
 from rlhf_exp.models.loading import Pretrained
 from rlhf_exp.models.scratch import ScratchClassifier
 from rlhf_exp.rewards.classifier import Classifier
@@ -14,7 +14,6 @@ from rlhf_exp.settings import ConfigError
 from rlhf_exp.stages.classifier import (
     EncodedTexts,
     TrainClassifier,
-    class_logits,
     encode_labelled,
     held_out_metrics,
 )
