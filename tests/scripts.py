@@ -2,14 +2,34 @@
 
 import contextlib
 import io
+import logging
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from rlhf_exp.tracking.progress import line_log, package_log
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+@contextlib.contextmanager
+def kept_logging() -> Iterator[None]:
+    """Puts back what Hydra and the run do to the loggers, and closes their files."""
+    loggers = [logging.getLogger(), package_log, line_log, logging.getLogger("rlhf_exp.file")]
+    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    try:
+        yield
+    finally:
+        for handler in {h for logger in loggers for h in logger.handlers}:
+            if isinstance(handler, logging.FileHandler):
+                handler.close()
+        for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)
 
 
 def call_script(
@@ -20,7 +40,7 @@ def call_script(
     out, err = io.StringIO(), io.StringIO()
     command = [str(SCRIPTS / name), *map(str, arguments)]
     code: object = 0
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, kept_logging():
         if folder is not None:
             patch.chdir(folder)
         patch.setenv("COLUMNS", "80")

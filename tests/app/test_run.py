@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import logging
 import os
 import re
 import runpy
@@ -22,10 +21,10 @@ from rlhf_exp.app import run
 from rlhf_exp.models.scratch import ScratchClassifier
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.reviews import Reviews
-from rlhf_exp.tracking.progress import line_log, package_log
 from tests.builders import build_tokenizer, without_checks
 from tests.composed import compose
 from tests.forked import TRAIN
+from tests.scripts import kept_logging
 
 # A run of a second that stands on nothing.
 TINY = (
@@ -94,22 +93,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def kept_logging() -> Iterator[None]:
-    """Puts back what Hydra and the run do to the loggers, and closes their files."""
-    loggers = [logging.getLogger(), package_log, line_log, logging.getLogger("rlhf_exp.file")]
-    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
-    try:
-        yield
-    finally:
-        for handler in {h for logger in loggers for h in logger.handlers}:
-            if isinstance(handler, logging.FileHandler):
-                handler.close()
-        for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
-            logger.handlers, logger.propagate = handlers, propagate
-            logger.setLevel(level)
 
 
 def written(folder: Path) -> list[str]:
