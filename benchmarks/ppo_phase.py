@@ -8,7 +8,8 @@ phases on one minibatch and multiplied by the optimizer steps of a phase; optimi
 clipping and what follows a step. warm_up_s is what comes before the counted phases: compiling and
 the first of them. A further shape can be given as
 SHAPE=layers,d_model,heads,vocab,context,batch,prompt,gen_len,minibatches,epochs and asked for as
-"custom"; shapes.py says what they mean."""
+"custom"; shapes.py says what they mean. With --model DIR a saved model takes the
+place of the GPT-2 with random weights; of the shape only the work is used."""
 
 import rlhf_exp.machine.environment  # noqa: F401, I001  first: it must precede the import of torch
 
@@ -21,9 +22,10 @@ from statistics import median
 
 import torch
 
-from rlhf_exp.models.loading import build_policy
+from rlhf_exp.models.loading import build_policy, load_policy
 from rlhf_exp.models.finetune import Full, Lora, LastLayers
 from rlhf_exp.models.reference import reference_hash, resident_memory
+from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rl.setup import Setup
@@ -48,8 +50,8 @@ FINETUNE = {
 TIMED, UNTIMED = 5, 1
 
 
-def setup_of(shape: Shape, finetune: str, device: torch.device) -> Setup:
-    """The policy of that shape, its reference, and a reward that costs nothing."""
+def policy_of(shape: Shape, device: torch.device) -> TransformerWithValueHead:
+    """A policy of that shape with random weights."""
     words = [f"w{i}" for i in range(shape.vocab - 4)]
     model = Scratch(
         num_layers=shape.num_layers,
@@ -57,9 +59,16 @@ def setup_of(shape: Shape, finetune: str, device: torch.device) -> Setup:
         num_heads=shape.num_heads,
         context_len=shape.context_len,
     )
-    policy = build_policy(model, lambda: word_tokenizer(words), device=device, seed=0)
-    text = " ".join(words[: shape.prompt])
+    return build_policy(model, lambda: word_tokenizer(words), device=device, seed=0)
+
+
+def setup_of(shape: Shape, finetune: str, device: torch.device, model: str | None = None) -> Setup:
+    """The policy of that shape or a saved one, its reference, and a reward that costs nothing."""
+    policy = policy_of(shape, device) if model is None else load_policy(model, device=device)
+    first = min(1000, shape.vocab - shape.prompt)  # of the prompt's tokens
+    text = policy.tokenizer.decode(range(first, first + shape.prompt))
     prompts = encode_prompts(policy.tokenizer, [text], prepend_bos=False, device=device)
+    assert prompts.tokens.shape[1] == shape.prompt
     attached = FINETUNE[finetune].attach(policy, seed=0)
     return Setup(
         policy=policy,
@@ -70,6 +79,7 @@ def setup_of(shape: Shape, finetune: str, device: torch.device) -> Setup:
         train_prompts=prompts,
         eval_prompts=prompts,
         answers=None,
+        scored_by_reference=False,
     )
 
 
@@ -128,6 +138,7 @@ def arguments_given() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--micro-batch-size", type=int)
+    parser.add_argument("--model", metavar="DIR", help="a saved model")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     arguments = parser.parse_args()
     if arguments.phases < 2:
@@ -140,7 +151,7 @@ def main() -> None:
     arguments = arguments_given()
     shape, device = SHAPES[arguments.shape], pick_device("auto")
     use_processor_well()
-    setup = setup_of(shape, arguments.finetune, device)
+    setup = setup_of(shape, arguments.finetune, device, arguments.model)
     ppo = PPO(
         total_phases=arguments.phases,
         batch_size=shape.batch,
@@ -170,6 +181,7 @@ def main() -> None:
     line = {
         "system": "rlhf_exp",
         "shape": arguments.shape,
+        "model": arguments.model,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "threads": torch.get_num_threads(),
         "dtype": "fp32" if setup.policy.autocast_dtype is None else "bf16",
