@@ -14,7 +14,8 @@ END = re.compile(r"""[.!?]+["')\]]*(?=\s|$)""")
 
 @settings
 class Sentences:
-    """1 for a completion of exactly `count` sentences, the last one complete, on one line; else 0.
+    """1 for a completion of exactly `count` sentences, the last one complete, on one line; 0 for
+    other completions, or part of 1 with `partial`.
 
     A sentence ends with . ! or ? before a space or the end, so "e.g. this" counts as two. A list
     is no sentence: a completion with a line break scores 0.
@@ -22,15 +23,23 @@ class Sentences:
 
     count: Count = 3
     """Sentences."""
+    partial: bool = False
+    """true: other numbers of sentences score 1 - |number - count| / count, at least 0; a rule that
+    is almost never followed at first is learned from these."""
 
     def load(self, device: torch.device) -> RewardFunction:
         """The reward function; loads nothing."""
 
         def score(completions: Completions) -> torch.Tensor:
-            follows = [num_sentences(text) == self.count for text in completions.texts]
-            return torch.tensor(follows, dtype=torch.float32, device=device)
+            scores = [self._score(num_sentences(text)) for text in completions.texts]
+            return torch.tensor(scores, device=device)
 
         return score
+
+    def _score(self, number: int | None) -> float:
+        if number is None or not self.partial:
+            return float(number == self.count)
+        return max(0.0, 1 - abs(number - self.count) / self.count)
 
 
 def num_sentences(text: str) -> int | None:

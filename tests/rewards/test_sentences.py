@@ -30,3 +30,9 @@ def test_only_the_exact_number_scores() -> None:
     reward = Sentences(count=3).load(torch.device("cpu"))
     assert reward(record).tolist() == [1.0, 0.0, 0.0, 0.0]
     assert Sentences(count=2).load(torch.device("cpu"))(record).tolist() == [0.0, 1.0, 0.0, 0.0]
+
+
+def test_other_numbers_score_part_of_1_if_they_are_near() -> None:
+    record = completions(["A. B. C.", "A. B.", "A. B. C. D.", "A. B. C", "A. B. C. D. E. F. G."])
+    reward = Sentences(count=3, partial=True).load(torch.device("cpu"))
+    assert reward(record).tolist() == pytest.approx([1, 2 / 3, 2 / 3, 0, 0])
