@@ -55,14 +55,20 @@ def check_saved_language_model(network: PreTrainedModel, path: Path) -> None:
         load_language_model,
         dtype=next(name for name in get_args(WeightsDtype) if DTYPES[name] == network.dtype),
         attn_implementation="eager" if is_eager else None,
-        trust_remote_code=type(network).__module__.startswith("transformers_modules"),
+        trust_remote_code=_has_own_code(network),
     )
     _check_logits(network, load, path)
 
 
 def check_saved_classifier(network: PreTrainedModel, path: Path) -> None:
     """Raises TrainingError unless the saved classifier gives the same logits."""
-    _check_logits(network, partial(load_classifier, dtype=network.dtype), path)
+    load = partial(load_classifier, dtype=network.dtype, trust_remote_code=_has_own_code(network))
+    _check_logits(network, load, path)
+
+
+def _has_own_code(network: PreTrainedModel) -> bool:
+    """True for a model whose code came with it; that code ran already."""
+    return type(network).__module__.startswith("transformers_modules")
 
 
 def _check_head(head: nn.Module, file: Path) -> None:

@@ -9,6 +9,7 @@ from rlhf_exp.models.loading import directory_hash
 from rlhf_exp.rewards.protocol import RewardError
 from rlhf_exp.rewards.sequence_classifier import SequenceClassifier, SequenceClassifierSettings
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.stages.check_saved import check_saved_classifier
 from rlhf_exp.tasks.tokenizers import closed_word_tokenizer
 from tests.builders import completions
 from tests.rewards.checkpoints import (
@@ -332,7 +333,12 @@ def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(tmp_path, monke
     )
     with pytest.raises(ConfigError, match=r"set reward\.trust_remote_code=true"):
         reader(path)
-    assert type(reader(path, trust_remote_code=True).model).__name__ == "Own"
+    trusted = reader(path, trust_remote_code=True).model
+    assert type(trusted).__name__ == "Own"
+    # A run that finetunes it saves it, and reads it again.
+    trusted.save_pretrained(tmp_path / "saved")
+    hf.AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path / "saved")
+    check_saved_classifier(trusted, tmp_path / "saved")
 
 
 def test_the_fingerprint_follows_the_files(tmp_path):
