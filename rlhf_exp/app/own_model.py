@@ -1,8 +1,8 @@
 """The learning rate and the warm-up that experiment=yours chooses for a saved model."""
 
-# Learning rates of the base model, by the class of the finetune option. On SmolLM2-135M 1e-5 is
-# slow and safe for 100 phases (KL .02 after 16) and 5e-5 is fast (.1 to .2 after 25); the other two
-# are not measured yet.
+# Learning rates of the base model, by the class of the finetune option. Measured on SmolLM2-135M by
+# the KL in nats a token: all weights 1e-5 (.02 after 16 phases; 5e-5: .2 after 25), the last six
+# blocks 3e-5 (.016 after 25; 3e-4: .26), LoRA 3e-4 (.12 to .19 after 25; 6e-4: .2 after 10).
 LEARNING_RATES = {"Full": 1e-5, "LastLayers": 3e-5, "Lora": 3e-4}
 WARMUP_FRACTION = 0.1
 
