@@ -33,6 +33,7 @@ STAGES = {
     "classifier": ["~experiment", "stage=classifier", "model=tiny_classifier", *SMALL_REVIEWS],
     "preferences": ["~experiment", "stage=preferences", "sampler.stop_at_eos=true",
                     "reward=length", *SMALL_REVIEWS],
+    "best_of_n": ["~experiment", "stage=best_of_n", "reward=length", *SMALL_REVIEWS],
     "reward_model": ["~experiment", "stage=reward_model", "model=local", "task=pairs",
                      "model.base_model=DIR", "task.path=PAIRS"],
 }  # fmt: skip

@@ -3,11 +3,13 @@
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from rich.console import Console
 from torch import Tensor
 
@@ -28,7 +30,7 @@ from rlhf_exp.tasks.prompts import take
 from rlhf_exp.tasks.protocol import AnswerTask, Task
 from rlhf_exp.tracking.curves import plot_ppo, print_before_after
 from rlhf_exp.training.seeding import make_generator
-from rlhf_exp.types import Rollout
+from rlhf_exp.types import PromptBatch, Rollout
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,11 @@ def read_evaluations(folder: RunFolder) -> tuple[Evaluation, Evaluation]:
     return first, last
 
 
+def evaluation_order(prompts: PromptBatch, seed: int) -> Int[Tensor, " prompt"]:
+    """The order in which the evaluations of a run with that seed take the held-out prompts."""
+    return torch.randperm(len(prompts.rows), generator=make_generator(seed, "evaluation prompts"))
+
+
 def evaluate(
     setup: Setup, reward: CheckedReward, *, num_samples: int, seed: int, phase: int
 ) -> Evaluation:
@@ -84,7 +91,7 @@ def evaluate(
     """
     policy, prompts, answers = setup.policy, setup.eval_prompts, setup.answers
     device = policy.device
-    order = torch.randperm(len(prompts.rows), generator=make_generator(seed, "evaluation prompts"))
+    order = evaluation_order(prompts, seed)
     index = order.repeat(-(-num_samples // len(order)))[:num_samples]
     generator = make_generator(seed, "evaluation", device)
     full = setup.sampler.full_distribution
@@ -155,8 +162,15 @@ def brief(metrics: Mapping[str, float]) -> str:
     return describe({name.removeprefix("eval/"): value for name, value in metrics.items()})
 
 
-def present(context: Context, before: Evaluation, after: Evaluation) -> None:
-    """Queues samples, metrics and curves, before and after, for display."""
+def present(
+    context: Context,
+    before: Evaluation,
+    after: Evaluation,
+    *,
+    plot: Callable[..., Path] = plot_ppo,
+    title: str = "PPO by phase",
+) -> None:
+    """Queues samples and metrics, before and after, and the figure of all rows, for display."""
     folder, add = context.folder, context.presentation.add
 
     def show_samples() -> None:
@@ -167,7 +181,7 @@ def present(context: Context, before: Evaluation, after: Evaluation) -> None:
         log.info("after:  %s", brief(after.metrics))
 
     def draw_curves() -> None:
-        picture = plot_ppo(folder.rows(), folder.path / CURVES, title="PPO by phase")
+        picture = plot(folder.rows(), folder.path / CURVES, title=title)
         log.info("curves: %s", os.path.relpath(picture))
 
     add("the table of samples", show_samples)

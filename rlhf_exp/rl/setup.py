@@ -66,12 +66,7 @@ def load_setup(
     """The policy with its trained weights selected, its reference, the reward and the prompts, on
     the context's device. Raises ConfigError if one cannot be loaded or does not fit the others."""
     policy = load_sampled_policy(context, task, model, sampler, value_head=value_head)
-    train, held_out = (
-        fitting_prompts(policy, task, texts, sampler)
-        for texts in (task.train_prompts(), task.eval_prompts())
-    )
-    if isinstance(task, ShapesPrompts):
-        held_out = without(held_out, train)
+    train, held_out = load_prompts(policy, task, sampler)
     first = policy.tokenizer.decode(train.tokens[0][train.mask[0]])  # with special tokens
     log.info("%d prompts to train on, %d held out; the first: %r",
              len(train.rows), len(held_out.rows), first)  # fmt: skip
@@ -89,6 +84,20 @@ def load_setup(
         eval_prompts=held_out,
         answers=task if isinstance(task, AnswerTask) else None,
     )
+
+
+def load_prompts(
+    policy: TransformerWithValueHead, task: Task, sampler: Sampler
+) -> tuple[PromptBatch, PromptBatch]:
+    """The prompts to train on and those of evaluations. Raises ConfigError as `fitting_prompts`
+    does."""
+    train, held_out = (
+        fitting_prompts(policy, task, texts, sampler)
+        for texts in (task.train_prompts(), task.eval_prompts())
+    )
+    if isinstance(task, ShapesPrompts):
+        held_out = without(held_out, train)
+    return train, held_out
 
 
 def fingerprints(network: PreTrainedModel, **parts: Any) -> dict[str, str]:

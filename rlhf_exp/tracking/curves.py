@@ -51,6 +51,25 @@ def plot_ppo(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> Pa
     return path
 
 
+def plot_best_of_n(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> Path:
+    """A PNG of score against KL from rows of metrics.jsonl, a dot for each n; where the task knows
+    exact answers, of the true reward too."""
+    figure, (axis,) = _make_panels(1, title=title)
+    kls = [row["eval/kl_sum"] for row in rows]
+    for name, color, label in (("score", SCORE, "score"), ("true_reward", TRUE, "true reward")):
+        _, values = _series(rows, f"eval/{name}")
+        if values:
+            axis.plot(kls, values, "o-", color=color, linewidth=1, markersize=5, label=label)
+    for kl, row in zip(kls, rows, strict=True):
+        axis.annotate(f"{row['phase']}", (kl, row["eval/score"]), xytext=(4, -11),
+                      textcoords="offset points", fontsize=8, color=MUTED)  # fmt: skip
+    axis.legend(frameon=False, loc="lower right", labelcolor=INK)
+    axis.set_xlabel("KL to the model (nats a completion); numbers: n", color=INK)
+    axis.set_ylabel("score", color=INK)
+    figure.savefig(path, dpi=130)
+    return path
+
+
 def plot_supervised(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> Path:
     """A PNG of the losses by update, and of the exact-match rate if there is one, from rows of
     metrics.jsonl."""

@@ -19,6 +19,7 @@ package_log = logging.getLogger("rlhf_exp")
 
 SHORT = {
     "objective/scores": "score",
+    "eval/score": "score",
     "objective/kl": "kl",
     "objective/entropy": "entropy",
     "policy/clipfrac": "clipfrac",

@@ -14,6 +14,7 @@ from rlhf_exp.runs.config_keys import (
     use_of,
 )
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.stages.best_of_n import BestOfN
 from rlhf_exp.stages.classifier import TrainClassifier
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.stages.preferences import Preferences
@@ -83,7 +84,7 @@ def test_everything_that_is_wrong_is_told_at_once():
     assert "sead: no such key" in lines
 
 
-STAGES = (PPO, SFT, TrainRewardModel, TrainClassifier, Preferences)
+STAGES = (PPO, SFT, TrainRewardModel, TrainClassifier, Preferences, BestOfN)
 
 
 def fields_of(kind, prefix="stage."):

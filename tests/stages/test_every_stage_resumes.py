@@ -18,6 +18,7 @@ from rlhf_exp.runs.checkpoint import read_newest_checkpoint
 from rlhf_exp.runs.context import Context
 from rlhf_exp.runs.stopping import Interrupted, StopRequests
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.stages.best_of_n import BestOfN
 from rlhf_exp.stages.classifier import TrainClassifier
 from rlhf_exp.stages.preferences import Preferences
 from rlhf_exp.stages.protocol import StageResult
@@ -81,6 +82,13 @@ def preferences(given: Context, base: Path) -> StageResult:
     return stage.run(given, taken)
 
 
+def best_of_n(given: Context, base: Path) -> StageResult:
+    """Batches end within a prompt's samples; the rows are written once all are there."""
+    stage = BestOfN(samples_per_prompt=6, num_prompts=4, batch_size=10)
+    taken = parts_of(stage, task=EchoTask(), model=model_in(base), reward=Echoed(), sampler=SAMPLER)
+    return stage.run(given, taken)
+
+
 def reward_model(given: Context, base: Path) -> StageResult:
     stage = TrainRewardModel(
         epochs=2, batch_size=40, width=16, log_every=1, eval_every=3, num_examples=1,
@@ -130,6 +138,7 @@ STAGES: dict[str, tuple[Run, int]] = {
     "classifier": (classifier, 6),
     "classifier on a pretrained model": (pretrained_classifier, 3),
     "preferences": (preferences, 3),
+    "best_of_n": (best_of_n, 3),
     "reward_model": (reward_model, 4),
     "reward_model with a classifier": (reward_classifier, 4),
     "ppo": (ppo, 4),
