@@ -267,8 +267,9 @@ class _Samples:
         return rows
 
     def _scores(self) -> Float[Tensor, "prompt completion"]:
-        """The scores by prompt. Equal completions take the score of the first of them: a network's
-        scores differ by a rounding from batch to batch, and would break their ties."""
+        """The scores by prompt. Completions of the same text and length take the score of the first
+        of them: a network's scores differ by a rounding from batch to batch, which would break
+        ties."""
         first: dict[tuple[int, str, float], float] = {}
         lengths, scores = self.columns["eval/len_mean"], []
         for i, (text, length) in enumerate(zip(self.texts, lengths, strict=True)):

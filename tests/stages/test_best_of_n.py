@@ -63,13 +63,17 @@ class Recorded:
         task = EchoTask()
 
         def score(completions: Completions) -> torch.Tensor:
-            lengths = completions.mask.sum(dim=1).tolist()
             scores = []
-            for prompt, text, length in zip(
-                completions.prompts.texts, completions.texts, lengths, strict=True
+            for prompt, text, tokens, length in zip(
+                completions.prompts.texts,
+                completions.texts,
+                completions.tokens.tolist(),
+                completions.mask.sum(dim=1).tolist(),
+                strict=True,
             ):
                 true = task.true_reward(prompt, text)
-                exact = text == task.answer(prompt) and length == 1 + len(text.split())
+                ended = tokens[length - 1] == 2 and length == 1 + len(text.split())
+                exact = ended and text == task.answer(prompt)
                 scored = Scored(prompt, text, round(length + 2 * true) / 2, true, exact, length)
                 scores.append(scored.score)
                 SEEN.append(scored)
