@@ -53,8 +53,9 @@ def write_figures(payload: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def draw_frontier(payload: Mapping[str, Any], folder: Path) -> Path | None:
-    """Draws score against KL: each group's final mean with its interval, the Pareto front, and the
-    chosen groups' paths over the phases. None if no group has both metrics."""
+    """Draws score against KL: each group's final mean with its interval, the Pareto front, the
+    chosen groups' paths over the phases, and the lines of the best of n samples. None if no group
+    has both metrics."""
     groups = [
         group
         for group in payload["groups"]
@@ -72,9 +73,11 @@ def draw_frontier(payload: Mapping[str, Any], folder: Path) -> Path | None:
     for group in groups:
         color, on_front = colors[group["id"]], group["pareto"]
         is_chosen = group["id"] in chosen_ids
-        path = [(p["kl"], p["score"]) for p in group["path"]] if is_chosen else []
+        by_n = group["path_axis"] == "n"  # a line of points to choose from, not a history
+        path = [(p["kl"], p["score"]) for p in group["path"]] if is_chosen or by_n else []
         if path:
-            axis.plot(*zip(*path, strict=True), color=color, linewidth=0.8, alpha=0.4, zorder=2)
+            axis.plot(*zip(*path, strict=True), ".-" if by_n else "-", color=color, linewidth=0.8,
+                      alpha=1 if by_n else 0.4, zorder=2)  # fmt: skip
         kl, score = group["kl"], group["score"]
         axis.errorbar(
             kl["mean"], score["mean"], xerr=_error(kl), yerr=_error(score), fmt="o", color=color,
@@ -88,8 +91,10 @@ def draw_frontier(payload: Mapping[str, Any], folder: Path) -> Path | None:
     unit = " (nats a token)" if payload["kl"].endswith("/kl") else ""
     axis.set_xlabel(f"{payload['kl']}{unit}", color=INK)
     axis.set_ylabel(payload["score"], color=INK)
+    by_n = any(group["path_axis"] == "n" for group in groups)
+    of_n = "; lines through points: the best of n samples" if by_n else ""
     axis.set_title("score against KL: lines by phase, dots at the end, filled on the front\n"
-                   f"bars: {INTERVALS}", loc="left", color=INK, fontsize=10)  # fmt: skip
+                   f"bars: {INTERVALS}{of_n}", loc="left", color=INK, fontsize=10)  # fmt: skip
     axis.margins(x=0.12)
     if labels_fit:
         axis.legend(frameon=False, loc="lower right", labelcolor=INK, fontsize=8)

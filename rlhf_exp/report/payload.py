@@ -25,6 +25,7 @@ from rlhf_exp.report.grouping import (
 )
 from rlhf_exp.report.importance import Importance, measure_importance
 from rlhf_exp.report.statistics import mean_interval, pareto_front
+from rlhf_exp.runs.config_keys import BEST_OF_N
 from rlhf_exp.runs.reading import Curves, Run, read_runs
 from rlhf_exp.runs.samples import Sample, encodable
 
@@ -237,6 +238,7 @@ def _describe_groups(
                 "score": _interval(members, names.score),
                 "kl": _interval(members, names.kl),
                 "path": _path(members, names),
+                "path_axis": _path_axis(members),
                 "curves": _group_curves(members or [runs[i] for i in group.runs], metrics, thinned),
             }
         )
@@ -267,6 +269,11 @@ def _path(runs: Sequence[Run], names: Names) -> list[dict[str, Any]]:
         }
         for phase in sorted(phases)
     ]
+
+
+def _path_axis(runs: Sequence[Run]) -> str:
+    """What the phases of the path count: "n" for the best of n samples, else "phase"."""
+    return "n" if {run.config.get("stage._target_") for run in runs} == {BEST_OF_N} else "phase"
 
 
 def _group_curves(

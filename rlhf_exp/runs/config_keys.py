@@ -63,6 +63,7 @@ OF_ONE_START = ("resume", "resume_with", "dry_run")
 SEEDS = ("seed", "prepare_seed")
 MAX_KL_SUM = "stage.guards.max_kl_sum"  # a run that it ended may continue with another value
 PPO = "rlhf_exp.stages.ppo.PPO"  # its eval_every does not affect the weights
+BEST_OF_N = "rlhf_exp.stages.best_of_n.BestOfN"  # the phases of its rows are values of n
 USES = {
     **{key: hint.__metadata__[-1]
        for key, hint in get_type_hints(RunSettings, include_extras=True).items()},

@@ -111,6 +111,7 @@ def group(number: int, members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             dict(zip(("phase", "score", "kl"), point, strict=True))
             for point in zip(*columns, strict=True)
         ],
+        "path_axis": "phase",
         "curves": curves,
     }
 

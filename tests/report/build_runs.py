@@ -101,6 +101,19 @@ def rollout(phase: int, score: float, kl: float, noise: random.Random) -> dict[s
     return {"phase": phase, **{k: v * (1 + noise.gauss(0, 1e-3)) for k, v in row.items()}}
 
 
+def best_of_n_config(*, seed: int = 1):
+    """A resolved configuration of stage=best_of_n, shortened."""
+    stage = {"_target_": "rlhf_exp.stages.best_of_n.BestOfN", "samples_per_prompt": 8}
+    others = {name: value for name, value in config(seed=seed).items() if name != "optimizer"}
+    return {**others, "stage": stage}
+
+
+def best_of_n_rows() -> list[dict[str, Any]]:
+    """The rows of the best of 1, 2, 4 and 8 samples."""
+    rising = [(1, 0.52, 0.0), (2, 0.7, 0.01), (4, 0.85, 0.03), (8, 0.93, 0.06)]
+    return [{"phase": n, "eval/score": score, "eval/kl": kl} for n, score, kl in rising]
+
+
 def supervised_rows(*, updates: int = 10) -> list[dict[str, Any]]:
     """The rows of a supervised stage."""
     train = [{"phase": n, "train/loss": 2 / n, "lr/base": 1e-3} for n in range(1, updates + 1)]

@@ -6,7 +6,15 @@ from matplotlib.image import imread
 
 from rlhf_exp.report.figures import choose_groups, write_figures
 from rlhf_exp.report.payload import Names, build_payload
-from tests.report.build_runs import config, rows, supervised_rows, write_run, write_sweep
+from tests.report.build_runs import (
+    best_of_n_config,
+    best_of_n_rows,
+    config,
+    rows,
+    supervised_rows,
+    write_run,
+    write_sweep,
+)
 
 
 @pytest.fixture
@@ -52,6 +60,21 @@ def test_a_sweep_has_frontier_curves_and_parameters(tmp_path, drawn):
     (parameter,) = drawn["parameters.png"].axes
     assert parameter.get_xscale() == "log"
     assert len(parameter.collections[0].get_offsets()) == 9
+
+
+def test_the_best_of_n_samples_are_a_line_however_many_groups_there_are(tmp_path, drawn):
+    lrs = [n * 1e-5 for n in range(1, 13)]
+    write_sweep(tmp_path / "s", {"lr": lrs, "seed": [1]}, phases=2)
+    far = [{**row, "eval/kl": 9 + row["eval/kl"], "eval/score": 0.1} for row in best_of_n_rows()]
+    write_run(tmp_path / "best", best_of_n_config(), far)
+    _, payload = draw(tmp_path, tmp_path / "s", tmp_path / "best")
+    assert "n" not in {group["path_axis"] for group in choose_groups(payload)}
+    (frontier,) = drawn["frontier.png"].axes
+    [line] = [line for line in frontier.lines if line.get_marker() == "."]
+    points = [(row["eval/kl"], row["eval/score"]) for row in far]
+    assert list(zip(*line.get_data(), strict=True)) == points
+    assert line.get_alpha() == 1
+    assert "lines through points: the best of n samples" in frontier.get_title(loc="left")
 
 
 def test_many_groups_show_eight_of_them_with_those_on_the_front(tmp_path, drawn):

@@ -12,7 +12,16 @@ from rlhf_exp.report.page import write_page
 from rlhf_exp.report.payload import Names, build_payload
 from rlhf_exp.report.wording import INTERVALS
 from tests.report.build_payload import payload
-from tests.report.build_runs import KL_COEFS, config, rows, samples, write_run, write_sweep
+from tests.report.build_runs import (
+    KL_COEFS,
+    best_of_n_config,
+    best_of_n_rows,
+    config,
+    rows,
+    samples,
+    write_run,
+    write_sweep,
+)
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -280,6 +289,19 @@ def test_a_sweep_of_run_folders_is_shown(show: Open, tmp_path: Path) -> None:
     assert page.locator("#best tbody tr").count() == 4
     assert lines(page, "#curve-panels") == 2 * 2 * 4
     assert "this movie number 0 was" in page.locator("#comparison").inner_text()
+
+
+def test_the_best_of_n_samples_are_a_line_before_paths_are_shown(
+    show: Open, tmp_path: Path
+) -> None:
+    write_sweep(tmp_path / "ppo", {"kl_coef": [0.1, 1.0], "seed": [1]})
+    write_run(tmp_path / "best", best_of_n_config(), best_of_n_rows())
+    page = show(build_payload([tmp_path], Names(), made=datetime(2026, 11, 21)))
+    assert lines(page, "#frontier-figure") == 2  # the front, and the best of 1 to 8
+    texts = "document.querySelector('#frontier-figure').data[1].hovertext"
+    assert ["<br>n 4<br>" in text for text in page.evaluate(texts)] == [False, False, True, False]
+    page.locator("input[name=frontier][value=path]").check(force=True)
+    assert lines(page, "#frontier-figure") == 4
 
 
 def test_a_figure_goes_nowhere_but_to_a_file(show: Open) -> None:

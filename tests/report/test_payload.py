@@ -5,7 +5,16 @@ import pytest
 
 from rlhf_exp.report import payload as module
 from rlhf_exp.report.payload import Names, build_payload, rounded
-from tests.report.build_runs import config, rows, samples, supervised_rows, write_run, write_sweep
+from tests.report.build_runs import (
+    best_of_n_config,
+    best_of_n_rows,
+    config,
+    rows,
+    samples,
+    supervised_rows,
+    write_run,
+    write_sweep,
+)
 
 MADE = datetime(2026, 11, 21, 2, 0)
 
@@ -168,6 +177,19 @@ def test_stages_of_two_kinds_and_two_sweeps_stand_side_by_side(tmp_path):
     payload = report(tmp_path / "a", tmp_path / "b", tmp_path / "c")
     assert [len(group["runs"]) for group in payload["groups"]] == [4, 1]
     assert sum("the same parameters and seed" in problem for problem in payload["problems"]) == 2
+
+
+def test_the_best_of_n_samples_are_a_line_over_n_beside_other_runs(tmp_path):
+    write_sweep(tmp_path / "ppo", {"kl_coef": [0.1, 1.0]})
+    for seed in (1, 2):
+        settings = best_of_n_config(seed=seed)
+        write_run(tmp_path / f"best{seed}", settings, best_of_n_rows())
+    best, *others = report(tmp_path)["groups"]
+    assert (best["label"], best["runs"]) == ("stage=BestOfN, kl_coef=null", [0, 1])
+    assert best["path_axis"] == "n"
+    assert [point["phase"] for point in best["path"]] == [1, 2, 4, 8]
+    assert best["score"]["mean"] == best["path"][-1]["score"] == 0.93
+    assert [group["path_axis"] for group in others] == ["phase", "phase"]
 
 
 def test_nothing_to_read_is_a_payload_with_problems(tmp_path):

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from rlhf_exp.runs.config_keys import (
+    BEST_OF_N,
     GROUPS,
     MAX_KL_SUM,
     USES,
@@ -12,6 +13,9 @@ from rlhf_exp.runs.config_keys import (
     Use,
     read_run_settings,
     use_of,
+)
+from rlhf_exp.runs.config_keys import (
+    PPO as PPO_TARGET,
 )
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.stages.best_of_n import BestOfN
@@ -99,6 +103,11 @@ def test_each_key_that_is_listed_is_one():
     keys |= {key for stage in STAGES for key in fields_of(stage)}
     assert {*USES, MAX_KL_SUM} <= keys
     assert {field.name for field in dataclasses.fields(RunSettings)} <= USES.keys()
+
+
+def test_a_stage_that_is_named_by_its_class_is_that_class():
+    for target, stage in ((PPO_TARGET, PPO), (BEST_OF_N, BestOfN)):
+        assert target == f"{stage.__module__}.{stage.__qualname__}"
 
 
 def test_intervals_do_not_tell_runs_apart_unless_they_choose_weights():

@@ -63,7 +63,7 @@ function pathTraces(visible) {
     mode: "lines+markers", hoverinfo: "text", opacity: isLeading(group) ? 0.75 : 0.3,
     line: { color: colorOf(group), width: 1.4 }, marker: { size: 4, color: colorOf(group) },
     hovertext: group.path.map(
-      (point) => `<b>${label(groupLabel(group), 60)}</b><br>phase ${point.phase}<br>` +
+      (point) => `<b>${label(groupLabel(group), 60)}</b><br>${group.path_axis} ${point.phase}<br>` +
         `score ${format(point.score)}<br>KL ${format(point.kl)}`),
   }));
 }
@@ -136,7 +136,9 @@ function drawFrontier() {
   if (!data.groups.some(onFrontier)) return;
   const byPhase = document.querySelector("input[name=frontier]:checked").value === "path";
   const visible = shownGroups().filter(onFrontier);
-  const paths = byPhase ? visible.flatMap((group) => group.path) : [];
+  // The best of n samples is a line of points to choose from, not a history.
+  const withPath = visible.filter((group) => byPhase || group.path_axis === "n");
+  const paths = withPath.flatMap((group) => group.path);
   const gather = (name) => [...data.groups.filter(onFrontier).flatMap((g) => [g[name].mean, g[name].low, g[name].high]),
     ...paths.map((point) => point[name])];
   const ranges = { x: spread(gather("kl"), 0.07), y: spread(gather("score"), 0.09) };
@@ -146,7 +148,7 @@ function drawFrontier() {
     x: front.map((g) => g.kl.mean), y: front.map((g) => g.score.mean), mode: "lines", hoverinfo: "skip",
     line: { shape: "hv", color: theme().muted, width: 1.3, dash: "4px,4px" },
   };
-  draw(where, [frontLine, ...(byPhase ? pathTraces(visible) : []), ...pointTraces(visible)], {
+  draw(where, [frontLine, ...pathTraces(withPath), ...pointTraces(visible)], {
     margin: { l: 62, r: 14, t: 12, b: 50 }, uirevision: byPhase ? "path" : "final",
     xaxis: axis({ title: `KL to the reference, ${klUnit}`, range: ranges.x, automargin: false }),
     yaxis: axis({ title: escaped(`score (${data.score})`), range: ranges.y, automargin: false }),
