@@ -67,12 +67,13 @@ def test_keys_and_files_that_the_page_names_are_there():
         slurm = hydra.compose(
             "config", overrides=["hydra/launcher=slurm"], return_hydra_config=True
         )
+        best_of_n = hydra.compose("config", overrides=["stage=best_of_n"])
     keys = set(re.findall(r"`((?:hydra|stage|logger|optimizer)\.[\w.]+)(?:=[^`]*)?`", PAGE))
     assert len(keys) >= 8
     for key in keys:
-        assert any(OmegaConf.select(c, key, default="?") != "?" for c in (config, search, slurm)), (
-            key
-        )
+        assert any(
+            OmegaConf.select(c, key, default="?") != "?" for c in (config, search, slurm, best_of_n)
+        ), key
     for file in re.findall(r"`(conf/[\w/.]+)`", PAGE):
         assert (ROOT / file).exists()
     [picture] = re.findall(r"!\[.*\]\((\S+)\)", PAGE)

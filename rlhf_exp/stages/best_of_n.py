@@ -104,8 +104,8 @@ class BestOfN(Stage[BestOfNParts]):
         if self.num_prompts is None or self.num_prompts <= available:
             return []
         return [
-            f"stage.num_prompts={self.num_prompts}: the task has {available} evaluation prompts;"
-            " set it to at most that, or null"
+            f"stage.num_prompts={self.num_prompts} is above the number of the task's evaluation"
+            f" prompts, {available}: set it to at most that, or null"
         ]
 
     def metric_names(self, parts: BestOfNParts) -> tuple[str, ...]:

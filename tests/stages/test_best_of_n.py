@@ -322,13 +322,13 @@ class FirstWords(ToyTask):
 
 
 def test_more_prompts_than_the_task_has_are_refused(tmp_path: Path, model: Pretrained) -> None:
-    message = r"stage.num_prompts=5: the task has {} evaluation prompts; set it to at most that"
+    message = "stage.num_prompts={} is above the number of the task's evaluation prompts, {}: set"
     absent = Pretrained(base_model=str(tmp_path / "absent"))  # it is not loaded
-    with pytest.raises(ConfigError, match=message.format(4)):
+    with pytest.raises(ConfigError, match=message.format(5, 4)):
         make(tmp_path / "run", absent, task=RAGGED, reward=Length(target_tokens=2))
     assert STAGE.check_texts(parts_of(STAGE, task=EchoTask())) == []
     three = BestOfN(**{**vars(STAGE), "num_prompts": 3})
-    with pytest.raises(ConfigError, match=r"stage.num_prompts=3: the task has 2 evaluation"):
+    with pytest.raises(ConfigError, match=message.format(3, 2)):
         make(tmp_path / "run", model, three, task=FirstWords(), reward=Length(target_tokens=2))
     assert not (tmp_path / "run").exists()
 

@@ -5,6 +5,7 @@ from matplotlib import image
 from rich.console import Console
 
 from rlhf_exp.tracking.curves import (
+    plot_best_of_n,
     plot_margins,
     plot_ppo,
     plot_predictions,
@@ -97,6 +98,24 @@ def test_exact_answers_have_a_panel_and_the_gap_is_filled(tmp_path):
 
 def test_without_answers_there_are_two_panels(tmp_path):
     assert len(pixels(plot_ppo(ROWS, tmp_path / "a.png", title="PPO"), TRUE)[0]) == 0
+
+
+BEST_OF_N = [
+    {"phase": n, "eval/score": 2.0 + n, "eval/kl_sum": n / 4, "eval/true_reward": 2.0}
+    for n in (1, 2, 4)
+]
+
+
+def test_the_best_of_n_samples_are_drawn_by_kl_with_the_true_reward_if_there_is_one(tmp_path):
+    both = plot_best_of_n(BEST_OF_N, tmp_path / "a.png", title="best of n")
+    for color, rises in ((SCORE, True), (TRUE, False)):
+        ys, xs = pixels(both, color)
+        left, right = (ys[abs(xs - x) < 0.06].min() for x in (0.1, 0.4))  # of n = 1 and n = 2
+        assert (right < left - 0.1) == rises
+    without = [{k: v for k, v in row.items() if k != "eval/true_reward"} for row in BEST_OF_N]
+    alone = plot_best_of_n(without, tmp_path / "b.png", title="best of n")
+    assert len(pixels(alone, SCORE)[0]) > 500
+    assert len(pixels(alone, TRUE)[0]) == 0
 
 
 SUPERVISED = [
