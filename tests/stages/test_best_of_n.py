@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from rlhf_exp.functional.best_of_n import best_of_n_kl
 from rlhf_exp.models.loading import Pretrained
 from rlhf_exp.models.saving import save_policy
+from rlhf_exp.report.payload import Names, build_payload
 from rlhf_exp.rewards.keyword import Keyword
 from rlhf_exp.rewards.length import Length
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
@@ -26,6 +28,7 @@ from rlhf_exp.tasks.labelled_text import LabelledTextFile
 from rlhf_exp.tasks.protocol import PromptRow
 from rlhf_exp.types import Completions
 
+from ..app.test_run import train
 from ..rl.toy import (
     RAGGED,
     Echoed,
@@ -344,3 +347,22 @@ class Broken:
 def test_a_reward_that_is_not_finite_stops_the_run(tmp_path: Path, model: Pretrained) -> None:
     with pytest.raises(RewardError, match="phase 1: the reward gave nan for 8 of 8 samples"):
         make(tmp_path, model, reward=Broken())
+
+
+def test_a_run_by_command_is_a_line_of_the_report(tmp_path: Path) -> None:
+    outcome = train(
+        tmp_path, "~experiment", "stage=best_of_n", "stage.samples_per_prompt=6", "task=reviews",
+        "reward=length", "reward.target_tokens=9", "model.num_layers=1", "model.d_model=16",
+        "sampler.gen_len=6", "sampler.stop_at_eos=true", "logger=local", "hydra.run.dir=run",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert "best of 6: score " in outcome.out
+    payload = build_payload([tmp_path / "run"], Names(), made=datetime(2026, 11, 30))
+    [group], [run] = payload["groups"], payload["runs"]
+    assert (group["path_axis"], run["status"], payload["problems"]) == ("n", "done", [])
+    logged = rows(tmp_path / "run")
+    for name in ("score", "kl"):
+        values = [row[f"eval/{name}"] for row in logged]
+        assert [point[name] for point in group["path"]] == pytest.approx(values, rel=1e-3)
+    assert [point["phase"] for point in group["path"]] == [1, 2, 4, 6]
+    assert run["samples"][0]["score_after"] >= run["samples"][0]["score_before"]
