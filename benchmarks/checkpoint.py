@@ -22,7 +22,8 @@ import torch
 
 from ppo_phase import setup_of
 from rlhf_exp.rl.compute import warm_up
-from rlhf_exp.stages.ppo import PPO, Phases, start
+from rlhf_exp.rl.phases import Phases, start
+from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.runs.checkpoint import CheckpointWriter
 from rlhf_exp.runs.context import pick_device
 from rlhf_exp.training.optim import AdamWSettings

@@ -30,7 +30,8 @@ from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.compute import Compute, warm_up
-from rlhf_exp.stages.ppo import PPO, Phases, coefficients, start
+from rlhf_exp.rl.phases import Phases, start
+from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.tasks.prompts import encode_prompts
 from rlhf_exp.tasks.tokenizers import word_tokenizer
 from rlhf_exp.runs.context import pick_device
@@ -103,7 +104,7 @@ def learning_parts(run: Phases) -> dict[str, float]:
                         part.rollout, setup.reference.head, layout[micro],
                         temperature=setup.sampler.temperature,
                     )  # fmt: skip
-                    loss = ppo.objective(new, part, coefficients(ppo, ppo.kl_coef)).loss
+                    loss = ppo.objective(new, part, ppo.coefficients(ppo.kl_coef)).loss
                 with lap("backward"):
                     loss.backward()
             with lap("optimizer"):

@@ -7,7 +7,7 @@
 5. learn: passes over the batch in minibatches, with an optimizer step for each,
 6. keep: metrics, guards, evaluation, checkpoint.
 
-Each step is a function. stages/ppo.py fills them with the settings of a stage, and wraps timing,
+Each step is a function. phases.py fills them with the settings of a stage, and wraps timing,
 explanations of memory, threads and failing rewards around them.
 """
 

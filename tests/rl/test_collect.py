@@ -15,12 +15,13 @@ from rlhf_exp.functional.logprobs import completion_logits, token_logprobs
 from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
 from rlhf_exp.rl.collect import Scorer
+from rlhf_exp.rl.phases import Phases
 from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.runs.checkpoint import read_newest_checkpoint
 from rlhf_exp.settings import settings
-from rlhf_exp.stages.ppo import PPO, Phases
+from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.stages.protocol import StageResult
 from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.types import Completions, Rollout

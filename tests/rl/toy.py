@@ -27,6 +27,8 @@ from rlhf_exp.rl.compute import Compute
 from rlhf_exp.rl.estimators import GAE, token_rewards
 from rlhf_exp.rl.guards import Guards
 from rlhf_exp.rl.histograms import HistogramCollector
+from rlhf_exp.rl.phases import Phases
+from rlhf_exp.rl.phases import start as start_state
 from rlhf_exp.rl.setup import Setup, load_setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
@@ -35,8 +37,7 @@ from rlhf_exp.runs.context import Context
 from rlhf_exp.runs.folder import RunFolder
 from rlhf_exp.settings import settings
 from rlhf_exp.stages.held_out import next_token_loss
-from rlhf_exp.stages.ppo import PPO, Phases, PPOParts, coefficients
-from rlhf_exp.stages.ppo import start as start_state
+from rlhf_exp.stages.ppo import PPO, PPOParts
 from rlhf_exp.stages.protocol import Stage, StageResult
 from rlhf_exp.stages.sft import SFT
 from rlhf_exp.tasks.examples import encode_demonstrations, pad
@@ -272,7 +273,7 @@ def loss(
     new = engine.learning_pass(
         experience.rollout, setup.reference.head, layout, temperature=setup.sampler.temperature
     )
-    return ppo.objective(new, experience, coefficients(ppo, ppo.kl_coef))
+    return ppo.objective(new, experience, ppo.coefficients(ppo.kl_coef))
 
 
 def textbook_pass(

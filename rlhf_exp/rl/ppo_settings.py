@@ -1,0 +1,109 @@
+"""The settings of PPO, and of its relatives that differ in estimator or objective."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import model_validator
+
+from rlhf_exp.rl.compute import Compute
+from rlhf_exp.rl.estimators import GAE, Estimator
+from rlhf_exp.rl.guards import Guards
+from rlhf_exp.rl.kl_coefficient import KLCoefficient
+from rlhf_exp.rl.objectives import Coefficients, Objective, PPOClip
+from rlhf_exp.settings import Count, NonNegative, OpenFraction, Positive, settings
+
+
+@settings
+class PPOSettings:
+    """The algorithm's settings. Objective = policy term - vf_coef value loss + ent_coef entropy
+    - kl_coef exact KL, the last only with kl_penalty="loss"."""
+
+    total_phases: Count = 100
+    """Phases; each is one rollout and learning from it."""
+    batch_size: Count = 32
+    """Completions a phase; a multiple of num_minibatches and samples_per_prompt."""
+    samples_per_prompt: Count = 1
+    """Completions sampled for each prompt, 1-64; they form a group."""
+    num_minibatches: Count = 4
+    """Optimizer steps a pass, 1-16."""
+    batches_per_learning_phase: Count = 2
+    """Passes over the rollout, 1-4."""
+    clip_coef: OpenFraction = 0.2
+    """The ratio is clipped to 1 +- this, 0.1-0.3."""
+    vf_coef: NonNegative = 0.15
+    """Weight of the value loss, 0.1-1; unused without values."""
+    value_clip_coef: Positive | None = None
+    """The value loss clips values to the rollout's +- this; null: no clipping."""
+    ent_coef: NonNegative = 0.001
+    """Weight of the entropy bonus (nats), 0-0.01."""
+    kl_coef: NonNegative = 0.2
+    """Weight of the KL to the reference (nats a token), 0.03-3."""
+    kl_penalty: Literal["loss", "reward"] = "loss"
+    """loss: exact KL in the loss; reward: -kl_coef (log p - log q) on each token's reward."""
+    adaptive_kl_target: Positive | None = None
+    """Target KL of a phase (nats a completion, 1-20; 6 in Ziegler et al. 2019), reached by adapting
+    kl_coef; null: kl_coef is constant."""
+    kl_horizon: Positive = 10000.0
+    """kl_coef changes by at most 20 % over this many completions, 1000-100000."""
+    normalize_reward: bool = True
+    """Shifts and scales scores to mean 0 and standard deviation 1 over the batch."""
+    missing_eos_penalty: NonNegative | None = None
+    """Subtracted from the score of a completion that does not end with EOS, 0.5-2; null: none."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are clipped to this norm over all parameters."""
+    eval_every: Count = 25
+    """Phases between evaluations."""
+    eval_samples: Count = 512
+    """Completions an evaluation."""
+    histograms_every: Count | None = 25
+    """Phases between histograms of advantages, ratios and token KL; null: none."""
+    checkpoint_every: Count | None = 50
+    """Phases between checkpoints, besides those at the best evaluation and at the end; null: only
+    when asked to stop."""
+    estimator: Estimator = GAE()
+    """How rewards become advantages: stage/estimator=gae, one_step or leave_one_out."""
+    objective: Objective = PPOClip()
+    """What learning maximises: stage/objective=ppo_clip."""
+    guards: Guards = Guards()
+    """Limits on KL, steps that are not finite, and failing rewards."""
+    compute: Compute = Compute()
+    """Precision, compilation and memory."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "PPOSettings":
+        for problem in _contradictions(self):
+            raise ValueError(problem)
+        return self
+
+    @property
+    def minibatch_size(self) -> int:
+        """Completions per optimizer step."""
+        return self.batch_size // self.num_minibatches
+
+    @property
+    def kl_coefficient(self) -> KLCoefficient:
+        """The weight of the KL, constant or adapted."""
+        return KLCoefficient(
+            start=self.kl_coef, target=self.adaptive_kl_target, horizon=self.kl_horizon,
+            batch_size=self.batch_size,
+        )  # fmt: skip
+
+    def coefficients(self, kl_coef: float) -> Coefficients:
+        """The weights of the loss's terms, with `kl_coef` for the KL."""
+        return Coefficients(
+            clip_coef=self.clip_coef, vf_coef=self.vf_coef, value_clip_coef=self.value_clip_coef,
+            ent_coef=self.ent_coef, kl_coef=kl_coef if self.kl_penalty == "loss" else 0.0,
+        )  # fmt: skip
+
+
+def _contradictions(ppo: PPOSettings) -> Iterator[str]:
+    for name in ("num_minibatches", "samples_per_prompt"):
+        if ppo.batch_size % (count := getattr(ppo, name)):
+            yield f"batch_size={ppo.batch_size} must be a multiple of {name}={count}"
+    name, samples = type(ppo.estimator).__name__, ppo.samples_per_prompt
+    if samples < (least := ppo.estimator.min_samples_per_prompt):
+        yield f"samples_per_prompt={samples}: {name} needs at least {least}; set it {2 * least}"
+    if ppo.value_clip_coef is not None and not ppo.estimator.needs_values:
+        yield f"value_clip_coef={ppo.value_clip_coef:g}: {name} has no values; set it null"
+    yield from ppo.compute.too_large(batch=ppo.batch_size, minibatch=ppo.minibatch_size)
+    yield from ppo.kl_coefficient.problems()
