@@ -97,6 +97,19 @@ class PromptBatch(Record):
         same_tokens = bool((self.tokens == self.tokens[:1]).all())
         return same_tokens and bool((self.mask == self.mask[:1]).all())
 
+    def distinct(self) -> tuple[Int[Tensor, " group"], Int[Tensor, " batch"]] | tuple[None, None]:
+        """A row of each group, and the place of each row's group among them; (None, None) if every
+        row is a different prompt."""
+        groups = self.groups
+        if self.is_one:
+            groups = torch.zeros(len(self.rows), dtype=torch.long, device=self.tokens.device)
+        if groups is None or len(self.rows) == 1:
+            return None, None
+        _, index = groups.unique(return_inverse=True)
+        rows = torch.arange(len(index), device=index.device)
+        first = index.new_full((int(index.max()) + 1,), len(index))
+        return first.scatter_reduce(0, index, rows, "amin"), index
+
     @property
     def texts(self) -> tuple[str, ...]:
         """The text of each prompt."""
@@ -230,12 +243,19 @@ class Rollout(Record):
 @record
 class Experience(Record):
     """The data that a learning phase trains on; a minibatch is `experience[index]`. `returns` are
-    the targets of the values, None without values."""
+    the targets of the values, None without values. `learned` is False for completions that learning
+    leaves out; None: it uses all."""
 
     rollout: Rollout
     rewards: Float[Tensor, "batch completion"]
     advantages: Float[Tensor, "batch completion"]
     returns: Float[Tensor, "batch completion"] | None
+    learned: Bool[Tensor, " batch"] | None = None
+
+    @property
+    def num_learned(self) -> int:
+        """Completions that learning uses."""
+        return len(self.rewards) if self.learned is None else int(self.learned.sum())
 
 
 class Pass(NamedTuple):

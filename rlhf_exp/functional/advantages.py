@@ -4,6 +4,8 @@ Position t is the t-th completion token: rewards[:, t] is received for emitting 
 is the value of the state before it. After the last real token the value is 0.
 """
 
+from typing import Literal
+
 import einops
 import torch
 from jaxtyping import Bool, Float, Int
@@ -77,6 +79,54 @@ def leave_one_out(
     scores = scores - highest[index]  # equal scores become 0, whose sum is not rounded
     sums = scores.new_zeros(len(counts)).index_add(0, index, scores)
     return scores - (sums[index] - scores) / (counts[index] - 1)
+
+
+def group_normalized(
+    scores: Float[Tensor, " batch"],
+    groups: Int[Tensor, " batch"],
+    *,
+    scale: Literal["std", "none"] = "std",
+    eps: float = 1e-4,
+) -> Float[Tensor, " batch"]:
+    """(score - mean) / (std + eps) within each group, std unbiased; with scale="none" score - mean.
+
+    Exactly 0 in a group of equal scores or of one sample. Sources: Shao et al. 2024 (GRPO), arXiv
+    2402.03300; without std: Liu et al. 2025 (Dr. GRPO), arXiv 2503.20783. Raises ValueError for
+    another scale.
+    """
+    if scale not in ("std", "none"):
+        raise ValueError(f"scale={scale!r} must be std or none")
+    centred, index, counts = _centred(scores, groups)
+    if scale == "none":
+        return centred
+    squares = scores.new_zeros(len(counts)).index_add(0, index, centred.square())
+    std = (squares / (counts - 1).clamp(min=1)).sqrt()
+    return centred / (std[index] + eps)
+
+
+def equal_groups(
+    scores: Float[Tensor, " batch"], groups: Int[Tensor, " batch"]
+) -> Bool[Tensor, " batch"]:
+    """True for each sample whose group has equal scores."""
+    _, index, counts = groups.unique(return_inverse=True, return_counts=True)
+    empty = scores.new_zeros(len(counts))
+    highest, lowest = (
+        empty.scatter_reduce(0, index, scores, reduce, include_self=False)
+        for reduce in ("amax", "amin")
+    )
+    return (highest == lowest)[index]
+
+
+def _centred(
+    scores: Float[Tensor, " batch"], groups: Int[Tensor, " batch"]
+) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"], Int[Tensor, " group"]]:
+    """Each score minus the mean of its group, the group's index of each, the groups' sizes."""
+    _, index, counts = groups.unique(return_inverse=True, return_counts=True)
+    empty = scores.new_zeros(len(counts))
+    highest = empty.scatter_reduce(0, index, scores, "amax", include_self=False)
+    scores = scores - highest[index]  # equal scores become 0, whose mean is not rounded
+    sums = empty.index_add(0, index, scores)
+    return scores - (sums / counts)[index], index, counts
 
 
 def zero_without_signal(

@@ -19,6 +19,7 @@ from rlhf_exp.functional.masking import masked_fill_zero
 warnings.filterwarnings("ignore", message="Using a non-tuple sequence", module="eindex")
 
 KLEstimator = Literal["k1", "k2", "k3"]
+KL_ESTIMATORS: tuple[KLEstimator, ...] = ("k1", "k2", "k3")
 
 
 def completion_part(

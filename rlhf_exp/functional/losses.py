@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf_exp.functional.masking import masked_fill_zero, masked_mean
+from rlhf_exp.functional.masking import Aggregation, aggregate, masked_fill_zero
 
 
 def clipped_surrogate(
@@ -18,16 +18,59 @@ def clipped_surrogate(
     mask: Bool[Tensor, "batch completion"],
     *,
     clip_coef: float,
+    clip_coef_high: float | None = None,
+    dual_clip_coef: float | None = None,
+    aggregation: Aggregation = "token_mean",
 ) -> Float[Tensor, ""]:
-    """Mean over real tokens of min(ratio A, clip(ratio, 1 - clip_coef, 1 + clip_coef) A).
+    """Mean over real tokens of min(ratio A, clip(ratio, 1 - clip_coef, 1 + clip_coef_high) A).
 
-    An objective to maximise. ratio = exp(logprobs - old_logprobs). Source: Schulman et al. 2017,
-    arXiv 1707.06347, equation 7.
+    An objective to maximise. ratio = exp(logprobs - old_logprobs); clip_coef_high is clip_coef by
+    default. With dual_clip_coef a term of a negative A is at least dual_clip_coef A. Sources:
+    Schulman et al. 2017, arXiv 1707.06347, equation 7; clip_coef_high: Yu et al. 2025 (DAPO), arXiv
+    2503.14476; dual_clip_coef: Ye et al. 2019, arXiv 1912.09729, equation 5.
     """
     ratio = masked_fill_zero(logprobs - old_logprobs, mask).exp()
     advantages = masked_fill_zero(advantages, mask)
-    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    return masked_mean(torch.minimum(ratio * advantages, clipped * advantages), mask)
+    high = clip_coef if clip_coef_high is None else clip_coef_high
+    clipped = ratio.clamp(1 - clip_coef, 1 + high)
+    terms = torch.minimum(ratio * advantages, clipped * advantages)
+    if dual_clip_coef is not None:
+        bounded = torch.maximum(terms, dual_clip_coef * advantages)
+        terms = torch.where(advantages < 0, bounded, terms)
+    return aggregate(terms, mask, aggregation)
+
+
+def sequence_log_ratio(
+    logprobs: Float[Tensor, "batch completion"],
+    old_logprobs: Float[Tensor, "batch completion"],
+    mask: Bool[Tensor, "batch completion"],
+) -> Float[Tensor, "batch 1"]:
+    """The mean of logprobs - old_logprobs over each row's real tokens, 0 for a row without any: the
+    logarithm of GSPO's ratio. Source: Zheng et al. 2025, arXiv 2507.18071, equation 7."""
+    difference = masked_fill_zero(logprobs - old_logprobs, mask)
+    return difference.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def policy_gradient(
+    logprobs: Float[Tensor, "batch completion"],
+    old_logprobs: Float[Tensor, "batch completion"],
+    advantages: Float[Tensor, "batch completion"],
+    mask: Bool[Tensor, "batch completion"],
+    *,
+    importance_cap: float | None = None,
+    aggregation: Aggregation = "token_mean",
+) -> Float[Tensor, ""]:
+    """Mean over real tokens of A log p: REINFORCE.
+
+    An objective to maximise. With importance_cap each term is multiplied by min(ratio,
+    importance_cap), without a gradient; that corrects for samples of an older policy. Sources:
+    Williams 1992; truncated importance sampling: Ionides 2008.
+    """
+    terms = masked_fill_zero(logprobs, mask) * masked_fill_zero(advantages, mask)
+    if importance_cap is not None:
+        ratio = masked_fill_zero(logprobs - old_logprobs, mask).detach().exp()
+        terms = terms * ratio.clamp(max=importance_cap)
+    return aggregate(terms, mask, aggregation)
 
 
 def clip_fraction(
@@ -36,19 +79,26 @@ def clip_fraction(
     mask: Bool[Tensor, "batch completion"],
     *,
     clip_coef: float,
+    clip_coef_high: float | None = None,
+    aggregation: Aggregation = "token_mean",
 ) -> Float[Tensor, ""]:
-    """Fraction of real tokens whose ratio is farther than clip_coef from 1."""
-    ratio = masked_fill_zero(logprobs - old_logprobs, mask).exp()
-    return masked_mean(((ratio - 1).abs() > clip_coef).to(logprobs.dtype), mask)
+    """Fraction of real tokens whose ratio is below 1 - clip_coef or above 1 + clip_coef_high, which
+    is clip_coef by default."""
+    change = masked_fill_zero(logprobs - old_logprobs, mask).exp() - 1
+    high = clip_coef if clip_coef_high is None else clip_coef_high
+    outside = (change < -clip_coef) | (change > high)
+    return aggregate(outside.to(logprobs.dtype), mask, aggregation)
 
 
 def value_loss(
     values: Float[Tensor, "batch completion"],
     returns: Float[Tensor, "batch completion"],
     mask: Bool[Tensor, "batch completion"],
+    *,
+    aggregation: Aggregation = "token_mean",
 ) -> Float[Tensor, ""]:
     """Mean over real tokens of (values - returns)^2 / 2."""
-    return masked_mean(masked_fill_zero(values - returns, mask).square() / 2, mask)
+    return aggregate(masked_fill_zero(values - returns, mask).square() / 2, mask, aggregation)
 
 
 def clipped_value_loss(
@@ -58,13 +108,14 @@ def clipped_value_loss(
     mask: Bool[Tensor, "batch completion"],
     *,
     value_clip_coef: float,
+    aggregation: Aggregation = "token_mean",
 ) -> Float[Tensor, ""]:
     """Mean of max((V - R)^2, (V_clipped - R)^2) / 2, V_clipped within value_clip_coef of the
     rollout's values. Source: OpenAI baselines, ppo2."""
     values, old_values, returns = (masked_fill_zero(x, mask) for x in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-value_clip_coef, value_clip_coef)
     worse = torch.maximum((values - returns).square(), (clipped - returns).square())
-    return masked_mean(worse / 2, mask)
+    return aggregate(worse / 2, mask, aggregation)
 
 
 def reward_mse(pred: Float[Tensor, " batch"], target: Float[Tensor, " batch"]) -> Tensor:

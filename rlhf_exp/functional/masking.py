@@ -4,9 +4,13 @@ The content of padding never changes a result, even NaN or infinity. A statistic
 position is 0.
 """
 
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 
 
 def masked_fill_zero(x: Float[Tensor, "*axes"], mask: Bool[Tensor, "*axes"]) -> Tensor:
@@ -22,6 +26,35 @@ def masked_sum(x: Float[Tensor, "*axes"], mask: Bool[Tensor, "*axes"]) -> Float[
 def masked_mean(x: Float[Tensor, "*axes"], mask: Bool[Tensor, "*axes"]) -> Float[Tensor, ""]:
     """Mean of `x` over the mask; every real position has the same weight."""
     return masked_sum(x, mask) / mask.sum().clamp(min=1)
+
+
+def sequence_mean(
+    x: Float[Tensor, "batch completion"], mask: Bool[Tensor, "batch completion"]
+) -> Float[Tensor, ""]:
+    """Mean over rows of each row's mean over its mask; every row has the same weight. A row without
+    real positions counts as 0."""
+    sums = masked_fill_zero(x, mask).sum(dim=1)
+    return (sums / mask.sum(dim=1).clamp(min=1)).mean()
+
+
+def aggregate(
+    x: Float[Tensor, "batch completion"],
+    mask: Bool[Tensor, "batch completion"],
+    aggregation: Aggregation,
+) -> Float[Tensor, ""]:
+    """One number from the tokens of a batch: token_mean, every token has the same weight;
+    sequence_mean, every completion has, as in GRPO (Shao et al. 2024, arXiv 2402.03300); constant,
+    the sum over real tokens divided by the number of positions, padding included, as in Dr. GRPO
+    (Liu et al. 2025, arXiv 2503.20783). Raises ValueError for another name."""
+    if aggregation == "token_mean":
+        return masked_mean(x, mask)
+    if aggregation == "sequence_mean":
+        return sequence_mean(x, mask)
+    if aggregation == "constant":
+        return masked_sum(x, mask) / mask.numel()
+    raise ValueError(
+        f"aggregation={aggregation!r} must be one of token_mean, sequence_mean, constant"
+    )
 
 
 def masked_var(x: Float[Tensor, "*axes"], mask: Bool[Tensor, "*axes"]) -> Float[Tensor, ""]:

@@ -4,15 +4,18 @@ An estimator knows one formula. It does not know where the scores come from or h
 advantages are used.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlhf_exp.functional.advantages import (
+    equal_groups,
     gae,
+    group_normalized,
     leave_one_out,
     normalize_reward,
     terminal_rewards,
@@ -21,7 +24,7 @@ from rlhf_exp.functional.advantages import (
 from rlhf_exp.functional.logprobs import kl_estimate
 from rlhf_exp.functional.masking import masked_fill_zero, masked_whiten
 from rlhf_exp.runs.context import TrainingError
-from rlhf_exp.settings import Fraction, settings
+from rlhf_exp.settings import BelowOne, Fraction, settings
 from rlhf_exp.types import Experience, Rollout
 
 
@@ -51,10 +54,17 @@ class Estimator(ABC):
     """True: the policy gets a value head, which learns the returns."""
     min_samples_per_prompt: ClassVar[int] = 1
     """The smallest stage.samples_per_prompt that the formula is defined for."""
+    remembers: ClassVar[bool] = False
+    """True: the call takes a third argument, a dictionary of numbers that the run keeps from phase
+    to phase and saves in its checkpoints."""
 
     @abstractmethod
     def __call__(self, rollout: Rollout, rewards: Float[Tensor, "batch completion"]) -> Experience:
         """The experience of a rollout with these token rewards; advantages are 0 in the padding."""
+
+    def metrics(self, experience: Experience) -> dict[str, float]:
+        """Metrics of a phase; by default none."""
+        return {}
 
     def for_minibatch(self, minibatch: Experience) -> Experience:
         """Transforms a minibatch before its loss; by default nothing changes."""
@@ -62,10 +72,15 @@ class Estimator(ABC):
 
 
 def credit(
-    estimator: Estimator, rollout: Rollout, rewards: Float[Tensor, "batch completion"]
+    estimator: Estimator,
+    rollout: Rollout,
+    rewards: Float[Tensor, "batch completion"],
+    memory: dict[str, float],
 ) -> Experience:
-    """Step 4. Raises TrainingError naming an estimator whose output breaks its declaration."""
-    experience = estimator(rollout, rewards)
+    """Step 4; `memory` is for an estimator that remembers. Raises TrainingError naming an estimator
+    whose output breaks its declaration."""
+    remembered = (memory,) if estimator.remembers else ()
+    experience = estimator(rollout, rewards, *remembered)
     is_whole = isinstance(experience, Experience)
     if not is_whole or (experience.returns is not None) != estimator.needs_values:
         returns = "with returns" if estimator.needs_values else "with returns=None"
@@ -109,6 +124,68 @@ class GAE(Estimator):
 
 
 @settings
+class GroupNormalized(Estimator):
+    """Each completion's total reward minus the mean of its prompt's completions, divided by their
+    standard deviation; all of its tokens have the same advantage (GRPO)."""
+
+    min_samples_per_prompt: ClassVar[int] = 2
+
+    scale: Literal["std", "none"] = "std"
+    """std: divided by the group's standard deviation; none: only centred (Dr. GRPO)."""
+    equal_groups: Literal["keep", "leave_out"] = "keep"
+    """Groups whose scores are all equal, which do not say what is better. keep: they count in the
+    loss's means; leave_out: learning leaves them out (DAPO)."""
+
+    def __call__(self, rollout: Rollout, rewards: Float[Tensor, "batch completion"]) -> Experience:
+        """Advantages by functional.advantages.group_normalized, and no returns."""
+        totals, groups = rewards.sum(dim=1), rollout.groups
+        advantages = group_normalized(totals, groups, scale=self.scale)
+        learned = None
+        if self.equal_groups == "leave_out":
+            learned = ~equal_groups(rollout.scores, groups)
+        return _one_advantage(rollout, rewards, advantages, learned=learned)
+
+    def metrics(self, experience: Experience) -> dict[str, float]:
+        """groups/equal_fraction: the fraction of completions whose group has equal scores."""
+        equal = equal_groups(experience.rollout.scores, experience.rollout.groups)
+        return {"groups/equal_fraction": equal.float().mean().item()}
+
+
+@settings
+class Reinforce(Estimator):
+    """Each completion's total reward minus a baseline; all of its tokens have the same advantage
+    (Williams 1992)."""
+
+    remembers: ClassVar[bool] = True
+
+    baseline: Literal["none", "batch_mean", "running_mean"] = "batch_mean"
+    """none; the batch's mean; or the running mean of earlier batches' means, which needs
+    stage.normalize_reward=false."""
+    decay: BelowOne = 0.9
+    """Weight of the running mean so far beside a new batch's mean, 0-0.99."""
+
+    def __call__(
+        self,
+        rollout: Rollout,
+        rewards: Float[Tensor, "batch completion"],
+        memory: dict[str, float] | None = None,
+    ) -> Experience:
+        """The running mean is memory["mean"]; the first batch's own mean is its baseline."""
+        totals = rewards.sum(dim=1)
+        advantages = totals
+        if self.baseline == "batch_mean":
+            advantages = totals - totals.mean()
+        elif self.baseline == "running_mean":
+            assert memory is not None
+            mean = totals.mean().item()
+            before = memory.get("mean", mean)
+            advantages = totals - before
+            if not math.isnan(mean):  # a phase whose reward failed
+                memory["mean"] = self.decay * before + (1 - self.decay) * mean
+        return _one_advantage(rollout, rewards, advantages)
+
+
+@settings
 class LeaveOneOut(Estimator):
     """Each completion's total reward minus the mean of the other completions of its prompt; all of
     its tokens have the same advantage."""
@@ -117,7 +194,20 @@ class LeaveOneOut(Estimator):
 
     def __call__(self, rollout: Rollout, rewards: Float[Tensor, "batch completion"]) -> Experience:
         """Advantages by functional.advantages.leave_one_out, and no returns."""
-        mask = rollout.completions.mask
         advantages = leave_one_out(rewards.sum(dim=1), rollout.groups)
-        advantages = masked_fill_zero(advantages[:, None].expand(mask.shape), mask)
-        return Experience(rollout=rollout, rewards=rewards, advantages=advantages, returns=None)
+        return _one_advantage(rollout, rewards, advantages)
+
+
+def _one_advantage(
+    rollout: Rollout,
+    rewards: Float[Tensor, "batch completion"],
+    advantages: Float[Tensor, " batch"],
+    *,
+    learned: Bool[Tensor, " batch"] | None = None,
+) -> Experience:
+    """The experience in which all tokens of a completion have its advantage."""
+    mask = rollout.completions.mask
+    spread = masked_fill_zero(advantages[:, None].expand(mask.shape), mask)
+    return Experience(
+        rollout=rollout, rewards=rewards, advantages=spread, returns=None, learned=learned
+    )

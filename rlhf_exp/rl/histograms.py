@@ -13,8 +13,8 @@ class HistogramCollector:
     """Records the last pass over a rollout, or the one that a guard stopped. Recording computes
     nothing and never waits for a GPU; `histograms` does the work afterwards."""
 
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
+    def __init__(self) -> None:
+        self._rows_a_pass = 0
         self._parts: list[tuple[Tensor, ...]] = []
         self._num_rows = 0
         self.active = False
@@ -22,6 +22,10 @@ class HistogramCollector:
     def start(self, *, active: bool) -> None:
         """Begins a phase. Records nothing unless active."""
         self._parts, self._num_rows, self.active = [], 0, active
+
+    def expect(self, rows: int) -> None:
+        """Sets how many completions a pass of this phase has."""
+        self._rows_a_pass = rows
 
     def watch(
         self, objective: Callable[[Pass, Experience], LossOutput]
@@ -37,7 +41,7 @@ class HistogramCollector:
         return watched
 
     def _note(self, logprobs: Tensor, batch: Experience) -> None:
-        if self._num_rows == self._batch_size:  # another pass begins
+        if self._num_rows == self._rows_a_pass:  # another pass begins
             self.start(active=True)
         rollout = batch.rollout  # not kept, for its hidden states
         tensors = (rollout.completions.mask, batch.advantages, rollout.kl, rollout.logprobs)

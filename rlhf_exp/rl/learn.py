@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_exp.functional.masking import Aggregation
 from rlhf_exp.rl.guards import Guards, Verdict, judge
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.training.optim import clip_gradients
@@ -13,8 +14,8 @@ from rlhf_exp.types import Experience, Layout
 
 
 class Minibatch(NamedTuple):
-    """Rows of a batch and their layout. `share` is the fraction of a minibatch's real tokens that
-    a micro-batch holds."""
+    """Rows of a batch and their layout. `share` is the weight of a micro-batch in its
+    minibatch."""
 
     experience: Experience
     layout: Layout
@@ -30,18 +31,23 @@ def minibatches(
     num_passes: int,
     prepare: Callable[[Experience], Experience],
 ) -> Iterator[Minibatch]:
-    """The batch in `num_minibatches` parts of equal size, in a new random order at each pass; each
-    part is prepared."""
-    num_rows = len(layout.mask)
+    """The rows that are learned, in `num_minibatches` parts of equal size (fewer or smaller parts
+    if rows are left out), in a new random order at each pass; each part is prepared."""
+    learned = torch.arange(len(layout.mask))
+    if experience.learned is not None:
+        learned = experience.learned.cpu().nonzero().flatten()
     for _ in range(num_passes):
-        order = torch.randperm(num_rows, generator=generator)
-        for index in order.split(num_rows // num_minibatches):
-            yield Minibatch(prepare(experience[index]), layout[index])
+        order = learned[torch.randperm(len(learned), generator=generator)]
+        for index in order.tensor_split(num_minibatches):
+            if len(index):
+                yield Minibatch(prepare(experience[index]), layout[index])
 
 
-def micro_batches(minibatch: Minibatch, size: int | None) -> Iterator[Minibatch]:
-    """The minibatch in parts of at most `size` rows, by default whole. Parts are weighted by their
-    real tokens, so `size` changes memory only."""
+def micro_batches(
+    minibatch: Minibatch, size: int | None, *, aggregation: Aggregation = "token_mean"
+) -> Iterator[Minibatch]:
+    """The minibatch in parts of at most `size` rows, by default whole. Parts are weighted as the
+    aggregation weights their tokens, so `size` changes memory only."""
     experience, layout, _ = minibatch
     rows = torch.arange(len(layout.mask))
     if size is None or size >= len(rows):
@@ -49,7 +55,9 @@ def micro_batches(minibatch: Minibatch, size: int | None) -> Iterator[Minibatch]
         return
     for index in rows.split(size):
         part = layout[index]
-        share = float(part.mask.sum() / layout.mask.sum())
+        share = len(index) / len(rows)
+        if aggregation == "token_mean":
+            share = float(part.mask.sum() / layout.mask.sum())
         yield Minibatch(experience[index], part, share)
 
 

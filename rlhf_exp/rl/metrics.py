@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rlhf_exp.functional.logprobs import KL_ESTIMATORS, kl_estimate
 from rlhf_exp.functional.masking import masked_mean, masked_var
 from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.rl.guards import Guards, check_finite, check_skipped, nonfinite
@@ -49,6 +50,21 @@ def explained_variance(
     return float(1 - masked_var(returns - values, mask) / variance)
 
 
+def sampled_kl(
+    logprobs: Float[Tensor, "batch completion"],
+    ref_logprobs: Float[Tensor, "batch completion"],
+    mask: Bool[Tensor, "batch completion"],
+) -> dict[str, Float[Tensor, ""]]:
+    """The means k1, k2, k3 of functional.logprobs.kl_estimate over real tokens, in nats, and their
+    variances over tokens, k1_var, k2_var, k3_var."""
+    numbers: dict[str, Tensor] = {}
+    for name in KL_ESTIMATORS:
+        estimate = kl_estimate(logprobs, ref_logprobs, name)
+        numbers[name] = masked_mean(estimate, mask)
+        numbers[f"{name}_var"] = masked_var(estimate, mask)
+    return numbers
+
+
 def read_metrics(rows: Iterable[Mapping[str, Tensor]]) -> list[dict[str, float]]:
     """Rows with the same metric names as floats, copied from the GPU in one transfer."""
     rows = list(rows)
@@ -70,6 +86,10 @@ def rollout_metrics(experience: Experience, *, truncates: bool) -> dict[str, flo
         "objective/scores_std": rollout.scores.std(correction=0).item(),
         "objective/kl": masked_mean(rollout.kl, mask).item(),
         "objective/kl_sum": rollout.kl.sum(dim=1).mean().item(),
+        **{
+            f"objective/kl_{name}": number.item()
+            for name, number in sampled_kl(rollout.logprobs, rollout.ref_logprobs, mask).items()
+        },
         "objective/entropy": masked_mean(rollout.entropy, mask).item(),
         "sample/len_mean": mask.sum(dim=1).float().mean().item(),
         "sample/distinct_3": distinct_n(rollout.completions.tokens, mask, n=3),
@@ -116,8 +136,10 @@ def phase_metrics(
     lap: Stopwatch,
     experience: Experience,
     updates: Sequence[Mapping[str, float]],
+    credited: Mapping[str, float],
 ) -> dict[str, float]:
-    """The metrics of a phase. Counts skipped steps and raises as `mean_over_steps` does."""
+    """The metrics of a phase, with `credited` of the estimator. Counts skipped steps and raises as
+    `mean_over_steps` does."""
     rates, kl_coef = learning_rates(state.optimizer), kl_coefficient.now(state)
     losses = objective.metric_names(with_values=experience.returns is not None)
     names = (*losses, *(f"grad_norm/{name}" for name in rates))
@@ -133,6 +155,7 @@ def phase_metrics(
     seconds = lap.take()
     return {
         **metrics,
+        **credited,
         "objective/kl_coef": kl_coef,
         **learned,
         "train/skipped_steps": float(state.skipped_steps),

@@ -50,7 +50,7 @@ class Phases:
     def __init__(self, ppo: PPOSettings, setup: Setup, state: TrainState, clock: Stopwatch) -> None:
         self.ppo, self.setup, self.state, self.clock = ppo, setup, state, clock
         self.lap = Stopwatch()
-        self.histograms = HistogramCollector(ppo.batch_size)
+        self.histograms = HistogramCollector()
         self.kl_coefficient = ppo.kl_coefficient
         self.scorer = Scorer(
             setup.score, ppo.guards, on_thread=ppo.compute.scores_on_thread(setup, ppo.guards),
@@ -119,10 +119,10 @@ class Phases:
                 kl_coef=kl_coef if ppo.kl_penalty == "reward" else 0.0,
                 normalize=ppo.normalize_reward,
             )
-            return credit(ppo.estimator, rollout, rewards)
+            return credit(ppo.estimator, rollout, rewards, self.state.credit_memory)
 
     def learn(self, experience: Experience) -> list[dict[str, float]]:
-        """Step 5; nothing is learned from a batch without scores."""
+        """Step 5; nothing is learned from a batch without scores, or if all rows are left out."""
         guards, phase = self.ppo.guards, self.state.phase
         less = self.ppo.compute.less_memory(self.setup, minibatch=self.ppo.minibatch_size)
         explaining = explaining_memory(f"phase {phase}: learning", less)
@@ -130,12 +130,15 @@ class Phases:
             if guards.on_reward_error == "skip" and bool(experience.rollout.scores.isnan().any()):
                 self.state.skipped_rewards += 1
                 return []
+            if experience.num_learned == 0:
+                return []
             return read_metrics(self.updates(experience))
 
     def updates(self, experience: Experience) -> Iterator[loop.Metrics]:
         """The metrics of each minibatch, one optimizer step after the other."""
         ppo, state = self.ppo, self.state
         kl_coef = self.kl_coefficient.now(state)
+        self.histograms.expect(experience.num_learned)
         layout = Layout.of(experience.rollout.completions, whole=state.policy.is_compiled)
 
         def policy_pass(part: Minibatch) -> Pass:
@@ -152,7 +155,10 @@ class Phases:
                 num_minibatches=ppo.num_minibatches, num_passes=ppo.batches_per_learning_phase,
                 prepare=ppo.estimator.for_minibatch,
             ),
-            micro_batches=partial(micro_batches, size=ppo.compute.micro_batch_size),
+            micro_batches=partial(
+                micro_batches, size=ppo.compute.micro_batch_size,
+                aggregation=ppo.objective.aggregation,
+            ),
             policy_pass=policy_pass,
             objective=self.histograms.watch(
                 partial(ppo.objective, coefs=ppo.coefficients(kl_coef))
@@ -166,5 +172,5 @@ class Phases:
         """The metrics of the phase; see `phase_metrics`."""
         return phase_metrics(
             self.state, self.setup, self.ppo.guards, self.ppo.objective, self.kl_coefficient,
-            self.lap, experience, updates,
+            self.lap, experience, updates, self.ppo.estimator.metrics(experience),
         )  # fmt: skip

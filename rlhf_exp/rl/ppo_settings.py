@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from rlhf_exp.rl.compute import Compute
-from rlhf_exp.rl.estimators import GAE, Estimator
+from rlhf_exp.rl.estimators import GAE, Estimator, Reinforce
 from rlhf_exp.rl.guards import Guards
 from rlhf_exp.rl.kl_coefficient import KLCoefficient
 from rlhf_exp.rl.objectives import Coefficients, Objective, PPOClip
@@ -38,8 +38,9 @@ class PPOSettings:
     """Weight of the entropy bonus (nats), 0-0.01."""
     kl_coef: NonNegative = 0.2
     """Weight of the KL to the reference (nats a token), 0.03-3."""
-    kl_penalty: Literal["loss", "reward"] = "loss"
-    """loss: exact KL in the loss; reward: -kl_coef (log p - log q) on each token's reward."""
+    kl_penalty: Literal["loss", "loss_k3", "reward"] = "loss"
+    """loss: exact KL in the loss; loss_k3: its k3 estimate there (GRPO); reward: -kl_coef (log p -
+    log q) on each token's reward."""
     adaptive_kl_target: Positive | None = None
     """Target KL of a phase (nats a completion, 1-20; 6 in Ziegler et al. 2019), reached by adapting
     kl_coef; null: kl_coef is constant."""
@@ -61,9 +62,10 @@ class PPOSettings:
     """Phases between checkpoints, besides those at the best evaluation and at the end; null: only
     when asked to stop."""
     estimator: Estimator = GAE()
-    """How rewards become advantages: stage/estimator=gae, one_step or leave_one_out."""
+    """How rewards become advantages: stage/estimator=gae, one_step, leave_one_out,
+    group_normalized or reinforce."""
     objective: Objective = PPOClip()
-    """What learning maximises: stage/objective=ppo_clip."""
+    """What learning maximises: stage/objective=ppo_clip, sequence_ratio or policy_gradient."""
     guards: Guards = Guards()
     """Limits on KL, steps that are not finite, and failing rewards."""
     compute: Compute = Compute()
@@ -92,7 +94,8 @@ class PPOSettings:
         """The weights of the loss's terms, with `kl_coef` for the KL."""
         return Coefficients(
             clip_coef=self.clip_coef, vf_coef=self.vf_coef, value_clip_coef=self.value_clip_coef,
-            ent_coef=self.ent_coef, kl_coef=kl_coef if self.kl_penalty == "loss" else 0.0,
+            ent_coef=self.ent_coef, kl_coef=0.0 if self.kl_penalty == "reward" else kl_coef,
+            kl_term="k3" if self.kl_penalty == "loss_k3" else "exact",
         )  # fmt: skip
 
 
@@ -103,6 +106,12 @@ def _contradictions(ppo: PPOSettings) -> Iterator[str]:
     name, samples = type(ppo.estimator).__name__, ppo.samples_per_prompt
     if samples < (least := ppo.estimator.min_samples_per_prompt):
         yield f"samples_per_prompt={samples}: {name} needs at least {least}; set it {2 * least}"
+    baseline = ppo.estimator.baseline if isinstance(ppo.estimator, Reinforce) else "batch_mean"
+    if ppo.normalize_reward and baseline != "batch_mean":
+        yield (
+            f"normalize_reward=true subtracts the batch's mean before estimator.baseline={baseline}"
+            " does: set it false"
+        )
     if ppo.value_clip_coef is not None and not ppo.estimator.needs_values:
         yield f"value_clip_coef={ppo.value_clip_coef:g}: {name} has no values; set it null"
     yield from ppo.compute.too_large(batch=ppo.batch_size, minibatch=ppo.minibatch_size)

@@ -44,6 +44,8 @@ class TrainState:
     """The adapted coefficient; None until it was first adapted."""
     skipped_steps: int = 0
     skipped_rewards: int = 0
+    credit_memory: dict[str, float] = field(default_factory=dict)
+    """Numbers that the estimator keeps from phase to phase."""
     stopped: str | None = None
     """Why the run ended before its last phase."""
     kl_sum_at_stop: float | None = None
@@ -61,6 +63,7 @@ class TrainState:
             "generators": {name: g.get_state() for name, g in self._generators().items()},
             "inputs": dict(self.inputs),
             "collapse": asdict(self.collapse),
+            "credit_memory": dict(self.credit_memory),
             "seconds": dict(self.seconds),
             **{name: getattr(self, name) for name in PLAIN},
         }
@@ -76,6 +79,7 @@ class TrainState:
         for name, generator in self._generators().items():
             generator.set_state(state["generators"][name])
         self.collapse = CollapseMonitor(**state["collapse"])
+        self.credit_memory = dict(state["credit_memory"])
         self.seconds.update(state["seconds"])
 
     def record_evaluation(self, score: float) -> bool:

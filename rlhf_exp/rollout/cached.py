@@ -151,16 +151,17 @@ def prefill(
     policy: TransformerWithValueHead, prompts: PromptBatch, attended: Tensor | None, length: int
 ) -> tuple[Cache | None, Tensor]:
     """The cache of the prompts, with room for `length` tokens, and the last hidden state of each
-    [batch d_model]; equal prompts run once. `attended` is the prompts' mask, None without padding.
-    The cache is None if it would change what the policy computes."""
-    batch, paths = prompts.tokens.shape[0], policy.fast_paths
-    rows = 1 if paths.one_prompt and prompts.is_one else batch
+    [batch d_model]; the prompt of a group runs once. `attended` is the prompts' mask, None without
+    padding. The cache is None if it would change what the policy computes."""
+    paths = policy.fast_paths
+    rows, index = prompts.distinct() if paths.one_prompt else (None, None)
+    tokens, mask = prompts.tokens, attended
+    if rows is not None:
+        tokens, mask = tokens[rows], None if mask is None else mask[rows]
     cache = decoding_cache(policy.language_model, length) if paths.cache else None
-    mask = None if attended is None else attended[:rows]
-    tokens = prompts.tokens[:rows]
     hidden = policy.hidden_states(tokens, mask, cache, prompt_len=tokens.shape[1])[:, -1]
-    if rows < batch:
+    if index is not None:
         if cache is not None:
-            cache.reorder_cache(torch.zeros(batch, dtype=torch.long, device=hidden.device))
-        hidden = hidden.expand(batch, -1)
+            cache.reorder_cache(index)
+        hidden = hidden[index]
     return cache, hidden

@@ -1,4 +1,5 @@
 import math
+import statistics
 
 import pytest
 import torch
@@ -6,7 +7,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_exp.functional.advantages import (
+    equal_groups,
     gae,
+    group_normalized,
     leave_one_out,
     normalize_reward,
     terminal_rewards,
@@ -249,3 +252,34 @@ def test_leave_one_out_is_exactly_0_for_equal_scores():
 def test_leave_one_out_needs_two_samples_of_each_prompt():
     with pytest.raises(ValueError, match="leave_one_out needs at least two samples"):
         leave_one_out(torch.ones(3), torch.tensor([0, 0, 1]))
+
+
+SCORES = [1.0, 4.0, 2.0, -2.0, 6.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("scale", ["std", "none"])
+def test_group_normalized_against_a_loop(scale, dtype):
+    expected = []
+    for score, group in zip(SCORES, GROUPS.tolist(), strict=True):
+        members = [s for s, g in zip(SCORES, GROUPS.tolist(), strict=True) if g == group]
+        deviation = statistics.stdev(members) + 1e-4 if scale == "std" else 1.0
+        expected.append((score - statistics.mean(members)) / deviation)
+    found = group_normalized(torch.tensor(SCORES, dtype=dtype), GROUPS, scale=scale)
+    assert_close(found, torch.tensor(expected, dtype=dtype))
+
+
+def test_two_samples_leave_one_out_is_their_difference_and_twice_the_centred_reward(dtype):
+    scores = torch.tensor([0.3, -1.2, 2.0, 0.5], dtype=dtype)
+    groups = torch.tensor([0, 0, 1, 1])
+    found = leave_one_out(scores, groups)
+    assert_close(found, torch.tensor([1.5, -1.5, 1.5, -1.5], dtype=dtype))
+    assert_close(found, 2 * group_normalized(scores, groups, scale="none"))
+
+
+def test_equal_scores_have_no_advantage_and_are_found():
+    scores = torch.full((7,), 0.1)
+    scores[0] = 0.2
+    expected = [False, True, False, True, False, True, True]
+    assert equal_groups(scores, GROUPS).tolist() == expected
+    assert not group_normalized(scores, GROUPS)[expected].any()
+    assert not group_normalized(torch.ones(1), torch.tensor([4])).any()

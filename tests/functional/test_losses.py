@@ -11,7 +11,9 @@ from rlhf_exp.functional.losses import (
     clipped_surrogate,
     clipped_value_loss,
     pairwise_rank_loss,
+    policy_gradient,
     reward_mse,
+    sequence_log_ratio,
     value_loss,
 )
 
@@ -40,6 +42,13 @@ REAL = [(b, t) for b, length in enumerate(LENGTHS) for t in range(length)]
 # Each with the number of tensors that it takes before the mask.
 MASKED_LOSSES = {
     "clipped_surrogate": (3, lambda *args: clipped_surrogate(*args, clip_coef=0.2)),
+    "dual clip": (3, lambda *args: clipped_surrogate(*args, clip_coef=0.2, dual_clip_coef=2.0)),
+    "policy_gradient": (2, lambda x, a, mask: policy_gradient(x, x.detach(), a, mask)),
+    "importance cap": (
+        2,
+        lambda x, a, mask: policy_gradient(x, x.detach(), a, mask, importance_cap=0.9),
+    ),
+    "sequence_log_ratio": (2, lambda *args: sequence_log_ratio(*args).sum()),
     "clip_fraction": (2, lambda *args: clip_fraction(*args, clip_coef=0.2)),
     "value_loss": (2, value_loss),
     "clipped_value_loss": (3, lambda *args: clipped_value_loss(*args, value_clip_coef=0.2)),
@@ -296,3 +305,108 @@ def test_gradcheck_away_from_the_kinks(generator):
     rows = [x[0].detach().requires_grad_() for x in tensors[:2]]
     assert torch.autograd.gradcheck(pairwise_rank_loss, rows)
     assert torch.autograd.gradcheck(reward_mse, rows)
+
+
+AGGREGATIONS = {
+    # The weight of each of the 7 real tokens, in 4 rows of 4 positions with 4, 2, 1 and none.
+    "token_mean": [1 / 7] * 7,
+    "sequence_mean": [1 / 16] * 4 + [1 / 8] * 2 + [1 / 4],
+    "constant": [1 / 16] * 7,
+}
+
+
+def dot(a: list[float], b: list[float]) -> float:
+    return math.fsum(x * y for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(("aggregation", "weights"), AGGREGATIONS.items())
+def test_aggregations_weight_the_tokens(aggregation, weights, dtype):
+    logprobs, old_logprobs, advantages = ragged(3, dtype)
+    mask = ragged_mask()
+    ratios = [math.exp(A[b][t] - B[b][t]) for b, t in REAL]
+    terms = [
+        min(ratio * C[b][t], min(max(ratio, 0.8), 1.28) * C[b][t])
+        for ratio, (b, t) in zip(ratios, REAL, strict=True)
+    ]
+    found = clipped_surrogate(
+        logprobs, old_logprobs, advantages, mask,
+        clip_coef=0.2, clip_coef_high=0.28, aggregation=aggregation,
+    )  # fmt: skip
+    assert_close(found, scalar(dot(weights, terms), dtype))
+    outside = [not 0.8 <= ratio <= 1.28 for ratio in ratios]
+    fraction = clip_fraction(
+        logprobs, old_logprobs, mask, clip_coef=0.2, clip_coef_high=0.28, aggregation=aggregation
+    )
+    assert_close(fraction, scalar(dot(weights, outside), dtype))
+    squares = [(A[b][t] - B[b][t]) ** 2 / 2 for b, t in REAL]
+    found = value_loss(logprobs, old_logprobs, mask, aggregation=aggregation)
+    assert_close(found, scalar(dot(weights, squares), dtype))
+
+
+@pytest.mark.parametrize("dual_clip_coef", [1.1, 3.0])
+def test_dual_clip_against_a_loop(dual_clip_coef, dtype):
+    total = 0.0
+    for b, t in REAL:
+        ratio = math.exp(A[b][t] - B[b][t])
+        term = min(ratio * C[b][t], min(max(ratio, 0.8), 1.2) * C[b][t])
+        total += max(term, dual_clip_coef * C[b][t]) if C[b][t] < 0 else term
+    found = clipped_surrogate(
+        *ragged(3, dtype), ragged_mask(), clip_coef=0.2, dual_clip_coef=dual_clip_coef
+    )
+    assert_close(found, scalar(total / 7, dtype))
+
+
+@pytest.mark.parametrize("importance_cap", [None, 1.1])
+def test_policy_gradient_against_a_loop(importance_cap, dtype):
+    weights = {
+        (b, t): 1.0 if importance_cap is None else min(math.exp(A[b][t] - B[b][t]), importance_cap)
+        for b, t in REAL
+    }
+    total = math.fsum(weights[b, t] * A[b][t] * C[b][t] for b, t in REAL)
+    logprobs, old_logprobs, advantages = ragged(3, dtype)
+    logprobs.requires_grad_()
+    found = policy_gradient(
+        logprobs, old_logprobs, advantages, ragged_mask(), importance_cap=importance_cap
+    )
+    assert_close(found, scalar(total / 7, dtype))
+    found.backward()
+    # The cap is a weight: no gradient goes through the ratio.
+    expected = [
+        [weights[b, t] * C[b][t] / 7 if (b, t) in REAL else 0.0 for t in range(4)] for b in range(4)
+    ]
+    assert_close(logprobs.grad, torch.tensor(expected, dtype=dtype))
+
+
+def test_the_sequence_ratio_is_the_geometric_mean_of_its_tokens(dtype):
+    logprobs, old_logprobs, _ = ragged(3, dtype)
+    found = sequence_log_ratio(logprobs, old_logprobs, ragged_mask()).exp()
+    expected = [
+        math.prod(math.exp(A[b][t] - B[b][t]) for t in range(n)) ** (1 / n) if n else 1.0
+        for b, n in enumerate(LENGTHS)
+    ]
+    assert_close(found.squeeze(1), torch.tensor(expected, dtype=dtype))
+
+
+def test_at_ratio_one_all_objectives_have_the_gradient_of_reinforce(dtype):
+    logprobs, _, advantages = ragged(3, dtype)
+    mask, old_logprobs = ragged_mask(), logprobs.clone()
+    advantages = advantages[:, :1].expand(4, 4)  # one a completion, as groups give
+    gradients = []
+    for objective in ("clip", "sequence", "gradient"):
+        new = logprobs.clone().requires_grad_()
+        if objective == "gradient":
+            value = policy_gradient(
+                new, old_logprobs, advantages, mask, aggregation="sequence_mean"
+            )
+        else:
+            ratios = new, old_logprobs
+            if objective == "sequence":
+                of_tokens = sequence_log_ratio(new, old_logprobs, mask).expand(4, 4)
+                ratios = of_tokens, torch.zeros_like(of_tokens)
+            value = clipped_surrogate(
+                *ratios, advantages, mask, clip_coef=0.2, aggregation="sequence_mean"
+            )
+        gradients += torch.autograd.grad(value, new)
+    assert gradients[0].abs().max() > 0.1
+    assert_close(gradients[1], gradients[0])
+    assert_close(gradients[2], gradients[0])

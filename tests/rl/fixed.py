@@ -58,10 +58,11 @@ def fixed_experience(ppo: PPO, setup: Setup, completions: Completions) -> Experi
     with torch.no_grad():
         hidden = old.hidden_states(*completions.sequences)[:, start - 1 : -1]
         logprobs = (old.unembed(hidden) / temperature).log_softmax(dim=-1)
+        values = old.values(hidden)
         generation = Generation(
             completions=completions,
             logprobs=logprobs.gather(-1, completions.tokens[..., None])[..., 0] * mask,
-            values=old.values(hidden) * mask,
+            values=None if values is None else values * mask,
             hidden=hidden * mask[..., None],
             kept_mass=mask.float(),
         )

@@ -19,7 +19,7 @@ SMALL = ppo_with(batch_size=8, num_minibatches=2, batches_per_learning_phase=2, 
 
 def watching() -> HistogramCollector:
     """A collector that notes the phase to come."""
-    histograms = HistogramCollector(batch_size=8)
+    histograms = HistogramCollector()
     histograms.start(active=True)
     return histograms
 

@@ -200,13 +200,13 @@ def test_learning_ends_before_the_step_that_is_too_far(tmp_path: Path) -> None:
 def test_histograms_are_of_the_pass_that_was_ended(tmp_path: Path) -> None:
     ppo = ppo_of(batches_per_learning_phase=3, max_approx_kl=1e-8)
     setup, state = start(ppo, tmp_path)
-    seen = HistogramCollector(batch_size=8)
+    seen = HistogramCollector()
     seen.start(active=True)
     experience = collect(ppo, setup, state)
     steps = [*learn(ppo, setup, state, experience, seen)]
     assert [step["policy/steps"] for step in steps] == [1, 0]
     assert sum(seen.histograms()["ratio"].counts) == 8 * 4
-    assert HistogramCollector(batch_size=8).histograms() == {}
+    assert HistogramCollector().histograms() == {}
 
 
 def test_the_coefficient_follows_the_kl_of_each_phase(tmp_path: Path) -> None:

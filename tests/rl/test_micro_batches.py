@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from rlhf_exp.rewards.length import Length
 from rlhf_exp.rl.learn import Minibatch, add_share, micro_batches
+from rlhf_exp.rl.objectives import PolicyGradient, PPOClip, SequenceRatio
 from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
@@ -52,7 +53,8 @@ def backward(path: Path, **options: object) -> tuple[list[Tensor], dict[str, flo
     minibatch = experience[torch.arange(6)]
     metrics: dict[str, Tensor] = {}
     whole = Minibatch(minibatch, Layout.of(minibatch.rollout.completions))
-    for part in micro_batches(whole, micro.compute.micro_batch_size):
+    aggregation = micro.objective.aggregation
+    for part in micro_batches(whole, micro.compute.micro_batch_size, aggregation=aggregation):
         output = loss(micro, setup, part.experience, layout=part.layout)
         (part.share * output.loss).backward()
         metrics = add_share(metrics, output.metrics, part.share)
@@ -60,10 +62,23 @@ def backward(path: Path, **options: object) -> tuple[list[Tensor], dict[str, flo
     return gradients, {name: value.item() for name, value in metrics.items()}
 
 
+OBJECTIVES = {
+    "tokens": PPOClip(),
+    "sequences": PPOClip(aggregation="sequence_mean"),
+    "constant": PPOClip(aggregation="constant", clip_coef_high=0.01),
+    "gspo": SequenceRatio(),
+    "reinforce": PolicyGradient(),
+}
+
+
 @pytest.mark.parametrize("size", [1, 3, 4, 5, 6])
-def test_gradients_and_metrics_are_those_of_the_minibatch(size: int, tmp_path: Path) -> None:
-    whole, metrics = backward(tmp_path, value_clip_coef=0.1)
-    micro, micro_metrics = backward(tmp_path, value_clip_coef=0.1, micro_batch_size=size)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_gradients_and_metrics_are_those_of_the_minibatch(
+    objective: str, size: int, tmp_path: Path
+) -> None:
+    options = {"value_clip_coef": 0.1, "objective": OBJECTIVES[objective]}
+    whole, metrics = backward(tmp_path, **options)
+    micro, micro_metrics = backward(tmp_path, **options, micro_batch_size=size)
     scale = max(gradient.abs().max() for gradient in whole)
     assert scale > 1e-2
     for a, b in zip(whole, micro, strict=True):
