@@ -1,5 +1,9 @@
 """The policy: a causal language model with a value head on its final hidden states."""
 
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -9,6 +13,7 @@ from rlhf_exp.models.engines import ENGINES, EngineName
 from rlhf_exp.models.hooked import boot_bridge
 from rlhf_exp.models.lora import has_adapter, merged_copy
 from rlhf_exp.models.transformer import CausalTransformer
+from rlhf_exp.types import Completions, Layout
 
 
 class TransformerWithValueHead(CausalTransformer):
@@ -26,6 +31,7 @@ class TransformerWithValueHead(CausalTransformer):
         value_head: bool = True,
     ) -> None:
         super().__init__(language_model, tokenizer)
+        self.value_trunk: CausalTransformer | None = None
         d_model = language_model.get_output_embeddings().weight.shape[1]
         if value_head:
             self.value_head = nn.Sequential(
@@ -43,6 +49,70 @@ class TransformerWithValueHead(CausalTransformer):
         """Logits and values at every position; without a mask there is no padding."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         return self.engine.logits_and_values(tokens, mask, prompt_len=prompt_len)
+
+    def detach_values(self) -> None:
+        """From now on the value loss has no gradient for the language model."""
+        assert self.value_head is not None
+        self.value_head.register_forward_pre_hook(lambda head, args: (args[0].detach(),))
+
+    def separate_values(self) -> None:
+        """From now on values come from a trained copy of the language model, by
+        `completion_values`; `values` returns None."""
+        trunk = CausalTransformer(copy.deepcopy(self.language_model), self.tokenizer)
+        trunk.fast_paths = self.fast_paths
+        trunk.requires_grad_(True)
+        model = trunk.language_model
+        if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+            model.get_output_embeddings().requires_grad_(False)
+        self.value_trunk = trunk
+
+    def values(self, hidden: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes"] | None:
+        """Values of final hidden states; None without a value head or with one on a separate
+        trunk."""
+        return super().values(hidden) if self.value_trunk is None else None
+
+    def completion_values(
+        self, completions: Completions, layout: Layout
+    ) -> Float[Tensor, "batch completion"]:
+        """The values of each token of the completions, from the separate trunk; padding holds 0."""
+        assert self.value_trunk is not None
+        hidden = layout.pick(self.value_trunk.completion_states(completions, layout))
+        values = super().values(hidden)
+        assert values is not None
+        return layout.spread(values)
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """As CausalTransformer does, for the value trunk too."""
+        super().compute_in(dtype)
+        if self.value_trunk is not None:
+            self.value_trunk.compute_in(dtype)
+
+    def working(self) -> AbstractContextManager[object]:
+        """As CausalTransformer does, for the value trunk too."""
+        if self.value_trunk is None:
+            return super().working()
+        stack = ExitStack()
+        stack.enter_context(super().working())
+        stack.enter_context(self.value_trunk.working())
+        return stack
+
+    def working_copies(self) -> Iterator[Tensor]:
+        """As CausalTransformer does, for the value trunk too."""
+        yield from super().working_copies()
+        if self.value_trunk is not None:
+            yield from self.value_trunk.working_copies()
+
+    def weights_changed(self) -> None:
+        """As CausalTransformer does, for the value trunk too."""
+        super().weights_changed()
+        if self.value_trunk is not None:
+            self.value_trunk.weights_changed()
+
+    def checkpoint_gradients(self) -> None:
+        """As CausalTransformer does, for the value trunk too."""
+        super().checkpoint_gradients()
+        if self.value_trunk is not None:
+            self.value_trunk.checkpoint_gradients()
 
     def hooked(self) -> TransformerBridge:
         """A TransformerBridge over the current weights, to look inside the policy.

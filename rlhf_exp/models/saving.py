@@ -13,7 +13,8 @@ def save_policy(policy: TransformerWithValueHead, path: str | Path) -> Path:
     """Writes model (safetensors), tokenizer, config, generation config and value head, if there is
     one, to the directory and returns the path. A reloaded policy gives bit-equal logits and values.
 
-    With adapters it writes the merged weights, whose logits are equal up to rounding, and the
+    A value head on a separate trunk is not written: without the trunk it means nothing. With
+    adapters it writes the merged weights, whose logits are equal up to rounding, and the
     adapters to `adapter/`.
     """
     path = Path(path)
@@ -24,6 +25,6 @@ def save_policy(policy: TransformerWithValueHead, path: str | Path) -> Path:
     else:
         model.save_pretrained(path)
     policy.tokenizer.save_pretrained(path)
-    if policy.value_head is not None:
+    if policy.value_head is not None and policy.value_trunk is None:
         save_model(policy.value_head, str(path / VALUE_HEAD_FILE), metadata={"format": "pt"})
     return path

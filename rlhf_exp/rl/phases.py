@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from rlhf_exp.machine.timing import Stopwatch
+from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rl import loop
 from rlhf_exp.rl.collect import Rollouts, Scorer, missing_eos_penalty, sample
 from rlhf_exp.rl.estimators import credit, token_rewards
@@ -32,7 +35,10 @@ def start(
 ) -> TrainState:  # fmt: skip
     """The state before the first phase."""
     policy, num_prompts = setup.policy, ppo.batch_size // ppo.samples_per_prompt
-    adamw = optimizer.build(policy.language_model, policy.value_head)
+    base: nn.Module = policy.language_model
+    if policy.value_trunk is not None:
+        base = nn.ModuleList([base, policy.value_trunk.language_model])
+    adamw = optimizer.build(base, policy.value_head)
     return TrainState(
         policy=policy, optimizer=adamw, inputs=inputs,
         scheduler=schedule.build(adamw, total_steps=ppo.total_phases),
@@ -100,10 +106,13 @@ class Phases:
         doing = f"phase {phase}: measuring the samples"
         unscored = generation.logprobs.new_full(generation.logprobs.shape[:1], math.nan)
         with self.lap("measure"), explaining_memory(doing, self._less):
-            return measure(
+            rollout = measure(
                 self.setup.policy, self.setup.reference, generation, unscored,
                 temperature=self.setup.sampler.temperature, rows=self._rows,
             )  # fmt: skip
+            if self.setup.policy.value_trunk is None:
+                return rollout
+            return replace(rollout, values=sampled_values(self.setup.policy, rollout, self._rows))
 
     def collect(self, phase: int) -> Rollout:
         """Steps 1 to 3, a phase ahead with async_reward."""
@@ -142,10 +151,15 @@ class Phases:
         layout = Layout.of(experience.rollout.completions, whole=state.policy.is_compiled)
 
         def policy_pass(part: Minibatch) -> Pass:
-            return self.setup.policy.engine.learning_pass(
-                part.experience.rollout, self.setup.reference.head, part.layout,
+            policy, rollout = self.setup.policy, part.experience.rollout
+            new = policy.engine.learning_pass(
+                rollout, self.setup.reference.head, part.layout,
                 temperature=self.setup.sampler.temperature,
             )  # fmt: skip
+            if policy.value_trunk is None:
+                return new
+            values = policy.completion_values(rollout.completions, part.layout)
+            return new._replace(values=values)
 
         return loop.update_policy(
             state,
@@ -174,3 +188,17 @@ class Phases:
             self.state, self.setup, self.ppo.guards, self.ppo.objective, self.kl_coefficient,
             self.lap, experience, updates, self.ppo.estimator.metrics(experience),
         )  # fmt: skip
+
+
+@torch.no_grad()
+def sampled_values(policy: TransformerWithValueHead, rollout: Rollout, rows: int) -> Tensor:
+    """The values [batch completion] of a rollout by a separate trunk, `rows` completions at a
+    time."""
+    completions = rollout.completions
+    layout = Layout.of(completions)
+    return torch.cat(
+        [
+            policy.completion_values(completions[index.to(policy.device)], layout[index])
+            for index in torch.arange(len(layout.mask)).split(rows)
+        ]
+    )

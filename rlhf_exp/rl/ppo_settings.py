@@ -34,6 +34,11 @@ class PPOSettings:
     """Weight of the value loss, 0.1-1; unused without values."""
     value_clip_coef: Positive | None = None
     """The value loss clips values to the rollout's +- this; null: no clipping."""
+    value_model: Literal["shared", "separate"] = "shared"
+    """shared: the value head reads the policy's hidden states; separate: those of a trained copy
+    of the model, which takes as much memory and time again."""
+    value_detach: bool = False
+    """true: the value loss has no gradient for the policy's model."""
     ent_coef: NonNegative = 0.001
     """Weight of the entropy bonus (nats), 0-0.01."""
     kl_coef: NonNegative = 0.2
@@ -112,7 +117,14 @@ def _contradictions(ppo: PPOSettings) -> Iterator[str]:
             f"normalize_reward=true subtracts the batch's mean before estimator.baseline={baseline}"
             " does: set it false"
         )
-    if ppo.value_clip_coef is not None and not ppo.estimator.needs_values:
-        yield f"value_clip_coef={ppo.value_clip_coef:g}: {name} has no values; set it null"
+    if not ppo.estimator.needs_values:
+        if ppo.value_clip_coef is not None:
+            yield f"value_clip_coef={ppo.value_clip_coef:g}: {name} has no values; set it null"
+        if ppo.value_model == "separate":
+            yield f"value_model=separate: {name} has no values; set it shared"
+        if ppo.value_detach:
+            yield f"value_detach=true: {name} has no values; set it false"
+    elif ppo.value_model == "separate" and ppo.value_detach:
+        yield "value_detach=true: value_model=separate leaves no shared weights; set it false"
     yield from ppo.compute.too_large(batch=ppo.batch_size, minibatch=ppo.minibatch_size)
     yield from ppo.kl_coefficient.problems()

@@ -62,6 +62,7 @@ def load_setup(
     *,
     intervention: Intervention = NO_INTERVENTION,
     value_head: bool = True,
+    separate_values: bool = False,
 ) -> Setup:
     """The policy with its trained weights selected, its reference, the reward and the prompts, on
     the context's device. Raises ConfigError if one cannot be loaded or does not fit the others."""
@@ -70,6 +71,8 @@ def load_setup(
     first = policy.tokenizer.decode(train.tokens[0][train.mask[0]])  # with special tokens
     log.info("%d prompts to train on, %d held out; the first: %r",
              len(train.rows), len(held_out.rows), first)  # fmt: skip
+    if separate_values:
+        policy.separate_values()  # before adapters change the policy's language model
     reference = finetune.attach(policy, seed=stream_seed(context.seed, "reference"))
     score = load_reward(context, reward, policy, reference, task, sampler, (train, held_out))
     intervention.attach(policy)

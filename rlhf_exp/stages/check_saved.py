@@ -36,7 +36,7 @@ ROWS, LENGTH = 4, 16  # shape of the test batch
 def check_saved_policy(policy: TransformerWithValueHead, path: Path) -> None:
     """Raises TrainingError unless the saved policy gives the same logits and has the same value
     head."""
-    if policy.value_head is not None:
+    if policy.value_head is not None and policy.value_trunk is None:
         _check_head(policy.value_head, path / VALUE_HEAD_FILE)
     check_saved_language_model(policy.language_model, path)
 

@@ -4,6 +4,7 @@ import logging
 from dataclasses import asdict, dataclass
 
 from rlhf_exp.machine.timing import Stopwatch
+from rlhf_exp.models.engines import ENGINES
 from rlhf_exp.models.finetune import Finetune
 from rlhf_exp.models.interventions import NO_INTERVENTION, Intervention
 from rlhf_exp.models.loading import ModelSettings, Pretrained
@@ -70,6 +71,8 @@ class PPO(PPOSettings, Stage[PPOParts]):
         )
         problems += parts.finetune.check(model)
         problems += self.compute.problems(model, sampler, parts.reward)
+        if self.value_model == "separate" and not ENGINES[model.engine].is_plain:
+            problems.append("stage.value_model=separate needs model.engine=fast")
         if self.missing_eos_penalty is not None and not sampler.stop_at_eos:
             problems.append("stage.missing_eos_penalty needs sampler.stop_at_eos=true")
         if isinstance(parts.task, AnswerTask) and not sampler.stop_at_eos:
@@ -91,7 +94,10 @@ class PPO(PPOSettings, Stage[PPOParts]):
             setup = load_setup(
                 context, parts.task, parts.model, parts.reward, parts.sampler, parts.finetune,
                 intervention=parts.intervention, value_head=self.estimator.needs_values,
+                separate_values=self.value_model == "separate",
             )  # fmt: skip
+            if self.value_detach:
+                setup.policy.detach_values()
             self.compute.prepare(setup)
             frozen = reference_hash(setup.reference, setup.policy)  # as passes use the weights
             files = {"task": parts.task, "model": parts.model, "intervention": parts.intervention}

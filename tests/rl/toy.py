@@ -221,7 +221,10 @@ def start(
         p.finetune,
         intervention=p.intervention,
         value_head=ppo.estimator.needs_values,
+        separate_values=ppo.value_model == "separate",
     )
+    if ppo.value_detach:
+        setup.policy.detach_values()
     return setup, start_state(ppo, setup, p.optimizer, p.schedule, seed=1, inputs={})
 
 
