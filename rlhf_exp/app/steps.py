@@ -55,7 +55,11 @@ class Step:
             what = type(stage).__name__
             problems.append(f"{self.path}stage: {what} is no stage; choose one: stage=...")
         names = [p for p in PARTS if not isinstance(stage, Stage) or p in stage.parts]
-        parts = {name: self._part(name, instantiate, problems) for name in names}
+        optional = stage.optional_parts if isinstance(stage, Stage) else ()
+        parts = {
+            name: self._part(name, instantiate, problems, is_optional=name in optional)
+            for name in names
+        }
         if not problems:
             misfits = stage.check_kinds(parts) or stage.check(stage.Parts(**parts))
             problems = [f"{self.path}{misfit}" for misfit in misfits]
@@ -63,10 +67,18 @@ class Step:
             raise ConfigError("\n".join(problems))
         return stage, stage.Parts(**parts)
 
-    def _part(self, part: str, instantiate: Instantiate, problems: list[str]) -> Any:
+    def _part(
+        self,
+        part: str,
+        instantiate: Instantiate,
+        problems: list[str],
+        *,
+        is_optional: bool = False,
+    ) -> Any:
         config = self.config.get(part)
         if not config:
-            problems.append(f"{self.path}{part}: is required here; choose one: {part}=...")
+            if not is_optional:
+                problems.append(f"{self.path}{part}: is required here; choose one: {part}=...")
             return None
         return instantiate(config, f"{self.path}{part}", problems)
 
@@ -220,7 +232,7 @@ def _description(
     device: torch.device,
 ) -> dict[str, Any]:
     return {
-        "parts": substitute({name: step.config[name] for name in ("stage", *vars(parts))}, keys),
+        "parts": substitute(_read_by(step, parts), keys),
         "data": {
             name: part.fingerprint()
             for name, part in vars(parts).items()
@@ -231,6 +243,12 @@ def _description(
         "bf16": "auto" in _dtypes(step.config["stage"]) and computes_bf16(device),
         "code": source_hash(*(Path(inspect.getfile(kind)) for kind in classes_of([stage, parts]))),
     }
+
+
+def _read_by(step: Step, parts: Any) -> dict[str, Any]:
+    """The configuration of the stage and of the parts that it has."""
+    names = ("stage", *(name for name, part in vars(parts).items() if part is not None))
+    return {name: step.config[name] for name in names}
 
 
 def _dtypes(stage: Mapping[str, Any]) -> tuple[Any, Any]:

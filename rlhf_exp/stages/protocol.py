@@ -6,7 +6,7 @@ It knows no particular stage: each one describes its own artifact.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast, get_args
 
 from rlhf_exp.models.interventions import Intervention
 from rlhf_exp.models.loading import Pretrained
@@ -36,14 +36,18 @@ class StageResult:
 
 class Stage(ABC, Generic[P]):
     """The settings of a stage. `Parts` is the dataclass of the parts that it takes, each field
-    named after its group in the configuration; `parts` are their names."""
+    named after its group in the configuration; `parts` are their names. A part whose default is
+    None may be absent; these are the `optional_parts`."""
 
     Parts: ClassVar[type[Any]]
     parts: ClassVar[frozenset[str]]
+    optional_parts: ClassVar[frozenset[str]]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.parts = frozenset(part.name for part in fields(cls.Parts))
+        parts = fields(cls.Parts)
+        cls.parts = frozenset(part.name for part in parts)
+        cls.optional_parts = frozenset(part.name for part in parts if part.default is None)
 
     def check_kinds(self, parts: Mapping[str, Any]) -> list[str]:
         """A message for each part that is of the wrong class: "needs" in the metadata of its field
@@ -53,7 +57,8 @@ class Stage(ABC, Generic[P]):
             name, kind, part = declared.name, cast(type, declared.type), parts[declared.name]
             if not isinstance(part, kind):
                 what = f"{type(part).__name__} is not for this stage, {type(self).__name__}"
-                fix = f"which takes a {kind.__name__}; choose another {name}=..."
+                first, *_ = get_args(kind) or (kind,)  # of Reward | None
+                fix = f"which takes a {first.__name__}; choose another {name}=..."
                 problems.append(declared.metadata.get("needs", f"{name}: {what}, {fix}"))
         return problems
 
