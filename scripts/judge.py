@@ -46,7 +46,8 @@ def main() -> None:
         task_config = config["task"]
         if arguments.labelled is not None:
             task_config = {"_target_": LABELLED, "path": str(arguments.labelled)}
-        task, reward = _built(task_config, "task"), _built(config["reward"], "reward")
+        task = _built(task_config, "task")
+        reward = _built(config["reward"], "reward") if config.get("reward") else None
         if not isinstance(task, LabelledTask):
             raise ConfigError("the run's task has no labelled texts: add --labelled FILE.tsv")
         split = task.labelled_split()
@@ -84,8 +85,9 @@ def _label(name: str | None, reward: Any, labels: list[str]) -> str:
 
 
 def _show(verdict: Verdict, label: str) -> None:
-    old, new = verdict.reward
-    print(f"the run's reward: mean {old:.3f} -> {new:.3f}  ({new - old:+.3f})")
+    if verdict.reward is not None:
+        old, new = verdict.reward
+        print(f"the run's reward: mean {old:.3f} -> {new:.3f}  ({new - old:+.3f})")
     for name, opinion in verdict.opinions.items():
         print(f"{name}, {opinion.held_out_accuracy:.3f} accurate on held-out texts:")
         for what, (old, new) in ((f"mean P({label})", opinion.mean), ("share > .5", opinion.share)):

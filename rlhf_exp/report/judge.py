@@ -32,10 +32,10 @@ class Opinion:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The mean reward of the samples (before, after), each judge's opinion, and words with the
-    number of samples that contain them (before, after)."""
+    """The mean reward of the samples (before, after; None without a reward), each judge's opinion,
+    and words with the number of samples that contain them (before, after)."""
 
-    reward: tuple[float, float]
+    reward: tuple[float, float] | None
     opinions: dict[str, Opinion]
     rising_words: list[tuple[str, int, int]]
     falling_words: list[tuple[str, int, int]]
@@ -63,7 +63,7 @@ def judge(
         )
     changes = _word_changes(*texts_by_run)
     return Verdict(
-        reward=(_mean_score(before), _mean_score(after)),
+        reward=(_mean_score(before), _mean_score(after)) if "score" in before[0] else None,
         opinions=opinions,
         rising_words=changes[:12],
         falling_words=changes[::-1][:12],

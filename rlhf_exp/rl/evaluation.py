@@ -1,6 +1,7 @@
 """Evaluation of a policy: fresh samples at temperature 1 from the full distribution."""
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -30,24 +31,26 @@ from rlhf_exp.tasks.prompts import take
 from rlhf_exp.tasks.protocol import AnswerTask, Task
 from rlhf_exp.tracking.curves import plot_ppo, print_before_after
 from rlhf_exp.training.seeding import make_generator
-from rlhf_exp.types import PromptBatch, Rollout
+from rlhf_exp.types import Completions, PromptBatch, Rollout
 
 log = logging.getLogger(__name__)
 
 ROWS, TABLE_ROWS = 64, 6
 SAID_S = 10  # a longer evaluation logs a line
-METRICS = ("eval/score", "eval/kl", "eval/kl_sum", "eval/entropy", "eval/distinct_3",
+SCORE, GAP = "eval/score", "eval/reward_gap"  # only with a reward
+METRICS = (SCORE, "eval/kl", "eval/kl_sum", "eval/entropy", "eval/distinct_3",
            "eval/len_mean")  # fmt: skip
 # Also for a task that knows exact answers.
-ANSWER_METRICS = ("eval/true_reward", "eval/reward_gap", "eval/exact_match",
+ANSWER_METRICS = ("eval/true_reward", GAP, "eval/exact_match",
                   "eval/greedy_exact_match")  # fmt: skip
 
 
-def metric_names(task: Task, reward: Reward) -> tuple[str, ...]:
+def metric_names(task: Task, reward: Reward | None) -> tuple[str, ...]:
     """The names of an evaluation's metrics."""
     terms = reward.terms if isinstance(reward, WeightedSum) else ()
     of_answers = ANSWER_METRICS if isinstance(task, AnswerTask) else ()
-    return (*METRICS, *(f"eval/score_{name}" for name in terms), *of_answers)
+    names = (*METRICS, *(f"eval/score_{name}" for name in terms), *of_answers)
+    return tuple(name for name in names if reward is not None or name not in (SCORE, GAP))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,7 @@ class Evaluation:
 
 def read_evaluations(folder: RunFolder) -> tuple[Evaluation, Evaluation]:
     """The first and the last evaluation that a run has logged."""
-    evaluated = [row for row in folder.rows() if "eval/score" in row]
+    evaluated = [row for row in folder.rows() if "eval/kl" in row]
     samples = folder.samples()
     first, last = (
         Evaluation(
@@ -78,11 +81,12 @@ def evaluation_order(prompts: PromptBatch, seed: int) -> Int[Tensor, " prompt"]:
 
 
 def evaluate(
-    setup: Setup, reward: CheckedReward, *, num_samples: int, seed: int, phase: int
+    setup: Setup, reward: CheckedReward | None, *, num_samples: int, seed: int, phase: int
 ) -> Evaluation:
-    """Scores, exact KL and diversity of `num_samples` completions of the held-out prompts. A sum of
-    rewards adds the mean score of each term; a task that knows exact answers adds exact-match
-    rates, sampled and greedy, and the true reward.
+    """Scores, exact KL and diversity of `num_samples` completions of the held-out prompts.
+
+    Without a reward there are no scores. A sum of rewards adds the mean score of each term; a
+    task that knows exact answers adds exact-match rates, sampled and greedy, and the true reward.
 
     Calls with the same seed use the same random numbers and the same prompts in the same order,
     repeated if there are fewer than samples. So evaluations are paired, and their differences are
@@ -99,7 +103,7 @@ def evaluate(
     began = time.monotonic()
     for rows in index.split(ROWS):
         generation = sample(full, policy, take(prompts, rows.to(device)), generator, phase=phase)
-        scores, terms = reward.by_term(generation.completions, phase=phase)
+        scores, terms = _score(reward, generation.completions, phase=phase)
         by_term.append(terms)
         chunks.append(measure(policy, setup.reference, generation, scores, temperature=1.0))
         seconds = (time.monotonic() - began) * len(index) / len(rows)
@@ -117,7 +121,7 @@ def evaluate(
         distinct = take(prompts, order[:num_samples].to(device))
         metrics |= {
             "eval/true_reward": true.mean().item(),
-            "eval/reward_gap": metrics["eval/score"] - true.mean().item(),
+            GAP: metrics[SCORE] - true.mean().item(),
             "eval/exact_match": exact.float().mean().item(),
             "eval/greedy_exact_match": exact_match(
                 policy, answers, distinct, full.greedy, generator
@@ -125,7 +129,19 @@ def evaluate(
         }
         for row, value, is_exact in zip(samples, true.tolist(), exact.tolist(), strict=True):
             row |= {"true_reward": value, "exact": is_exact}
+    if reward is None:
+        metrics = {name: value for name, value in metrics.items() if name not in (SCORE, GAP)}
+        samples = [{k: v for k, v in row.items() if k != "score"} for row in samples]
     return Evaluation(metrics=metrics, samples=samples)
+
+
+def _score(
+    reward: CheckedReward | None, completions: Completions, *, phase: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The scores, and those of each term; NaN and none without a reward."""
+    if reward is None:
+        return torch.full(completions.mask.shape[:1], math.nan, device=completions.mask.device), {}
+    return reward.by_term(completions, phase=phase)
 
 
 def sample_rows(rollouts: list[Rollout]) -> list[dict[str, Any]]:
@@ -148,7 +164,7 @@ def _metrics(chunks: list[Rollout]) -> dict[str, float]:
     kl = torch.cat([r.kl for r in chunks])
     tokens = torch.cat([r.completions.tokens for r in chunks])
     return {
-        "eval/score": torch.cat([r.scores for r in chunks]).mean().item(),
+        SCORE: torch.cat([r.scores for r in chunks]).mean().item(),
         "eval/kl": masked_mean(kl, mask).item(),
         "eval/kl_sum": kl.sum(dim=1).mean().item(),
         "eval/entropy": masked_mean(torch.cat([r.entropy for r in chunks]), mask).item(),
@@ -162,16 +178,9 @@ def brief(metrics: Mapping[str, float]) -> str:
     return describe({name.removeprefix("eval/"): value for name, value in metrics.items()})
 
 
-def present(
-    context: Context,
-    before: Evaluation,
-    after: Evaluation,
-    *,
-    plot: Callable[..., Path] = plot_ppo,
-    title: str = "PPO by phase",
-) -> None:
-    """Queues samples and metrics, before and after, and the figure of all rows, for display."""
-    folder, add = context.folder, context.presentation.add
+def present(context: Context, before: Evaluation, after: Evaluation) -> None:
+    """Queues samples and metrics, before and after, for display."""
+    add = context.presentation.add
 
     def show_samples() -> None:
         print_before_after(before.samples[:TABLE_ROWS], after.samples[:TABLE_ROWS], Console())
@@ -180,10 +189,18 @@ def present(
         log.info("before: %s", brief(before.metrics))
         log.info("after:  %s", brief(after.metrics))
 
+    add("the table of samples", show_samples)
+    add("the summary", show_metrics)
+
+
+def queue_curves(
+    context: Context, *, plot: Callable[..., Path] = plot_ppo, title: str = "PPO by phase"
+) -> None:
+    """Queues the figure of all rows, curves.png: by default score and KL by phase."""
+    folder = context.folder
+
     def draw_curves() -> None:
         picture = plot(folder.rows(), folder.path / CURVES, title=title)
         log.info("curves: %s", os.path.relpath(picture))
 
-    add("the table of samples", show_samples)
-    add("the summary", show_metrics)
-    add(CURVES, draw_curves)
+    context.presentation.add(CURVES, draw_curves)

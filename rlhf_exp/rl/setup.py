@@ -38,13 +38,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """The policy, its reference, the reward, the sampler and the prompts of a run. `answers` is the
-    task if it knows exact answers, `reference_hash` the hash of the reference at its loading."""
+    """The policy, its reference, the reward if there is one, the sampler and the prompts of a run.
+    `answers` is the task if it knows exact answers, `reference_hash` the hash of the reference at
+    its loading."""
 
     policy: TransformerWithValueHead
     reference: Reference
     reference_hash: str
-    score: RewardFunction
+    score: RewardFunction | None
     scored_by_reference: bool
     sampler: Sampler
     train_prompts: PromptBatch
@@ -56,7 +57,7 @@ def load_setup(
     context: Context,
     task: Task,
     model: ModelSettings,
-    reward: Reward,
+    reward: Reward | None,
     sampler: Sampler,
     finetune: Finetune,
     *,
@@ -74,7 +75,9 @@ def load_setup(
     if separate_values:
         policy.separate_values()  # before adapters change the policy's language model
     reference = finetune.attach(policy, seed=stream_seed(context.seed, "reference"))
-    score = load_reward(context, reward, policy, reference, task, sampler, (train, held_out))
+    score = None
+    if reward is not None:
+        score = load_reward(context, reward, policy, reference, task, sampler, (train, held_out))
     intervention.attach(policy)
     return Setup(
         policy=policy,

@@ -20,7 +20,13 @@ from rlhf_exp.rewards.attempts import CheckedReward
 from rlhf_exp.rewards.protocol import Reward, RewardFunction
 from rlhf_exp.rewards.weighted_sum import WeightedSum
 from rlhf_exp.rl.collect import SCORING, sample
-from rlhf_exp.rl.evaluation import brief, evaluation_order, present, read_evaluations
+from rlhf_exp.rl.evaluation import (
+    brief,
+    evaluation_order,
+    present,
+    queue_curves,
+    read_evaluations,
+)
 from rlhf_exp.rl.exact_answers import judge_answers
 from rlhf_exp.rl.setup import fingerprints, load_prompts, load_reward, load_sampled_policy
 from rlhf_exp.rollout.sampler import Sampler
@@ -149,7 +155,8 @@ class BestOfN(Stage[BestOfNParts]):
             folder.log_samples(n, samples.chosen(n))
         before, after = read_evaluations(folder)
         title = f"best of 1 to {self.samples_per_prompt} samples"
-        present(context, before, after, plot=plot_best_of_n, title=title)
+        present(context, before, after)
+        queue_curves(context, plot=plot_best_of_n, title=title)
         return StageResult(before=before.metrics, after=after.metrics, seconds=clock.seconds)
 
     def _prompts(

@@ -12,7 +12,7 @@ from rlhf_exp.models.reference import reference_hash, resident_memory
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.rewards.protocol import Reward
 from rlhf_exp.rl.compute import warm_up
-from rlhf_exp.rl.evaluation import metric_names, present, read_evaluations
+from rlhf_exp.rl.evaluation import metric_names, present, queue_curves, read_evaluations
 from rlhf_exp.rl.guards import clear_stop_if_allowed
 from rlhf_exp.rl.phase_end import Keeper
 from rlhf_exp.rl.phases import Phases, start
@@ -127,6 +127,7 @@ class PPO(PPOSettings, Stage[PPOParts]):
             check_saved_policy(setup.policy, path)
         before, after = read_evaluations(context.folder)
         present(context, before, after)
+        queue_curves(context)
         return StageResult(
             before=before.metrics,
             after=after.metrics,

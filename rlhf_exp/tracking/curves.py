@@ -171,19 +171,22 @@ def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], li
 def print_before_after(
     before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], console: Console
 ) -> None:
-    """A table of the same prompts' completions before and after, with their scores."""
+    """A table of the same prompts' completions before and after, with their scores if they have
+    any."""
     table = Table(title="the same prompts, before and after", show_lines=True, expand=True)
-    table.add_column("score", justify="right", no_wrap=True)
-    table.add_column("before", ratio=1)
-    table.add_column("score", justify="right", no_wrap=True)
-    table.add_column("after", ratio=1)
+    scored = all("score" in row for row in (*before, *after))
+    for name in ("before", "after"):
+        if scored:
+            table.add_column("score", justify="right", no_wrap=True)
+        table.add_column(name, ratio=1)
     for old, new in zip(before, after, strict=True):
-        table.add_row(_score(old), _sample(old), _score(new), _sample(new))
+        cells = (_score(old), _sample(old), _score(new), _sample(new))
+        table.add_row(*(cells if scored else cells[1::2]))
     console.print(table)
 
 
 def _score(row: Mapping[str, Any]) -> str:
-    score = row["score"]
+    score = row.get("score", 0.0)
     return f"{score:.2f}" if abs(score) < 1e9 else f"{score:.2e}"
 
 

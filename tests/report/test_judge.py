@@ -41,6 +41,14 @@ def test_it_sees_the_shift_that_the_samples_make_and_no_other() -> None:
     assert same.mean[0] == same.mean[1]
 
 
+def test_samples_without_scores_have_no_mean_reward() -> None:
+    split = Reviews(num_labelled=300, num_held_out=50).labelled_split()
+    bare = [{k: v for k, v in row.items() if k != "score"} for row in rows(["dull", "fine"], 0.0)]
+    verdict = by_words(split, "pos", bare, bare)
+    assert verdict.reward is None
+    assert verdict.opinions == by_words(split, "pos", *[rows(["dull", "fine"], 0.0)] * 2).opinions
+
+
 def test_words_are_counted_once_a_sample_and_the_rare_are_left_out() -> None:
     split = Reviews(num_labelled=300, num_held_out=50).labelled_split()
     before = rows(["dull dull"] * 12 + ["odd"], 0.0)

@@ -14,7 +14,7 @@ from rlhf_exp.rewards.length import Length
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
 from rlhf_exp.rewards.weighted_sum import Term, WeightedSum
 from rlhf_exp.rl import evaluation
-from rlhf_exp.rl.evaluation import Evaluation, evaluate, read_evaluations
+from rlhf_exp.rl.evaluation import Evaluation, evaluate, metric_names, read_evaluations
 from rlhf_exp.rl.exact_answers import exact_match
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.sampler import Sampler
@@ -48,6 +48,20 @@ def test_a_sum_of_rewards_tells_the_score_of_each_term(tmp_path: Path) -> None:
     assert result.metrics["eval/score"] == pytest.approx(
         2 * result.metrics["eval/score_short"] - 0.5 * result.metrics["eval/score_word"]
     )
+
+
+def test_without_a_reward_all_else_is_measured(tmp_path: Path) -> None:
+    sampler = CachedSampler(gen_len=4, stop_at_eos=True)
+    taken = parts(task=EchoTask(), reward=Echoed(), sampler=sampler)
+    setup, _ = start(PPO(), tmp_path, task=EchoTask(), reward=Echoed(), sampler=sampler)
+    scored = run(setup)
+    assert {*scored.metrics} == {*metric_names(taken.task, taken.reward)}
+    bare = evaluate(setup, None, num_samples=6, seed=1, phase=0)
+    assert {*scored.metrics} - {*bare.metrics} == {"eval/score", "eval/reward_gap"}
+    assert bare.metrics.items() < scored.metrics.items()
+    assert {*bare.metrics} == {*metric_names(taken.task, None)}
+    for with_score, without in zip(scored.samples, bare.samples, strict=True):
+        assert {**without, "score": with_score["score"]} == with_score
 
 
 def test_a_term_that_is_not_finite_is_named_as_any_score(tmp_path: Path) -> None:

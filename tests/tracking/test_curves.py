@@ -201,6 +201,15 @@ def test_a_table_prints_completions_as_they_are():
     assert " 1.00 " in text
 
 
+def test_a_table_has_no_column_for_scores_that_there_are_not():
+    rows = [{"prompt": f"p{i} ", "completion": f"c{i}"} for i in range(2)]
+    text = table(rows, rows)
+    assert "score" not in text
+    lines = [line for line in text.splitlines() if line.startswith("│")]
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+    assert cells == [["p0 c0", "p0 c0"], ["p1 c1", "p1 c1"]]
+
+
 def test_a_table_has_a_row_for_each_pair():
     rows = [{"prompt": f"p{i} ", "completion": f"c{i}", "score": i / 10} for i in range(3)]
     cells = [
