@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from rlhf_exp.training.out_of_memory import explaining_memory
 from rlhf_exp.training.saver import Saver, Stateful, check_inputs
 from rlhf_exp.training.schedules import Schedule, check_schedule
 from rlhf_exp.training.seeding import stream_seed
+from rlhf_exp.types import LossOutput
 
 log = logging.getLogger(__name__)
 
@@ -67,18 +68,20 @@ class Supervised:
         self,
         context: Context,
         state: "SupervisedState",
-        losses: Iterator[Tensor],
+        losses: Iterator[Tensor | LossOutput],
         *,
         num_updates: int,
+        measure: Callable[[int], None] | None = None,
     ) -> None:
         """Takes losses from the iterator, which computes each on demand, and makes one update for
         each: `num_updates` in all, fewer if the state's `early_stopping` ends training.
 
-        Logs train/loss, the gradient norms and the learning rates with the update's number as the
-        phase. Dropout draws from the context's seed. An update whose loss or gradient is not finite
-        changes neither weights nor moments. It raises TrainingError, as running out of memory does,
-        unless on_nonfinite="skip" and at most max_skipped updates were skipped. A resumed run
-        continues from its newest checkpoint.
+        Logs train/loss, the loss's metrics, the gradient norms and the learning rates with the
+        update's number as the phase. Calls `measure` with the number of updates, before the first
+        and after each. Dropout draws from the context's seed. An update whose loss or gradient is
+        not finite changes neither weights nor moments. It raises TrainingError, as running out of
+        memory does, unless on_nonfinite="skip" and at most max_skipped updates were skipped. A
+        resumed run continues from its newest checkpoint.
         """
         parts = {"loop": state}
         saver = Saver(context, parts, interval=self.checkpoint_every, optimizer=state.optimizer)
@@ -87,6 +90,8 @@ class Supervised:
             if saver.restore():
                 log.info("going on after update %d", state.update)
             progress.start(state.update)
+            if measure is not None and state.update == 0:
+                measure(0)
             with saver.steps():
                 while state.update < num_updates and not state.ended:
                     state.update += 1
@@ -95,17 +100,24 @@ class Supervised:
                     if is_logged:
                         context.folder.log(state.update, metrics)
                         progress.advance(state.update, metrics)
+                    if measure is not None:
+                        measure(state.update)
                     if state.early_stopping is not None:
                         state.ended = state.early_stopping(state.update)
                     is_last = state.ended or state.update == num_updates
                     saver.step_done(state.update, is_last=is_last)
 
     def _update(
-        self, state: "SupervisedState", losses: Iterator[Tensor], *, is_logged: bool
+        self,
+        state: "SupervisedState",
+        losses: Iterator[Tensor | LossOutput],
+        *,
+        is_logged: bool,
     ) -> dict[str, float]:
         """Makes one update. Returns its metrics if `is_logged`."""
         with self.explaining(f"update {state.update}: learning"):
-            loss = next(losses)
+            output = next(losses)
+            loss = output.loss if isinstance(output, LossOutput) else output
             state.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norms = clip_gradients(state.optimizer, self.max_grad_norm)
@@ -117,6 +129,8 @@ class Supervised:
         metrics = {}
         if is_logged:
             metrics = {"train/loss": loss.item()}
+            if isinstance(output, LossOutput):
+                metrics |= {name: value.item() for name, value in output.metrics.items()}
             metrics |= {f"grad_norm/{name}": norm.item() for name, norm in norms.items()}
             metrics["train/skipped_steps"] = float(state.skipped_steps)
             metrics |= {f"lr/{name}": lr for name, lr in learning_rates(state.optimizer).items()}

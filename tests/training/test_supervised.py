@@ -1,11 +1,11 @@
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf_exp.runs.context import Context, TrainingError
 from rlhf_exp.runs.folder import RunFolder
@@ -15,6 +15,7 @@ from rlhf_exp.training.early_stopping import EXACT, LOSS, EarlyStopping
 from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.training.schedules import Constant, WarmupDecay
 from rlhf_exp.training.supervised import Supervised, SupervisedState
+from rlhf_exp.types import LossOutput
 
 from ..states import through_a_file
 
@@ -31,6 +32,8 @@ def train(
     spoiled_at: int | None = None,
     stop: Callable[[int], bool] | None = None,
     resume: bool = False,
+    measure: Callable[[int], None] | None = None,
+    metrics: Mapping[str, Tensor] | None = None,
     **options: object,
 ) -> tuple[nn.Module, list[int]]:
     """A linear model fitted to y = sum(x); returns it and the updates whose loss was asked for."""
@@ -45,7 +48,8 @@ def train(
             asked.append(len(asked) + 1)
             x = data[index]
             loss = (model(x)[:, 0] - x.sum(dim=1)).square().mean()
-            yield loss * math.nan if asked[-1] in broken else loss
+            loss = loss * math.nan if asked[-1] in broken else loss
+            yield loss if metrics is None else LossOutput(loss=loss, metrics=metrics)
 
     def spoil(gradient):
         return gradient * math.inf if asked[-1] == spoiled_at else None
@@ -65,7 +69,7 @@ def train(
     )
     given = {"checkpoint_every": None, **options}
     Supervised(max_grad_norm=max_grad_norm, log_every=log_every, **given).fit(
-        context, state, losses(), num_updates=num_updates
+        context, state, losses(), num_updates=num_updates, measure=measure
     )
     return model, asked
 
@@ -95,6 +99,39 @@ def test_so_many_updates_are_made_and_some_logged(tmp_path):
     assert set(logged[0]) == names
     # Multipliers of updates 1 to 5: 1/2, 1, 1, 2/3, 1/3.
     assert [row["lr/base"] for row in logged] == pytest.approx([0.1, 0.1 * 2 / 3, 0.1 / 3])
+
+
+def test_metrics_of_a_loss_are_logged_beside_it(tmp_path):
+    train(tmp_path / "a", metrics={"loss/part": torch.tensor(0.25)})
+    train(tmp_path / "b")
+    with_metrics, without = rows(tmp_path / "a"), rows(tmp_path / "b")
+    assert [row.pop("loss/part") for row in with_metrics] == [0.25] * 3
+    assert with_metrics == without
+
+
+def test_measurements_are_made_before_the_first_update_and_after_each(tmp_path):
+    seen = []
+
+    def measure(update):
+        seen.append((update, len(rows(tmp_path)) if update > 1 else 0))
+
+    train(tmp_path, measure=measure, log_every=1)
+    assert seen == [(0, 0), (1, 0), (2, 2), (3, 3), (4, 4), (5, 5)]
+
+
+def test_a_resumed_run_is_not_measured_at_its_beginning_again(tmp_path):
+    seen = []
+
+    def stopping(update):
+        seen.append(update)
+        if update == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, measure=stopping, checkpoint_every=1)
+    assert seen == [0, 1, 2, 3]
+    train(tmp_path, measure=seen.append, checkpoint_every=1, resume=True)
+    assert seen == [0, 1, 2, 3, 3, 4, 5]
 
 
 def test_the_loss_falls(tmp_path):
