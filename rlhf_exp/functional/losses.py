@@ -129,3 +129,50 @@ def pairwise_rank_loss(
     """Mean of -log sigmoid(chosen - rejected), computed without overflow. Source: Bradley-Terry;
     Ouyang et al. 2022, arXiv 2203.02155, equation 1."""
     return F.softplus(rejected - chosen).mean()
+
+
+def dpo_loss(
+    chosen: Float[Tensor, " pair"],
+    rejected: Float[Tensor, " pair"],
+    ref_chosen: Float[Tensor, " pair"],
+    ref_rejected: Float[Tensor, " pair"],
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Mean of -(1 - label_smoothing) log sigmoid(beta h) - label_smoothing log sigmoid(-beta h).
+
+    h = (chosen - ref_chosen) - (rejected - ref_rejected), from the log-probs of whole answers.
+    Source: Rafailov et al. 2023, arXiv 2305.18290, equation 7. `label_smoothing` is the assumed
+    fraction of pairs in the wrong order: Mitchell 2023, "A note on DPO with noisy preferences".
+    """
+    logits = beta * _log_ratio_difference(chosen, rejected, ref_chosen, ref_rejected)
+    losses = (1 - label_smoothing) * F.softplus(-logits) + label_smoothing * F.softplus(logits)
+    return losses.mean()
+
+
+def ipo_loss(
+    chosen: Float[Tensor, " pair"],
+    rejected: Float[Tensor, " pair"],
+    ref_chosen: Float[Tensor, " pair"],
+    ref_rejected: Float[Tensor, " pair"],
+    *,
+    beta: float,
+) -> Float[Tensor, ""]:
+    """Mean of (h - 1 / (2 beta))^2, h as in `dpo_loss`.
+
+    Source: Azar et al. 2023, arXiv 2310.12036, equation 17, where beta is tau. As there, log-probs
+    are sums over the answer's tokens. TRL's loss_type="ipo" takes means, which its comment says the
+    authors did in their experiments.
+    """
+    difference = _log_ratio_difference(chosen, rejected, ref_chosen, ref_rejected)
+    return (difference - 1 / (2 * beta)).square().mean()
+
+
+def _log_ratio_difference(
+    chosen: Float[Tensor, " pair"],
+    rejected: Float[Tensor, " pair"],
+    ref_chosen: Float[Tensor, " pair"],
+    ref_rejected: Float[Tensor, " pair"],
+) -> Float[Tensor, " pair"]:
+    return (chosen - ref_chosen) - (rejected - ref_rejected)

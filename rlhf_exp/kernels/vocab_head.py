@@ -104,6 +104,17 @@ def rollout_statistics(
     return RolloutStatistics(*statistics)
 
 
+def head_logprobs(
+    hidden: Float[Tensor, "*axes d_model"],
+    head: Float[Tensor, "vocab d_model"] | Head,
+    tokens: Int[Tensor, "*axes"],
+) -> Float[Tensor, "*axes"]:
+    """The log-probs that `token_statistics` computes, where there is no reference: the model itself
+    takes its place, which costs a second product with the head."""
+    statistics = token_statistics(hidden, head, tokens, hidden.detach(), head, temperature=1.0)
+    return statistics.logprobs
+
+
 def head_logits(
     hidden: Float[Tensor, "*axes d_model"], head: Float[Tensor, "vocab d_model"] | Head
 ) -> Float[Tensor, "*axes vocab"]:

@@ -10,6 +10,8 @@ from rlhf_exp.functional.losses import (
     clip_fraction,
     clipped_surrogate,
     clipped_value_loss,
+    dpo_loss,
+    ipo_loss,
     pairwise_rank_loss,
     policy_gradient,
     reward_mse,
@@ -217,6 +219,66 @@ def test_pairwise_rank_loss_is_finite_at_any_margin(dtype):
     assert rejected.grad.tolist() == [0.0, 0.5]
 
 
+# Log-probs of whole answers: chosen and rejected, under the policy and under the reference.
+PAIRS = [[-3.0, -8.0, -1.5], [-4.0, -2.0, -1.5], [-3.5, -7.0, -2.5], [-2.0, -2.5, -2.5]]
+
+
+def pairs(dtype: torch.dtype) -> list[Tensor]:
+    return [torch.tensor(x, dtype=dtype) for x in PAIRS]
+
+
+def by_a_loop(kind: str, *, beta: float, label_smoothing: float = 0.0) -> float:
+    total = 0.0
+    for chosen, rejected, ref_chosen, ref_rejected in zip(*PAIRS, strict=True):
+        h = (chosen - ref_chosen) - (rejected - ref_rejected)
+        if kind == "ipo":
+            total += (h - 1 / (2 * beta)) ** 2
+        else:
+            right, wrong = 1 / (1 + math.exp(-beta * h)), 1 / (1 + math.exp(beta * h))
+            total -= (1 - label_smoothing) * math.log(right) + label_smoothing * math.log(wrong)
+    return total / len(PAIRS[0])
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.7])
+def test_preference_losses_are_those_of_a_loop(beta, dtype):
+    assert_close(dpo_loss(*pairs(dtype), beta=beta), scalar(by_a_loop("dpo", beta=beta), dtype))
+    assert_close(ipo_loss(*pairs(dtype), beta=beta), scalar(by_a_loop("ipo", beta=beta), dtype))
+    for smoothing in (0.0, 0.25):
+        options = {"beta": beta, "label_smoothing": smoothing}
+        expected = scalar(by_a_loop("dpo", **options), dtype)
+        assert_close(dpo_loss(*pairs(dtype), **options), expected)
+
+
+def test_preference_losses_by_hand(dtype):
+    # h = (-1 + 2) - (-5 + 3) = 3.
+    pair = [torch.tensor([x], dtype=dtype) for x in (-1.0, -5.0, -2.0, -3.0)]
+    assert_close(dpo_loss(*pair, beta=0.5), scalar(math.log1p(math.exp(-1.5)), dtype))
+    assert_close(ipo_loss(*pair, beta=0.5), scalar((3 - 1) ** 2, dtype))
+    # Labels that are wrong in a quarter of the cases: the loss is least at p = 3/4.
+    losses = [
+        dpo_loss(*(torch.tensor([x]) for x in (h, 0.0, 0.0, 0.0)), beta=1.0, label_smoothing=0.25)
+        for h in (math.log(3) - 0.1, math.log(3), math.log(3) + 0.1)
+    ]
+    assert losses[1] < min(losses[0], losses[2])
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+def test_at_the_reference_the_loss_is_log_two(label_smoothing, dtype):
+    chosen, rejected, *_ = pairs(dtype)
+    loss = dpo_loss(chosen, rejected, chosen, rejected, beta=0.3, label_smoothing=label_smoothing)
+    assert_close(loss, scalar(math.log(2), dtype))
+    assert_close(ipo_loss(chosen, rejected, chosen, rejected, beta=0.25), scalar(4.0, dtype))
+
+
+def test_dpo_loss_is_finite_at_any_margin(dtype):
+    chosen = torch.tensor([1e4, -1e4], dtype=dtype, requires_grad=True)
+    zeros = torch.zeros(2, dtype=dtype)
+    loss = dpo_loss(chosen, zeros, zeros, zeros, beta=2.0)
+    loss.backward()
+    assert_close(loss, scalar(1e4, dtype))
+    assert chosen.grad.tolist() == [0.0, -1.0]
+
+
 @pytest.mark.parametrize("loss", [reward_mse, pairwise_rank_loss], ids=lambda f: f.__name__)
 def test_losses_of_pairs_do_not_depend_on_the_order(loss, dtype):
     left = torch.tensor([0.5, -1.0, 2.0, 0.25], dtype=dtype)
@@ -305,6 +367,12 @@ def test_gradcheck_away_from_the_kinks(generator):
     rows = [x[0].detach().requires_grad_() for x in tensors[:2]]
     assert torch.autograd.gradcheck(pairwise_rank_loss, rows)
     assert torch.autograd.gradcheck(reward_mse, rows)
+    answers = [x.requires_grad_() for x in pairs(torch.float64)[:2]]
+    references = pairs(torch.float64)[2:]
+    assert torch.autograd.gradcheck(lambda *a: ipo_loss(*a, *references, beta=0.2), answers)
+    assert torch.autograd.gradcheck(
+        lambda *a: dpo_loss(*a, *references, beta=0.2, label_smoothing=0.1), answers
+    )
 
 
 AGGREGATIONS = {

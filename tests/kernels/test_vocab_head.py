@@ -15,6 +15,7 @@ from rlhf_exp.kernels import vocab_head
 from rlhf_exp.kernels.vocab_head import (
     Head,
     head_logits,
+    head_logprobs,
     low_precision,
     rollout_statistics,
     token_statistics,
@@ -134,6 +135,17 @@ def assert_textbook(of: Case, *, temperature: float = 1.0, by: tuple[float, ...]
 @pytest.mark.parametrize("bias", [True, False])
 def test_it_is_the_textbook_form(bias: bool, temperature: float, tiles: None) -> None:
     assert_textbook(case(bias=bias), temperature=temperature)
+
+
+def test_log_probs_without_a_reference_are_the_textbooks(tiles: None) -> None:
+    of = case()
+    ours = head_logprobs(of.hidden, of.head, of.tokens)
+    expected = textbook(of, temperature=1.0)[0]
+    assert (ours - expected).abs().max() < 2e-4
+    seen = torch.autograd.grad(loss((ours,), by=(1.0,)), of.leaves())
+    wanted = torch.autograd.grad(loss((expected,), by=(1.0,)), of.leaves())
+    for gradient, other in zip(seen, wanted, strict=True):
+        assert (gradient - other).abs().max() <= 2e-4 * other.abs().max()
 
 
 @pytest.mark.parametrize("by", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)])
