@@ -56,6 +56,7 @@ Fraction = Annotated[float, _number, Field(ge=0, le=1, allow_inf_nan=False)]
 OpenFraction = Annotated[float, _number, Field(gt=0, lt=1, allow_inf_nan=False)]
 AboveOne = Annotated[float, _number, Field(gt=1, allow_inf_nan=False)]
 BelowOne = Annotated[float, _number, Field(ge=0, lt=1, allow_inf_nan=False)]
+BelowHalf = Annotated[float, _number, Field(ge=0, lt=0.5, allow_inf_nan=False)]
 # Below a thousandth the logits overflow; greedy decoding is top_k=1.
 Temperature = Annotated[float, _number, Field(ge=1e-3, allow_inf_nan=False)]
 TopP = Annotated[float, _number, Field(gt=0, le=1, allow_inf_nan=False)]

@@ -43,6 +43,7 @@ BOUNDED = {
         "check",
     },
     "SFT": {"data", "stop_at", "eval_every"},
+    "DPO": {"loss", "label_smoothing"},
     "TrainRewardModel": {"head", "unfreeze_layers", "keep_features"},
     "CachedSampler": {"gen_len", "stop_at_eos", "temperature", "top_k", "top_p"},
     "Classifier": {"label", "direction"},
@@ -296,6 +297,8 @@ AGREEMENTS: tuple[tuple[Applies, Draw], ...] = (
     (has_step("TrainRewardModel", "stage"),
      lambda rng: (f"stage.unfreeze_layers={rng.randint(0, 2)}", "stage.keep_features=false",
                   f"stage.head={rng.choice(['token_sum', 'last_token'])}")),
+    (has_step("DPO", "stage"),
+     lambda rng: ("stage.loss=dpo", f"stage.label_smoothing={rng.uniform(0, 0.49)}")),
     (has_step("PromptDataset", "task"),
      lambda rng: (f"task.min_tokens={(low := rng.randint(1, 9))}",
                   f"task.max_tokens={low + rng.randint(0, 90)}")),
@@ -344,6 +347,9 @@ CONTRADICTIONS: tuple[tuple[Applies, Wrong], ...] = (
     (has_step("BestOfN", "stage"),
      lambda rng: ((f"sampler.{(key := rng.choice(['temperature', 'top_p']))}={rng.random()}",),
                   (f"sampler.{key}",))),
+    (has_step("DPO", "stage"),
+     lambda rng: (("stage.loss=ipo", f"stage.label_smoothing={rng.uniform(0.01, 0.4)}"),
+                  ("stage: label_smoothing",))),
     (has_step("SFT", "stage"), lambda rng: ((f"stage.stop_at={rng.uniform(0.1, 0.9)}",
                                              "stage.eval_every=null"), ("stage: stop_at",))),
     (lambda base: True, lambda rng: ((f"until=none_{rng.randint(0, 99)}",), ("until",))),
@@ -368,6 +374,15 @@ def field_wrong(how: str) -> Callable[[random.Random, Base], Case | None]:
     return draw
 
 
+def is_required(base: Base, node: Node) -> bool:
+    """Whether it is a stage or a part that its stage cannot do without."""
+    place, _, part = node.path.rpartition(".")
+    stage = base.at(f"{place}.stage".lstrip("."))
+    return part == "stage" or (
+        part in PARTS and stage is not None and part not in stage.kind.optional_parts
+    )
+
+
 def missing(rng: random.Random, base: Base) -> Case | None:
     """A key that is needed and left out, or a part."""
     keys = [
@@ -377,8 +392,7 @@ def missing(rng: random.Random, base: Base) -> Case | None:
         if one.required
         for word in (f"{node.key(name)}='???'", f"~{node.key(name)}")
     ]
-    words = [f"{node.path}=null" for node in base.nodes if node.path.rpartition(".")[2] in
-             ("stage", *PARTS)]  # fmt: skip
+    words = [f"{node.path}=null" for node in base.nodes if is_required(base, node)]
     word = rng.choice(keys * 3 + words + [f"~{name}" for name in fields_of(RunSettings)])
     return Case(base.name, "missing", (word,), (word.lstrip("~").partition("=")[0],))
 

@@ -93,6 +93,23 @@ def test_the_true_reward_stands_on_the_same_model_and_has_no_gap(chain: Path) ->
     assert result["after"]["eval/score"] == result["after"]["eval/true_reward"]
 
 
+def test_dpo_learns_from_the_same_pairs_without_a_reward_model(chain: Path) -> None:
+    small = [word for word in SMALL if not word.startswith("task.")]
+    steps = [word for word in LEARNED if word.startswith("prepare.preferences")]
+    outcome = train(
+        chain, "experiment=arithmetic_dpo", *small, *steps, "schedule.warmup_steps=1",
+        "prepare.pretrained.task.num_series=400", "prepare.sft.task.num_series=400",
+        "prepare.preferences.task.num_series=400", "stage.eval_samples=16", "stage.epochs=1",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert "preferences: reusing" in outcome.out + outcome.err
+    result = json.loads((only_run(chain, "arithmetic_dpo") / "result.json").read_text())
+    assert list(result["prepare"]) == ["pretrained", "sft", "preferences"]
+    assert result["after"].keys() == result["before"].keys() >= EVALUATED
+    assert result["after"]["heldout/loss"] != result["before"]["heldout/loss"]
+    assert result["before"]["heldout/rewards/accuracies"] == 0.5
+
+
 def test_until_builds_up_to_a_step_and_stops(chain: Path) -> None:
     outcome = train(chain, "experiment=arithmetic", "name=half", "until=sft", *SMALL, *LEARNED)
     assert outcome.code == 0, outcome.err

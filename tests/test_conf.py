@@ -23,6 +23,8 @@ from rlhf_exp.app.steps import read_steps
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.runs.config_keys import GROUPS, read_run_settings
 from rlhf_exp.stages.protocol import Built
+from rlhf_exp.tasks.pairs import write_pairs
+from rlhf_exp.tasks.protocol import Pair
 from rlhf_exp.tasks.reviews import Reviews
 
 from . import conf_comments
@@ -36,7 +38,7 @@ OPTIONS = sorted(
 )
 PARTS = [option for option in OPTIONS if not option.startswith(("experiment/", "sweep/"))]
 EXPERIMENTS = [option.partition("/")[2] for option in OPTIONS if option.startswith("experiment/")]
-PPO = [name for name in EXPERIMENTS if name != "minilm_sentiment"]
+PPO = [n for n in EXPERIMENTS if n not in ("minilm_sentiment", "dpo", "arithmetic_dpo")]
 SMOLLM2 = [name for name in EXPERIMENTS if name.startswith("smollm2_")]
 REQUIRED = ["model=gpt2", "task=prefix", "reward=length"]  # by experiment=yours
 STEPS = sorted(path.stem for path in CONF.glob("prepare/*.yaml"))
@@ -80,6 +82,7 @@ def texts(sentences) -> Path:
     words = " ".join(["it", "was", "a", "film"] * 15)
     rows = [json.dumps({"prompt": f"{i} {words}", "text": f"{i} {words}"}) for i in range(40)]
     path.write_text("\n".join(rows) + "\n")
+    write_pairs([Pair(f"{i}", " a", " b") for i in range(40)], path.with_name("PAIRS.jsonl"))
     return path
 
 

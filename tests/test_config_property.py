@@ -36,6 +36,8 @@ STAGES = {
     "best_of_n": ["~experiment", "stage=best_of_n", "reward=length", *SMALL_REVIEWS],
     "reward_model": ["~experiment", "stage=reward_model", "model=local", "task=pairs",
                      "model.base_model=DIR", "task.path=PAIRS"],
+    "dpo": ["~experiment", "stage=dpo", "model=tiny", "task=pairs", "~reward",
+            "task.path=PAIRS"],
 }  # fmt: skip
 
 
@@ -64,6 +66,7 @@ def bases(files: dict[str, Path]) -> dict[str, Base]:
     experiments["labelled_text"] += [f"task.path={files['FILE.tsv']}"]
     for name in ("imdb_sentiment_trl", "tldr"):
         experiments[name] += [f"task.path={files['FILE.jsonl']}", "task.eval_split=null"]
+    experiments["dpo"] += ["model=gpt2", f"task.path={files['PAIRS.jsonl']}"]
     experiments["yours"] += ["model=gpt2", "task=prefix", "reward=length"]
     experiments["minilm_sentiment"] += [f"task.path={files['FILE.tsv']}"]
     for name in experiments:  # so that the models need not be there

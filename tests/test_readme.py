@@ -247,7 +247,7 @@ def test_the_example_of_a_reward_rises_on_the_default_task(
 
 def test_every_metric_that_is_logged_is_in_the_glossary() -> None:
     sources = [p.read_text() for p in (ROOT / "rlhf_exp").rglob("*.py")]
-    prefixes = "objective|policy|loss|val|sample|eval|time|heldout|train|pairs|warn"
+    prefixes = "objective|policy|loss|val|sample|eval|time|heldout|train|pairs|warn|rewards|logps"
     logged = {m for s in sources for m in re.findall(rf'"((?:{prefixes})/\w+)"', s)}
     assert len(logged) > 20
     missing = {name for name in logged if f"`{name}`" not in METRICS}

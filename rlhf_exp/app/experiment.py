@@ -30,6 +30,7 @@ from rlhf_exp.runs.status import write_status
 from rlhf_exp.runs.stopping import StopRequests
 from rlhf_exp.security.redaction import redact
 from rlhf_exp.settings import PARTS, ConfigError
+from rlhf_exp.stages.dpo import DPO
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.stages.protocol import Built, look_up
 from rlhf_exp.tracking.model_card import write_model_card
@@ -260,14 +261,15 @@ def _run_stage(
 
 
 def _toy_settings(stage: Any, parts: Any, chosen: Collection[str]) -> list[str]:
-    """A message if PPO would train a saved model with the defaults of a tiny one. `chosen` are the
-    groups of the command line."""
-    if "~experiment" not in chosen or not isinstance(stage, PPO):
+    """A message if PPO or DPO would train a saved model with the defaults of a tiny one. `chosen`
+    are the groups of the command line."""
+    if "~experiment" not in chosen or not isinstance(stage, PPO | DPO):
         return []
     if not isinstance(parts.model, Pretrained):
         return []
+    own = "yours" if isinstance(stage, PPO) else "dpo"
     return [
         "~experiment: the defaults, such as optimizer.base_lr, are those of a tiny model and would"
-        f" ruin {parts.model.base_model}: write experiment=yours in its place, with the same"
+        f" ruin {parts.model.base_model}: write experiment={own} in its place, with the same"
         " overrides"
     ]

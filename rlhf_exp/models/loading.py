@@ -196,12 +196,14 @@ def must_be_fp32(model: ModelSettings) -> list[str]:
 
 def must_be_plain(model: ModelSettings, *, stage: str) -> list[str]:
     """Messages about settings of a model that the supervised stage cannot train."""
-    problems = must_be_fp32(model)
+    return must_be_fp32(model) + must_be_fast(model, stage=stage)
+
+
+def must_be_fast(model: ModelSettings, *, stage: str) -> list[str]:
+    """A message if another engine than the fast one is to run the stage's passes."""
     if not ENGINES[model.engine].is_plain:
-        problems.append(
-            f"model.engine=hooked is for stage=ppo; stage={stage} trains with engine=fast"
-        )
-    return problems
+        return [f"model.engine=hooked is for stage=ppo; stage={stage} trains with engine=fast"]
+    return []
 
 
 def build_policy(

@@ -62,7 +62,8 @@ GROUPS = {"stage", *PARTS, "logger", "hub"}
 OF_ONE_START = ("resume", "resume_with", "dry_run")
 SEEDS = ("seed", "prepare_seed")
 MAX_KL_SUM = "stage.guards.max_kl_sum"  # a run that it ended may continue with another value
-PPO = "rlhf_exp.stages.ppo.PPO"  # its eval_every does not affect the weights
+# Stages whose eval_every does not affect the weights.
+REPORTS_ONLY = ("rlhf_exp.stages.ppo.PPO", "rlhf_exp.stages.dpo.DPO")
 BEST_OF_N = "rlhf_exp.stages.best_of_n.BestOfN"  # the phases of its rows are values of n
 USES = {
     **{key: hint.__metadata__[-1]
@@ -82,7 +83,7 @@ def use_of(key: str, config: Mapping[str, Any]) -> Use:
     step = re.match(r"prepare\.[^.]+\.", key)
     place = step[0] if step else ""
     name = key.removeprefix(place)
-    if name == "stage.eval_every" and config.get(f"{place}stage._target_") == PPO:
+    if name == "stage.eval_every" and config.get(f"{place}stage._target_") in REPORTS_ONLY:
         return Use(compared=False)
     use = USES.get(name) or (Use() if step else USES.get(key.partition(".")[0], Use()))
     return Use(results=use.results, compared=use.compared) if step else use

@@ -24,6 +24,8 @@ SHORT = {
     "objective/entropy": "entropy",
     "policy/clipfrac": "clipfrac",
     "train/loss": "loss",
+    "rewards/margins": "margin",
+    "rewards/accuracies": "accuracy",
     "heldout/loss": "held-out loss",
     "heldout/accuracy": "held-out accuracy",
     "pairs/tie_fraction": "ties",

@@ -20,6 +20,8 @@ from omegaconf import OmegaConf
 from rlhf_exp.app import run
 from rlhf_exp.models.scratch import ScratchClassifier
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.tasks.pairs import write_pairs
+from rlhf_exp.tasks.protocol import Pair
 from rlhf_exp.tasks.reviews import Reviews
 from tests.builders import build_tokenizer, without_checks
 from tests.composed import compose
@@ -679,6 +681,20 @@ def test_a_part_that_the_stage_does_not_take_is_refused(tmp_path, word):
                     *(["reward.url=http://localhost:1/"] if "http" in word else []))  # fmt: skip
     part = word.partition("=")[0].partition(".")[0]
     assert_refused(outcome, rf"{part}: SFT takes none and would ignore it: leave {part}=")
+
+
+def test_dpo_says_what_it_takes_and_needs_rates_for_a_saved_model(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    write_pairs([Pair(f"{i}", " a", " b") for i in range(40)], file)
+    own = ["logger=local", f"task.path={file}", "model.base_model=DIR", "--dry-run"]
+    outcome = train(tmp_path, "experiment=dpo", *own)
+    assert outcome.code == 0, outcome.err
+    assert "all is well: DPO in" in outcome.out
+    outcome = train(tmp_path, "experiment=dpo", *own, "intervention=none")
+    assert_refused(outcome, "intervention: DPO takes none and would ignore it")
+    bare = ["~experiment", "~reward", "stage=dpo", "task=pairs", "model=local"]
+    outcome = train(tmp_path, *bare, *own)
+    assert_refused(outcome, "would ruin DIR: write experiment=dpo in its place")
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,17 @@ from rlhf_exp.runs.config_keys import (
     BEST_OF_N,
     GROUPS,
     MAX_KL_SUM,
+    REPORTS_ONLY,
     USES,
     RunSettings,
     Use,
     read_run_settings,
     use_of,
 )
-from rlhf_exp.runs.config_keys import (
-    PPO as PPO_TARGET,
-)
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.stages.best_of_n import BestOfN
 from rlhf_exp.stages.classifier import TrainClassifier
+from rlhf_exp.stages.dpo import DPO
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.stages.preferences import Preferences
 from rlhf_exp.stages.reward_model import TrainRewardModel
@@ -88,7 +87,7 @@ def test_everything_that_is_wrong_is_told_at_once():
     assert "sead: no such key" in lines
 
 
-STAGES = (PPO, SFT, TrainRewardModel, TrainClassifier, Preferences, BestOfN)
+STAGES = (PPO, DPO, SFT, TrainRewardModel, TrainClassifier, Preferences, BestOfN)
 
 
 def fields_of(kind, prefix="stage."):
@@ -106,7 +105,7 @@ def test_each_key_that_is_listed_is_one():
 
 
 def test_a_stage_that_is_named_by_its_class_is_that_class():
-    for target, stage in ((PPO_TARGET, PPO), (BEST_OF_N, BestOfN)):
+    for target, stage in zip((*REPORTS_ONLY, BEST_OF_N), (PPO, DPO, BestOfN), strict=True):
         assert target == f"{stage.__module__}.{stage.__qualname__}"
 
 
@@ -120,7 +119,8 @@ def test_intervals_do_not_tell_runs_apart_unless_they_choose_weights():
         key = f"{place}stage.eval_every"
         for stage in STAGES:
             target = f"{stage.__module__}.{stage.__qualname__}"
-            assert use_of(key, {f"{place}stage._target_": target}).compared == (stage is not PPO)
+            reports_only = stage in (PPO, DPO)
+            assert use_of(key, {f"{place}stage._target_": target}).compared == (not reports_only)
 
 
 @pytest.mark.parametrize(

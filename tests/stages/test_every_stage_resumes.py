@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_exp.models.finetune import LastLayers, Lora
+from rlhf_exp.models.finetune import Finetune, Full, LastLayers, Lora
 from rlhf_exp.models.loading import Pretrained
 from rlhf_exp.models.scratch import Scratch, ScratchClassifier
+from rlhf_exp.rewards.protocol import Reward
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.runs.checkpoint import read_newest_checkpoint
 from rlhf_exp.runs.context import Context
@@ -20,6 +21,7 @@ from rlhf_exp.runs.stopping import Interrupted, StopRequests
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.stages.best_of_n import BestOfN
 from rlhf_exp.stages.classifier import TrainClassifier
+from rlhf_exp.stages.dpo import DPO
 from rlhf_exp.stages.preferences import Preferences
 from rlhf_exp.stages.protocol import StageResult
 from rlhf_exp.stages.reward_model import TrainRewardModel
@@ -132,6 +134,23 @@ def ppo_on_a_dataset(given: Context, base: Path) -> StageResult:
     return stage.run(given, taken)
 
 
+def dpo(finetune: Finetune, reward: Reward | None) -> Run:
+    """Evaluated before, between and after; in the middle of an epoch and at its end."""
+    stage = DPO(
+        epochs=2, batch_size=40, log_every=1, eval_every=3, eval_samples=4, sft_coef=0.1,
+        eval_task=EchoTask(),
+    )  # fmt: skip
+
+    def run(given: Context, base: Path) -> StageResult:
+        taken = parts_of(
+            stage, task=ToyPairs(count=120), model=model_in(base), optimizer=OPTIMIZER,
+            finetune=finetune, reward=reward, sampler=SAMPLER,
+        )  # fmt: skip
+        return stage.run(given, taken)
+
+    return run
+
+
 STAGES: dict[str, tuple[Run, int]] = {
     "sft on texts": (sft("texts"), 6),
     "sft on demonstrations": (sft("demonstrations"), 6),
@@ -141,6 +160,8 @@ STAGES: dict[str, tuple[Run, int]] = {
     "best_of_n": (best_of_n, 3),
     "reward_model": (reward_model, 4),
     "reward_model with a classifier": (reward_classifier, 4),
+    "dpo": (dpo(Full(), None), 4),
+    "dpo of adapters": (dpo(Lora(rank=2), Echoed()), 4),
     "ppo": (ppo, 4),
     "ppo on a dataset": (ppo_on_a_dataset, 3),
 }

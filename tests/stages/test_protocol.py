@@ -16,6 +16,7 @@ from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.stages.classifier import TrainClassifier
+from rlhf_exp.stages.dpo import DPO
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.stages.preferences import Preferences
 from rlhf_exp.stages.protocol import Built, Stage, StageResult, look_up
@@ -138,6 +139,19 @@ def test_a_stage_names_the_parts_of_its_dataclass_and_refuses_other_kinds() -> N
         " another model=...",
         "schedule: ToyPairs is not for this stage, SFT, which takes a Schedule; choose another"
         " schedule=...",
+    ]
+
+
+def test_a_part_may_be_absent_where_its_default_is_none() -> None:
+    assert DPO.optional_parts == {"reward"}
+    assert PPO.optional_parts == SFT.optional_parts == frozenset()
+    taken = vars(parts_of(DPO(), task=ToyPairs(), reward=None))
+    assert DPO().check_kinds(taken) == []
+    assert DPO().check_kinds({**taken, "reward": ToyPairs(), "sampler": None}) == [
+        "sampler: NoneType is not for this stage, DPO, which takes a Sampler; choose another"
+        " sampler=...",
+        "reward: ToyPairs is not for this stage, DPO, which takes a Reward; choose another"
+        " reward=...",
     ]
 
 

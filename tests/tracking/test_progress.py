@@ -47,6 +47,13 @@ def test_a_plain_line_a_step_where_there_is_no_terminal(caplog, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_line_of_dpo_has_what_the_pairs_are_like(caplog):
+    metrics = {"train/loss": 0.5, "rewards/margins": 0.25, "rewards/accuracies": 0.75}
+    with Progress(4, unit="update") as progress:
+        progress.advance(1, {**metrics, "rewards/chosen": 9.0})
+    assert caplog.messages == ["update 1/4  loss 0.500  margin 0.250  accuracy 0.750"]
+
+
 def test_a_bar_on_a_terminal_and_the_same_lines_in_the_log(caplog, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)

@@ -1,0 +1,335 @@
+"""Direct preference optimisation: a policy learns from preference pairs without a reward model."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Literal
+
+import torch
+from pydantic import WithJsonSchema, model_validator
+
+from rlhf_exp.functional.losses import dpo_loss, ipo_loss
+from rlhf_exp.hf import PreTrainedTokenizerBase
+from rlhf_exp.machine.precision import Dtype, autocast
+from rlhf_exp.machine.timing import Stopwatch
+from rlhf_exp.models.finetune import Finetune
+from rlhf_exp.models.loading import (
+    ModelSettings,
+    Pretrained,
+    load_context_len,
+    load_tokenizer,
+    must_be_fast,
+)
+from rlhf_exp.models.reference import resident_memory
+from rlhf_exp.models.saving import save_policy
+from rlhf_exp.rewards.attempts import CheckedReward
+from rlhf_exp.rewards.protocol import Reward
+from rlhf_exp.rl.evaluation import evaluate, metric_names, present, read_evaluations
+from rlhf_exp.rl.setup import Setup, check_frozen, fingerprints, load_setup
+from rlhf_exp.rollout.sampler import Sampler
+from rlhf_exp.runs.context import Context
+from rlhf_exp.runs.summary import describe
+from rlhf_exp.settings import (
+    BelowHalf,
+    ChecksUpstream,
+    ConfigError,
+    Count,
+    Fingerprinted,
+    NonNegative,
+    Positive,
+    Upstream,
+    is_reference,
+    settings,
+)
+from rlhf_exp.stages.check_saved import check_saved_policy
+from rlhf_exp.stages.pair_logprobs import PairLogprobs, ReferencedPairs
+from rlhf_exp.stages.protocol import Stage, StageResult
+from rlhf_exp.tasks.batches import BatchStream, bucket_by_length
+from rlhf_exp.tasks.pair_tokens import EncodedPair, encode_pairs
+from rlhf_exp.tasks.pairs import num_shared
+from rlhf_exp.tasks.protocol import AnswerTask, PairTask, Task
+from rlhf_exp.tracking.curves import queue_loss_plot
+from rlhf_exp.training.optim import AdamWSettings
+from rlhf_exp.training.schedules import Schedule
+from rlhf_exp.training.seeding import make_generator
+from rlhf_exp.training.supervised import Supervised, SupervisedState
+from rlhf_exp.types import LossOutput
+
+log = logging.getLogger(__name__)
+
+NEEDS = "stage=dpo needs preference pairs: task=pairs task.path=FILE"
+# Of each logged batch of pairs; of the held-out pairs with heldout/ before each name.
+METRICS = ("loss/preference", "loss/sft", "rewards/chosen", "rewards/rejected", "rewards/margins",
+           "rewards/accuracies", "logps/chosen", "logps/rejected")  # fmt: skip
+HELD_OUT = ("heldout/loss", *(f"heldout/{name}" for name in METRICS))
+
+# A protocol has no JSON schema of its own.
+TaskOrNone = Annotated[
+    Task | None, WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "null"}]})
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOParts:
+    """The parts for DPO. The sampler and the reward are for evaluations."""
+
+    task: PairTask = field(metadata={"needs": NEEDS})
+    model: ModelSettings
+    finetune: Finetune
+    sampler: Sampler
+    optimizer: AdamWSettings
+    schedule: Schedule
+    reward: Reward | None = None
+
+
+@settings
+class DPO(Supervised, Stage[DPOParts]):
+    """Preference loss + sft_coef x the mean negative log-prob of the chosen answers' tokens.
+
+    The reward of an answer is beta (log p(answer) - log q(answer)), q the frozen reference, the
+    model as it was loaded. Log-probs are sums over the answer's tokens, also for IPO. The last
+    weights are kept: held-out pairs measure them and choose nothing.
+    """
+
+    Parts = DPOParts
+
+    loss: Literal["dpo", "ipo"] = "dpo"
+    """dpo: -log sigmoid(margin); ipo: (margin / beta - 1 / (2 beta))^2. The margin is the reward of
+    the chosen answer minus that of the rejected one."""
+    beta: Positive = 0.1
+    """Strength of the pull to the reference, 0.01-0.5."""
+    label_smoothing: BelowHalf = 0.0
+    """Assumed fraction of pairs in the wrong order, 0-0.3; only with loss=dpo."""
+    sft_coef: NonNegative = 0.0
+    """Weight of the chosen answers' negative log-prob (nats a token), 0-1."""
+    epochs: Count = 1
+    """Passes over the pairs."""
+    batch_size: Count = 32
+    """Pairs an update."""
+    eval_every: Count | None = None
+    """Updates between evaluations, besides those before and after training; null: none between."""
+    eval_samples: Count = 512
+    """Completions an evaluation."""
+    eval_task: TaskOrNone = None
+    """A task whose held-out prompts, and exact answers if it knows them, evaluations use; null: the
+    prompts of the held-out pairs."""
+    dtype: Dtype = "fp32"
+    """Dtype of forward passes: fp32, bf16; auto: bf16 if the device has instructions for it,
+    which pays if d_model >= 256."""
+
+    @model_validator(mode="after")
+    def _smooths_labels(self) -> "DPO":
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing:g} is for loss=dpo: set it 0, or loss=dpo"
+            )
+        return self
+
+    def check(self, parts: DPOParts) -> list[str]:
+        for part in (parts.task, self.eval_task, parts.reward):
+            if isinstance(part, Fingerprinted):
+                part.fingerprint()
+        if isinstance(parts.model, Pretrained):
+            parts.model.locate()  # not its hash, which reads all weights
+        problems = must_be_fast(parts.model, stage="dpo") or parts.finetune.check(parts.model)
+        if isinstance(self.eval_task, AnswerTask) and not parts.sampler.stop_at_eos:
+            problems.append(
+                "stage.eval_task has exact answers, which end: set sampler.stop_at_eos=true"
+            )
+        return problems
+
+    def check_texts(self, parts: DPOParts) -> list[str]:
+        train, held_out = parts.task.pair_split()
+        problems = self.check_updates(parts.schedule, len(train))
+        if not held_out:
+            problems.append("task.path: no pairs are held out: give at least one to measure")
+        if not problems and isinstance(parts.model, Pretrained):
+            check_tokens(parts.model, parts.task)
+        return problems
+
+    def check_upstream(self, parts: DPOParts, upstream: Upstream) -> list[str]:
+        problems = super().check_upstream(parts, upstream)
+        if isinstance(self.eval_task, ChecksUpstream):
+            problems += self.eval_task.check_upstream(upstream)
+        return problems
+
+    def metric_names(self, parts: DPOParts) -> tuple[str, ...]:
+        return (*metric_names(self.eval_task or parts.task, parts.reward), *HELD_OUT)
+
+    def run(self, context: Context, parts: DPOParts) -> StageResult:
+        """Trains, evaluates before, between and after, saves the policy; returns the result.
+
+        Raises ConfigError for pairs that the model cannot read, before its weights are loaded, and
+        TrainingError naming the update if a loss is not finite or if the reference has changed.
+        """
+        clock = Stopwatch()
+        with clock("load"), self.explaining("loading", "set finetune=last_layers or lora"):
+            if problems := self.check_texts(parts):
+                raise ConfigError("\n".join(problems))
+            setup = load_setup(
+                context, self.eval_task or parts.task, parts.model, parts.reward, parts.sampler,
+                parts.finetune, value_head=False,
+            )  # fmt: skip
+            train, held_out = self._pairs(parts.task, setup)
+            network = setup.policy.language_model
+            inputs = fingerprints(network, task=parts.task, model=parts.model)
+            inputs["finetune"] = setup.reference_hash
+            if self.eval_task is not None:
+                inputs["stage.eval_task"] = self.eval_task.fingerprint()
+        context.folder.start()
+        memory = resident_memory(setup.policy, setup.reference)
+        log.info("%s", memory)
+        num_updates = self.num_updates(len(train))
+        with clock("train"):
+            adamw = parts.optimizer.build(network)
+            generator = make_generator(context.seed, "minibatches")
+            batches = BatchStream(bucket_by_length, train.lengths, self.batch_size, generator)
+            state = SupervisedState(
+                network=network,
+                optimizer=adamw,
+                scheduler=parts.schedule.build(adamw, total_steps=num_updates),
+                batches=batches,
+                inputs=inputs,
+            )
+            measure = _Evaluations(self, context, setup, held_out, last=num_updates)
+            self.fit(
+                context, state, self._losses(setup, train, batches),
+                num_updates=num_updates, measure=measure,
+            )  # fmt: skip
+        with clock("save"):
+            check_frozen(setup, setup.reference_hash)
+            path = save_policy(setup.policy, context.folder.model)
+            check_saved_policy(setup.policy, path)
+        before, after = read_evaluations(context.folder)
+        present(context, before, after)
+        queue_loss_plot(context, title="DPO")
+        return StageResult(
+            before=before.metrics,
+            after=after.metrics,
+            seconds=clock.seconds,
+            extra={"reference_sha256": setup.reference_hash, "memory": asdict(memory)},
+        )
+
+    def _pairs(self, task: PairTask, setup: Setup) -> tuple[ReferencedPairs, ReferencedPairs]:
+        """The pairs to train on and the held-out ones, with the reference's log-probs."""
+        policy, split = setup.policy, task.pair_split()
+        encoded = encode_split(policy.tokenizer, task, limit=policy.context_len)
+        trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+        log.info("loss=%s: training %.2f M parameters on %d pairs; %d pairs held out",
+                 self.loss, trained / 1e6, *map(len, encoded))  # fmt: skip
+        if shared := num_shared(split):
+            log.warning(
+                "%d of %d held-out pairs have a prompt that is trained on too: what is reported is"
+                " no measure of new prompts", shared, len(split.held_out),
+            )  # fmt: skip
+        train, held_out = (
+            ReferencedPairs(
+                pairs, setup.reference,
+                batch_size=self.batch_size, dtype=self.dtype, device=policy.device,
+            )
+            for pairs in encoded
+        )  # fmt: skip
+        return train, held_out
+
+    def _losses(
+        self, setup: Setup, pairs: ReferencedPairs, batches: BatchStream
+    ) -> Iterator[LossOutput]:
+        for index in batches:
+            yield self.loss_output(
+                pairs.logprobs(setup.policy, index),
+                pairs.reference(index),
+                num_tokens=pairs.num_chosen_tokens(index),
+            )
+
+    def loss_output(
+        self, policy: PairLogprobs, reference: PairLogprobs, *, num_tokens: int
+    ) -> LossOutput:
+        """The loss of pairs with `num_tokens` tokens in their chosen answers, and `METRICS`."""
+        if self.loss == "ipo":
+            preference = ipo_loss(*policy, *reference, beta=self.beta)
+        else:
+            smoothing = self.label_smoothing
+            preference = dpo_loss(*policy, *reference, beta=self.beta, label_smoothing=smoothing)
+        sft = -policy.chosen.sum() / num_tokens
+        chosen, rejected = (
+            self.beta * (logprobs.detach() - ref_logprobs)
+            for logprobs, ref_logprobs in zip(policy, reference, strict=True)
+        )
+        wins, ties = (chosen > rejected).float(), (chosen == rejected).float()
+        values = (
+            preference.detach(), sft.detach(), chosen.mean(), rejected.mean(),
+            (chosen - rejected).mean(), (wins + ties / 2).mean(),
+            policy.chosen.detach().mean(), policy.rejected.detach().mean(),
+        )  # fmt: skip
+        return LossOutput(
+            loss=preference + self.sft_coef * sft,
+            metrics=dict(zip(METRICS, values, strict=True)),
+        )
+
+
+def check_tokens(model: Pretrained, task: PairTask) -> None:
+    """Raises ConfigError as `encode_split` does, without reading the model's weights."""
+    source = model.locate()
+    if source is None or is_reference(source):  # it is still to be fetched or made
+        return
+    tokenizer = load_tokenizer(
+        source, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    encode_split(tokenizer, task, limit=load_context_len(source))
+
+
+def encode_split(
+    tokenizer: PreTrainedTokenizerBase, task: PairTask, *, limit: int
+) -> tuple[list[EncodedPair], list[EncodedPair]]:
+    """The pairs to train on and the held-out ones as tokens. Raises ConfigError as `encode_pairs`
+    does, and for a tokenizer without EOS."""
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("stage=dpo needs a tokenizer with an EOS token")
+    train, held_out = (
+        encode_pairs(tokenizer, pairs, sources, prepend_bos=task.prepend_bos, limit=limit)
+        for pairs, sources in zip(task.pair_split(), task.sources(), strict=True)
+    )
+    return train, held_out
+
+
+class _Evaluations:
+    """Measures the policy on the held-out pairs and by fresh samples, if an evaluation is due."""
+
+    def __init__(
+        self, stage: DPO, context: Context, setup: Setup, held_out: ReferencedPairs, *, last: int
+    ) -> None:
+        self._stage, self._context, self._setup = stage, context, setup
+        self._held_out, self._last = held_out, last
+        self._reward = None if setup.score is None else CheckedReward(setup.score)
+
+    def __call__(self, update: int) -> None:
+        interval = self._stage.eval_every
+        is_due = interval is not None and update % interval == 0
+        if not (is_due or update in (0, self._last)):
+            return
+        stage, setup, folder = self._stage, self._setup, self._context.folder
+        less = "lower sampler.gen_len", "lower stage.eval_samples"
+        with (
+            stage.explaining(f"update {update}: evaluating", *less),
+            autocast(stage.dtype, setup.policy.device),
+        ):
+            result = evaluate(
+                setup, self._reward,
+                num_samples=stage.eval_samples, seed=self._context.seed, phase=update,
+            )  # fmt: skip
+            metrics = self._of_pairs() | result.metrics
+        folder.log(update, metrics)
+        folder.log_samples(update, result.samples)
+        log.info("evaluation at update %d: %s", update, describe(metrics))
+
+    @torch.no_grad()
+    def _of_pairs(self) -> dict[str, float]:
+        pairs = self._held_out
+        index = range(len(pairs))
+        output = self._stage.loss_output(
+            pairs.all_logprobs(self._setup.policy),
+            pairs.reference(index),
+            num_tokens=pairs.num_chosen_tokens(index),
+        )
+        metrics = {"heldout/loss": output.loss.item()}
+        return metrics | {f"heldout/{name}": v.item() for name, v in output.metrics.items()}
