@@ -23,9 +23,9 @@ from rlhf_exp.models.loading import (
 from rlhf_exp.models.reference import resident_memory
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.rewards.attempts import CheckedReward
-from rlhf_exp.rewards.protocol import Reward
+from rlhf_exp.rewards.protocol import ReadsPrompts, Reward
 from rlhf_exp.rl.evaluation import evaluate, metric_names, present, read_evaluations
-from rlhf_exp.rl.setup import Setup, check_frozen, fingerprints, load_setup
+from rlhf_exp.rl.setup import Setup, check_frozen, fingerprints, fitting_prompts, load_setup
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.runs.context import Context
 from rlhf_exp.runs.summary import describe
@@ -42,6 +42,7 @@ from rlhf_exp.settings import (
     settings,
 )
 from rlhf_exp.stages.check_saved import check_saved_policy
+from rlhf_exp.stages.online_pairs import OnlinePairs, PairBatch
 from rlhf_exp.stages.pair_logprobs import PairLogprobs, ReferencedPairs
 from rlhf_exp.stages.protocol import Stage, StageResult
 from rlhf_exp.tasks.batches import BatchStream, bucket_by_length
@@ -50,6 +51,7 @@ from rlhf_exp.tasks.pairs import num_shared
 from rlhf_exp.tasks.protocol import AnswerTask, PairTask, Task
 from rlhf_exp.tracking.curves import queue_loss_plot
 from rlhf_exp.training.optim import AdamWSettings
+from rlhf_exp.training.saver import Stateful
 from rlhf_exp.training.schedules import Schedule
 from rlhf_exp.training.seeding import make_generator
 from rlhf_exp.training.supervised import Supervised, SupervisedState
@@ -71,7 +73,7 @@ TaskOrNone = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class DPOParts:
-    """The parts for DPO. The sampler and the reward are for evaluations."""
+    """The parts for DPO. The sampler and the reward are for evaluations, and for new pairs."""
 
     task: PairTask = field(metadata={"needs": NEEDS})
     model: ModelSettings
@@ -113,6 +115,9 @@ class DPO(Supervised, Stage[DPOParts]):
     eval_task: TaskOrNone = None
     """A task whose held-out prompts, and exact answers if it knows them, evaluations use; null: the
     prompts of the held-out pairs."""
+    resample_every: Count | None = None
+    """Updates between new pairs, which the policy samples to the training prompts and the reward
+    orders (1: fully on-policy); null: the pairs of the task are learned."""
     dtype: Dtype = "fp32"
     """Dtype of forward passes: fp32, bf16; auto: bf16 if the device has instructions for it,
     which pays if d_model >= 256."""
@@ -135,6 +140,11 @@ class DPO(Supervised, Stage[DPOParts]):
         if isinstance(self.eval_task, AnswerTask) and not parts.sampler.stop_at_eos:
             problems.append(
                 "stage.eval_task has exact answers, which end: set sampler.stop_at_eos=true"
+            )
+        if self.resample_every is not None and parts.reward is None:
+            problems.append(
+                f"stage.resample_every={self.resample_every} needs a reward to order the answers:"
+                " choose one: reward=..."
             )
         return problems
 
@@ -170,7 +180,9 @@ class DPO(Supervised, Stage[DPOParts]):
                 context, self.eval_task or parts.task, parts.model, parts.reward, parts.sampler,
                 parts.finetune, value_head=False,
             )  # fmt: skip
-            train, held_out = self._pairs(parts.task, setup)
+            train, held_out_pairs = self._encoded(parts.task, setup)
+            held_out = self._referenced(held_out_pairs, setup)
+            batches, pair_batches = self._batches(context, parts, setup, train)
             network = setup.policy.language_model
             inputs = fingerprints(network, task=parts.task, model=parts.model)
             inputs["finetune"] = setup.reference_hash
@@ -182,8 +194,6 @@ class DPO(Supervised, Stage[DPOParts]):
         num_updates = self.num_updates(len(train))
         with clock("train"):
             adamw = parts.optimizer.build(network)
-            generator = make_generator(context.seed, "minibatches")
-            batches = BatchStream(bucket_by_length, train.lengths, self.batch_size, generator)
             state = SupervisedState(
                 network=network,
                 optimizer=adamw,
@@ -193,7 +203,7 @@ class DPO(Supervised, Stage[DPOParts]):
             )
             measure = _Evaluations(self, context, setup, held_out, last=num_updates)
             self.fit(
-                context, state, self._losses(setup, train, batches),
+                context, state, self._losses(setup, pair_batches),
                 num_updates=num_updates, measure=measure,
             )  # fmt: skip
         with clock("save"):
@@ -210,8 +220,8 @@ class DPO(Supervised, Stage[DPOParts]):
             extra={"reference_sha256": setup.reference_hash, "memory": asdict(memory)},
         )
 
-    def _pairs(self, task: PairTask, setup: Setup) -> tuple[ReferencedPairs, ReferencedPairs]:
-        """The pairs to train on and the held-out ones, with the reference's log-probs."""
+    def _encoded(self, task: PairTask, setup: Setup) -> tuple[list[EncodedPair], list[EncodedPair]]:
+        """The pairs to train on and the held-out ones as tokens."""
         policy, split = setup.policy, task.pair_split()
         encoded = encode_split(policy.tokenizer, task, limit=policy.context_len)
         trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
@@ -222,19 +232,39 @@ class DPO(Supervised, Stage[DPOParts]):
                 "%d of %d held-out pairs have a prompt that is trained on too: what is reported is"
                 " no measure of new prompts", shared, len(split.held_out),
             )  # fmt: skip
-        train, held_out = (
-            ReferencedPairs(
-                pairs, setup.reference,
-                batch_size=self.batch_size, dtype=self.dtype, device=policy.device,
-            )
-            for pairs in encoded
-        )  # fmt: skip
-        return train, held_out
+        return encoded
 
-    def _losses(
-        self, setup: Setup, pairs: ReferencedPairs, batches: BatchStream
-    ) -> Iterator[LossOutput]:
-        for index in batches:
+    def _referenced(self, pairs: list[EncodedPair], setup: Setup) -> ReferencedPairs:
+        """The pairs with the reference's log-probs."""
+        return ReferencedPairs(
+            pairs, setup.reference,
+            batch_size=self.batch_size, dtype=self.dtype, device=setup.policy.device,
+        )  # fmt: skip
+
+    def _batches(
+        self, context: Context, parts: DPOParts, setup: Setup, pairs: list[EncodedPair]
+    ) -> tuple[Stateful, Iterator[PairBatch]]:
+        """What holds the state of the batches, and training batches of the task's pairs or of new
+        ones."""
+        if self.resample_every is None:
+            train = self._referenced(pairs, setup)
+            generator = make_generator(context.seed, "minibatches")
+            stream = BatchStream(bucket_by_length, train.lengths, self.batch_size, generator)
+            return stream, ((train, index) for index in stream)
+        prompts = fitting_prompts(
+            setup.policy, parts.task, parts.task.train_prompts(), parts.sampler
+        )
+        if isinstance(parts.reward, ReadsPrompts):
+            parts.reward.check_prompts(prompts.texts)
+        online = OnlinePairs(
+            setup, prompts,
+            batch_size=self.batch_size, num_batches=self.resample_every, dtype=self.dtype,
+            seed=context.seed, log=context.folder.log,
+        )  # fmt: skip
+        return online, online
+
+    def _losses(self, setup: Setup, batches: Iterator[PairBatch]) -> Iterator[LossOutput]:
+        for pairs, index in batches:
             yield self.loss_output(
                 pairs.logprobs(setup.policy, index),
                 pairs.reference(index),

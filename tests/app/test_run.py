@@ -692,6 +692,8 @@ def test_dpo_says_what_it_takes_and_needs_rates_for_a_saved_model(tmp_path):
     assert "all is well: DPO in" in outcome.out
     outcome = train(tmp_path, "experiment=dpo", *own, "intervention=none")
     assert_refused(outcome, "intervention: DPO takes none and would ignore it")
+    outcome = train(tmp_path, "experiment=dpo", *own, "stage.resample_every=2")
+    assert_refused(outcome, r"stage\.resample_every=2 needs a reward .*: choose one: reward=")
     bare = ["~experiment", "~reward", "stage=dpo", "task=pairs", "model=local"]
     outcome = train(tmp_path, *bare, *own)
     assert_refused(outcome, "would ruin DIR: write experiment=dpo in its place")

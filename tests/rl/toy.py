@@ -126,6 +126,17 @@ class Echoed:
         return score
 
 
+@settings
+class LowWords:
+    """The number of low words of an answer."""
+
+    def load(self, device: torch.device) -> RewardFunction:
+        def score(completions: Completions) -> torch.Tensor:
+            return torch.tensor([ToyPairs.reward(text) for text in completions.texts])
+
+        return score
+
+
 @dataclass(frozen=True)
 class ToyPairs(ToyTask):
     """Answers of one to four words to prompts of one or two, 40 prompts trained on and 20 held out.

@@ -29,6 +29,7 @@ from rlhf_exp.training.schedules import WarmupDecay
 from ..rl.toy import (
     WORDS,
     EchoTask,
+    LowWords,
     ToyPairs,
     ToyTask,
     context,
@@ -123,6 +124,20 @@ def test_it_learns_an_obvious_preference(
     chosen, rejected = data.all_logprobs(saved)
     assert chosen.mean().item() == pytest.approx(after["heldout/logps/chosen"], abs=1e-4)
     assert rejected.mean().item() == pytest.approx(after["heldout/logps/rejected"], abs=1e-4)
+
+
+def test_it_learns_from_pairs_of_its_own(tmp_path: Path, model: Pretrained) -> None:
+    result = train(
+        tmp_path, model, resample_every=2, epochs=8, eval_samples=48,
+        parts={"task": Obvious(), "reward": LowWords()},
+    )  # fmt: skip
+    assert result.after["eval/score"] > result.before["eval/score"] + 1
+    logged = rows(tmp_path)
+    made = [row for row in logged if "pairs/tie_fraction" in row]
+    assert [row["phase"] for row in made] == [*range(0, 24, 2)]
+    assert all(row["pairs/chosen_reward"] > row["pairs/rejected_reward"] for row in made)
+    # Pairs of the policy as it is: its answers get better and better.
+    assert made[-1]["pairs/rejected_reward"] > made[0]["pairs/chosen_reward"]
 
 
 def output(policy: list[list[float]], reference: list[list[float]], **options: Any) -> Any:
@@ -278,6 +293,9 @@ def test_what_does_not_fit_is_said(tmp_path: Path, model: Pretrained) -> None:
     assert problems(stage, model=model) == []
     [problem] = problems(stage, model=Scratch(engine="hooked"))
     assert problem == "model.engine=hooked is for stage=ppo; stage=dpo trains with engine=fast"
+    [problem] = problems(DPO(resample_every=4), model=model)
+    assert problem.startswith("stage.resample_every=4 needs a reward to order the answers")
+    assert problems(DPO(resample_every=4), model=model, reward=LowWords()) == []
     half = replace(model, dtype="bf16")
     [problem] = problems(stage, model=half)
     assert problem.startswith("model.dtype=bf16: weights that are trained must be fp32")

@@ -36,6 +36,7 @@ from ..rl.toy import (
     RAGGED,
     Echoed,
     EchoTask,
+    LowWords,
     ToyPairs,
     context,
     parts,
@@ -134,11 +135,11 @@ def ppo_on_a_dataset(given: Context, base: Path) -> StageResult:
     return stage.run(given, taken)
 
 
-def dpo(finetune: Finetune, reward: Reward | None) -> Run:
+def dpo(finetune: Finetune, reward: Reward | None, **options: Any) -> Run:
     """Evaluated before, between and after; in the middle of an epoch and at its end."""
     stage = DPO(
         epochs=2, batch_size=40, log_every=1, eval_every=3, eval_samples=4, sft_coef=0.1,
-        eval_task=EchoTask(),
+        eval_task=EchoTask(), **options,
     )  # fmt: skip
 
     def run(given: Context, base: Path) -> StageResult:
@@ -162,6 +163,7 @@ STAGES: dict[str, tuple[Run, int]] = {
     "reward_model with a classifier": (reward_classifier, 4),
     "dpo": (dpo(Full(), None), 4),
     "dpo of adapters": (dpo(Lora(rank=2), Echoed()), 4),
+    "dpo on new pairs": (dpo(Lora(rank=2), LowWords(), resample_every=3), 4),
     "ppo": (ppo, 4),
     "ppo on a dataset": (ppo_on_a_dataset, 3),
 }
