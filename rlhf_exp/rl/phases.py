@@ -58,6 +58,7 @@ class Phases:
         self.lap = Stopwatch()
         self.histograms = HistogramCollector()
         self.kl_coefficient = ppo.kl_coefficient
+        assert setup.score is not None  # a reward is among the parts
         self.scorer = Scorer(
             setup.score, ppo.guards, on_thread=ppo.compute.scores_on_thread(setup, ppo.guards),
             penalty=missing_eos_penalty(setup.policy.tokenizer, ppo.missing_eos_penalty),
