@@ -290,9 +290,8 @@ def test_a_sweep_names_keys_that_there_are_and_values_that_they_take(name):
     for i in (0, -1):
         overrides = [f"{key}={value[i]}" for key, value in values.items()]
         cfg = compose(f"sweep={name}", *overrides)
-        assert [OmegaConf.select(cfg, key) for key in values] == [
-            float(value[i]) for value in values.values()
-        ]
+        for key in values.keys() - GROUPS:
+            assert OmegaConf.select(cfg, key) == float(values[key][i])
         build_all(overrides)
 
 

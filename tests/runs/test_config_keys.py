@@ -112,7 +112,8 @@ def test_a_stage_that_is_named_by_its_class_is_that_class():
 def test_intervals_do_not_tell_runs_apart_unless_they_choose_weights():
     intervals = {key for stage in STAGES for key in fields_of(stage) if key.endswith("_every")}
     assert len(intervals) >= 4
-    for key in intervals - {"stage.eval_every"}:
+    assert use_of("stage.resample_every", {}) == Use()  # it changes what is learned
+    for key in intervals - {"stage.eval_every", "stage.resample_every"}:
         assert use_of(key, {}) == Use(resume="free", compared=False)
         assert not use_of(f"prepare.base.{key}", {}).compared
     for place in ("", "prepare.base."):
