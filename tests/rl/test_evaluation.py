@@ -16,10 +16,11 @@ from rlhf_exp.rewards.weighted_sum import Term, WeightedSum
 from rlhf_exp.rl import evaluation
 from rlhf_exp.rl.evaluation import Evaluation, evaluate, metric_names, read_evaluations
 from rlhf_exp.rl.exact_answers import exact_match
+from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.runs.folder import RunFolder
-from rlhf_exp.stages.ppo import PPO, Setup
+from rlhf_exp.stages.ppo import PPO
 
 from ..builders import assert_near
 from .toy import RAGGED, Echoed, EchoTask, echo_policy, parts, pass_shape, start
