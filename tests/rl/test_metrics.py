@@ -1,3 +1,6 @@
+import math
+import statistics
+
 import pytest
 import torch
 
@@ -93,7 +96,7 @@ def experience() -> Experience:
     rollout = Rollout(
         completions=Completions(prompts=prompts, tokens=TOKENS, mask=MASK, texts=("x",) * 3),
         logprobs=zeros,
-        ref_logprobs=zeros,
+        ref_logprobs=0.4 - per_token,
         ref_hidden=torch.zeros(3, 4, 2),
         values=torch.tensor([[1.0, 2, 3, 9], [1, 2, 3, 4], [8, 9, 9, 9]]),
         kl=per_token * MASK,  # summed whole, so it holds 0 there, as `measure` makes it
@@ -108,6 +111,12 @@ def experience() -> Experience:
 def test_rollout_metrics_by_hand():
     kl = [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6, 0.7], [0.8]]
     mean_kl = sum(map(sum, kl)) / 8
+    differences = [x - 0.4 for row in kl for x in row]  # of log p and log q
+    estimates = {
+        "k1": differences,
+        "k2": [d * d / 2 for d in differences],
+        "k3": [math.exp(-d) - 1 + d for d in differences],
+    }
     returns, errors = [2.0, 1, 4, 0, 3, 2, 5, 7], [1.0, -1, 1, -1, 1, -1, 1, -1]
     variance = sum((r - 3) ** 2 for r in returns) / 7
     assert rollout_metrics(experience(), truncates=False) == pytest.approx(
@@ -116,6 +125,8 @@ def test_rollout_metrics_by_hand():
             "objective/scores_std": ((4 + 1 + 9) / 3) ** 0.5,
             "objective/kl": mean_kl,
             "objective/kl_sum": sum(map(sum, kl)) / 3,
+            **{f"objective/kl_{n}": statistics.mean(x) for n, x in estimates.items()},
+            **{f"objective/kl_{n}_var": statistics.variance(x) for n, x in estimates.items()},
             "objective/entropy": 2 * mean_kl,
             "val/explained_variance": 1 - (sum(e * e for e in errors) / 7) / variance,
             "sample/len_mean": 8 / 3,
