@@ -13,17 +13,16 @@ from rlhf_exp.rl.setup import Setup, load_setup
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.settings import settings
-from rlhf_exp.stages.dpo import DPO
 from rlhf_exp.stages.online_pairs import Answer, OnlinePairs, ordered_pair
 from rlhf_exp.types import Completions
 
 from ..builders import assert_near
-from ..rl.toy import RAGGED, LowWords, ToyPairs, context, parts_of, saved_model
+from ..rl.toy import RAGGED, LowWords, ToyPairs, context, parts, saved_model
 from ..states import through_a_file
 
 
 def setup_of(path: Path, reward: Reward | None = None) -> Setup:
-    taken = parts_of(DPO(), reward=reward or LowWords(), task=RAGGED, model=saved_model(path))
+    taken = parts(reward=reward or LowWords(), task=RAGGED, model=saved_model(path))
     sampler = CachedSampler(gen_len=4, stop_at_eos=True, temperature=3.0)  # some answers end
     return load_setup(
         context(path), taken.task, taken.model, taken.reward, sampler, taken.finetune,
