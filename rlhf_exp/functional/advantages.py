@@ -70,15 +70,10 @@ def leave_one_out(
     Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free"; the estimator of RLOO
     (Ahmadian et al. 2024, arXiv 2402.14740, equation 4).
     """
-    _, index, counts = groups.unique(return_inverse=True, return_counts=True)
+    shifted, sums, index, counts = _grouped(scores, groups)
     if bool((counts == 1).any()):
         raise ValueError("leave_one_out needs at least two samples of each prompt")
-    highest = scores.new_zeros(len(counts)).scatter_reduce(
-        0, index, scores, "amax", include_self=False
-    )
-    scores = scores - highest[index]  # equal scores become 0, whose sum is not rounded
-    sums = scores.new_zeros(len(counts)).index_add(0, index, scores)
-    return scores - (sums[index] - scores) / (counts[index] - 1)
+    return shifted - (sums[index] - shifted) / (counts[index] - 1)
 
 
 def group_normalized(
@@ -96,7 +91,8 @@ def group_normalized(
     """
     if scale not in ("std", "none"):
         raise ValueError(f"scale={scale!r} must be std or none")
-    centred, index, counts = _centred(scores, groups)
+    shifted, sums, index, counts = _grouped(scores, groups)
+    centred = shifted - (sums / counts)[index]
     if scale == "none":
         return centred
     squares = scores.new_zeros(len(counts)).index_add(0, index, centred.square())
@@ -117,16 +113,18 @@ def equal_groups(
     return (highest == lowest)[index]
 
 
-def _centred(
+def _grouped(
     scores: Float[Tensor, " batch"], groups: Int[Tensor, " batch"]
-) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"], Int[Tensor, " group"]]:
-    """Each score minus the mean of its group, the group's index of each, the groups' sizes."""
+) -> tuple[
+    Float[Tensor, " batch"], Float[Tensor, " group"], Int[Tensor, " batch"], Int[Tensor, " group"]
+]:
+    """Each score minus the highest of its group, their sum in each group, the index of each score's
+    group, and the groups' sizes. Equal scores become 0, whose sum is not rounded."""
     _, index, counts = groups.unique(return_inverse=True, return_counts=True)
     empty = scores.new_zeros(len(counts))
     highest = empty.scatter_reduce(0, index, scores, "amax", include_self=False)
-    scores = scores - highest[index]  # equal scores become 0, whose mean is not rounded
-    sums = empty.index_add(0, index, scores)
-    return scores - (sums / counts)[index], index, counts
+    shifted = scores - highest[index]
+    return shifted, empty.index_add(0, index, shifted), index, counts
 
 
 def zero_without_signal(

@@ -171,6 +171,15 @@ class ToyPairs(ToyTask):
         return float(sum(int(word[1:]) < 6 for word in text.split()))
 
 
+@dataclass(frozen=True)
+class OverlappingPairs(ToyPairs):
+    """Three of the held-out pairs are trained on too."""
+
+    def pair_split(self) -> Split[Pair]:
+        train, held_out = super().pair_split()
+        return Split((*train, *held_out[:3]), held_out)
+
+
 RAGGED = ToyTask(prompts=("w0", "w0 w1 w2", "w3 w4", "w5 w6 w7 w8"))
 
 

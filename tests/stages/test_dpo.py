@@ -30,6 +30,7 @@ from ..rl.toy import (
     WORDS,
     EchoTask,
     LowWords,
+    OverlappingPairs,
     ToyPairs,
     ToyTask,
     context,
@@ -376,13 +377,7 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
 def test_held_out_prompts_that_are_trained_on_are_told(
     tmp_path: Path, model: Pretrained, caplog: pytest.LogCaptureFixture
 ) -> None:
-    @dataclass(frozen=True)
-    class Overlapping(ToyPairs):
-        def pair_split(self) -> Split[Pair]:
-            train, held_out = super().pair_split()
-            return Split((*train, *held_out[:3]), held_out)
-
     train(tmp_path / "a", model)
     assert "trained on too" not in caplog.text
-    train(tmp_path / "b", model, parts={"task": Overlapping()})
+    train(tmp_path / "b", model, parts={"task": OverlappingPairs()})
     assert "of 80 held-out pairs have a prompt that is trained on too" in caplog.text
