@@ -113,6 +113,19 @@ def equal_groups(
     return (highest == lowest)[index]
 
 
+def best_of_groups(
+    scores: Float[Tensor, " batch"], groups: Int[Tensor, " batch"]
+) -> Bool[Tensor, " batch"]:
+    """True for the sample of the highest score in each group, the first of several; for none of a
+    group of equal scores."""
+    shifted, _, index, counts = _grouped(scores, groups)
+    places = torch.arange(len(scores), device=scores.device)
+    is_highest = (shifted == 0) & ~equal_groups(scores, groups)
+    first = places.new_full((len(counts),), len(scores))
+    first = first.scatter_reduce(0, index[is_highest], places[is_highest], "amin")
+    return places == first[index]
+
+
 def _grouped(
     scores: Float[Tensor, " batch"], groups: Int[Tensor, " batch"]
 ) -> tuple[

@@ -9,10 +9,12 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import ClassVar, Literal
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlhf_exp.functional.advantages import (
+    best_of_groups,
     equal_groups,
     gae,
     group_normalized,
@@ -92,6 +94,25 @@ def credit(
 
 
 @settings
+class BestOfGroup(Estimator):
+    """An advantage of 1 for the completion of the highest total reward of each prompt; learning
+    leaves out the others, and all completions of a prompt if their rewards are equal. With
+    stage/objective=policy_gradient the loss is that of supervised training on the best (RAFT)."""
+
+    min_samples_per_prompt: ClassVar[int] = 2
+
+    def __call__(self, rollout: Rollout, rewards: Float[Tensor, "batch completion"]) -> Experience:
+        """The best by functional.advantages.best_of_groups, and no returns."""
+        totals, groups = rewards.sum(dim=1), rollout.groups
+        is_best = best_of_groups(totals, groups)
+        return _one_advantage(rollout, rewards, torch.ones_like(totals), learned=is_best)
+
+    def metrics(self, experience: Experience) -> dict[str, float]:
+        """As of GroupNormalized."""
+        return _equal_fraction(experience)
+
+
+@settings
 class GAE(Estimator):
     """Generalised advantage estimation from a learned value of each token."""
 
@@ -147,8 +168,7 @@ class GroupNormalized(Estimator):
 
     def metrics(self, experience: Experience) -> dict[str, float]:
         """groups/equal_fraction: the fraction of completions whose group has equal scores."""
-        equal = equal_groups(experience.rollout.scores, experience.rollout.groups)
-        return {"groups/equal_fraction": equal.float().mean().item()}
+        return _equal_fraction(experience)
 
 
 @settings
@@ -196,6 +216,11 @@ class LeaveOneOut(Estimator):
         """Advantages by functional.advantages.leave_one_out, and no returns."""
         advantages = leave_one_out(rewards.sum(dim=1), rollout.groups)
         return _one_advantage(rollout, rewards, advantages)
+
+
+def _equal_fraction(experience: Experience) -> dict[str, float]:
+    equal = equal_groups(experience.rollout.scores, experience.rollout.groups)
+    return {"groups/equal_fraction": equal.float().mean().item()}
 
 
 def _one_advantage(

@@ -68,7 +68,7 @@ class PPOSettings:
     when asked to stop."""
     estimator: Estimator = GAE()
     """How rewards become advantages: stage/estimator=gae, one_step, leave_one_out,
-    group_normalized or reinforce."""
+    group_normalized, reinforce or best_of_group."""
     objective: Objective = PPOClip()
     """What learning maximises: stage/objective=ppo_clip, sequence_ratio or policy_gradient."""
     guards: Guards = Guards()

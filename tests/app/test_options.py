@@ -49,7 +49,8 @@ def test_help_says_what_a_group_is_for_and_whose_its_options_are(folder, tmp_pat
     )
     assert lines_of("stage/estimator", out) == [
         "stage/estimator: how rewards become advantages",
-        "  published  gae, group_normalized, leave_one_out, one_step, reinforce",
+        "  published  best_of_group, gae, group_normalized, leave_one_out, one_step,",
+        "             reinforce",
     ]
     assert max(map(len, out.splitlines())) <= 80
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_exp.functional.advantages import (
+    best_of_groups,
     equal_groups,
     gae,
     group_normalized,
@@ -283,3 +284,9 @@ def test_equal_scores_have_no_advantage_and_are_found():
     assert equal_groups(scores, GROUPS).tolist() == expected
     assert not group_normalized(scores, GROUPS)[expected].any()
     assert not group_normalized(torch.ones(1), torch.tensor([4])).any()
+
+
+def test_the_best_of_groups_is_the_first_highest_where_scores_differ(dtype):
+    scores = torch.tensor([1, 7, 2, -3, 2, 7, -1, 0], dtype=dtype)
+    groups = torch.tensor([5, 2, 5, 0, 5, 2, 0, 9])
+    assert best_of_groups(scores, groups).nonzero().flatten().tolist() == [2, 6]

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from torch.nn.functional import cross_entropy
 
 from rlhf_exp.app.run import ALLOWED_TARGETS, instantiate, to_container
-from rlhf_exp.functional.logprobs import kl_estimate
+from rlhf_exp.functional.logprobs import completion_logits, kl_estimate
 from rlhf_exp.functional.masking import masked_mean, sequence_mean
-from rlhf_exp.rl.estimators import GroupNormalized, LeaveOneOut, Reinforce, credit
+from rlhf_exp.rl.estimators import BestOfGroup, GroupNormalized, LeaveOneOut, Reinforce, credit
 from rlhf_exp.rl.learn import Minibatch, minibatches
 from rlhf_exp.rollout.cached import CachedSampler, prefill
 from rlhf_exp.stages.ppo import PPO
@@ -23,7 +24,7 @@ from ..stages.test_resume import Failing, timeless
 from .fixed import fixed_completions, fixed_experience, off_the_reference
 from .toy import RAGGED, collect, context, learn, loss, parts, phase, ppo_with, rows, start
 
-PRESETS = ("ppo", "rloo", "grpo", "dr_grpo", "dapo", "reinforce")
+PRESETS = ("ppo", "rloo", "grpo", "dr_grpo", "dapo", "reinforce", "raft")
 SMALL = {"eval_samples": 8, "eval_every": 99, "checkpoint_every": None, "histograms_every": None}
 
 
@@ -39,7 +40,8 @@ def preset(name: str, **options: Any) -> PPO:
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", PRESETS)
 def test_each_learns_the_bandit(name: str, tmp_path: Path) -> None:
-    phases = 60 if name == "reinforce" else 12  # one step a phase, where the others take eight
+    one_step = name in ("reinforce", "raft")  # a phase, where the others take eight
+    phases = 60 if one_step else 12
     ppo = preset(name, total_phases=phases, kl_coef=0.0)
     result = ppo.run(context(tmp_path), parts(sampler=CachedSampler(gen_len=1)))
     assert result.after["eval/score"] > 0.9 > 0.4 > result.before["eval/score"]
@@ -147,6 +149,21 @@ def test_groups_of_equal_scores_are_counted_and_left_out(tmp_path: Path) -> None
     assert sorted(chain(*rows_learned)) == [-1.0, -0.5, 0.5, 1.0]
 
 
+def test_the_best_of_a_group_is_learned_like_a_demonstration(tmp_path: Path) -> None:
+    ppo = preset("raft", batch_size=8, samples_per_prompt=2, dtype="fp32", ent_coef=0.0)
+    rollout = rollout_of(tmp_path, ppo, SCORES)
+    experience = BestOfGroup()(rollout, spread(rollout))
+    assert experience.learned.tolist() == [False, True, False, False, False, True, False, False]
+    assert ppo.estimator.metrics(experience) == {"groups/equal_fraction": 0.5}
+    setup, state = start(ppo, tmp_path / "learning", task=RAGGED)
+    best = rollout[experience.learned].completions
+    logits, _ = setup.policy(*best.sequences, prompt_len=best.prompt_len)
+    logits = completion_logits(logits, best.prompt_len)
+    nll = cross_entropy(logits[best.mask], best.tokens[best.mask]).detach()
+    (step,) = learn(ppo, setup, state, experience)
+    torch.testing.assert_close(step["loss/total"], nll)
+
+
 def parts_of_a_pass(experience: Experience) -> list[Minibatch]:
     """The two minibatches of one pass."""
     return [
@@ -247,6 +264,8 @@ def test_what_does_not_fit_is_refused() -> None:
             ppo_with(estimator=Reinforce(baseline=name))
     with pytest.raises(ValidationError, match="samples_per_prompt=1: GroupNormalized needs at l"):
         ppo_with(estimator=GroupNormalized())
+    with pytest.raises(ValidationError, match="samples_per_prompt=1: BestOfGroup needs at least"):
+        ppo_with(estimator=BestOfGroup())
 
 
 def test_the_sampled_estimates_of_the_kl_are_logged(tmp_path: Path) -> None:
