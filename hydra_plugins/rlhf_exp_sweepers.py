@@ -30,11 +30,22 @@ BEST = 5
 
 
 class GridSweeper(Sweeper):
-    """Every combination of the swept values."""
+    """Every combination of the variants and the swept values."""
 
-    def __init__(self, max_batch_size: int | None, params: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        max_batch_size: int | None,
+        params: Mapping[str, Any],
+        variants: Sequence[Sequence[str]] = (),
+    ) -> None:
         _check_counts(max_batch_size=max_batch_size)
-        self._batch_size, self._params = max_batch_size, params
+        for variant in variants:
+            if isinstance(variant, str):
+                raise ConfigError(
+                    f"hydra.sweeper.variants: {variant} must be in brackets: each variant is a list"
+                    " of words, as [stage=rloo, optimizer.base_lr=1e-3]"
+                )
+        self._batch_size, self._params, self._variants = max_batch_size, params, variants
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -52,7 +63,13 @@ class GridSweeper(Sweeper):
                 raise ConfigError(f"{key}: an interval is for a search; add hydra/sweeper=search")
         [grid] = BasicSweeper.split_arguments(overrides, None)
         swept = {o.get_key_element() for o in overrides if o.is_sweep_override()}
-        rows = [(row, [w for w in row if w.split("=")[0] in swept]) for row in grid]
+        given = {o.get_key_element() for o in overrides}
+        variants = [[w for w in v if w.split("=")[0] not in given] for v in self._variants] or [[]]
+        rows = [
+            ([*variant, *row], [*variant, *(w for w in row if w.split("=")[0] in swept)])
+            for variant in variants
+            for row in grid
+        ]
         checked = launching.check(rows)
         jobs = place(launching.folder, checked)
         if len(jobs) < len(rows):

@@ -88,6 +88,26 @@ def test_a_dry_run_shows_the_jobs_and_starts_none(tmp_path):
     assert written(tmp_path) == []
 
 
+def test_settings_of_a_variant_change_together(tmp_path):
+    sweeps = tmp_path / "configs" / "sweep"
+    sweeps.mkdir(parents=True)
+    (sweeps / "mine.yaml").write_text(
+        "# @package _global_\n"
+        "defaults: [{override /hydra/sweeper: grid}]\n"
+        "hydra: {sweeper: {params: {seed: '1,2'}, variants: [\n"
+        "  [stage.kl_coef=0.1, stage.clip_coef=0.3], [stage.kl_coef=1]]}}\n"
+    )
+    words = ["--config-dir", str(sweeps.parent), "-m", *SMALL, "sweep=mine", "--dry-run"]
+    outcome = train(tmp_path, *words)
+    for line in ("1  kl_coef=0.1, clip_coef=0.3, ", "3  kl_coef=1, seed=2", "4 of 4 jobs"):
+        assert line in outcome.out, outcome.out
+    outcome = train(tmp_path, *words, "stage.kl_coef=3")
+    for line in ("0  clip_coef=0.3, seed=1", "2  seed=1", "4 of 4 jobs"):
+        assert line in outcome.out, outcome.out
+    bad = train(tmp_path, *words, "hydra.sweeper.variants=[['stage.kl=1']]")
+    assert_refused(bad, r"stage\.kl\b.*\n  in job 0 \(kl=1,seed=1\), job 1 ")
+
+
 def test_a_dry_run_of_one_run_checks_it(tmp_path):
     outcome = train(tmp_path, *TINY, "--dry-run")
     assert (outcome.code, outcome.raised) == (0, None)
@@ -258,6 +278,7 @@ def test_what_makes_no_other_job_is_not_swept(tmp_path):
             r"stage\.kl_coef: interval\(1,0\.1\) ends below its beginning: write interval",
         ),
         (["sweep=search", "hydra.sweeper.n_trials=0"], r"hydra\.sweeper\.n_trials=0: it must be 1"),
+        (["hydra.sweeper.variants=[seed]"], r"hydra\.sweeper\.variants: seed must be in brackets"),
         (["hydra.sweeper.max_batch_size=-1"], r"hydra\.sweeper\.max_batch_size=-1: it must be 1"),
     ],
 )
