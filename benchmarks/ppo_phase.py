@@ -9,7 +9,8 @@ clipping and what follows a step. warm_up_s is what comes before the counted pha
 the first of them. A further shape can be given as
 SHAPE=layers,d_model,heads,vocab,context,batch,prompt,gen_len,minibatches,epochs and asked for as
 "custom"; shapes.py says what they mean. With --model DIR a saved model takes the
-place of the GPT-2 with random weights; of the shape only the work is used."""
+place of the GPT-2 with random weights; of the shape only the work is used. --stage chooses another
+algorithm: rloo has no critic, ppo_separate one on a model of its own."""
 
 import rlhf_exp.machine.environment  # noqa: F401, I001  first: it must precede the import of torch
 
@@ -18,18 +19,19 @@ import json
 import resource
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from statistics import median
 
 import torch
 
-from rlhf_exp.models.loading import build_policy, load_policy
+from rlhf_exp.models.loading import ModelSettings, Pretrained, build_policy
 from rlhf_exp.models.finetune import Full, Lora, LastLayers
 from rlhf_exp.models.reference import reference_hash, resident_memory
-from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.compute import Compute, warm_up
+from rlhf_exp.rl.estimators import LeaveOneOut
 from rlhf_exp.rl.phases import Phases, start
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.tasks.prompts import encode_prompts
@@ -47,25 +49,37 @@ FINETUNE = {
     "last_layers": LastLayers(num_layers_unfrozen=2),
     "lora": Lora(rank=16),
 }
+STAGES = {
+    "ppo": PPO(),
+    "ppo_separate": PPO(value_model="separate"),
+    "rloo": PPO(
+        estimator=LeaveOneOut(), samples_per_prompt=4, kl_penalty="reward", normalize_reward=False
+    ),
+}
 # Minibatches whose parts are timed, and how many before them are not.
 TIMED, UNTIMED = 5, 1
 
 
-def policy_of(shape: Shape, device: torch.device) -> TransformerWithValueHead:
-    """A policy of that shape with random weights."""
+def setup_of(
+    shape: Shape, finetune: str, device: torch.device, model: str | None = None, stage: str = "ppo"
+) -> Setup:
+    """A policy of that shape with random weights or a saved one, its reference, and a reward that
+    costs nothing."""
     words = [f"w{i}" for i in range(shape.vocab - 4)]
-    model = Scratch(
+    settings: ModelSettings = Scratch(
         num_layers=shape.num_layers,
         d_model=shape.d_model,
         num_heads=shape.num_heads,
         context_len=shape.context_len,
     )
-    return build_policy(model, lambda: word_tokenizer(words), device=device, seed=0)
-
-
-def setup_of(shape: Shape, finetune: str, device: torch.device, model: str | None = None) -> Setup:
-    """The policy of that shape or a saved one, its reference, and a reward that costs nothing."""
-    policy = policy_of(shape, device) if model is None else load_policy(model, device=device)
+    if model is not None:
+        settings = Pretrained(base_model=model)
+    policy = build_policy(
+        settings, None if model else lambda: word_tokenizer(words), device=device, seed=0,
+        value_head=STAGES[stage].estimator.needs_values,
+    )  # fmt: skip
+    if STAGES[stage].value_model == "separate":
+        policy.separate_values()
     first = min(1000, shape.vocab - shape.prompt)  # of the prompt's tokens
     text = policy.tokenizer.decode(range(first, first + shape.prompt))
     prompts = encode_prompts(policy.tokenizer, [text], prepend_bos=False, device=device)
@@ -135,6 +149,7 @@ def arguments_given() -> argparse.Namespace:
     )
     parser.add_argument("shape", choices=sorted(SHAPES))
     parser.add_argument("phases", type=int, help="at least 2; the first is warm-up")
+    parser.add_argument("--stage", choices=STAGES, default="ppo")
     parser.add_argument("--finetune", choices=FINETUNE, default="full")
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
@@ -152,8 +167,9 @@ def main() -> None:
     arguments = arguments_given()
     shape, device = SHAPES[arguments.shape], pick_device("auto")
     use_processor_well()
-    setup = setup_of(shape, arguments.finetune, device, arguments.model)
-    ppo = PPO(
+    setup = setup_of(shape, arguments.finetune, device, arguments.model, arguments.stage)
+    ppo = replace(
+        STAGES[arguments.stage],
         total_phases=arguments.phases,
         batch_size=shape.batch,
         num_minibatches=shape.minibatches,
@@ -181,6 +197,7 @@ def main() -> None:
     seconds |= {**learning_parts(run), "warm_up": warm_up_s}
     line = {
         "system": "rlhf_exp",
+        "stage": arguments.stage,
         "shape": arguments.shape,
         "model": arguments.model,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
