@@ -9,17 +9,10 @@ import torch
 from pydantic import WithJsonSchema, model_validator
 
 from rlhf_exp.functional.losses import dpo_loss, ipo_loss
-from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.machine.precision import Dtype, autocast
 from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.finetune import Finetune
-from rlhf_exp.models.loading import (
-    ModelSettings,
-    Pretrained,
-    load_context_len,
-    load_tokenizer,
-    must_be_fast,
-)
+from rlhf_exp.models.loading import ModelSettings, Pretrained, must_be_fast
 from rlhf_exp.models.reference import resident_memory
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.rewards.attempts import CheckedReward
@@ -38,15 +31,15 @@ from rlhf_exp.settings import (
     NonNegative,
     Positive,
     Upstream,
-    is_reference,
     settings,
 )
 from rlhf_exp.stages.check_saved import check_saved_policy
 from rlhf_exp.stages.online_pairs import OnlinePairs, PairBatch
+from rlhf_exp.stages.pair_encoding import check_tokens, encode_split
 from rlhf_exp.stages.pair_logprobs import PairLogprobs, ReferencedPairs
 from rlhf_exp.stages.protocol import Stage, StageResult
 from rlhf_exp.tasks.batches import BatchStream, bucket_by_length
-from rlhf_exp.tasks.pair_tokens import EncodedPair, encode_pairs
+from rlhf_exp.tasks.pair_tokens import EncodedPair
 from rlhf_exp.tasks.pairs import num_shared
 from rlhf_exp.tasks.protocol import AnswerTask, PairTask, Task
 from rlhf_exp.tracking.curves import queue_loss_plot
@@ -154,7 +147,7 @@ class DPO(Supervised, Stage[DPOParts]):
         if not held_out:
             problems.append("task.path: no pairs are held out: give at least one to measure")
         if not problems and isinstance(parts.model, Pretrained):
-            check_tokens(parts.model, parts.task)
+            check_tokens(parts.model, parts.task, stage="dpo")
         return problems
 
     def check_upstream(self, parts: DPOParts, upstream: Upstream) -> list[str]:
@@ -223,7 +216,7 @@ class DPO(Supervised, Stage[DPOParts]):
     def _encoded(self, task: PairTask, setup: Setup) -> tuple[list[EncodedPair], list[EncodedPair]]:
         """The pairs to train on and the held-out ones as tokens."""
         policy, split = setup.policy, task.pair_split()
-        encoded = encode_split(policy.tokenizer, task, limit=policy.context_len)
+        encoded = encode_split(policy.tokenizer, task, limit=policy.context_len, stage="dpo")
         trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
         log.info("loss=%s: training %.2f M parameters on %d pairs; %d pairs held out",
                  self.loss, trained / 1e6, *map(len, encoded))  # fmt: skip
@@ -295,31 +288,6 @@ class DPO(Supervised, Stage[DPOParts]):
             loss=preference + self.sft_coef * sft,
             metrics=dict(zip(METRICS, values, strict=True)),
         )
-
-
-def check_tokens(model: Pretrained, task: PairTask) -> None:
-    """Raises ConfigError as `encode_split` does, without reading the model's weights."""
-    source = model.locate()
-    if source is None or is_reference(source):  # it is still to be fetched or made
-        return
-    tokenizer = load_tokenizer(
-        source, revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
-    encode_split(tokenizer, task, limit=load_context_len(source))
-
-
-def encode_split(
-    tokenizer: PreTrainedTokenizerBase, task: PairTask, *, limit: int
-) -> tuple[list[EncodedPair], list[EncodedPair]]:
-    """The pairs to train on and the held-out ones as tokens. Raises ConfigError as `encode_pairs`
-    does, and for a tokenizer without EOS."""
-    if tokenizer.eos_token_id is None:
-        raise ConfigError("stage=dpo needs a tokenizer with an EOS token")
-    train, held_out = (
-        encode_pairs(tokenizer, pairs, sources, prepend_bos=task.prepend_bos, limit=limit)
-        for pairs, sources in zip(task.pair_split(), task.sources(), strict=True)
-    )
-    return train, held_out
 
 
 class _Evaluations:

@@ -18,7 +18,7 @@ from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.stages.pair_logprobs import ReferencedPairs
 from rlhf_exp.tasks.pair_tokens import EncodedPair
 from rlhf_exp.tasks.prompts import PromptStream
-from rlhf_exp.tasks.protocol import Pair
+from rlhf_exp.tasks.protocol import Conversation, Pair
 from rlhf_exp.training.seeding import make_generator
 from rlhf_exp.types import PromptBatch
 
@@ -138,18 +138,20 @@ class OnlinePairs(Iterator[PairBatch]):
             )
         ]
         prompt_tokens = [t[m].tolist() for t, m in zip(prompts.tokens, prompts.mask, strict=True)]
-        places = zip(prompt_tokens, prompts.texts, answers[::2], answers[1::2], strict=True)
+        places = zip(prompt_tokens, prompts.unrendered, answers[::2], answers[1::2], strict=True)
         pairs = [ordered_pair(*place) for place in places]
         return [pair for pair in pairs if pair is not None]
 
 
-def ordered_pair(tokens: list[int], text: str, first: Answer, second: Answer) -> EncodedPair | None:
+def ordered_pair(
+    tokens: list[int], prompt: str | Conversation, first: Answer, second: Answer
+) -> EncodedPair | None:
     """Two answers to a prompt as a pair, the better one chosen; None for a tie, of rewards or of
     answers."""
     if first.reward == second.reward or first.tokens == second.tokens:
         return None
     better, other = (first, second) if first.reward > second.reward else (second, first)
     pair = Pair(
-        text, better.text, other.text, better.reward, other.reward, better.ended, other.ended
+        prompt, better.text, other.text, better.reward, other.reward, better.ended, other.ended
     )
     return EncodedPair(pair=pair, prompt=tokens, chosen=better.tokens, rejected=other.tokens)
