@@ -3,7 +3,7 @@ the chat template makes of them."""
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from rlhf_exp.models.loading import Pretrained
 from rlhf_exp.rewards.pair_model import PairModel
 from rlhf_exp.rollout.cached import CachedSampler
+from rlhf_exp.runs.stopping import Interrupted, StopRequests
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.stages.dpo import DPO
 from rlhf_exp.stages.preferences import Preferences
@@ -175,6 +176,35 @@ def test_sampled_pairs_of_conversations_are_read_again(
         [first, *_] = rows(tmp_path / "run/pairs", "train.jsonl")
         assert first["prompt"] == train[0].prompt
         assert first["chosen"] == [{"role": "assistant", "content": train[0].chosen}]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", ["preferences", "dpo"])
+def test_a_run_that_was_stopped_goes_on_with_its_conversations(
+    name: str, tmp_path: Path, model: Pretrained
+) -> None:
+    stage: Stage[Any] = Preferences(num_pairs=40, num_held_out=9, batch_size=16)
+    task: Any = Chats()
+    if name == "dpo":
+        stage = DPO(**{**SMALL, "batch_size": 20}, resample_every=3)
+        task = files_in(tmp_path / "pairs", "conversations")
+    parts = parts_of(stage, model=model, task=task, reward=LowWords(), sampler=SAMPLER)
+    stage.run(context(tmp_path / "whole"), parts)
+    for starts in range(20):
+        stop = StopRequests()
+        stop.limit(1e-9, began=0.0)  # the time is always up; one step is always made
+        given = replace(context(tmp_path / "cut", resume=starts > 0), stop=stop)
+        try:
+            stage.run(given, parts)
+            break
+        except Interrupted:
+            continue
+    assert starts > 2
+    for file in ("metrics.jsonl", "samples.jsonl", "pairs/train.jsonl", "pairs/test.jsonl"):
+        whole, cut = ((tmp_path / run / file) for run in ("whole", "cut"))
+        assert cut.exists() == whole.exists()
+        if whole.exists():
+            assert cut.read_text() == whole.read_text()
 
 
 def test_texts_and_conversations_do_not_go_into_one_column(
