@@ -1,7 +1,7 @@
 """Direct preference optimisation: a policy learns from preference pairs without a reward model."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
@@ -12,8 +12,12 @@ from rlhf_exp.functional.losses import dpo_loss, ipo_loss
 from rlhf_exp.machine.precision import Dtype, autocast
 from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.finetune import Finetune
-from rlhf_exp.models.loading import ModelSettings, Pretrained, must_be_fast
-from rlhf_exp.models.reference import resident_memory
+from rlhf_exp.models.loading import (
+    ModelSettings,
+    Pretrained,
+    must_be_fast,
+)
+from rlhf_exp.models.reference import Reference, resident_memory
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.rewards.attempts import CheckedReward
 from rlhf_exp.rewards.protocol import ReadsPrompts, Reward
@@ -114,6 +118,19 @@ class DPO(Supervised, Stage[DPOParts]):
     dtype: Dtype = "fp32"
     """Dtype of forward passes: fp32, bf16; auto: bf16 if the device has instructions for it,
     which pays if d_model >= 256."""
+    micro_batch_size: Count | None = None
+    """Pairs a forward and backward pass; less memory, the same result; null: batch_size."""
+    gradient_checkpointing: bool = False
+    """Computes activations again in the backward pass; less memory, slower."""
+
+    @model_validator(mode="after")
+    def _fits_the_batch(self) -> "DPO":
+        if (size := self.micro_batch_size or 0) > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size={size} is above batch_size={self.batch_size}: lower it, or set"
+                " it null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _smooths_labels(self) -> "DPO":
@@ -173,6 +190,8 @@ class DPO(Supervised, Stage[DPOParts]):
                 context, self.eval_task or parts.task, parts.model, parts.reward, parts.sampler,
                 parts.finetune, value_head=False,
             )  # fmt: skip
+            if self.gradient_checkpointing:
+                setup.policy.checkpoint_gradients()
             train, held_out_pairs = self._encoded(parts.task, setup)
             held_out = self._referenced(held_out_pairs, setup)
             batches, pair_batches = self._batches(context, parts, setup, train)
@@ -197,7 +216,7 @@ class DPO(Supervised, Stage[DPOParts]):
             measure = _Evaluations(self, context, setup, held_out, last=num_updates)
             self.fit(
                 context, state, self._losses(setup, pair_batches),
-                num_updates=num_updates, measure=measure,
+                num_updates=num_updates, measure=measure, knobs=self._less_memory(),
             )  # fmt: skip
         with clock("save"):
             check_frozen(setup, setup.reference_hash)
@@ -231,8 +250,18 @@ class DPO(Supervised, Stage[DPOParts]):
         """The pairs with the reference's log-probs."""
         return ReferencedPairs(
             pairs, setup.reference,
-            batch_size=self.batch_size, dtype=self.dtype, device=setup.policy.device,
+            batch_size=self.micro_batch_size or self.batch_size, dtype=self.dtype,
+            device=setup.policy.device,
         )  # fmt: skip
+
+    def _less_memory(self) -> list[str]:
+        """Settings that reduce the memory of learning, as advice."""
+        size, knobs = self.micro_batch_size or self.batch_size, []
+        if size > 1:
+            knobs.append(f"set stage.micro_batch_size below {size}")
+        if not self.gradient_checkpointing:
+            knobs.append("set stage.gradient_checkpointing=true")
+        return knobs
 
     def _batches(
         self, context: Context, parts: DPOParts, setup: Setup, pairs: list[EncodedPair]
@@ -252,22 +281,35 @@ class DPO(Supervised, Stage[DPOParts]):
         online = OnlinePairs(
             setup, prompts,
             batch_size=self.batch_size, num_batches=self.resample_every, dtype=self.dtype,
-            seed=context.seed, log=context.folder.log,
+            pass_size=self.micro_batch_size, seed=context.seed, log=context.folder.log,
         )  # fmt: skip
         return online, online
 
-    def _losses(self, setup: Setup, batches: Iterator[PairBatch]) -> Iterator[LossOutput]:
+    def _losses(self, setup: Setup, batches: Iterator[PairBatch]) -> Iterator[Iterator[LossOutput]]:
         for pairs, index in batches:
-            yield self.loss_output(
-                pairs.logprobs(setup.policy, index),
-                pairs.reference(index),
-                num_tokens=pairs.num_chosen_tokens(index),
+            yield self.loss_parts(setup.policy, pairs, index)
+
+    def loss_parts(
+        self, policy: Reference, pairs: ReferencedPairs, index: Sequence[int]
+    ) -> Iterator[LossOutput]:
+        """Yields the loss of the pairs at `index`, `micro_batch_size` pairs at a time; losses and
+        metrics are weighted, so that their sums are those of all pairs at once."""
+        size, num_tokens = self.micro_batch_size or len(index), pairs.num_chosen_tokens(index)
+        for start in range(0, len(index), size):
+            part = index[start : start + size]
+            share = len(part) / len(index)
+            output = self.loss_output(
+                pairs.logprobs(policy, part), pairs.reference(part), num_tokens=share * num_tokens
             )
+            metrics = {name: share * value for name, value in output.metrics.items()}
+            yield LossOutput(loss=share * output.loss, metrics=metrics)
 
     def loss_output(
-        self, policy: PairLogprobs, reference: PairLogprobs, *, num_tokens: int
+        self, policy: PairLogprobs, reference: PairLogprobs, *, num_tokens: float
     ) -> LossOutput:
-        """The loss of pairs with `num_tokens` tokens in their chosen answers, and `METRICS`."""
+        """The loss of pairs, and `METRICS`. The sum of the chosen answers' log-probs is divided by
+        `num_tokens`, the number of their tokens; of a part of a batch, by its share of the
+        batch's."""
         if self.loss == "ipo":
             preference = ipo_loss(*policy, *reference, beta=self.beta)
         else:

@@ -38,8 +38,9 @@ class Answer(NamedTuple):
 
 class OnlinePairs(Iterator[PairBatch]):
     """Endless batches of pairs. Every `num_batches` batches new pairs are sampled from the policy
-    as it then is, to prompts in random order; a tie, of rewards or of answers, is dropped. `log` is
-    called with the number of batches so far and metrics of the new pairs."""
+    as it then is, to prompts in random order; a tie, of rewards or of answers, is dropped. The
+    reference reads `pass_size` pairs at a time, by default `batch_size`. `log` is called with the
+    number of batches so far and metrics of the new pairs."""
 
     def __init__(
         self,
@@ -49,12 +50,14 @@ class OnlinePairs(Iterator[PairBatch]):
         batch_size: int,
         num_batches: int,
         dtype: Dtype,
+        pass_size: int | None = None,
         seed: int,
         log: Callable[[int, Mapping[str, float]], None],
     ) -> None:
         assert setup.score is not None
         self._setup, self._reward, self._log = setup, CheckedReward(setup.score), log
         self._batch_size, self._num_batches, self._dtype = batch_size, num_batches, dtype
+        self._pass_size = pass_size or batch_size
         self._prompts = PromptStream(prompts, batch_size, make_generator(seed, "prompts"))
         self._generator = make_generator(seed, "samples", setup.policy.device)
         self._encoded: list[EncodedPair] = []
@@ -114,7 +117,7 @@ class OnlinePairs(Iterator[PairBatch]):
         self._encoded = pairs
         self._pairs = ReferencedPairs(
             pairs, self._setup.reference,
-            batch_size=self._batch_size, dtype=self._dtype, device=self._setup.policy.device,
+            batch_size=self._pass_size, dtype=self._dtype, device=self._setup.policy.device,
         )  # fmt: skip
 
     @torch.no_grad()
