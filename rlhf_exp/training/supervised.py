@@ -31,7 +31,7 @@ from rlhf_exp.types import LossOutput
 log = logging.getLogger(__name__)
 
 
-# Of an update; an iterator computes it in parts, whose sum it is.
+# The loss of an update; an iterator yields parts, each computed on demand, whose sum is the loss.
 Loss = Tensor | LossOutput | Iterator[LossOutput]
 
 
