@@ -115,6 +115,11 @@ class PromptBatch(Record):
         """The text of each prompt."""
         return tuple(row["prompt"] for row in self.rows)
 
+    @property
+    def unrendered(self) -> tuple[Any, ...]:
+        """Each prompt as its task has it: the messages of a conversation, else the text."""
+        return tuple(row.get("messages", row["prompt"]) for row in self.rows)
+
 
 @record
 class Completions(Record):

@@ -131,7 +131,7 @@ class CausalTransformer(nn.Module):
         self._recomputed = [block for block in blocks if block not in inner]
         if not self._recomputed:
             raise ConfigError(
-                f"stage.compute.gradient_checkpointing=true: {type(self.language_model).__name__}"
+                f"gradient_checkpointing=true: {type(self.language_model).__name__}"
                 " has no blocks that transformers can recompute; set it false"
             )
 

@@ -1,7 +1,7 @@
 """Direct preference optimisation: a policy learns from preference pairs without a reward model."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
@@ -9,18 +9,15 @@ import torch
 from pydantic import WithJsonSchema, model_validator
 
 from rlhf_exp.functional.losses import dpo_loss, ipo_loss
-from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.machine.precision import Dtype, autocast
 from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.finetune import Finetune
 from rlhf_exp.models.loading import (
     ModelSettings,
     Pretrained,
-    load_context_len,
-    load_tokenizer,
     must_be_fast,
 )
-from rlhf_exp.models.reference import resident_memory
+from rlhf_exp.models.reference import Reference, resident_memory
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.rewards.attempts import CheckedReward
 from rlhf_exp.rewards.protocol import ReadsPrompts, Reward
@@ -38,15 +35,15 @@ from rlhf_exp.settings import (
     NonNegative,
     Positive,
     Upstream,
-    is_reference,
     settings,
 )
 from rlhf_exp.stages.check_saved import check_saved_policy
 from rlhf_exp.stages.online_pairs import OnlinePairs, PairBatch
+from rlhf_exp.stages.pair_encoding import check_tokens, encode_split
 from rlhf_exp.stages.pair_logprobs import PairLogprobs, ReferencedPairs
 from rlhf_exp.stages.protocol import Stage, StageResult
 from rlhf_exp.tasks.batches import BatchStream, bucket_by_length
-from rlhf_exp.tasks.pair_tokens import EncodedPair, encode_pairs
+from rlhf_exp.tasks.pair_tokens import EncodedPair
 from rlhf_exp.tasks.pairs import num_shared
 from rlhf_exp.tasks.protocol import AnswerTask, PairTask, Task
 from rlhf_exp.tracking.curves import queue_loss_plot
@@ -121,6 +118,19 @@ class DPO(Supervised, Stage[DPOParts]):
     dtype: Dtype = "fp32"
     """Dtype of forward passes: fp32, bf16; auto: bf16 if the device has instructions for it,
     which pays if d_model >= 256."""
+    micro_batch_size: Count | None = None
+    """Pairs a forward and backward pass; less memory, the same result; null: batch_size."""
+    gradient_checkpointing: bool = False
+    """Computes activations again in the backward pass; less memory, slower."""
+
+    @model_validator(mode="after")
+    def _fits_the_batch(self) -> "DPO":
+        if (size := self.micro_batch_size or 0) > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size={size} is above batch_size={self.batch_size}: lower it, or set"
+                " it null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _smooths_labels(self) -> "DPO":
@@ -154,7 +164,7 @@ class DPO(Supervised, Stage[DPOParts]):
         if not held_out:
             problems.append("task.path: no pairs are held out: give at least one to measure")
         if not problems and isinstance(parts.model, Pretrained):
-            check_tokens(parts.model, parts.task)
+            check_tokens(parts.model, parts.task, stage="dpo")
         return problems
 
     def check_upstream(self, parts: DPOParts, upstream: Upstream) -> list[str]:
@@ -180,6 +190,8 @@ class DPO(Supervised, Stage[DPOParts]):
                 context, self.eval_task or parts.task, parts.model, parts.reward, parts.sampler,
                 parts.finetune, value_head=False,
             )  # fmt: skip
+            if self.gradient_checkpointing:
+                setup.policy.checkpoint_gradients()
             train, held_out_pairs = self._encoded(parts.task, setup)
             held_out = self._referenced(held_out_pairs, setup)
             batches, pair_batches = self._batches(context, parts, setup, train)
@@ -204,7 +216,7 @@ class DPO(Supervised, Stage[DPOParts]):
             measure = _Evaluations(self, context, setup, held_out, last=num_updates)
             self.fit(
                 context, state, self._losses(setup, pair_batches),
-                num_updates=num_updates, measure=measure,
+                num_updates=num_updates, measure=measure, knobs=self._less_memory(),
             )  # fmt: skip
         with clock("save"):
             check_frozen(setup, setup.reference_hash)
@@ -223,7 +235,7 @@ class DPO(Supervised, Stage[DPOParts]):
     def _encoded(self, task: PairTask, setup: Setup) -> tuple[list[EncodedPair], list[EncodedPair]]:
         """The pairs to train on and the held-out ones as tokens."""
         policy, split = setup.policy, task.pair_split()
-        encoded = encode_split(policy.tokenizer, task, limit=policy.context_len)
+        encoded = encode_split(policy.tokenizer, task, limit=policy.context_len, stage="dpo")
         trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
         log.info("loss=%s: training %.2f M parameters on %d pairs; %d pairs held out",
                  self.loss, trained / 1e6, *map(len, encoded))  # fmt: skip
@@ -238,8 +250,18 @@ class DPO(Supervised, Stage[DPOParts]):
         """The pairs with the reference's log-probs."""
         return ReferencedPairs(
             pairs, setup.reference,
-            batch_size=self.batch_size, dtype=self.dtype, device=setup.policy.device,
+            batch_size=self.micro_batch_size or self.batch_size, dtype=self.dtype,
+            device=setup.policy.device,
         )  # fmt: skip
+
+    def _less_memory(self) -> list[str]:
+        """Settings that reduce the memory of learning, as advice."""
+        size, knobs = self.micro_batch_size or self.batch_size, []
+        if size > 1:
+            knobs.append(f"set stage.micro_batch_size below {size}")
+        if not self.gradient_checkpointing:
+            knobs.append("set stage.gradient_checkpointing=true")
+        return knobs
 
     def _batches(
         self, context: Context, parts: DPOParts, setup: Setup, pairs: list[EncodedPair]
@@ -259,22 +281,35 @@ class DPO(Supervised, Stage[DPOParts]):
         online = OnlinePairs(
             setup, prompts,
             batch_size=self.batch_size, num_batches=self.resample_every, dtype=self.dtype,
-            seed=context.seed, log=context.folder.log,
+            pass_size=self.micro_batch_size, seed=context.seed, log=context.folder.log,
         )  # fmt: skip
         return online, online
 
-    def _losses(self, setup: Setup, batches: Iterator[PairBatch]) -> Iterator[LossOutput]:
+    def _losses(self, setup: Setup, batches: Iterator[PairBatch]) -> Iterator[Iterator[LossOutput]]:
         for pairs, index in batches:
-            yield self.loss_output(
-                pairs.logprobs(setup.policy, index),
-                pairs.reference(index),
-                num_tokens=pairs.num_chosen_tokens(index),
+            yield self.loss_parts(setup.policy, pairs, index)
+
+    def loss_parts(
+        self, policy: Reference, pairs: ReferencedPairs, index: Sequence[int]
+    ) -> Iterator[LossOutput]:
+        """Yields the loss of the pairs at `index`, `micro_batch_size` pairs at a time; losses and
+        metrics are weighted, so that their sums are those of all pairs at once."""
+        size, num_tokens = self.micro_batch_size or len(index), pairs.num_chosen_tokens(index)
+        for start in range(0, len(index), size):
+            part = index[start : start + size]
+            share = len(part) / len(index)
+            output = self.loss_output(
+                pairs.logprobs(policy, part), pairs.reference(part), num_tokens=share * num_tokens
             )
+            metrics = {name: share * value for name, value in output.metrics.items()}
+            yield LossOutput(loss=share * output.loss, metrics=metrics)
 
     def loss_output(
-        self, policy: PairLogprobs, reference: PairLogprobs, *, num_tokens: int
+        self, policy: PairLogprobs, reference: PairLogprobs, *, num_tokens: float
     ) -> LossOutput:
-        """The loss of pairs with `num_tokens` tokens in their chosen answers, and `METRICS`."""
+        """The loss of pairs, and `METRICS`. The sum of the chosen answers' log-probs is divided by
+        `num_tokens`, the number of their tokens; of a part of a batch, by its share of the
+        batch's."""
         if self.loss == "ipo":
             preference = ipo_loss(*policy, *reference, beta=self.beta)
         else:
@@ -295,31 +330,6 @@ class DPO(Supervised, Stage[DPOParts]):
             loss=preference + self.sft_coef * sft,
             metrics=dict(zip(METRICS, values, strict=True)),
         )
-
-
-def check_tokens(model: Pretrained, task: PairTask) -> None:
-    """Raises ConfigError as `encode_split` does, without reading the model's weights."""
-    source = model.locate()
-    if source is None or is_reference(source):  # it is still to be fetched or made
-        return
-    tokenizer = load_tokenizer(
-        source, revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
-    encode_split(tokenizer, task, limit=load_context_len(source))
-
-
-def encode_split(
-    tokenizer: PreTrainedTokenizerBase, task: PairTask, *, limit: int
-) -> tuple[list[EncodedPair], list[EncodedPair]]:
-    """The pairs to train on and the held-out ones as tokens. Raises ConfigError as `encode_pairs`
-    does, and for a tokenizer without EOS."""
-    if tokenizer.eos_token_id is None:
-        raise ConfigError("stage=dpo needs a tokenizer with an EOS token")
-    train, held_out = (
-        encode_pairs(tokenizer, pairs, sources, prepend_bos=task.prepend_bos, limit=limit)
-        for pairs, sources in zip(task.pair_split(), task.sources(), strict=True)
-    )
-    return train, held_out
 
 
 class _Evaluations:

@@ -18,7 +18,7 @@ from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.stages.pair_logprobs import ReferencedPairs
 from rlhf_exp.tasks.pair_tokens import EncodedPair
 from rlhf_exp.tasks.prompts import PromptStream
-from rlhf_exp.tasks.protocol import Pair
+from rlhf_exp.tasks.protocol import Conversation, Pair
 from rlhf_exp.training.seeding import make_generator
 from rlhf_exp.types import PromptBatch
 
@@ -38,8 +38,9 @@ class Answer(NamedTuple):
 
 class OnlinePairs(Iterator[PairBatch]):
     """Endless batches of pairs. Every `num_batches` batches new pairs are sampled from the policy
-    as it then is, to prompts in random order; a tie, of rewards or of answers, is dropped. `log` is
-    called with the number of batches so far and metrics of the new pairs."""
+    as it then is, to prompts in random order; a tie, of rewards or of answers, is dropped. The
+    reference reads `pass_size` pairs at a time, by default `batch_size`. `log` is called with the
+    number of batches so far and metrics of the new pairs."""
 
     def __init__(
         self,
@@ -49,12 +50,14 @@ class OnlinePairs(Iterator[PairBatch]):
         batch_size: int,
         num_batches: int,
         dtype: Dtype,
+        pass_size: int | None = None,
         seed: int,
         log: Callable[[int, Mapping[str, float]], None],
     ) -> None:
         assert setup.score is not None
         self._setup, self._reward, self._log = setup, CheckedReward(setup.score), log
         self._batch_size, self._num_batches, self._dtype = batch_size, num_batches, dtype
+        self._pass_size = pass_size or batch_size
         self._prompts = PromptStream(prompts, batch_size, make_generator(seed, "prompts"))
         self._generator = make_generator(seed, "samples", setup.policy.device)
         self._encoded: list[EncodedPair] = []
@@ -114,7 +117,7 @@ class OnlinePairs(Iterator[PairBatch]):
         self._encoded = pairs
         self._pairs = ReferencedPairs(
             pairs, self._setup.reference,
-            batch_size=self._batch_size, dtype=self._dtype, device=self._setup.policy.device,
+            batch_size=self._pass_size, dtype=self._dtype, device=self._setup.policy.device,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -138,18 +141,20 @@ class OnlinePairs(Iterator[PairBatch]):
             )
         ]
         prompt_tokens = [t[m].tolist() for t, m in zip(prompts.tokens, prompts.mask, strict=True)]
-        places = zip(prompt_tokens, prompts.texts, answers[::2], answers[1::2], strict=True)
+        places = zip(prompt_tokens, prompts.unrendered, answers[::2], answers[1::2], strict=True)
         pairs = [ordered_pair(*place) for place in places]
         return [pair for pair in pairs if pair is not None]
 
 
-def ordered_pair(tokens: list[int], text: str, first: Answer, second: Answer) -> EncodedPair | None:
+def ordered_pair(
+    tokens: list[int], prompt: str | Conversation, first: Answer, second: Answer
+) -> EncodedPair | None:
     """Two answers to a prompt as a pair, the better one chosen; None for a tie, of rewards or of
     answers."""
     if first.reward == second.reward or first.tokens == second.tokens:
         return None
     better, other = (first, second) if first.reward > second.reward else (second, first)
     pair = Pair(
-        text, better.text, other.text, better.reward, other.reward, better.ended, other.ended
+        prompt, better.text, other.text, better.reward, other.reward, better.ended, other.ended
     )
     return EncodedPair(pair=pair, prompt=tokens, chosen=better.tokens, rejected=other.tokens)

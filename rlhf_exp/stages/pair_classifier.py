@@ -6,6 +6,7 @@ Knows the classifier, its texts and its scores, not the losses.
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from rlhf_exp.rewards.sequence_classifier import SequenceClassifier
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.stages.check_saved import check_saved_classifier
 from rlhf_exp.stages.pair_data import PairData, Scores
+from rlhf_exp.tasks.conversations import prompt_text
 from rlhf_exp.tasks.pair_tokens import EncodedPair
 from rlhf_exp.tasks.protocol import Pair
 
@@ -45,13 +47,17 @@ def encode_texts(
     classifier: SequenceClassifier, pairs: Sequence[Pair], sources: Sequence[str]
 ) -> list[EncodedPair]:
     """The pairs as token ids of the texts that reward=pair_model reads: prompt, answer and EOS,
-    whether the answer ended or not. Raises ConfigError naming the source of a text that the
-    tokenizer cannot read."""
+    whether the answer ended or not, or what the classifier's chat template makes of a conversation
+    with its answer. Raises ConfigError naming the source of a text that the tokenizer cannot
+    read."""
     encoded = []
     for pair, source in zip(pairs, sources, strict=True):
+        row: dict[str, Any] = {"prompt": prompt_text(pair.prompt)}
+        if not isinstance(pair.prompt, str):
+            row["messages"] = pair.prompt
         try:
             chosen, rejected = (
-                classifier.ids({"prompt": pair.prompt}, answer, classifier.eos)
+                classifier.ids(row, answer, classifier.eos)
                 for answer in (pair.chosen, pair.rejected)
             )
         except RewardError as error:

@@ -14,6 +14,7 @@ from rlhf_exp.functional.losses import pairwise_rank_loss, reward_mse
 from rlhf_exp.machine.precision import Dtype, autocast
 from rlhf_exp.models.reward_model import RewardFeatures, RewardModel
 from rlhf_exp.security.printable import printable
+from rlhf_exp.tasks.conversations import prompt_text
 from rlhf_exp.tasks.pair_tokens import EncodedPair, collate
 from rlhf_exp.types import concatenate
 
@@ -143,7 +144,7 @@ def score_rows(data: PairData, scores: Scores) -> list[dict[str, object]]:
         zip(data.pairs, *(s.tolist() for s in scores), strict=True)
     ):
         row = {
-            "prompt": encoded.pair.prompt,
+            "prompt": prompt_text(encoded.pair.prompt),
             "chosen": encoded.pair.chosen,
             "rejected": encoded.pair.rejected,
             "chosen_score": chosen,

@@ -20,10 +20,11 @@ from rlhf_exp.rollout.sampler import Sampler, have_ended
 from rlhf_exp.runs.context import Context, TrainingError
 from rlhf_exp.settings import ConfigError, Count, settings
 from rlhf_exp.stages.protocol import Stage, StageResult
+from rlhf_exp.tasks.conversations import prompt_key, prompt_text
 from rlhf_exp.tasks.hashing import hash_fraction
 from rlhf_exp.tasks.pairs import FOLDER, Format, write_pairs
 from rlhf_exp.tasks.prompts import PromptStream
-from rlhf_exp.tasks.protocol import DemonstrationTask, Pair, Prompt, PromptRow, Task
+from rlhf_exp.tasks.protocol import Conversation, DemonstrationTask, Pair, Prompt, PromptRow, Task
 from rlhf_exp.tracking.progress import Progress
 from rlhf_exp.training.out_of_memory import explaining_memory
 from rlhf_exp.training.saver import Saver, check_inputs
@@ -94,6 +95,12 @@ class Preferences(Stage[PreferencesParts]):
                 fitting_prompts(policy, task, texts, sampler)
                 for texts in split_prompts(task, share)
             ]
+            kinds = {type(prompt) for batch in prompts for prompt in batch.unrendered}
+            if self.format == "parquet" and len(kinds) > 1:
+                raise ConfigError(
+                    "stage.format=parquet: a column holds texts or conversations, but the task's"
+                    " prompts are both: set stage.format=jsonl"
+                )
             score = load_reward(context, parts.reward, policy, policy, task, sampler, prompts)
         source = _PairSource(policy, sampler, score, context, self, prompts)
         source.inputs = fingerprints(policy.language_model, task=task, model=model)
@@ -114,7 +121,8 @@ class Preferences(Stage[PreferencesParts]):
             for name, pairs in (("train", train), ("test", held_out)):
                 write_pairs(pairs, context.folder.path / FOLDER / f"{name}.{self.format}")
         context.folder.log(source.num_prompts, source.metrics())
-        context.folder.log_samples(0, [pair._asdict() for pair in held_out[:LOGGED]])
+        samples = [pair._replace(prompt=prompt_text(pair.prompt)) for pair in held_out[:LOGGED]]
+        context.folder.log_samples(0, [pair._asdict() for pair in samples])
         log.info(
             "%d and %d held-out pairs kept of %d sampled, of which %d are ties; mean reward of the"
             " better answers %.2f, of the others %.2f",
@@ -216,7 +224,7 @@ class _PairSource:
                         .tolist(), strict=True)]  # fmt: skip
         pairs = [
             as_pair(prompt, answers[2 * i], answers[2 * i + 1])
-            for i, prompt in enumerate(prompts.texts)
+            for i, prompt in enumerate(prompts.unrendered)
         ]
         usable = [pair for pair in pairs if pair is not None]
         self.num_prompts += len(pairs)
@@ -238,7 +246,9 @@ class _PairSource:
 
 
 def as_pair(
-    prompt: str, first: tuple[str, float, bool], second: tuple[str, float, bool]
+    prompt: str | Conversation,
+    first: tuple[str, float, bool],
+    second: tuple[str, float, bool],
 ) -> Pair | None:
     """The two answers (text, reward, whether it ended) as a pair, or None for a tie: equal rewards
     or equal texts."""
@@ -260,23 +270,17 @@ def as_pair(
 def split_prompts(task: Task, share: float) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
     """Prompts to sample from for training and for held-out pairs: those of held-out demonstrations
     if the task has any, else a `share` of the training prompts, at least one, chosen by their hash.
-    Both are the same if there is only one prompt. Raises ConfigError for conversations, which pairs
-    cannot hold."""
+    Both are the same if there is only one prompt."""
     prompts = task.train_prompts()
     if isinstance(task, DemonstrationTask):
         return prompts, [d.prompt for d in task.demonstration_split().held_out]
-    by_text: dict[str, list[Prompt]] = {}
+    by_key: dict[str, list[Prompt]] = {}
     for prompt in prompts:
-        text = prompt.prompt if isinstance(prompt, PromptRow) else prompt
-        if not isinstance(text, str):
-            raise ConfigError(
-                "stage=preferences writes pairs of texts, but the task's prompts are conversations:"
-                " give prompts as text"
-            )
-        by_text.setdefault(text, []).append(prompt)
-    if len(by_text) == 1:
+        key = prompt_key(prompt.prompt if isinstance(prompt, PromptRow) else prompt)
+        by_key.setdefault(key, []).append(prompt)
+    if len(by_key) == 1:
         return prompts, prompts
-    ordered = sorted(by_text, key=hash_fraction)
+    ordered = sorted(by_key, key=hash_fraction)
     count = min(max(1, round(share * len(ordered))), len(ordered) - 1)
     held_out, train = ordered[:count], ordered[count:]
-    return [p for t in train for p in by_text[t]], [p for t in held_out for p in by_text[t]]
+    return [p for t in train for p in by_key[t]], [p for t in held_out for p in by_key[t]]

@@ -4,7 +4,6 @@ which are computed once, or a whole sequence classifier."""
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial
 from typing import Literal
 
 import torch
@@ -42,10 +41,12 @@ from rlhf_exp.stages.pair_data import (
     print_pairs,
     score_rows,
 )
+from rlhf_exp.stages.pair_encoding import check_template, encode_split
 from rlhf_exp.stages.protocol import Stage, StageResult
 from rlhf_exp.tasks.batches import BatchStream, shuffle_batches
+from rlhf_exp.tasks.conversations import prompt_key
 from rlhf_exp.tasks.encoding import leading_ids
-from rlhf_exp.tasks.pair_tokens import EncodedPair, encode_pairs
+from rlhf_exp.tasks.pair_tokens import EncodedPair
 from rlhf_exp.tasks.pairs import hold_out, num_shared
 from rlhf_exp.tasks.protocol import PairTask
 from rlhf_exp.tracking.curves import plot_margins, plot_predictions, queue_loss_plot
@@ -159,6 +160,8 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
                 "stage.loss=mse_rank needs the columns chosen_reward and rejected_reward, which the"
                 " pairs do not have: set stage.loss=rank"
             )
+        if isinstance(parts.model, Pretrained):
+            problems += check_template(parts.model, parts.task)
         return problems
 
     def metric_names(self, parts: RewardModelParts) -> tuple[str, ...]:
@@ -212,25 +215,23 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
         """The model with a fresh head, and the pairs for training, stopping and the report."""
         scorer = self._scorer(context, task, model)
         if isinstance(scorer, RewardModel):
-            encode = partial(
-                encode_pairs,
-                scorer.backbone.tokenizer,
-                prepend_bos=task.prepend_bos,
-                limit=scorer.backbone.context_len,
-            )
+            tokenizer, limit = scorer.backbone.tokenizer, scorer.backbone.context_len
+            train, held_out = encode_split(tokenizer, task, limit=limit, stage="reward_model")
         else:
-            encode = partial(encode_texts, scorer)
-        train, held_out = (
-            encode(pairs, sources)
-            for pairs, sources in zip(task.pair_split(), task.sources(), strict=True)
-        )
+            train, held_out = (
+                encode_texts(scorer, pairs, sources)
+                for pairs, sources in zip(task.pair_split(), task.sources(), strict=True)
+            )
         if shared := num_shared(task.pair_split()):
             log.warning(
                 "%d of %d held-out pairs have a prompt that is trained on too: what is reported is"
                 " no measure of new prompts", shared, len(held_out),
             )  # fmt: skip
         halves = hold_out(
-            held_out, fraction=0.5, salt=f"stop {context.seed}", prompt_of=lambda e: e.pair.prompt
+            held_out,
+            fraction=0.5,
+            salt=f"stop {context.seed}",
+            prompt_of=lambda encoded: prompt_key(encoded.pair.prompt),
         )
         if not all(halves):
             raise ConfigError(
@@ -247,8 +248,6 @@ class TrainRewardModel(Supervised, Stage[RewardModelParts]):
             texts = 2 * self.batch_size  # of the pairs of an update
             return load_pair_classifier(model, batch_size=texts, device=context.device, seed=seed)
         network, tokenizer = model.language_model(None, seed=seed)
-        if tokenizer.eos_token_id is None:
-            raise ConfigError("stage=reward_model needs a tokenizer with an EOS token")
         backbone = with_fast_paths(CausalTransformer(network.to(context.device), tokenizer))
         shape = HeadShape(
             kind=self.head,

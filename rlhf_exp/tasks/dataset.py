@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import model_validator
 
 from rlhf_exp.settings import ConfigError, Count, Fraction, Index, Text, is_reference, settings
+from rlhf_exp.tasks.conversations import ANSWERS, prompt_key, read_message
 from rlhf_exp.tasks.hashing import hash_fraction, split_by_keys
 from rlhf_exp.tasks.protocol import Conversation, Prompt, PromptRow, Split
 from rlhf_exp.tasks.tables import Source, read_table
@@ -22,9 +23,6 @@ from rlhf_exp.tasks.text_files import check_unicode
 log = logging.getLogger(__name__)
 
 COLUMNS = ("prompt", "text", "messages")
-ANSWERS = "assistant"
-ROLES = ("system", "user", ANSWERS, "tool", "developer")
-CALLS = ("tool_calls", "function_call")  # keys of a message that are not supported
 
 
 @settings
@@ -220,28 +218,11 @@ def _prompt(value: Any, what: str) -> str | Conversation:
         messages.pop()
     if not messages:
         raise ConfigError(f"{what} has no message before the assistant's; add a user's message")
-    read = [_message(message, what) for message in messages]
+    read = [read_message(message, what) for message in messages]
     if not read[-1]["content"].strip():
         raise ConfigError(f"{what} ends with a blank message; fill it in or remove the row")
     return read
 
 
-def _message(message: Any, what: str) -> dict[str, str]:
-    """Role and content only: Arrow gives every message the keys of all messages."""
-    is_valid = (
-        isinstance(message, Mapping)
-        and message.get("role") in ROLES
-        and isinstance(message.get("content"), str)
-        and not any(message.get(name) for name in CALLS)
-    )
-    if not is_valid:
-        raise ConfigError(
-            f"{what} holds the message {reprlib.repr(message)}; give role (one of"
-            f" {', '.join(ROLES)}), content (a text) and no {' or '.join(CALLS)}"
-        )
-    return {"role": message["role"], "content": check_unicode(message["content"], what)}
-
-
 def _key(row: Prompt) -> str:
-    prompt = row.prompt if isinstance(row, PromptRow) else row
-    return prompt if isinstance(prompt, str) else repr(prompt)
+    return prompt_key(row.prompt if isinstance(row, PromptRow) else row)

@@ -8,7 +8,9 @@ import torch
 from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.batches import pad_left, pad_right
+from rlhf_exp.tasks.conversations import prompt_text
 from rlhf_exp.tasks.encoding import can_encode, encode, leading_ids
+from rlhf_exp.tasks.prompts import render
 from rlhf_exp.tasks.protocol import Pair
 from rlhf_exp.types import Completions, PromptBatch
 
@@ -32,24 +34,32 @@ def encode_pairs(
     prepend_bos: bool | None,
     limit: int,
 ) -> list[EncodedPair]:
-    """The pairs as tokens; the only special tokens are BOS, if required, and the answers' EOS.
+    """The pairs as tokens; the only special tokens are BOS, if required, the answers' EOS, and
+    those of the chat template, which renders conversations as for sampling.
 
     Raises ConfigError naming the source and the field of a text that the vocabulary cannot encode,
-    or whose prompt and answer exceed `limit` tokens.
+    of a conversation that the chat template does not accept, and of a prompt and answer that exceed
+    `limit` tokens.
     """
     bos = leading_ids(tokenizer, prepend_bos=prepend_bos)
-    columns = {
-        name: _encode(tokenizer, [getattr(pair, name) for pair in pairs], name, sources)
-        for name in ("prompt", "chosen", "rejected")
-    }
+    texts = {name: [getattr(p, name) for p in pairs] for name in ("prompt", "chosen", "rejected")}
+    texts["prompt"] = [
+        p if isinstance(p, str) else render(tokenizer, p, what=f"task.path: {source}, field prompt")
+        for p, source in zip(texts["prompt"], sources, strict=True)
+    ]
+    columns = {name: _encode(tokenizer, texts[name], name, sources) for name in texts}
     encoded = []
     for i, (pair, source) in enumerate(zip(pairs, sources, strict=True)):
         answers = {
             name: columns[name][i] + ([tokenizer.eos_token_id] if ended else [])
             for name, ended in (("chosen", pair.chosen_ended), ("rejected", pair.rejected_ended))
         }
-        prompt = bos + columns["prompt"][i]
+        prompt = columns["prompt"][i]
+        if isinstance(pair.prompt, str):
+            _check_eos(tokenizer, prompt, "prompt", source)
+            prompt = bos + prompt
         for name, answer in answers.items():
+            _check_eos(tokenizer, columns[name][i], name, source)
             if not answer:
                 raise ConfigError(f"task.path: {source}, field {name} is blank and has not ended")
             if len(prompt) + len(answer) > limit:
@@ -81,14 +91,21 @@ def _encode(
                 " not in the model's vocabulary: correct it, or use the model that wrote these"
                 " answers"
             )
-        if tokenizer.eos_token_id in row:
-            raise ConfigError(
-                f"task.path: {source}, field {field} holds {tokenizer.eos_token!r}: remove it; EOS"
-                " is appended to an answer unless chosen_ended or rejected_ended is false"
-            )
         if field == "prompt" and not row:
             raise ConfigError(f"task.path: {source}, field {field} has no tokens: {text!r}")
     return rows
+
+
+def _check_eos(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], field: str, source: str
+) -> None:
+    """Raises ConfigError for an EOS that a text holds; a chat template may put one into a
+    prompt."""
+    if tokenizer.eos_token_id in ids:
+        raise ConfigError(
+            f"task.path: {source}, field {field} holds {tokenizer.eos_token!r}: remove it; EOS is"
+            " appended to an answer unless chosen_ended or rejected_ended is false"
+        )
 
 
 def _check_words(tokenizer: PreTrainedTokenizerBase, text: str, field: str, source: str) -> None:
@@ -113,7 +130,7 @@ def collate(
         [pair.prompt for pair in pairs] * 2,
         [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs],
         texts=[pair.pair.chosen for pair in pairs] + [pair.pair.rejected for pair in pairs],
-        prompt_texts=[pair.pair.prompt for pair in pairs] * 2,
+        prompt_texts=[prompt_text(pair.pair.prompt) for pair in pairs] * 2,
         width=width,
         device=device,
     )

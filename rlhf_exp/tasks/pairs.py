@@ -1,24 +1,22 @@
 """Reads preference pairs from files, and writes them to files that `datasets` and TRL read.
 
-Knows the columns and refuses an ambiguous row, naming file, row and field.
+Knows files and splits, not the columns of a row.
 """
 
 import hashlib
 import json
-import reprlib
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from rlhf_exp.settings import ConfigError, Index, OpenFraction, Text, is_reference, settings
+from rlhf_exp.tasks.conversations import prompt_key
 from rlhf_exp.tasks.hashing import split_by_keys
-from rlhf_exp.tasks.protocol import Pair, Split
+from rlhf_exp.tasks.pair_formats import TEXTS, pair_row, read_pair
+from rlhf_exp.tasks.protocol import Pair, Prompt, PromptRow, Split
 from rlhf_exp.tasks.tables import Source, read_table
-from rlhf_exp.tasks.text_files import check_unicode
 
-TEXTS, REWARDS = ("prompt", "chosen", "rejected"), ("chosen_reward", "rejected_reward")
 FORMATS = ("jsonl", "parquet")
 Format = Literal["jsonl", "parquet"]
 FOLDER = "pairs"
@@ -42,8 +40,9 @@ class _Contents(NamedTuple):
 
 @settings
 class PairsFile:
-    """Pairs from a JSON Lines or Parquet file in the format of TRL's RewardTrainer: the columns
-    prompt, chosen and rejected, and optionally chosen_reward and rejected_reward.
+    """Pairs from a JSON Lines or Parquet file in one of TRL's preference formats: the columns
+    prompt, chosen and rejected, as texts or as lists of messages, or chosen and rejected alone,
+    which then begin with the prompt; and optionally chosen_reward and rejected_reward.
 
     A folder with train and test files, or a run folder of stage=preferences, is split as its files
     are; of a single file a `held_out_fraction` of the prompts is held out. Other columns are
@@ -67,13 +66,13 @@ class PairsFile:
         """
         return "" if is_reference(self.path) else self._contents.sha256
 
-    def train_prompts(self) -> tuple[str, ...]:
+    def train_prompts(self) -> tuple[Prompt, ...]:
         """The distinct prompts of the training pairs."""
-        return tuple(dict.fromkeys(pair.prompt for pair in self.pair_split().train))
+        return _distinct_prompts(self.pair_split().train)
 
-    def eval_prompts(self) -> tuple[str, ...]:
+    def eval_prompts(self) -> tuple[Prompt, ...]:
         """The distinct prompts of the held-out pairs."""
-        return tuple(dict.fromkeys(pair.prompt for pair in self.pair_split().held_out))
+        return _distinct_prompts(self.pair_split().held_out)
 
     def pair_split(self) -> Split[Pair]:
         """Training and held-out pairs. If a single file has at least ten prompts, no prompt is in
@@ -102,7 +101,7 @@ class PairsFile:
                 pairs,
                 fraction=self.held_out_fraction,
                 salt=str(self.data_seed),
-                prompt_of=lambda sourced_pair: sourced_pair.pair.prompt,
+                prompt_of=lambda sourced_pair: prompt_key(sourced_pair.pair.prompt),
             )
         else:
             split = Split(*map(tuple, file_pairs))
@@ -129,8 +128,8 @@ def hold_out(
 
 def num_shared(split: Split[Pair]) -> int:
     """The number of held-out pairs whose prompt is also in the training pairs."""
-    trained = {pair.prompt for pair in split.train}
-    return sum(pair.prompt in trained for pair in split.held_out)
+    trained = {prompt_key(pair.prompt) for pair in split.train}
+    return sum(prompt_key(pair.prompt) in trained for pair in split.held_out)
 
 
 def locate_pairs(path: str) -> list[Path]:
@@ -155,12 +154,13 @@ def read_pairs(file: Path) -> Iterator[tuple[int, Pair]]:
     and field for a malformed pair."""
     table = read_table(Source(path=str(file), text_columns=TEXTS))
     for number, row in table.rows(range(table.num_rows)):
-        yield number, _pair(row, f"task.path: {file}, row {number}")
+        yield number, read_pair(row, f"task.path: {file}, row {number}")
 
 
 def write_pairs(pairs: Iterable[Pair], file: Path) -> None:
-    """Writes a .jsonl or .parquet file with a column for each field of the pairs."""
-    rows = [pair._asdict() for pair in pairs]
+    """Writes a .jsonl or .parquet file with a column for each field of the pairs; the answers to
+    conversations are lists of one message."""
+    rows = [pair_row(pair) for pair in pairs]
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix.lower() == ".parquet":
         from pyarrow import Table, parquet
@@ -171,64 +171,9 @@ def write_pairs(pairs: Iterable[Pair], file: Path) -> None:
         file.write_text("".join(lines), encoding="utf-8")
 
 
-def _pair(row: Mapping[str, Any], where: str) -> Pair:
-    for name in TEXTS:
-        if row.get(name) is None:
-            raise ConfigError(
-                f"{where} has no field {name}: pairs need {', '.join(TEXTS)}; it has"
-                f" {', '.join(key for key in row if row[key] is not None) or 'none'}"
-            )
-        if not isinstance(row[name], str):
-            raise ConfigError(
-                f"{where}, field {name} is a {type(row[name]).__name__}, not a text: apply the chat"
-                " template to conversations first"
-            )
-        if name == "prompt" and not row[name].strip():
-            raise ConfigError(f"{where}, field {name} is blank: fill it in or remove the row")
-        check_unicode(row[name], f"{where}, field {name}")
-    if row["chosen"] == row["rejected"]:
-        raise ConfigError(
-            f"{where}, field rejected equals chosen: two equal texts have no order; remove the row"
-        )
-    chosen_reward, rejected_reward = _rewards(row, where) or (None, None)
-    return Pair(
-        prompt=row["prompt"],
-        chosen=row["chosen"],
-        rejected=row["rejected"],
-        chosen_reward=chosen_reward,
-        rejected_reward=rejected_reward,
-        chosen_ended=_ended(row, "chosen_ended", where),
-        rejected_ended=_ended(row, "rejected_ended", where),
-    )
-
-
-def _rewards(row: Mapping[str, Any], where: str) -> tuple[float, float] | None:
-    """Both rewards, None if the row has neither."""
-    values = [row.get(name) for name in REWARDS]
-    if values == [None, None]:
-        return None
-    for name, value in zip(REWARDS, values, strict=True):
-        if value is None:
-            raise ConfigError(f"{where} has one reward but no {name}: give both")
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not abs(value) < sys.float_info.max:  # false for NaN too
-            raise ConfigError(
-                f"{where}, field {name} is {reprlib.repr(value)}: give a finite number"
-            )
-    chosen, rejected = (float(value) for value in values if value is not None)
-    if chosen <= rejected:
-        raise ConfigError(
-            f"{where}, field chosen_reward is {chosen:g}, not above rejected_reward {rejected:g}:"
-            " swap the answers, or remove a tie"
-        )
-    return chosen, rejected
-
-
-def _ended(row: Mapping[str, Any], name: str, where: str) -> bool:
-    value = row.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise ConfigError(f"{where}, field {name} is {value!r}: give true or false")
-    return value is None or value
+def _distinct_prompts(pairs: Sequence[Pair]) -> tuple[Prompt, ...]:
+    prompts = {prompt_key(pair.prompt): pair.prompt for pair in pairs}
+    return tuple(p if isinstance(p, str) else PromptRow(p, {}) for p in prompts.values())
 
 
 def _check_rewards(pairs: Sequence[SourcedPair]) -> None:

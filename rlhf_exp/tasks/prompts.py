@@ -74,13 +74,16 @@ def _encode_rows(
     ]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str:
-    """A conversation as the text before the answer, including special tokens. Raises ConfigError if
-    the tokenizer has no chat template, or one that does not accept these messages."""
+def render(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, *, what: str = "task"
+) -> str:
+    """A conversation as the text before the answer, including special tokens. Raises ConfigError
+    that begins with `what` if the tokenizer has no chat template, or one that does not accept these
+    messages."""
     if not tokenizer.chat_template:
         raise ConfigError(
-            "task: the prompts are conversations, but the model's tokenizer has no chat template;"
-            " choose a model that was trained on chats, or give prompts as text"
+            f"{what}: the prompts are conversations, but the model's tokenizer has no chat"
+            " template; choose a model that was trained on chats, or give prompts as text"
         )
     try:
         return tokenizer.apply_chat_template(
@@ -89,7 +92,7 @@ def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> st
     except Exception as error:  # templates are programs and may raise anything
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"task: the tokenizer's chat template does not take {conversation!r:.200}: {reason}"
+            f"{what}: the tokenizer's chat template does not take {conversation!r:.200}: {reason}"
         ) from error
 
 

@@ -42,13 +42,14 @@ class Demonstration(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two answers to one prompt, the better one first, as text without special tokens.
+    """Two answers to one prompt, the better one first, as text without special tokens; the answer
+    to a conversation is the content of the assistant's next message.
 
     The rewards are None if only the order is known. An answer without its end-of-sequence token has
     not ended.
     """
 
-    prompt: str
+    prompt: str | Conversation
     chosen: str
     rejected: str
     chosen_reward: float | None = None

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -29,6 +29,10 @@ from rlhf_exp.training.seeding import stream_seed
 from rlhf_exp.types import LossOutput
 
 log = logging.getLogger(__name__)
+
+
+# The loss of an update; an iterator yields parts, each computed on demand, whose sum is the loss.
+Loss = Tensor | LossOutput | Iterator[LossOutput]
 
 
 @settings
@@ -68,13 +72,15 @@ class Supervised:
         self,
         context: Context,
         state: "SupervisedState",
-        losses: Iterator[Tensor | LossOutput],
+        losses: Iterator[Loss],
         *,
         num_updates: int,
         measure: Callable[[int], None] | None = None,
+        knobs: Sequence[str] = (),
     ) -> None:
         """Takes losses from the iterator, which computes each on demand, and makes one update for
-        each: `num_updates` in all, fewer if the state's `early_stopping` ends training.
+        each: `num_updates` in all, fewer if the state's `early_stopping` ends training. Running out
+        of memory is explained with `knobs`, settings that need less.
 
         Logs train/loss, the loss's metrics, the gradient norms and the learning rates with the
         update's number as the phase. Calls `measure` with the number of updates, before the first
@@ -96,7 +102,8 @@ class Supervised:
                 while state.update < num_updates and not state.ended:
                     state.update += 1
                     is_logged = state.update % self.log_every == 0 or state.update == num_updates
-                    metrics = self._update(state, losses, is_logged=is_logged)
+                    with self.explaining(f"update {state.update}: learning", *knobs):
+                        metrics = self._update(state, losses, is_logged=is_logged)
                     if is_logged:
                         context.folder.log(state.update, metrics)
                         progress.advance(state.update, metrics)
@@ -108,29 +115,23 @@ class Supervised:
                     saver.step_done(state.update, is_last=is_last)
 
     def _update(
-        self,
-        state: "SupervisedState",
-        losses: Iterator[Tensor | LossOutput],
-        *,
-        is_logged: bool,
+        self, state: "SupervisedState", losses: Iterator[Loss], *, is_logged: bool
     ) -> dict[str, float]:
         """Makes one update. Returns its metrics if `is_logged`."""
-        with self.explaining(f"update {state.update}: learning"):
-            output = next(losses)
-            loss = output.loss if isinstance(output, LossOutput) else output
-            state.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norms = clip_gradients(state.optimizer, self.max_grad_norm)
-            if bool(torch.stack([loss.detach(), *norms.values()]).isfinite().all()):
-                state.optimizer.step()
-            else:
-                state.skipped_steps += 1
-                self._skip(state, loss.item(), norms)
+        parts = next(losses)
+        state.optimizer.zero_grad(set_to_none=True)
+        output = add_gradients(parts)
+        loss = output.loss
+        norms = clip_gradients(state.optimizer, self.max_grad_norm)
+        if bool(torch.stack([loss, *norms.values()]).isfinite().all()):
+            state.optimizer.step()
+        else:
+            state.skipped_steps += 1
+            self._skip(state, loss.item(), norms)
         metrics = {}
         if is_logged:
             metrics = {"train/loss": loss.item()}
-            if isinstance(output, LossOutput):
-                metrics |= {name: value.item() for name, value in output.metrics.items()}
+            metrics |= {name: value.item() for name, value in output.metrics.items()}
             metrics |= {f"grad_norm/{name}": norm.item() for name, norm in norms.items()}
             metrics["train/skipped_steps"] = float(state.skipped_steps)
             metrics |= {f"lr/{name}": lr for name, lr in learning_rates(state.optimizer).items()}
@@ -154,6 +155,22 @@ class Supervised:
                 " lower optimizer.base_lr and optimizer.head_lr"
             )
         log.warning("%s; it is skipped", fault)
+
+
+def add_gradients(loss: Loss) -> LossOutput:
+    """Adds the gradients of a loss to the parameters', those of each of its parts before the next
+    one is computed. Returns the loss, without gradients, and its metrics."""
+    if isinstance(loss, Tensor):
+        loss = LossOutput(loss=loss, metrics={})
+    total: Tensor | None = None
+    metrics: dict[str, Tensor] = {}
+    for part in [loss] if isinstance(loss, LossOutput) else loss:
+        part.loss.backward()
+        total = part.loss.detach() if total is None else total + part.loss.detach()
+        for name, value in part.metrics.items():
+            metrics[name] = metrics[name] + value if name in metrics else value
+    assert total is not None
+    return LossOutput(loss=total, metrics=metrics)
 
 
 @dataclass(kw_only=True)

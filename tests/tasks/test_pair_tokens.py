@@ -4,9 +4,11 @@ samples."""
 import pytest
 import torch
 
+from rlhf_exp.hf import PreTrainedTokenizerBase
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.pair_tokens import collate, encode_pairs
-from rlhf_exp.tasks.protocol import Pair
+from rlhf_exp.tasks.prompts import encode_prompts
+from rlhf_exp.tasks.protocol import Pair, PromptRow
 from rlhf_exp.tasks.tokenizers import byte_pair_tokenizer, closed_word_tokenizer, word_tokenizer
 
 OPEN = word_tokenizer(["a", "b", "c"])  # ids 4, 5, 6; <bos> is 1, <eos> is 2, <unk> is 3
@@ -147,3 +149,57 @@ def test_a_token_of_id_zero_is_no_padding():
     assert batch.prompts.mask.all()
     assert batch.tokens.tolist() == [[0, 0, 1], [2, 1, 0]]
     assert batch.mask.tolist() == [[True, True, True], [True, True, False]]
+
+
+# A turn ends with <eos>, as with <|im_end|>.
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %} a {{ m.content }} {{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %} b{% endif %}"
+)
+CHAT = [{"role": "user", "content": "c c"}]
+
+
+def chat_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerBase:
+    tokenizer = word_tokenizer(["a", "b", "c"])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("prepend_bos", [False, True, None])
+def test_a_conversation_has_the_tokens_of_its_prompt_in_ppo(prepend_bos):
+    tokenizer = chat_tokenizer()
+    [pair] = encode(
+        [Pair(CHAT, "a", "c b", rejected_ended=False)], tokenizer, prepend_bos=prepend_bos, limit=8
+    )
+    # The template decides about <bos>, and may hold <eos>; an answer ends with it.
+    assert pair.prompt == [1, 4, 6, 6, 2, 5]
+    assert (pair.chosen, pair.rejected) == ([4, 2], [6, 5])
+    row = PromptRow(CHAT, {})
+    assert [pair.prompt] == encode_prompts(tokenizer, [row], prepend_bos=None).tokens.tolist()
+    by_hand = "<bos> a c c <eos> b"
+    assert tokenizer(by_hand, add_special_tokens=False)["input_ids"] == pair.prompt
+    assert collate([pair], width=2).prompts.texts == ("user: c c",) * 2
+
+
+def test_texts_and_conversations_may_be_mixed():
+    encoded = encode(
+        [Pair("c", " a", " b"), Pair(CHAT, "a", "b")], chat_tokenizer(), prepend_bos=True, limit=8
+    )
+    assert [pair.prompt for pair in encoded] == [[1, 6], [1, 4, 6, 6, 2, 5]]
+
+
+def test_a_conversation_that_cannot_be_rendered_is_named():
+    pairs = [PAIRS[0], Pair(CHAT, "a", "b")]
+    with pytest.raises(
+        ConfigError, match=r"^task\.path: f\.jsonl, row 3, field prompt: .* has no c"
+    ):
+        encode(pairs, chat_tokenizer(None))
+    refusing = chat_tokenizer("{{ raise_exception('no system message') }}")
+    expected = r"^task\.path: f\.jsonl, row 3, field prompt: the tokenizer's chat .*: no system mes"
+    with pytest.raises(ConfigError, match=expected):
+        encode(pairs, refusing)
+
+
+def test_an_answer_may_not_hold_what_ends_a_turn():
+    with pytest.raises(ConfigError, match=r"row 1, field chosen holds '<eos>': remove it"):
+        encode([Pair(CHAT, "a <eos>", "b")], chat_tokenizer())

@@ -14,7 +14,7 @@ from rlhf_exp.tasks.batches import BatchStream, shuffle_batches
 from rlhf_exp.training.early_stopping import EXACT, LOSS, EarlyStopping
 from rlhf_exp.training.optim import AdamWSettings
 from rlhf_exp.training.schedules import Constant, WarmupDecay
-from rlhf_exp.training.supervised import Supervised, SupervisedState
+from rlhf_exp.training.supervised import Supervised, SupervisedState, add_gradients
 from rlhf_exp.types import LossOutput
 
 from ..states import through_a_file
@@ -187,6 +187,28 @@ def test_no_more_are_left_out_than_allowed(tmp_path):
     message = r"update 4: the loss is nan; stage\.max_skipped=1 updates were skipped already"
     with pytest.raises(TrainingError, match=message):
         train(tmp_path, broken_at=(2, 4), on_nonfinite="skip", max_skipped=1)
+
+
+def test_parts_of_a_loss_are_learned_one_by_one():
+    weight = torch.tensor(3.0, requires_grad=True)
+    before: list[float | None] = []
+
+    def parts():
+        for share in (0.25, 0.75):
+            before.append(None if weight.grad is None else weight.grad.item())
+            metrics = {"share": torch.tensor(share), "loss": share * weight.detach()}
+            yield LossOutput(loss=share * weight**2, metrics=metrics)
+
+    output = add_gradients(parts())
+    assert before == [None, 1.5]  # the first part's are there before the second is computed
+    assert weight.grad.item() == 6
+    assert (output.loss.item(), output.loss.requires_grad) == (9, False)
+    assert {name: value.item() for name, value in output.metrics.items()} == {
+        "share": 1, "loss": 3,
+    }  # fmt: skip
+    for whole in (weight**2, LossOutput(loss=weight**2, metrics={"loss": weight.detach()})):
+        assert add_gradients(whole).loss == 9
+    assert weight.grad.item() == 18
 
 
 def test_memory_that_runs_out_is_told_with_the_update(tmp_path):
