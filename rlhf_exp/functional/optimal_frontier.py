@@ -91,8 +91,8 @@ def _moments(scores: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     kl = torch.xlogy(weights, weights * scores.shape[2]).sum(dim=2).mean(dim=1)
     score = (weights * scores).sum(dim=2).mean(dim=1)
     samples = 1 / weights.square().sum(dim=2).mean(dim=1)
-    is_nan = eta.isnan()
-    return tuple(torch.where(is_nan, math.nan, x) for x in (score, kl, samples))
+    unknown = 0 * eta.nan_to_num(posinf=0.0, nan=math.nan)  # NaN for a NaN, else 0
+    return score + unknown, kl + unknown, samples + unknown
 
 
 def _solve(scores: Tensor, targets: Tensor) -> Tensor:

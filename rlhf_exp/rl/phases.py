@@ -125,10 +125,9 @@ class Phases:
         ppo, kl_coef = self.ppo, self.kl_coefficient.now(self.state)
         with self.clock("rollout"), self.lap("rollout"):
             rewards = token_rewards(
-                rollout,
-                kl_coef=kl_coef if ppo.kl_penalty == "reward" else 0.0,
+                rollout, kl_coef=kl_coef, kl_penalty=ppo.kl_penalty,
                 normalize=ppo.normalize_reward,
-            )
+            )  # fmt: skip
             return credit(ppo.estimator, rollout, rewards, self.state.credit_memory)
 
     def learn(self, experience: Experience) -> list[dict[str, float]]:

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from rlhf_exp.rl.compute import Compute
-from rlhf_exp.rl.estimators import GAE, Estimator, Reinforce
+from rlhf_exp.rl.estimators import GAE, Estimator, KLPenalty, Reinforce
 from rlhf_exp.rl.guards import Guards
 from rlhf_exp.rl.kl_coefficient import KLCoefficient
 from rlhf_exp.rl.objectives import Coefficients, Objective, PPOClip
@@ -16,7 +16,7 @@ from rlhf_exp.settings import Count, NonNegative, OpenFraction, Positive, settin
 @settings
 class PPOSettings:
     """The algorithm's settings. Objective = policy term - vf_coef value loss + ent_coef entropy
-    - kl_coef exact KL, the last only with kl_penalty="loss"."""
+    - kl_coef KL, the last unless kl_penalty="reward"."""
 
     total_phases: Count = 100
     """Phases; each is one rollout and learning from it."""
@@ -43,9 +43,10 @@ class PPOSettings:
     """Weight of the entropy bonus (nats), 0-0.01."""
     kl_coef: NonNegative = 0.2
     """Weight of the KL to the reference (nats a token), 0.03-3."""
-    kl_penalty: Literal["loss", "loss_k3", "reward"] = "loss"
+    kl_penalty: KLPenalty = "loss"
     """loss: exact KL in the loss; loss_k3: its k3 estimate there (GRPO); reward: -kl_coef (log p -
-    log q) on each token's reward."""
+    log q) on each token's reward; return: as loss, and -kl_coef times the exact KL of later tokens
+    in each token's return."""
     adaptive_kl_target: Positive | None = None
     """Target KL of a phase (nats a completion, 1-20; 6 in Ziegler et al. 2019), reached by adapting
     kl_coef; null: kl_coef is constant."""
@@ -116,6 +117,11 @@ def _contradictions(ppo: PPOSettings) -> Iterator[str]:
         yield (
             f"normalize_reward=true subtracts the batch's mean before estimator.baseline={baseline}"
             " does: set it false"
+        )
+    if ppo.kl_penalty == "return" and (change := ppo.estimator.to_keep_scale):
+        yield (
+            f"kl_penalty=return: {name} scales advantages, and with them the KL in the returns, but"
+            f" not the KL in the loss: {change}"
         )
     if not ppo.estimator.needs_values:
         if ppo.value_clip_coef is not None:

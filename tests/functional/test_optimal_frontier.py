@@ -1,5 +1,6 @@
 """The frontier where it is known: bandits, a Gaussian score, and what an optimiser finds."""
 
+import itertools
 import math
 
 import numpy as np
@@ -78,7 +79,7 @@ def test_the_frontier_rises_and_ends_where_the_samples_do() -> None:
     points = frontier(scores)
     assert points[0].kl == 0
     assert points[0].score == pytest.approx(scores.double().mean().item())
-    for before, after in zip(points[:-1], points[1:], strict=True):
+    for before, after in itertools.pairwise(points):
         assert after.score > before.score
         assert after.kl > before.kl
         assert MIN_SAMPLES <= after.samples < before.samples
