@@ -1,9 +1,9 @@
 """The settings of PPO, and of its relatives that differ in estimator or objective."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from rlhf_exp.rl.compute import Compute
 from rlhf_exp.rl.estimators import GAE, Estimator, KLPenalty, Reinforce
@@ -62,6 +62,9 @@ class PPOSettings:
     """Phases between evaluations."""
     eval_samples: Count = 512
     """Completions an evaluation."""
+    limit_samples: Annotated[Count, Field(ge=16)] | None = None
+    """Completions of each evaluation prompt, sampled before training, that tell the least KL which
+    a score must cost, 64-1024; null: not measured."""
     histograms_every: Count | None = 25
     """Phases between histograms of advantages, ratios and token KL; null: none."""
     checkpoint_every: Count | None = 50
