@@ -278,11 +278,15 @@ def ends(key: str, swept: str) -> list[str]:
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_a_sweep_names_keys_that_there_are_and_values_that_they_take(name):
-    own = load(f"sweep/{name}").get("hydra", {}).get("sweeper", {}).get("params", {})
+    sweeper = load(f"sweep/{name}").get("hydra", {}).get("sweeper", {})
+    own = sweeper.get("params", {})
     [words] = commands(CONF / "sweep" / f"{name}.yaml")
     if own:
-        assert words == [f"sweep={name}"]
-        assert compose_hydra(*words).hydra.sweeper.params == own
+        first, *others = words
+        assert first == f"sweep={name}"
+        assert compose_hydra(first).hydra.sweeper.params == own
+        for variant in sweeper.get("variants", []):
+            build_all([*others, *variant])
     else:  # the command line says what is swept
         own = dict(word.split("=") for word in words)
     values = {key: ends(key, str(swept)) for key, swept in own.items()}
