@@ -12,7 +12,7 @@ from jaxtyping import Float
 from pydantic import BaseModel
 from torch import Tensor
 
-from rlhf_exp.functional.optimal_frontier import optimal_kl
+from rlhf_exp.functional.optimal_frontier import Tilt, frontier, optimal_kl
 from rlhf_exp.rewards.attempts import CheckedReward
 from rlhf_exp.rl.collect import sample
 from rlhf_exp.rl.evaluation import evaluation_order
@@ -72,15 +72,22 @@ def measure_limit(
 
 
 class _File(BaseModel):
+    """`frontier` and `true_frontier` are points of score, KL and effective samples, for reports."""
+
     scores: list[list[float]]
     true_rewards: list[list[float]] | None = None
+    frontier: list[Tilt] = []
+    true_frontier: list[Tilt] = []
 
 
 def write_limit(limit: Limit, folder: Path) -> None:
-    """Writes the scores to limit.json."""
+    """Writes the scores and their frontier to limit.json."""
+    true_rewards = limit.true_rewards
     file = _File(
         scores=limit.scores.tolist(),
-        true_rewards=None if limit.true_rewards is None else limit.true_rewards.tolist(),
+        true_rewards=None if true_rewards is None else true_rewards.tolist(),
+        frontier=frontier(limit.scores),
+        true_frontier=[] if true_rewards is None else frontier(true_rewards),
     )
     write_whole(folder / LIMIT, file.model_dump_json(exclude_none=True) + "\n")
 
