@@ -26,10 +26,12 @@ EVALUATING = ("lower sampler.gen_len", "lower stage.eval_samples", *SCORING)
 def advance(
     state: TrainState, guards: Guards, kl_coefficient: KLCoefficient, metrics: Mapping[str, float]
 ) -> None:
-    """Sets the learning rates and the KL coefficient of the next phase, and stops the run if this
-    phase's KL is above max_kl_sum."""
+    """Sets the learning rates and the KL coefficient of the next phase, averages the weights, and
+    stops the run if this phase's KL is above max_kl_sum."""
     kl_sum = metrics["objective/kl_sum"]
     state.scheduler.step()
+    if state.average is not None:
+        state.average.update()
     kl_coefficient.adapt(state, kl_sum=kl_sum, score=metrics["objective/scores"])
     check_kl_sum(guards, state, kl_sum)
 
@@ -109,7 +111,9 @@ class Keeper:
         self.scorer.wait()
         setup, phase, folder = self.setup, self.state.phase, self.context.folder
         explaining = explaining_memory(f"phase {phase}: evaluating", EVALUATING)
-        with self.clock("evaluate"), setup.policy.working(), explaining:
+        self.saver.wait_until_copied()
+        weights = self.state.evaluated_weights()
+        with self.clock("evaluate"), weights, setup.policy.working(), explaining:
             result = evaluate(
                 setup,
                 self.scorer.reward,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rl import loop
+from rlhf_exp.rl.averaging import WeightAverage
 from rlhf_exp.rl.collect import Rollouts, Scorer, missing_eos_penalty, sample
 from rlhf_exp.rl.estimators import credit, token_rewards
 from rlhf_exp.rl.histograms import HistogramCollector
@@ -45,6 +46,7 @@ def start(
         prompts=PromptStream(setup.train_prompts, num_prompts, make_generator(seed, "prompts")),
         sample_generator=make_generator(seed, "samples", policy.device),
         minibatch_generator=make_generator(seed, "minibatches"),
+        average=WeightAverage(policy, ppo.average_weights) if ppo.average_weights else None,
     )  # fmt: skip
 
 

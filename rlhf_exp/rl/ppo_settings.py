@@ -58,6 +58,9 @@ class PPOSettings:
     """Subtracted from the score of a completion that does not end with EOS, 0.5-2; null: none."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm over all parameters."""
+    average_weights: OpenFraction | None = None
+    """Decay of an exponential average of the weights over phases, 0.9-0.99; evaluations and the
+    saved model have the average, at the cost of another copy of what is trained; null: none."""
     eval_every: Count = 25
     """Phases between evaluations."""
     eval_samples: Count = 512

@@ -123,7 +123,7 @@ class PPO(PPOSettings, Stage[PPOParts]):
         if parts.sampler.truncates:
             log.info(TRUNCATION_NOTE)
         train(self, context, phases, saver)
-        with clock("save"):
+        with clock("save"), state.evaluated_weights():
             check_frozen(setup, frozen)
             path = save_policy(setup.policy, context.folder.model)
             check_saved_policy(setup.policy, path)
