@@ -29,22 +29,26 @@ from rlhf_exp.runs.context import TrainingError
 from rlhf_exp.settings import BelowOne, Fraction, settings
 from rlhf_exp.types import Experience, Rollout
 
+KLPenalty = Literal["loss", "loss_k3", "reward", "return"]
+
 
 def token_rewards(
-    rollout: Rollout, *, kl_coef: float, normalize: bool
+    rollout: Rollout, *, kl_coef: float, kl_penalty: KLPenalty, normalize: bool
 ) -> Float[Tensor, "batch completion"]:
     """The score at the last token of each completion, normalised over the batch if `normalize`,
-    minus kl_coef (log p - log q) at every token.
+    minus what `kl_penalty` charges at every token.
 
-    That charge is the k1 estimate of the KL: the exact KL of a position does not depend on the
-    token emitted there, so it would give that token no credit. `kl_coef` is 0 where the KL is in
-    the loss.
+    reward: kl_coef (log p - log q), the k1 estimate of the KL. return: kl_coef times the exact KL,
+    which does not depend on the token emitted there: it gives credit to earlier tokens alone, and
+    the loss has the rest of the gradient. loss, loss_k3: nothing.
     """
     mask = rollout.completions.mask
     scores = normalize_reward(rollout.scores) if normalize else rollout.scores
     rewards = terminal_rewards(scores, mask)
-    if kl_coef:
-        rewards = rewards - kl_coef * kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1")
+    if kl_penalty == "reward":
+        return rewards - kl_coef * kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1")
+    if kl_penalty == "return":
+        return rewards - kl_coef * rollout.kl
     return rewards
 
 
@@ -59,6 +63,12 @@ class Estimator(ABC):
     remembers: ClassVar[bool] = False
     """True: the call takes a third argument, a dictionary of numbers that the run keeps from phase
     to phase and saves in its checkpoints."""
+
+    @property
+    def to_keep_scale(self) -> str | None:
+        """What to change so that advantages have the scale of the rewards, and a term of the loss
+        can be weighed against them; None if they have it."""
+        return None
 
     @abstractmethod
     def __call__(self, rollout: Rollout, rewards: Float[Tensor, "batch completion"]) -> Experience:
@@ -101,6 +111,10 @@ class BestOfGroup(Estimator):
 
     min_samples_per_prompt: ClassVar[int] = 2
 
+    @property
+    def to_keep_scale(self) -> str | None:
+        return "choose another estimator"
+
     def __call__(self, rollout: Rollout, rewards: Float[Tensor, "batch completion"]) -> Experience:
         """The best by functional.advantages.best_of_groups, and no returns."""
         totals, groups = rewards.sum(dim=1), rollout.groups
@@ -124,6 +138,10 @@ class GAE(Estimator):
     """0: one-step advantages; 1: return minus value."""
     whiten_advantages: Literal["batch", "minibatch", "none"] = "batch"
     """To mean 0 and standard deviation 1: over the whole rollout, within each minibatch, or not."""
+
+    @property
+    def to_keep_scale(self) -> str | None:
+        return None if self.whiten_advantages == "none" else "set estimator.whiten_advantages=none"
 
     def __call__(self, rollout: Rollout, rewards: Float[Tensor, "batch completion"]) -> Experience:
         """Advantages by functional.advantages.gae; returns are advantages plus values, before any
@@ -156,6 +174,10 @@ class GroupNormalized(Estimator):
     equal_groups: Literal["keep", "leave_out"] = "keep"
     """Groups whose scores are all equal, which do not say what is better. keep: they count in the
     loss's means; leave_out: learning leaves them out (DAPO)."""
+
+    @property
+    def to_keep_scale(self) -> str | None:
+        return None if self.scale == "none" else "set estimator.scale=none"
 
     def __call__(self, rollout: Rollout, rewards: Float[Tensor, "batch completion"]) -> Experience:
         """Advantages by functional.advantages.group_normalized, and no returns."""

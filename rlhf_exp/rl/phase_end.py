@@ -11,6 +11,7 @@ from rlhf_exp.rl.evaluation import brief, evaluate
 from rlhf_exp.rl.guards import Guards, check_kl_sum
 from rlhf_exp.rl.histograms import HistogramCollector
 from rlhf_exp.rl.kl_coefficient import KLCoefficient
+from rlhf_exp.rl.limit import measure_limit, read_limit, write_limit
 from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.runs.context import Context
@@ -25,10 +26,12 @@ EVALUATING = ("lower sampler.gen_len", "lower stage.eval_samples", *SCORING)
 def advance(
     state: TrainState, guards: Guards, kl_coefficient: KLCoefficient, metrics: Mapping[str, float]
 ) -> None:
-    """Sets the learning rates and the KL coefficient of the next phase, and stops the run if this
-    phase's KL is above max_kl_sum."""
+    """Sets the learning rates and the KL coefficient of the next phase, averages the weights, and
+    stops the run if this phase's KL is above max_kl_sum."""
     kl_sum = metrics["objective/kl_sum"]
     state.scheduler.step()
+    if state.average is not None:
+        state.average.update()
     kl_coefficient.adapt(state, kl_sum=kl_sum, score=metrics["objective/scores"])
     check_kl_sum(guards, state, kl_sum)
 
@@ -49,10 +52,13 @@ class Keeper:
     eval_every: int
     eval_samples: int
     histograms_every: int | None
+    limit_samples: int | None = None
 
     def start(self) -> None:
-        """Evaluates the policy before the first phase."""
+        """Measures the limit and evaluates the policy before the first phase."""
         if self.state.phase == 0:
+            if self.limit_samples is not None and read_limit(self.context.folder.path) is None:
+                self._measure_limit(self.limit_samples)
             self._evaluate()
         else:
             self._log_remaining()
@@ -91,12 +97,23 @@ class Keeper:
     def _start_histograms(self) -> None:
         self.histograms.start(active=self._is_due(self.histograms_every, self.state.phase + 1))
 
+    def _measure_limit(self, samples: int) -> None:
+        explaining = explaining_memory("measuring the limit", EVALUATING)
+        with self.clock("evaluate"), self.setup.policy.working(), explaining:
+            limit = measure_limit(
+                self.setup, self.scorer.reward,
+                num_prompts=self.eval_samples, samples=samples, seed=self.context.seed,
+            )  # fmt: skip
+        write_limit(limit, self.context.folder.path)
+
     def _evaluate(self) -> float:
         """Evaluates, logs, and returns the mean score."""
         self.scorer.wait()
         setup, phase, folder = self.setup, self.state.phase, self.context.folder
         explaining = explaining_memory(f"phase {phase}: evaluating", EVALUATING)
-        with self.clock("evaluate"), setup.policy.working(), explaining:
+        self.saver.wait_until_copied()
+        weights = self.state.evaluated_weights()
+        with self.clock("evaluate"), weights, setup.policy.working(), explaining:
             result = evaluate(
                 setup,
                 self.scorer.reward,
@@ -104,7 +121,10 @@ class Keeper:
                 seed=self.context.seed,
                 phase=phase,
             )
-        folder.log(phase, result.metrics)
+        metrics = dict(result.metrics)
+        if self.limit_samples is not None and (limit := read_limit(folder.path)) is not None:
+            metrics |= limit.metrics(metrics)
+        folder.log(phase, metrics)
         folder.log_samples(phase, result.samples)
-        log.info("evaluation at phase %d: %s", phase, brief(result.metrics))
+        log.info("evaluation at phase %d: %s", phase, brief(metrics))
         return result.metrics["eval/score"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rl import loop
+from rlhf_exp.rl.averaging import WeightAverage
 from rlhf_exp.rl.collect import Rollouts, Scorer, missing_eos_penalty, sample
 from rlhf_exp.rl.estimators import credit, token_rewards
 from rlhf_exp.rl.histograms import HistogramCollector
@@ -45,6 +46,7 @@ def start(
         prompts=PromptStream(setup.train_prompts, num_prompts, make_generator(seed, "prompts")),
         sample_generator=make_generator(seed, "samples", policy.device),
         minibatch_generator=make_generator(seed, "minibatches"),
+        average=WeightAverage(policy, ppo.average_weights) if ppo.average_weights else None,
     )  # fmt: skip
 
 
@@ -125,10 +127,9 @@ class Phases:
         ppo, kl_coef = self.ppo, self.kl_coefficient.now(self.state)
         with self.clock("rollout"), self.lap("rollout"):
             rewards = token_rewards(
-                rollout,
-                kl_coef=kl_coef if ppo.kl_penalty == "reward" else 0.0,
+                rollout, kl_coef=kl_coef, kl_penalty=ppo.kl_penalty,
                 normalize=ppo.normalize_reward,
-            )
+            )  # fmt: skip
             return credit(ppo.estimator, rollout, rewards, self.state.credit_memory)
 
     def learn(self, experience: Experience) -> list[dict[str, float]]:

@@ -1,12 +1,12 @@
 """The settings of PPO, and of its relatives that differ in estimator or objective."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from rlhf_exp.rl.compute import Compute
-from rlhf_exp.rl.estimators import GAE, Estimator, Reinforce
+from rlhf_exp.rl.estimators import GAE, Estimator, KLPenalty, Reinforce
 from rlhf_exp.rl.guards import Guards
 from rlhf_exp.rl.kl_coefficient import KLCoefficient
 from rlhf_exp.rl.objectives import Coefficients, Objective, PPOClip
@@ -16,7 +16,7 @@ from rlhf_exp.settings import Count, NonNegative, OpenFraction, Positive, settin
 @settings
 class PPOSettings:
     """The algorithm's settings. Objective = policy term - vf_coef value loss + ent_coef entropy
-    - kl_coef exact KL, the last only with kl_penalty="loss"."""
+    - kl_coef KL, the last unless kl_penalty="reward"."""
 
     total_phases: Count = 100
     """Phases; each is one rollout and learning from it."""
@@ -43,9 +43,10 @@ class PPOSettings:
     """Weight of the entropy bonus (nats), 0-0.01."""
     kl_coef: NonNegative = 0.2
     """Weight of the KL to the reference (nats a token), 0.03-3."""
-    kl_penalty: Literal["loss", "loss_k3", "reward"] = "loss"
+    kl_penalty: KLPenalty = "loss"
     """loss: exact KL in the loss; loss_k3: its k3 estimate there (GRPO); reward: -kl_coef (log p -
-    log q) on each token's reward."""
+    log q) on each token's reward; return: as loss, and -kl_coef times the exact KL of later tokens
+    in each token's return."""
     adaptive_kl_target: Positive | None = None
     """Target KL of a phase (nats a completion, 1-20; 6 in Ziegler et al. 2019), reached by adapting
     kl_coef; null: kl_coef is constant."""
@@ -57,10 +58,16 @@ class PPOSettings:
     """Subtracted from the score of a completion that does not end with EOS, 0.5-2; null: none."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm over all parameters."""
+    average_weights: OpenFraction | None = None
+    """Decay of an exponential average of the weights over phases, 0.9-0.99; evaluations and the
+    saved model have the average, at the cost of another copy of what is trained; null: none."""
     eval_every: Count = 25
     """Phases between evaluations."""
     eval_samples: Count = 512
     """Completions an evaluation."""
+    limit_samples: Annotated[Count, Field(ge=16)] | None = None
+    """Completions of each evaluation prompt, sampled before training, that tell the least KL which
+    a score must cost, 64-1024; null: not measured."""
     histograms_every: Count | None = 25
     """Phases between histograms of advantages, ratios and token KL; null: none."""
     checkpoint_every: Count | None = 50
@@ -116,6 +123,11 @@ def _contradictions(ppo: PPOSettings) -> Iterator[str]:
         yield (
             f"normalize_reward=true subtracts the batch's mean before estimator.baseline={baseline}"
             " does: set it false"
+        )
+    if ppo.kl_penalty == "return" and (change := ppo.estimator.to_keep_scale):
+        yield (
+            f"kl_penalty=return: {name} scales advantages, and with them the KL in the returns, but"
+            f" not the KL in the loss: {change}"
         )
     if not ppo.estimator.needs_values:
         if ppo.value_clip_coef is not None:

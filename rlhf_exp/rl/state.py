@@ -1,12 +1,14 @@
 """The state of PPO that changes from phase to phase."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.rl.averaging import WeightAverage
 from rlhf_exp.rl.collapse import CollapseMonitor
 from rlhf_exp.tasks.prompts import PromptStream
 from rlhf_exp.training.optim import (
@@ -36,6 +38,8 @@ class TrainState:
     minibatch_generator: torch.Generator
     inputs: Mapping[str, str]
     """The hash of each part's files; a resumed run must find the same hashes."""
+    average: WeightAverage | None = None
+    """The averaged weights, which evaluations and the saved model have; None: the policy's own."""
     phase: int = 0
     best_score: float | None = None
     """The highest eval/score so far."""
@@ -58,6 +62,7 @@ class TrainState:
         """Trained parameters, moments, positions of the prompts and generators, and the rest."""
         return {
             "policy": trained_state(self.policy),
+            "average": {} if self.average is None else self.average.weights,
             "optimizer": optimizer_state(self.optimizer),
             "prompts": self.prompts.state_dict(),
             "generators": {name: g.get_state() for name, g in self._generators().items()},
@@ -72,6 +77,8 @@ class TrainState:
         """Restores the state. Raises ConfigError if it belongs to another model or other inputs."""
         check_inputs(self.inputs, state["inputs"])
         load_trained_state(self.policy, state["policy"])
+        if self.average is not None:
+            self.average.weights = state["average"]
         for name in PLAIN:
             setattr(self, name, state[name])
         load_optimizer_state(self.optimizer, self.scheduler, state["optimizer"], step=self.phase)
@@ -81,6 +88,10 @@ class TrainState:
         self.collapse = CollapseMonitor(**state["collapse"])
         self.credit_memory = dict(state["credit_memory"])
         self.seconds.update(state["seconds"])
+
+    def evaluated_weights(self) -> AbstractContextManager[None]:
+        """The context in which the policy has the weights that are evaluated and saved."""
+        return nullcontext() if self.average is None else self.average.applied()
 
     def record_evaluation(self, score: float) -> bool:
         """Records the score of an evaluation after this phase. Returns True if it is the best."""

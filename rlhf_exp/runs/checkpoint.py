@@ -222,7 +222,7 @@ class CheckpointWriter:
         self._settled.set()
         self.waited_s = 0.0  # seconds that the optimizer's steps waited for copies
         if optimizer is not None:
-            self._hook = optimizer.register_step_pre_hook(lambda *_: self._wait_until_settled())
+            self._hook = optimizer.register_step_pre_hook(lambda *_: self.wait_until_copied())
 
     def save(
         self,
@@ -276,7 +276,8 @@ class CheckpointWriter:
         moments = (state.values() for state in self._optimizer.state.values())
         return {id(value) for values in (*parameters, *moments) for value in values}
 
-    def _wait_until_settled(self) -> None:
+    def wait_until_copied(self) -> None:
+        """Waits until the last checkpoint no longer needs the weights."""
         began = time.perf_counter()
         self._settled.wait()
         self.waited_s += time.perf_counter() - began

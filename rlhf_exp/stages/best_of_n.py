@@ -28,6 +28,7 @@ from rlhf_exp.rl.evaluation import (
     read_evaluations,
 )
 from rlhf_exp.rl.exact_answers import judge_answers
+from rlhf_exp.rl.limit import Limit, write_limit
 from rlhf_exp.rl.setup import fingerprints, load_prompts, load_reward, load_sampled_policy
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.runs.context import Context
@@ -120,8 +121,8 @@ class BestOfN(Stage[BestOfNParts]):
         return (*METRICS, *(f"eval/score_{name}" for name in terms), *of_answers)
 
     def run(self, context: Context, parts: BestOfNParts) -> StageResult:
-        """Samples, scores, writes the metrics of each n, and the chosen samples of the smallest and
-        the largest; returns the result.
+        """Samples, scores, writes the metrics of each n, the chosen samples of the smallest and the
+        largest, and limit.json; returns the result.
 
         Raises ConfigError for more prompts than the task has, and RewardError as the reward does.
         """
@@ -153,6 +154,7 @@ class BestOfN(Stage[BestOfNParts]):
             log.info("best of %d: %s", n, brief(metrics))
         for n in (1, self.samples_per_prompt):
             folder.log_samples(n, samples.chosen(n))
+        write_limit(samples.limit(), folder.path)
         before, after = read_evaluations(folder)
         title = f"best of 1 to {self.samples_per_prompt} samples"
         present(context, before, after)
@@ -258,6 +260,14 @@ class _Samples:
         if self.answers is not None:
             means["eval/reward_gap"] = means["eval/score"] - means["eval/true_reward"]
         return means
+
+    def limit(self) -> Limit:
+        """The scores by prompt, and the true rewards if the task knows them."""
+        true_rewards = self.columns.get("eval/true_reward")
+        return Limit(
+            scores=self._scores(),
+            true_rewards=None if true_rewards is None else self._by_prompt(true_rewards),
+        )
 
     def chosen(self, n: int) -> list[dict[str, Any]]:
         """The best of the first n completions of each prompt, for samples.jsonl and tables."""

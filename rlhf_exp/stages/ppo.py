@@ -11,6 +11,7 @@ from rlhf_exp.models.loading import ModelSettings, Pretrained
 from rlhf_exp.models.reference import reference_hash, resident_memory
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.rewards.protocol import Reward
+from rlhf_exp.rl import limit
 from rlhf_exp.rl.compute import warm_up
 from rlhf_exp.rl.evaluation import metric_names, present, queue_curves, read_evaluations
 from rlhf_exp.rl.guards import clear_stop_if_allowed
@@ -80,7 +81,8 @@ class PPO(PPOSettings, Stage[PPOParts]):
         return problems
 
     def metric_names(self, parts: PPOParts) -> tuple[str, ...]:
-        return metric_names(parts.task, parts.reward)
+        of_limit = limit.METRICS if self.limit_samples else ()
+        return (*metric_names(parts.task, parts.reward), *of_limit)
 
     def run(self, context: Context, parts: PPOParts) -> StageResult:
         """Trains, evaluates before, between and after, saves the policy; returns the result.
@@ -121,7 +123,7 @@ class PPO(PPOSettings, Stage[PPOParts]):
         if parts.sampler.truncates:
             log.info(TRUNCATION_NOTE)
         train(self, context, phases, saver)
-        with clock("save"):
+        with clock("save"), state.evaluated_weights():
             check_frozen(setup, frozen)
             path = save_policy(setup.policy, context.folder.model)
             check_saved_policy(setup.policy, path)
@@ -145,6 +147,7 @@ def train(ppo: PPO, context: Context, phases: Phases, saver: Saver) -> None:
             saver=saver, progress=progress, histograms=phases.histograms, clock=phases.clock,
             total_phases=ppo.total_phases, eval_every=ppo.eval_every,
             eval_samples=ppo.eval_samples, histograms_every=ppo.histograms_every,
+            limit_samples=ppo.limit_samples,
         )  # fmt: skip
         keeper.start()
         while phases.state.phase < ppo.total_phases and phases.state.stopped is None:

@@ -105,6 +105,11 @@ class Saver:
                 log.info("saved after step %d", step)
             raise stop_request
 
+    def wait_until_copied(self) -> None:
+        """Waits until the last checkpoint no longer needs the weights, so that they may change
+        without an optimizer step."""
+        self._writer.wait_until_copied()
+
     def _save(self, step: int, score: float | None) -> None:
         folder = self._context.folder
         folder.sync()  # flush rows first: the checkpoint records the files' sizes

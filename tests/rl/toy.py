@@ -264,8 +264,9 @@ def collect(ppo: PPO, setup: Setup, state: TrainState) -> Experience:
 
 def experience_of(ppo: PPO, rollout: Rollout) -> Experience:
     """What the stage makes of a rollout."""
-    kl_coef = ppo.kl_coef if ppo.kl_penalty == "reward" else 0.0
-    rewards = token_rewards(rollout, kl_coef=kl_coef, normalize=ppo.normalize_reward)
+    rewards = token_rewards(
+        rollout, kl_coef=ppo.kl_coef, kl_penalty=ppo.kl_penalty, normalize=ppo.normalize_reward
+    )
     return ppo.estimator(rollout, rewards)
 
 

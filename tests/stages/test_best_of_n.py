@@ -20,6 +20,7 @@ from rlhf_exp.rewards.keyword import Keyword
 from rlhf_exp.rewards.length import Length
 from rlhf_exp.rewards.protocol import RewardError, RewardFunction
 from rlhf_exp.rewards.weighted_sum import Term, WeightedSum
+from rlhf_exp.rl.limit import read_limit
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.settings import ConfigError, settings
 from rlhf_exp.stages.best_of_n import BestOfN
@@ -162,6 +163,11 @@ def test_each_row_is_of_all_sets_of_n_of_the_samples(
         for name, value in wanted.items():
             # True rewards are kept in float32.
             assert row[name] == pytest.approx(value, rel=1e-6, abs=1e-9), (n, name)
+    limit = read_limit(tmp_path)
+    assert limit is not None
+    assert limit.scores.tolist() == [[s.score for s in samples] for samples in by_prompt]
+    assert limit.true_rewards is not None
+    assert limit.true_rewards.mean().item() == pytest.approx(logged[0]["eval/true_reward"])
     scores = [row["eval/score"] for row in logged]
     assert scores[0] == pytest.approx(sum(s.score for s in seen) / 30)
     assert scores == sorted(scores)
