@@ -44,7 +44,7 @@ def test_a_row_has_default_values_and_meaning(site: dict[str, str]) -> None:
         r"`stage\.clip_coef` \| the ratio .* \| `0\.2` \| number above 0, below 1",
         r"`stage\.value_clip_coef` \| the value loss .* \| `null` \| number above 0 or `null`",
         r"`intervention\.path` \| a safetensors .* \| required \| text",
-        r"`stage\.kl_penalty` \| loss: exact .* \| `loss` \| `loss`, `loss_k3`, `reward`",
+        r"`stage\.kl_penalty` \| loss: exact .* \| `loss` \| `loss`, `loss_k3`, `reward`, `return`",
     ):
         assert re.search(rf"^\| {row} \|$", site["keys.md"], flags=re.M), row
 
