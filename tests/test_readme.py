@@ -105,6 +105,7 @@ def test_command_composes_and_passes_every_check(command: str, tmp_path: Path) -
     command = command.replace("FILE.tsv", str(sentences(tmp_path / "texts.tsv")))
     command = command.replace("PROMPTS.jsonl", str(prompts(tmp_path / "prompts.jsonl")))
     command = command.replace("rewards.py", str(rewards(tmp_path / "rewards.py")))
+    command = command.replace("task.path=RUN", "task.path=PAIRS.jsonl")
     command = command.replace("PAIRS.jsonl", str(pairs(tmp_path / "pairs.jsonl")))
     words = [word for word in shlex.split(command)[2:] if word != "-m"]
     flags = [word for word in words if word.startswith("--")]
