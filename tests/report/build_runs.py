@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 KL_COEFS = (0.03, 0.1, 0.3, 1.0)
+KL_VARIANCES = {"k1": 2.0, "k2": 3.0, "k3": 1.5}  # of a KL of 1
 WORDS = (
     "the",
     "film",
@@ -38,6 +39,7 @@ def config(*, kl_coef: float = 0.3, clip_coef: float = 0.2, lr: float = 3e-4, se
         "artifacts_dir": "outputs/artifacts",
         "stage": {
             "_target_": "rlhf_exp.stages.ppo.PPO",
+            "batch_size": 64,
             "kl_coef": kl_coef,
             "clip_coef": clip_coef,
             "value_clip_coef": None,
@@ -79,6 +81,8 @@ def rollout(phase: int, score: float, kl: float, noise: random.Random) -> dict[s
         "objective/scores_std": 0.1,
         "objective/kl": kl,
         "objective/kl_sum": 20 * kl,
+        **{f"objective/kl_{name}": kl for name in ("k1", "k2", "k3")},
+        **{f"objective/kl_{name}_var": kl * var for name, var in KL_VARIANCES.items()},
         "objective/entropy": 1.3,
         "val/explained_variance": 0.5,
         "sample/len_mean": 20.0,
@@ -94,6 +98,7 @@ def rollout(phase: int, score: float, kl: float, noise: random.Random) -> dict[s
         "grad_norm/head": 0.5,
         "lr/base": 3e-4,
         "lr/head": 1e-3,
+        "time/rollout_s": 0.0312876,
         "time/sample_s": 0.0184764,
         "time/learn_s": 0.1119824,
         "time/tokens_per_s": 431.3678,
@@ -111,7 +116,10 @@ def best_of_n_config(*, seed: int = 1):
 def best_of_n_rows() -> list[dict[str, Any]]:
     """The rows of the best of 1, 2, 4 and 8 samples."""
     rising = [(1, 0.52, 0.0), (2, 0.7, 0.01), (4, 0.85, 0.03), (8, 0.93, 0.06)]
-    return [{"phase": n, "eval/score": score, "eval/kl": kl} for n, score, kl in rising]
+    return [
+        {"phase": n, "eval/score": score, "eval/kl": kl, "eval/kl_sum": 20 * kl}
+        for n, score, kl in rising
+    ]
 
 
 def supervised_rows(*, updates: int = 10) -> list[dict[str, Any]]:
