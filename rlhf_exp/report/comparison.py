@@ -16,7 +16,7 @@ from rlhf_exp.runs.reading import Run
 
 MAX_METHODS = 6  # which make 15 pairs
 MEASURES = ("task", "reward")  # groups of the configuration that give scores their scale
-EQUAL = 1 + 1e-9  # for sums of floats
+SLACK = 1.05  # lengths and seconds vary; without it, chance would take an evaluation from a run
 Members = Sequence[Sequence[Run]]
 Strata = dict[str, np.ndarray]
 
@@ -65,8 +65,8 @@ def _compared(first: str, second: str, x: Strata, y: Strata) -> dict[str, Any] |
 
 def at_equal_cost(members: Members, cost: str, score: str, kl: str) -> dict[str, Any] | None:
     """The means of score and KL of each group at the largest cost that all its runs and those of
-    the other groups reach: of each run the last evaluation at or before it. None if fewer than two
-    groups know their cost."""
+    the other groups reach: of each run the last evaluation before it or at most 5 % beyond. None if
+    fewer than two groups know their cost."""
     evaluations = {
         number: [_evaluations(run, cost, score) for run in runs]
         for number, runs in enumerate(members)
@@ -78,7 +78,7 @@ def at_equal_cost(members: Members, cost: str, score: str, kl: str) -> dict[str,
     budget = min(found[-1][0] for runs in known.values() for found in runs)
     entries, left_out = [], [number for number in evaluations if number not in known]
     for number, runs in known.items():
-        affordable = [[e for e in found if e[0] <= budget * EQUAL] for found in runs]
+        affordable = [[e for e in found if e[0] <= budget * SLACK] for found in runs]
         if not all(affordable):
             left_out.append(number)
             continue

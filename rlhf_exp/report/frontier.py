@@ -30,11 +30,10 @@ def is_best_of_n(run: Run) -> bool:
 
 
 def place_groups(groups: Sequence[Sequence[Run]], score: str, kl: str) -> list[dict[str, Any]]:
-    """For each group of runs the mean of the score with its intervals, the path over the phases,
-    and whether its end is on the Pareto front."""
+    """For each group of runs the mean of the score with its interval, the path over the phases, and
+    whether its end is on the Pareto front."""
     places: list[dict[str, Any]] = [
-        {"score": interval(runs, score), "iqm": _iqm(runs, score), "path": _path(runs, score, kl)}
-        for runs in groups
+        {"score": interval(runs, score), "path": _path(runs, score, kl)} for runs in groups
     ]
     ends = [
         (interval(runs, kl)["mean"], place["score"]["mean"])
@@ -82,8 +81,9 @@ def _starts(runs: Sequence[Run], score: str, kl: str) -> dict[int, tuple[float, 
     return starts
 
 
-def _iqm(runs: Sequence[Run], metric: str) -> dict[str, float | None] | None:
-    """The interquartile mean and its bootstrap interval; None for too few runs."""
+def iqm(runs: Sequence[Run], metric: str) -> dict[str, float | None] | None:
+    """The interquartile mean of the runs' last values and its bootstrap interval; None for too few
+    runs."""
     values = [value for run in runs if (value := run.final(metric)) is not None]
     estimate = interquartile_mean(np.array(values, dtype=float))
     if math.isnan(estimate.mean):

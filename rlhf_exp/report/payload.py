@@ -19,6 +19,7 @@ from rlhf_exp.report.frontier import (
     before_training,
     default_kl,
     interval,
+    iqm,
     is_best_of_n,
     place_groups,
 )
@@ -65,7 +66,7 @@ def build_payload(paths: Sequence[Path], names: Names, *, made: datetime) -> dic
     common, differing = split_configs(runs)
     importance = _importance(runs, counted, parameters, names)
     text_limit = _text_limit(runs)
-    described = _describe_groups(runs, groups, members, kl, metrics, phases)
+    described = _describe_groups(runs, groups, members, names.score, kl, metrics, phases)
     for group, place in zip(described, place_groups(members, names.score, kl), strict=True):
         group |= place
     true_reward = _true_reward(members, described, names.score, kl)
@@ -189,6 +190,7 @@ def _describe_groups(
     runs: Sequence[Run],
     groups: Sequence[Group],
     members: Sequence[Sequence[Run]],
+    score: str,
     kl: str,
     metrics: Mapping[str, Sequence[str]],
     thinned: set[int] | None,
@@ -200,6 +202,7 @@ def _describe_groups(
             "parameters": group.parameters,
             "runs": group.runs,
             "true_reward": None,
+            "iqm": iqm(counted, score),
             "kl": interval(counted, kl),
             "path_axis": "n" if counted and all(map(is_best_of_n, counted)) else "phase",
             "curves": group_curves(counted or [runs[i] for i in group.runs], metrics, thinned),

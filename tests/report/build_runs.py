@@ -122,6 +122,48 @@ def best_of_n_rows() -> list[dict[str, Any]]:
     ]
 
 
+def dpo_config(*, seed: int = 1):
+    """A resolved configuration of stage=dpo, shortened."""
+    stage = {"_target_": "rlhf_exp.stages.dpo.DPO", "batch_size": 32, "beta": 0.1}
+    return {**config(seed=seed), "stage": stage}
+
+
+def dpo_rows(*, seed: int = 1, updates: int = 10) -> list[dict[str, Any]]:
+    """The rows of stage=dpo: pairs are learned, and only evaluations sample."""
+    noise = random.Random(seed)
+    train = [
+        {"phase": n, "train/loss": 0.7 / n, "rewards/margins": n / 10, "lr/base": 1e-4}
+        for n in range(1, updates + 1)
+    ]
+    last = evaluation(updates, 0.8 + noise.gauss(0, 0.02), 0.12 + noise.gauss(0, 0.01), noise)
+    return [evaluation(0, 0.52, 0.0, noise), *train, last | {"heldout/loss": 0.6}]
+
+
+def with_true_reward(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with a true reward in each evaluation, lower than the score by the KL."""
+    return [
+        {**row, "eval/true_reward": row["eval/score"] - row["eval/kl"]}
+        if "eval/kl" in row
+        else dict(row)
+        for row in metrics
+    ]
+
+
+def write_stages(folder: Path, *, seeds: Sequence[int] = (1, 2, 3, 4, 5)) -> Path:
+    """Writes runs of PPO with two penalties, DPO, best of n, and SFT, which begin from one model
+    and know the true reward."""
+    for seed in seeds:
+        runs = [(f"ppo{k}", settings, rows(settings, phases=20, eval_every=5))
+                for k in (0.1, 1.0) for settings in [config(kl_coef=k, seed=seed)]]  # fmt: skip
+        runs += [("dpo", dpo_config(seed=seed), dpo_rows(seed=seed)),
+                 ("best", best_of_n_config(seed=seed), best_of_n_rows())]  # fmt: skip
+        for name, settings, metrics in runs:
+            write_run(folder / f"{name}_{seed}", settings, with_true_reward(metrics))
+    sft = {**config(), "stage": {"_target_": "rlhf_exp.stages.sft.SFT", "batch_size": 64}}
+    write_run(folder / "sft", sft, supervised_rows())
+    return folder
+
+
 def supervised_rows(*, updates: int = 10) -> list[dict[str, Any]]:
     """The rows of a supervised stage."""
     train = [{"phase": n, "train/loss": 2 / n, "lr/base": 1e-3} for n in range(1, updates + 1)]
