@@ -40,7 +40,7 @@ def improvements(groups: Sequence[Group], members: Members, score: str) -> list[
     best = sorted(methods, key=lambda name: -means[name])[:MAX_METHODS]
     pairs = [_compared(a, b, methods[a], methods[b]) for a, b in itertools.combinations(best, 2)]
     found = [pair for pair in pairs if pair is not None]
-    return sorted(found, key=lambda pair: -pair["mean"])
+    return sorted(found, key=lambda pair: -pair["probability"]["mean"])
 
 
 def _split(group: Group) -> tuple[str, str]:
@@ -60,7 +60,7 @@ def _compared(first: str, second: str, x: Strata, y: Strata) -> dict[str, Any] |
         first, second = second, first
         found = Estimate(1 - found.mean, 1 - found.high, 1 - found.low)
     ends = {end: rounded(number) for end, number in found._asdict().items()}
-    return {"first": first, "second": second, "strata": len(shared), **ends}
+    return {"first": first, "second": second, "strata": len(shared), "probability": ends}
 
 
 def at_equal_cost(members: Members, cost: str, score: str, kl: str) -> dict[str, Any] | None:

@@ -113,18 +113,22 @@ def _groups(payload: Mapping[str, Any]) -> list[str]:
     if true_reward := payload["true_reward"]:
         name = escape(true_reward["score"])
         columns[name] = [show_interval(group["true_reward"]["score"]) for group in groups]
-    rows = [*map(list, zip(*columns.values(), strict=True))]
     if before := payload["before"]:
-        cells = dict.fromkeys(columns, "") | {"parameters": "before training"}
-        cells[escape(payload["score"])] = show_interval(before["score"])
-        cells[escape(payload["kl"])] = show_interval(before["kl"])
-        rows.append([*cells.values()])
+        places = [
+            f"{escape(payload[name])} {escape(show_interval(before[name]))}"
+            for name in ("score", "kl")
+        ]
+        note += f" Before training, the model that all of these begin from: {', '.join(places)}."
+    rows = [*map(list, zip(*columns.values(), strict=True))]
     return ["## By parameters", note, *_table([*columns], rows, ":--:")]
 
 
 def _improvements(payload: Mapping[str, Any]) -> list[str]:
     pairs = payload["improvements"]
-    rows = [[escape(pair["first"]), escape(pair["second"]), show_interval(pair)] for pair in pairs]
+    rows = [
+        [escape(pair["first"]), escape(pair["second"]), show_interval(pair["probability"])]
+        for pair in pairs
+    ]
     if not rows:
         return []
     note = (

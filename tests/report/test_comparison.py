@@ -26,14 +26,17 @@ def test_each_pair_is_compared_once_with_the_better_one_first(tmp_path):
     write_scores(tmp_path / "s", [20.0, 20.0], kl_coef=1.0)
     write_scores(tmp_path / "s", [30.0], kl_coef=3.0)  # one run says nothing about chance
     found = improvements(*read(tmp_path / "s"), "eval/score")
-    pairs = [(pair["first"], pair["second"], pair["mean"], pair["strata"]) for pair in found]
+    pairs = [
+        (pair["first"], pair["second"], pair["probability"]["mean"], pair["strata"])
+        for pair in found
+    ]
     assert pairs == [
         ("kl_coef=1", "kl_coef=0.3", 1.0, 1),
         ("kl_coef=1", "kl_coef=0.1", 1.0, 1),
         ("kl_coef=0.3", "kl_coef=0.1", 0.6, 1),  # of 25 pairs 1 + 2 + 3 + 4 + 5 wins
     ]
-    assert found[0]["low"] is None
-    assert found[2]["low"] < 0.6 < found[2]["high"]
+    assert found[0]["probability"]["low"] is None
+    assert found[2]["probability"]["low"] < 0.6 < found[2]["probability"]["high"]
 
 
 def test_runs_of_another_reward_are_strata_and_never_compared(tmp_path):
@@ -45,7 +48,7 @@ def test_runs_of_another_reward_are_strata_and_never_compared(tmp_path):
                 write_run(tmp_path / f"{name}{kl_coef}{seed}", settings, lines)
     [pair] = improvements(*read(tmp_path), "eval/score")
     assert (pair["first"], pair["second"]) == ("kl_coef=0.1", "kl_coef=1")
-    assert (pair["mean"], pair["strata"]) == (1.0, 2)
+    assert (pair["probability"]["mean"], pair["strata"]) == (1.0, 2)
 
 
 def test_a_swapped_pair_has_its_interval_mirrored(tmp_path):
@@ -53,8 +56,9 @@ def test_a_swapped_pair_has_its_interval_mirrored(tmp_path):
     write_scores(tmp_path / "s", [0.0, 0.1, 0.2, 0.3, 90.0], kl_coef=0.1)
     write_scores(tmp_path / "s", [1.0, 1.1, 1.2, 1.3, 1.4], kl_coef=1.0)
     [pair] = improvements(*read(tmp_path / "s"), "eval/score")
-    assert (pair["first"], pair["mean"]) == ("kl_coef=1", 0.8)
-    assert (pair["low"], pair["high"]) == (pytest.approx(0.4, abs=0.01), 1.0)
+    assert (pair["first"], pair["probability"]["mean"]) == ("kl_coef=1", 0.8)
+    assert pair["probability"]["low"] == pytest.approx(0.4, abs=0.01)
+    assert pair["probability"]["high"] == 1.0
 
 
 def test_many_methods_are_cut_to_the_best(tmp_path):

@@ -139,12 +139,13 @@ def test_stages_are_compared(tmp_path):
     text = write(tmp_path, write_stages(tmp_path / "s"))
     assert "](true_reward.png)" in text
     assert "](costs.png)" in text
-    first, best, *_, before = table_of(text, "parameters")
+    first, best, *_ = table_of(text, "parameters")
     assert first[0] == r"stage=PPO, kl\_coef=0.1"
     assert best[2:] == [
         "0.93 [0.93, 0.93]", "1.2 [1.2, 1.2]", "yes", "0.93 [0.93, 0.93]", "0.87 [0.87, 0.87]",
     ]  # fmt: skip
-    assert before[:4] == ["before training", "", "0.52 [0.52, 0.52]", "0 [0, 0]"]
+    start = r"eval/score 0.52 \[0.52, 0.52\], eval/kl\_sum 0 \[0, 0\]."
+    assert f"Before training, the model that all of these begin from: {start}" in text
     pairs = table_of(text, "first")
     assert len(pairs) == 6
     assert pairs[0] == [first[0], best[0], "1 [1, 1]"]

@@ -15,7 +15,7 @@ function improvementTable() {
       + `in brackets ${BOOTSTRAP}, where both have at least five seeds. `
       + `1 [1, 1] says that these runs do not overlap, not that others will not.${strata}`,
     table(["first", "second", "probability"],
-      data.improvements.map((pair) => [withoutTails(pair.first), withoutTails(pair.second), measureCell(pair)])));
+      data.improvements.map((pair) => [withoutTails(pair.first), withoutTails(pair.second), measureCell(pair.probability)])));
 }
 
 function costTable({ cost, budget, groups: members, left_out: leftOut }) {
