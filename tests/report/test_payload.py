@@ -305,11 +305,16 @@ def test_runs_of_all_stages_are_in_one_frontier_of_the_score_and_one_of_the_true
 
 
 def test_curves_know_what_their_runs_have_spent(tmp_path):
-    payload = report(write_sweep(tmp_path / "s", {"kl_coef": [0.1, 1.0], "seed": [1, 2]}, phases=4))
-    of_group, of_run = payload["groups"][0]["curves"], payload["runs"][0]["curves"]
-    assert of_group["eval"]["phase"] == [0, 4]
-    assert of_group["eval"]["completions"] == of_run["eval"]["completions"] == [0, 256]
-    assert of_run["train"]["tokens"][-1] == pytest.approx(256 * 20, rel=0.01)
-    ends = [run["curves"]["train"]["seconds"][-1] for run in payload["runs"][:2]]
-    assert of_group["train"]["seconds"][-1] == pytest.approx(sum(ends) / 2, rel=1e-3)
-    assert ends[0] != ends[1]
+    for seed, seconds in ((1, 2.0), (2, 6.0)):
+        lines = [point(0, 0.5, 0.0)]
+        for phase in (1, 2):
+            costs = {"time/rollout_s": seconds, "time/learn_s": 1.0, "sample/len_mean": 20.0}
+            lines.append({**costs, **point(phase, 0.6, 0.1)})
+        write_run(tmp_path / f"{seed}", config(seed=seed), lines)
+    payload = report(tmp_path)
+    of_run, of_group = payload["runs"][1]["curves"]["eval"], payload["groups"][0]["curves"]["eval"]
+    assert [of_run[name] for name in ("phase", "completions", "tokens", "seconds")] == [
+        [0, 1, 2], [0, 64, 128], [0, 1280, 2560], [0, 7, 14],
+    ]  # fmt: skip
+    assert of_group["seconds"] == [0, 5, 10]
+    assert payload["groups"][0]["curves"]["train"]["tokens"] == [1280, 2560]
