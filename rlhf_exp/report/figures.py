@@ -1,4 +1,4 @@
-"""The report's pictures as PNGs: the frontier, the curves, the parameters.
+"""The report's pictures as PNGs: the frontiers, the curves, the costs, the parameters.
 
 It draws a payload and computes nothing.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_exp.report.grouping import short_names, show_value
-from rlhf_exp.report.wording import INTERVALS, best_first, pareto_groups
+from rlhf_exp.report.wording import COST_NAMES, INTERVALS, best_first, pareto_groups
 from rlhf_exp.tracking.curves import INK, MUTED, SCORE
 
 log = logging.getLogger(__name__)
@@ -30,17 +30,18 @@ CURVES = (
     ("eval", "heldout/loss"),
     ("eval", "heldout/accuracy"),
 )
+ENDS = ("mean", "low", "high")
 MAX_LABEL = 24  # characters of the longest label that fits beside its dot
 MAX_TICKS = 6  # up to this many different numbers become the axis's ticks
 MIN_LOG_RATIO = 8  # the axis is logarithmic from this ratio of the largest to the smallest value
 
 
 def write_figures(payload: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draws frontier.png, curves.png and parameters.png, as far as the payload has their data, and
-    returns their paths. Warns of a figure that cannot be drawn and leaves it out; raises OSError
-    if the folder cannot be written."""
+    """Draws frontier.png, true_reward.png, curves.png, costs.png and parameters.png, as far as the
+    payload has their data, and returns their paths. Warns of a figure that cannot be drawn and
+    leaves it out; raises OSError if the folder cannot be written."""
     paths = []
-    for draw in (draw_frontier, draw_curves, draw_parameters):
+    for draw in (draw_frontier, draw_true_reward, draw_curves, draw_costs, draw_parameters):
         try:
             paths.append(draw(payload, folder))
         except OSError:
@@ -52,10 +53,22 @@ def write_figures(payload: Mapping[str, Any], folder: Path) -> list[Path]:
     return [path for path in paths if path is not None]
 
 
-def draw_frontier(payload: Mapping[str, Any], folder: Path) -> Path | None:
+def draw_true_reward(payload: Mapping[str, Any], folder: Path) -> Path | None:
+    """Draws the true reward against KL as `draw_frontier` draws the score. None if no run knows a
+    true reward."""
+    if payload["true_reward"] is None:
+        return None
+    groups = [{**group, **group["true_reward"]} for group in payload["groups"]]
+    view = {**payload, **payload["true_reward"], "groups": groups}
+    return draw_frontier(view, folder, name="true_reward.png")
+
+
+def draw_frontier(
+    payload: Mapping[str, Any], folder: Path, *, name: str = "frontier.png"
+) -> Path | None:
     """Draws score against KL: each group's final mean with its interval, the Pareto front, the
-    chosen groups' paths over the phases, and the lines of the best of n samples. None if no group
-    has both metrics."""
+    model before training, the chosen groups' paths over the phases, and the lines of the best of n
+    samples. None if no group has both metrics."""
     groups = [
         group
         for group in payload["groups"]
@@ -88,12 +101,18 @@ def draw_frontier(payload: Mapping[str, Any], folder: Path) -> Path | None:
         if is_chosen and labels_fit:
             axis.annotate(_label(group), (kl["mean"], score["mean"]), xytext=(7, -11),
                           textcoords="offset points", fontsize=8, color=color)  # fmt: skip
-    unit = " (nats a token)" if payload["kl"].endswith("/kl") else ""
-    axis.set_xlabel(f"{payload['kl']}{unit}", color=INK)
+    if before := payload["before"]:
+        kl, score = before["kl"], before["score"]
+        axis.errorbar(kl["mean"], score["mean"], xerr=_error(kl), yerr=_error(score), fmt="D",
+                      color=INK, markersize=5, markerfacecolor="white", elinewidth=1, capsize=2,
+                      zorder=2, label="before training")  # fmt: skip
+    unit = {"kl": " (nats a token)", "kl_sum": " (nats a completion)"}
+    axis.set_xlabel(f"{payload['kl']}{unit.get(payload['kl'].rpartition('/')[2], '')}", color=INK)
     axis.set_ylabel(payload["score"], color=INK)
     by_n = any(group["path_axis"] == "n" for group in groups)
     of_n = "; lines through points: the best of n samples" if by_n else ""
-    axis.set_title("score against KL: lines by phase, dots at the end, filled on the front\n"
+    what = "true reward" if name == "true_reward.png" else "score"
+    axis.set_title(f"{what} against KL: lines by phase, dots at the end, filled on the front\n"
                    f"bars: {INTERVALS}{of_n}", loc="left", color=INK, fontsize=10)  # fmt: skip
     axis.margins(x=0.12)
     if labels_fit:
@@ -101,7 +120,7 @@ def draw_frontier(payload: Mapping[str, Any], folder: Path) -> Path | None:
     else:
         figure.set_size_inches(8, 6.2)
         _legend_below(figure, [axis])
-    return _save(figure, folder / "frontier.png")
+    return _save(figure, folder / name)
 
 
 def draw_curves(payload: Mapping[str, Any], folder: Path) -> Path | None:
@@ -119,9 +138,7 @@ def draw_curves(payload: Mapping[str, Any], folder: Path) -> Path | None:
             curves = group["curves"][side]
             if name not in curves:
                 continue
-            mean, low, high = (
-                np.array(curves[name][end], dtype=float) for end in ("mean", "low", "high")
-            )
+            mean, low, high = (np.array(curves[name][end], dtype=float) for end in ENDS)
             mark, color = "o-" if side == "eval" else "-", colors[group["id"]]
             axis.plot(curves["phase"], mean, mark, label=_label(group), markersize=4,
                       color=color, linewidth=1.2)  # fmt: skip
@@ -130,6 +147,38 @@ def draw_curves(payload: Mapping[str, Any], folder: Path) -> Path | None:
     figure.suptitle(f"lines: means over seeds; bands: {INTERVALS}", color=INK, fontsize=9)
     _legend_below(figure, panels)
     return _save(figure, folder / "curves.png")
+
+
+def draw_costs(payload: Mapping[str, Any], folder: Path) -> Path | None:
+    """Draws the means of the score's evaluations against the tokens sampled and the seconds so far,
+    of up to eight groups. None if fewer than two groups know either."""
+    side = "eval" if payload["score"] in payload["metrics"]["eval"] else "train"
+    chosen, score = choose_groups(payload), payload["score"]
+    known = {
+        cost: [group for group in chosen if {cost, score} <= group["curves"][side].keys()]
+        for cost in COST_NAMES
+    }
+    drawn = {cost: groups for cost, groups in known.items() if len(groups) > 1}
+    if not drawn:
+        return None
+    figure, panels = _make_panels(len(drawn), columns=2, size=(10.0, 3.6))
+    colors = _colors(payload)
+    for axis, (cost, groups) in zip(panels, drawn.items(), strict=True):
+        for group in groups:
+            curves = group["curves"][side]
+            x, mean, low, high = (
+                np.array(column, dtype=float)
+                for column in (curves[cost], *(curves[score][end] for end in ENDS))
+            )
+            color = colors[group["id"]]
+            axis.plot(x, mean, "o-", label=_label(group), markersize=4, color=color, linewidth=1.2)
+            axis.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+        axis.set_xlabel(COST_NAMES[cost], color=INK)
+    panels[0].set_ylabel(score, color=INK)
+    figure.suptitle(f"lines: means over seeds of score and cost; bands: {INTERVALS}", color=INK,
+                    fontsize=9)  # fmt: skip
+    _legend_below(figure, panels)
+    return _save(figure, folder / "costs.png")
 
 
 def draw_parameters(payload: Mapping[str, Any], folder: Path) -> Path | None:

@@ -12,12 +12,15 @@ from typing import Any
 
 from rlhf_exp.report.grouping import show_value
 from rlhf_exp.report.wording import (
+    BOOTSTRAP,
+    COST_NAMES,
     INTERVALS,
     best_first,
     count_statuses,
     one_line,
     pareto_groups,
     score_rank,
+    show_count,
     show_interval,
     show_number,
 )
@@ -36,7 +39,11 @@ def write_markdown(payload: Mapping[str, Any], pictures: Sequence[Path], path: P
         f"{payload['made']}, from {_listed(payload['sources'])}. {count_statuses(payload)}.",
         *_headline(payload),
         *_picture("frontier.png", "score against KL", names),
+        *_picture("true_reward.png", "true reward against KL", names),
         *_groups(payload),
+        *_improvements(payload),
+        *_equal_costs(payload, names),
+        *_kl_estimates(payload),
         *_picture("curves.png", f"means over seeds with {INTERVALS}", names),
         *_parameters(payload, names),
         *_runs(payload),
@@ -86,23 +93,105 @@ def _headline(payload: Mapping[str, Any]) -> list[str]:
 
 
 def _groups(payload: Mapping[str, Any]) -> list[str]:
+    groups = best_first(payload["groups"])
+    if len(groups) < 2:
+        return []
+    columns: dict[str, list[str]] = {
+        "parameters": [escape(group["label"]) for group in groups],
+        "runs": [str(len(group["runs"])) for group in groups],
+        escape(payload["score"]): [show_interval(group["score"]) for group in groups],
+        escape(payload["kl"]): [show_interval(group["kl"]) for group in groups],
+        "on the front": ["yes" if group["pareto"] else "" for group in groups],
+    }
+    note = f"Means over seeds, in brackets {INTERVALS}."
+    if any(group["iqm"] for group in groups):
+        columns["IQM"] = [show_interval(g["iqm"]) if g["iqm"] else "" for g in groups]
+        note += (
+            " IQM: the interquartile mean of the score, of groups of at least five runs, in"
+            f" brackets {BOOTSTRAP}."
+        )
+    if true_reward := payload["true_reward"]:
+        name = escape(true_reward["score"])
+        columns[name] = [show_interval(group["true_reward"]["score"]) for group in groups]
+    if before := payload["before"]:
+        places = [
+            f"{escape(payload[name])} {escape(show_interval(before[name]))}"
+            for name in ("score", "kl")
+        ]
+        note += f" Before training, the model that all of these begin from: {', '.join(places)}."
+    rows = [*map(list, zip(*columns.values(), strict=True))]
+    return ["## By parameters", note, *_table([*columns], rows, ":--:")]
+
+
+def _improvements(payload: Mapping[str, Any]) -> list[str]:
+    pairs = payload["improvements"]
+    rows = [
+        [escape(pair["first"]), escape(pair["second"]), show_interval(pair["probability"])]
+        for pair in pairs
+    ]
+    if not rows:
+        return []
+    note = (
+        f"The probability that a run of the first has a higher {escape(payload['score'])} than a"
+        f" run of the second, ties counting one half; in brackets {BOOTSTRAP}, where both have at"
+        " least five seeds. 1 \\[1, 1\\] says that these runs do not overlap, not that others will"
+        " not."
+    )
+    if any(pair["strata"] > 1 for pair in pairs):
+        note += " Means over tasks and rewards, within each of which the seeds are resampled."
+    table = _table(["first", "second", "probability"], rows, ":--:")
+    return ["## Probability of improvement", note, *table]
+
+
+def _equal_costs(payload: Mapping[str, Any], names: set[str]) -> list[str]:
+    if not payload["equal_cost"]:
+        return []
+    labels = [escape(group["label"]) for group in payload["groups"]]
+    parts = [
+        "## At equal samples and in equal time",
+        "Each run by its last evaluation before the largest cost that all of these runs reach, or"
+        f" at most 5 % beyond; means over seeds, in brackets {INTERVALS}.",
+        *_picture("costs.png", "score against tokens and seconds", names),
+    ]
+    for entry in payload["equal_cost"]:
+        cost = entry["cost"]
+        ranked = sorted(entry["groups"], key=lambda group: score_rank(group["score"]["mean"]))
+        rows = [
+            [
+                labels[group["group"]],
+                show_interval(group["score"]),
+                show_interval(group["kl"]),
+                show_count(group["spent"]),
+            ]
+            for group in ranked
+        ]
+        left_out = ", ".join(labels[number] for number in entry["left_out"])
+        note = f"At {show_count(entry['budget'])} {COST_NAMES[cost]}:"
+        parts.append(f"{note} (not known: {left_out})" if left_out else note)
+        head = ["parameters", escape(payload["score"]), escape(payload["kl"]), f"{cost} so far"]
+        parts += _table(head, rows, ":--:")
+    return parts
+
+
+def _kl_estimates(payload: Mapping[str, Any]) -> list[str]:
     rows = [
         [
-            escape(group["label"]),
-            str(len(group["runs"])),
-            show_interval(group["score"]),
-            show_interval(group["kl"]),
-            "yes" if group["pareto"] else "",
+            escape(payload["groups"][entry["group"]]["label"]),
+            show_number(entry["kl"]),
+            *(
+                f"{show_number(entry[f'kl_{k}'])} ({show_number(entry[f'kl_{k}_var'])})"
+                for k in ("k1", "k2", "k3")
+            ),
         ]
-        for group in best_first(payload["groups"])
+        for entry in payload["kl_estimates"]
     ]
-    if len(rows) < 2:
+    if not rows:
         return []
-    head = ["parameters", "runs", escape(payload["score"]), escape(payload["kl"]), "on the front"]
     return [
-        "## By parameters",
-        f"Means over seeds, in brackets {INTERVALS}.",
-        *_table(head, rows, ":--:"),
+        "## Estimates of the KL",
+        "Of the rollouts, in nats a token: the exact KL and its estimates from the sampled tokens,"
+        " in parentheses their variances over tokens; means over phases and seeds.",
+        *_table(["parameters", "exact", "k1", "k2", "k3"], rows, "--:"),
     ]
 
 

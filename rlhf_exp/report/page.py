@@ -13,7 +13,7 @@ from rlhf_exp.runs.files import write_whole
 
 ASSETS = Path(__file__).parent / "assets"
 # In the order of their dependencies.
-SCRIPTS = ("base.js", "figures.js", "parameters.js", "tables.js", "page.js")
+SCRIPTS = ("base.js", "figures.js", "parameters.js", "tables.js", "between.js", "page.js")
 
 
 def write_page(payload: Mapping[str, Any], path: Path) -> Path:

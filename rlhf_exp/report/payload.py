@@ -4,17 +4,25 @@ It knows what to show, not how it looks. Numbers have four significant digits.
 """
 
 import json
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from rlhf_exp.report.comparison import at_equal_cost, improvements, kl_estimates
+from rlhf_exp.report.curve_tables import choose_curves, group_curves, run_curves
 from rlhf_exp.report.diagnosis import diagnose
+from rlhf_exp.report.frontier import (
+    TRUE_REWARD,
+    before_training,
+    default_kl,
+    interval,
+    iqm,
+    is_best_of_n,
+    place_groups,
+)
 from rlhf_exp.report.grouping import (
     Group,
     group_runs,
@@ -24,22 +32,21 @@ from rlhf_exp.report.grouping import (
     varied_parameters,
 )
 from rlhf_exp.report.importance import Importance, measure_importance
-from rlhf_exp.report.statistics import mean_interval, pareto_front
-from rlhf_exp.runs.config_keys import BEST_OF_N
-from rlhf_exp.runs.reading import Curves, Run, read_runs
+from rlhf_exp.report.statistics import rounded
+from rlhf_exp.runs.reading import Run, read_runs
 from rlhf_exp.runs.samples import Sample, encodable
 
-MAX_NUMBERS = 1_000_000  # in curves: 7 MB of JSON beside Plotly's 5 in a page of 15
 MAX_TEXT_BYTES = 2_000_000  # for all samples as JSON
 MAX_TEXT = 2000  # characters of a prompt or a completion
 
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """The names of the frontier's two metrics."""
+    """The names of the frontier's two metrics. A `kl` of None is eval/kl, or eval/kl_sum if there
+    are runs of stage=best_of_n."""
 
     score: str = "eval/score"
-    kl: str = "eval/kl"
+    kl: str | None = None
 
 
 def build_payload(paths: Sequence[Path], names: Names, *, made: datetime) -> dict[str, Any]:
@@ -49,31 +56,46 @@ def build_payload(paths: Sequence[Path], names: Names, *, made: datetime) -> dic
     runs with an evaluation after phase 0. "runs" lists all runs.
     """
     runs, problems = read_runs(paths)
+    kl = names.kl or default_kl(runs)
     parameters = varied_parameters(runs)
     groups = group_runs(runs, parameters)
     counted, remarks = _counted(runs, names)
+    members = [[runs[i] for i in group.runs if i in counted] for group in groups]
     problems += remarks + repeated(runs, groups) + _commits(runs)
-    metrics, phases = _choose_curves(runs, groups, problems)
+    metrics, phases = choose_curves(runs, groups, problems)
     common, differing = split_configs(runs)
     importance = _importance(runs, counted, parameters, names)
     text_limit = _text_limit(runs)
+    described = _describe_groups(runs, groups, members, names.score, kl, metrics, phases)
+    for group, place in zip(described, place_groups(members, names.score, kl), strict=True):
+        group |= place
+    true_reward = _true_reward(members, described, names.score, kl)
     return {
         "title": _title(runs, paths),
         "made": made.strftime("%Y-%m-%d %H:%M"),
         "sources": [encodable(str(path)) for path in paths],
         "score": names.score,
-        "kl": names.kl,
+        "kl": kl,
         "parameters": parameters,
         "metrics": metrics,
         "runs": [
             {
-                **_describe_run(run, index, groups, parameters, names),
-                "curves": _run_curves(run, metrics, phases),
+                **_describe_run(run, index, groups, parameters, names.score, kl),
+                "curves": run_curves(run, metrics, phases),
                 "samples": [_clipped(sample, text_limit) for sample in run.samples],
             }
             for index, run in enumerate(runs)
         ],
-        "groups": _describe_groups(runs, groups, counted, names, metrics, phases),
+        "groups": described,
+        "before": before_training(members, names.score, kl),
+        "true_reward": true_reward,
+        "improvements": improvements(groups, members, names.score),
+        "equal_cost": [
+            table
+            for cost in ("tokens", "seconds")
+            if (table := at_equal_cost(members, cost, names.score, kl))
+        ],
+        "kl_estimates": kl_estimates(described),
         "importance": [
             {"parameter": name, "share": rounded(share)} for name, share in importance.parameters
         ],
@@ -86,15 +108,6 @@ def build_payload(paths: Sequence[Path], names: Names, *, made: datetime) -> dic
         "differing": differing,
         "problems": problems,
     }
-
-
-def rounded(value: float | None) -> float | None:
-    """The number with four significant digits; None if it is unknown or not finite."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
-
-
-def _rounded_all(values: np.ndarray) -> list[float | None]:
-    return [rounded(value) for value in values.tolist()]
 
 
 def _title(runs: Sequence[Run], paths: Sequence[Path]) -> str:
@@ -139,31 +152,14 @@ def _counted(runs: Sequence[Run], names: Names) -> tuple[set[int], list[str]]:
     return done or scored, remarks
 
 
-def _choose_curves(
-    runs: Sequence[Run], groups: Sequence[Group], problems: list[str]
-) -> tuple[dict[str, list[str]], set[int] | None]:
-    """The metrics to draw as curves, and the phases to which training curves are thinned (None:
-    all) to keep a page of many runs small."""
-    train = list(dict.fromkeys(name for run in runs for name in run.train.values))
-    evaluated = list(dict.fromkeys(name for run in runs for name in run.evaluated.values))
-    metrics = {"train": train, "eval": evaluated}
-    copies = len(runs) + 3 * len(groups)
-    longest = max((len(run.train.phases) for run in runs), default=0)
-    stride = math.ceil(len(train) * longest * copies / MAX_NUMBERS)
-    if stride <= 1:
-        return metrics, None
-    problems.append(f"curves: one phase in {stride}, to keep the report small")
-    phases = sorted({phase for run in runs for phase in run.train.phases})
-    return metrics, {*phases[::stride], *(run.train.phases[-1] for run in runs if run.train.phases)}
-
-
 def _describe_run(
-    run: Run, index: int, groups: Sequence[Group], parameters: Sequence[str], names: Names
+    run: Run, index: int, groups: Sequence[Group], parameters: Sequence[str], score: str, kl: str
 ) -> dict[str, Any]:
-    best = [value for _, value in run.curves(names.score).points(names.score)]
+    best = [value for _, value in run.curves(score).points(score)]
     final = {
-        "score": run.final(names.score),
-        "kl": run.final(names.kl),
+        "score": run.final(score),
+        "true_reward": run.final(TRUE_REWARD),
+        "kl": run.final(kl),
         "entropy": _last(run, "eval/entropy", "objective/entropy"),
         "distinct_3": _last(run, "eval/distinct_3", "sample/distinct_3"),
         "best_score": max(best, default=None),
@@ -190,110 +186,42 @@ def _last(run: Run, evaluated: str, trained: str) -> float | None:
     return run.train.last(trained) if value is None else value
 
 
-def _run_curves(
-    run: Run, metrics: Mapping[str, Sequence[str]], thinned: set[int] | None
-) -> dict[str, Any]:
-    curves = {}
-    for side, source in (("train", run.train), ("eval", run.evaluated)):
-        phases = _thinned_phases(source.phases, thinned if side == "train" else None)
-        table = _table([source], phases, [n for n in metrics[side] if n in source.values])
-        columns = {name: _rounded_all(values[0]) for name, values in table.items()}
-        curves[side] = {"phase": phases, **columns}
-    return curves
-
-
-def _thinned_phases(phases: Iterable[int], thinned: set[int] | None) -> list[int]:
-    return sorted(p for p in set(phases) if thinned is None or p in thinned)
-
-
-def _table(
-    sources: Sequence[Curves], phases: Sequence[int], metrics: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """An array for each metric, with a row per run and a column per phase; NaN for no value."""
-    tables = {name: np.full((len(sources), len(phases)), math.nan) for name in metrics}
-    for row, source in enumerate(sources):
-        _, columns, places = np.intersect1d(phases, source.phases, return_indices=True)
-        for name in source.values.keys() & tables.keys():
-            tables[name][row, columns] = source.values[name][places]
-    return tables
-
-
 def _describe_groups(
     runs: Sequence[Run],
     groups: Sequence[Group],
-    counted: set[int],
-    names: Names,
+    members: Sequence[Sequence[Run]],
+    score: str,
+    kl: str,
     metrics: Mapping[str, Sequence[str]],
     thinned: set[int] | None,
 ) -> list[dict[str, Any]]:
-    described: list[dict[str, Any]] = []
-    for index, group in enumerate(groups):
-        members = [runs[i] for i in group.runs if i in counted]
-        described.append(
-            {
-                "id": index,
-                "label": group.label,
-                "parameters": group.parameters,
-                "runs": group.runs,
-                "score": _interval(members, names.score),
-                "kl": _interval(members, names.kl),
-                "path": _path(members, names),
-                "path_axis": _path_axis(members),
-                "curves": _group_curves(members or [runs[i] for i in group.runs], metrics, thinned),
-            }
-        )
-    front = pareto_front([(group["kl"]["mean"], group["score"]["mean"]) for group in described])
-    return [{**group, "pareto": on} for group, on in zip(described, front, strict=True)]
-
-
-def _interval(runs: Sequence[Run], metric: str) -> dict[str, float | None]:
-    values = [value for run in runs if (value := run.final(metric)) is not None]
-    interval = mean_interval(np.array(values, dtype=float).reshape(-1, 1))
-    return {end: rounded(float(array[0])) for end, array in interval._asdict().items()}
-
-
-def _path(runs: Sequence[Run], names: Names) -> list[dict[str, Any]]:
-    """The means of both metrics at each phase for which all runs of the group have them."""
-    points = [
-        (dict(r.curves(names.score).points(names.score)), dict(r.curves(names.kl).points(names.kl)))
-        for r in runs
-    ]
-    if not points:
-        return []
-    phases = set.intersection(*(score.keys() & kl.keys() for score, kl in points))
     return [
         {
-            "phase": phase,
-            "score": rounded(float(np.mean([score[phase] for score, _ in points]))),
-            "kl": rounded(float(np.mean([kl[phase] for _, kl in points]))),
+            "id": index,
+            "label": group.label,
+            "parameters": group.parameters,
+            "runs": group.runs,
+            "true_reward": None,
+            "iqm": iqm(counted, score),
+            "kl": interval(counted, kl),
+            "path_axis": "n" if counted and all(map(is_best_of_n, counted)) else "phase",
+            "curves": group_curves(counted or [runs[i] for i in group.runs], metrics, thinned),
         }
-        for phase in sorted(phases)
+        for index, (group, counted) in enumerate(zip(groups, members, strict=True))
     ]
 
 
-def _path_axis(runs: Sequence[Run]) -> str:
-    """What the phases of the path count: "n" for the best of n samples, else "phase"."""
-    return "n" if {run.config.get("stage._target_") for run in runs} == {BEST_OF_N} else "phase"
-
-
-def _group_curves(
-    runs: Sequence[Run], metrics: Mapping[str, Sequence[str]], thinned: set[int] | None
-) -> dict[str, Any]:
-    curves = {}
-    for side in ("train", "eval"):
-        sources = [run.train if side == "train" else run.evaluated for run in runs]
-        all_phases = (phase for source in sources for phase in source.phases)
-        phases = _thinned_phases(all_phases, thinned if side == "train" else None)
-        names = [n for n in metrics[side] if any(n in source.values for source in sources)]
-        columns: dict[str, Any] = {"phase": phases}
-        if names:
-            tables = _table(sources, phases, names)
-            interval = mean_interval(np.hstack([tables[name] for name in names]))
-            ends = {end: np.split(a, len(names)) for end, a in interval._asdict().items()}
-            for i, name in enumerate(names):
-                columns[name] = {end: _rounded_all(parts[i]) for end, parts in ends.items()}
-        curves[side] = columns
-    return curves
+def _true_reward(
+    members: Sequence[Sequence[Run]], described: Sequence[dict[str, Any]], score: str, kl: str
+) -> dict[str, Any] | None:
+    """The metric and the point before training of a second frontier, of the true reward; gives each
+    group its place on it. None if no run knows a true reward, or if it is the score."""
+    known = any(run.final(TRUE_REWARD) is not None for runs in members for run in runs)
+    if not known or score == TRUE_REWARD:
+        return None
+    for group, place in zip(described, place_groups(members, TRUE_REWARD, kl), strict=True):
+        group["true_reward"] = place
+    return {"score": TRUE_REWARD, "before": before_training(members, TRUE_REWARD, kl)}
 
 
 def _importance(

@@ -10,11 +10,21 @@ from rlhf_exp.security.printable import printable
 LINE_ENDS = re.compile("\r\n|[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]")
 
 INTERVALS = "95 % t-intervals of the mean"  # on page, Markdown and terminal
+BOOTSTRAP = "95 % percentile intervals of a bootstrap over seeds"
+COST_NAMES = {
+    "tokens": "tokens sampled for training",
+    "seconds": "seconds of training, without evaluations",
+}
 
 
 def show_number(value: float | None) -> str:
     """The number with four digits, 0 for a rounding error around 0; "-" if it is unknown."""
     return "-" if value is None else f"{value if abs(value) > 1e-7 else 0:.4g}"
+
+
+def show_count(value: float | None) -> str:
+    """The number as "6,144" from 1000 on, else as `show_number`."""
+    return f"{value:,.0f}" if value is not None and value >= 1000 else show_number(value)
 
 
 def show_interval(interval: Mapping[str, float | None]) -> str:

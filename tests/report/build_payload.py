@@ -105,6 +105,8 @@ def group(number: int, members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "parameters": parameters,
         "runs": [run["id"] for run in members],
         "pareto": False,
+        "iqm": None,
+        "true_reward": None,
         "score": measured([run["final"]["score"] for run in members]),
         "kl": measured([run["final"]["kl"] for run in members]),
         "path": [
@@ -143,6 +145,11 @@ def payload(
         "metrics": {"train": [*TRAIN], "eval": [*EVAL]},
         "runs": runs,
         "groups": groups,
+        "before": None,
+        "true_reward": None,
+        "improvements": [],
+        "equal_cost": [],
+        "kl_estimates": [],
         "importance": [
             {"parameter": key, "share": share}
             for key, share in zip(parameters, shares, strict=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 KL_COEFS = (0.03, 0.1, 0.3, 1.0)
+KL_VARIANCES = {"k1": 2.0, "k2": 3.0, "k3": 1.5}  # of a KL of 1
 WORDS = (
     "the",
     "film",
@@ -38,6 +39,7 @@ def config(*, kl_coef: float = 0.3, clip_coef: float = 0.2, lr: float = 3e-4, se
         "artifacts_dir": "outputs/artifacts",
         "stage": {
             "_target_": "rlhf_exp.stages.ppo.PPO",
+            "batch_size": 64,
             "kl_coef": kl_coef,
             "clip_coef": clip_coef,
             "value_clip_coef": None,
@@ -79,6 +81,8 @@ def rollout(phase: int, score: float, kl: float, noise: random.Random) -> dict[s
         "objective/scores_std": 0.1,
         "objective/kl": kl,
         "objective/kl_sum": 20 * kl,
+        **{f"objective/kl_{name}": kl for name in ("k1", "k2", "k3")},
+        **{f"objective/kl_{name}_var": kl * var for name, var in KL_VARIANCES.items()},
         "objective/entropy": 1.3,
         "val/explained_variance": 0.5,
         "sample/len_mean": 20.0,
@@ -94,6 +98,7 @@ def rollout(phase: int, score: float, kl: float, noise: random.Random) -> dict[s
         "grad_norm/head": 0.5,
         "lr/base": 3e-4,
         "lr/head": 1e-3,
+        "time/rollout_s": 0.0312876,
         "time/sample_s": 0.0184764,
         "time/learn_s": 0.1119824,
         "time/tokens_per_s": 431.3678,
@@ -111,7 +116,52 @@ def best_of_n_config(*, seed: int = 1):
 def best_of_n_rows() -> list[dict[str, Any]]:
     """The rows of the best of 1, 2, 4 and 8 samples."""
     rising = [(1, 0.52, 0.0), (2, 0.7, 0.01), (4, 0.85, 0.03), (8, 0.93, 0.06)]
-    return [{"phase": n, "eval/score": score, "eval/kl": kl} for n, score, kl in rising]
+    return [
+        {"phase": n, "eval/score": score, "eval/kl": kl, "eval/kl_sum": 20 * kl}
+        for n, score, kl in rising
+    ]
+
+
+def dpo_config(*, seed: int = 1):
+    """A resolved configuration of stage=dpo, shortened."""
+    stage = {"_target_": "rlhf_exp.stages.dpo.DPO", "batch_size": 32, "beta": 0.1}
+    return {**config(seed=seed), "stage": stage}
+
+
+def dpo_rows(*, seed: int = 1, updates: int = 10) -> list[dict[str, Any]]:
+    """The rows of stage=dpo: pairs are learned, and only evaluations sample."""
+    noise = random.Random(seed)
+    train = [
+        {"phase": n, "train/loss": 0.7 / n, "rewards/margins": n / 10, "lr/base": 1e-4}
+        for n in range(1, updates + 1)
+    ]
+    last = evaluation(updates, 0.8 + noise.gauss(0, 0.02), 0.12 + noise.gauss(0, 0.01), noise)
+    return [evaluation(0, 0.52, 0.0, noise), *train, last | {"heldout/loss": 0.6}]
+
+
+def with_true_reward(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with a true reward in each evaluation, lower than the score by the KL."""
+    return [
+        {**row, "eval/true_reward": row["eval/score"] - row["eval/kl"]}
+        if "eval/kl" in row
+        else dict(row)
+        for row in metrics
+    ]
+
+
+def write_stages(folder: Path, *, seeds: Sequence[int] = (1, 2, 3, 4, 5)) -> Path:
+    """Writes runs of PPO with two penalties, DPO, best of n, and SFT, which begin from one model
+    and know the true reward."""
+    for seed in seeds:
+        runs = [(f"ppo{k}", settings, rows(settings, phases=20, eval_every=5))
+                for k in (0.1, 1.0) for settings in [config(kl_coef=k, seed=seed)]]  # fmt: skip
+        runs += [("dpo", dpo_config(seed=seed), dpo_rows(seed=seed)),
+                 ("best", best_of_n_config(seed=seed), best_of_n_rows())]  # fmt: skip
+        for name, settings, metrics in runs:
+            write_run(folder / f"{name}_{seed}", settings, with_true_reward(metrics))
+    sft = {**config(), "stage": {"_target_": "rlhf_exp.stages.sft.SFT", "batch_size": 64}}
+    write_run(folder / "sft", sft, supervised_rows())
+    return folder
 
 
 def supervised_rows(*, updates: int = 10) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ def test_a_sweep_gets_its_report_in_its_folder(tmp_path):
         "",
     ]
     assert {path.name for path in (sweep / "report").iterdir()} == {
-        "report.html", "report.md", "frontier.png", "curves.png", "parameters.png",
+        "report.html", "report.md", "frontier.png", "curves.png", "costs.png", "parameters.png",
     }  # fmt: skip
     assert "sweep/4_broken/metrics.jsonl: the last line is cut off" in re.sub(
         r"\s+", " ", done.stdout

@@ -13,6 +13,7 @@ from tests.report.build_runs import (
     rows,
     supervised_rows,
     write_run,
+    write_stages,
     write_sweep,
 )
 
@@ -40,7 +41,7 @@ def draw(tmp_path, *paths):
 def test_a_sweep_has_frontier_curves_and_parameters(tmp_path, drawn):
     write_sweep(tmp_path / "s", {"kl_coef": [0.03, 0.1, 1.0], "seed": [1, 2, 3]})
     names, payload = draw(tmp_path, tmp_path / "s")
-    assert names == ["frontier.png", "curves.png", "parameters.png"]
+    assert names == ["frontier.png", "curves.png", "costs.png", "parameters.png"]
     (frontier,) = drawn["frontier.png"].axes
     assert {text.get_text() for text in frontier.texts} == {
         "kl_coef=0.03",
@@ -65,13 +66,13 @@ def test_a_sweep_has_frontier_curves_and_parameters(tmp_path, drawn):
 def test_the_best_of_n_samples_are_a_line_however_many_groups_there_are(tmp_path, drawn):
     lrs = [n * 1e-5 for n in range(1, 13)]
     write_sweep(tmp_path / "s", {"lr": lrs, "seed": [1]}, phases=2)
-    far = [{**row, "eval/kl": 9 + row["eval/kl"], "eval/score": 0.1} for row in best_of_n_rows()]
+    far = [{**r, "eval/kl_sum": 90 + r["eval/kl_sum"], "eval/score": 0.1} for r in best_of_n_rows()]
     write_run(tmp_path / "best", best_of_n_config(), far)
     _, payload = draw(tmp_path, tmp_path / "s", tmp_path / "best")
     assert "n" not in {group["path_axis"] for group in choose_groups(payload)}
     (frontier,) = drawn["frontier.png"].axes
     [line] = [line for line in frontier.lines if line.get_marker() == "."]
-    points = [(row["eval/kl"], row["eval/score"]) for row in far]
+    points = [(row["eval/kl_sum"], row["eval/score"]) for row in far]
     assert list(zip(*line.get_data(), strict=True)) == points
     assert line.get_alpha() == 1
     assert "lines through points: the best of n samples" in frontier.get_title(loc="left")
@@ -132,7 +133,39 @@ def test_a_figure_that_cannot_be_drawn_is_left_out(tmp_path, monkeypatch, caplog
     monkeypatch.setattr(Figure, "savefig", fail)
     write_sweep(tmp_path / "s", {"kl_coef": [0.1, 1.0], "seed": [1, 2]})
     names, _ = draw(tmp_path, tmp_path / "s")
-    assert names == ["frontier.png", "parameters.png"]
+    assert names == ["frontier.png", "costs.png", "parameters.png"]
     assert caplog.messages == [
         "curves.png failed (RuntimeError: no font); the report goes on without it"
     ]
+
+
+def test_the_true_reward_has_a_frontier_of_its_own(tmp_path, drawn):
+    names, payload = draw(tmp_path, write_stages(tmp_path / "s", seeds=(1, 2)))
+    assert names[:2] == ["frontier.png", "true_reward.png"]
+    (axis,) = drawn["true_reward.png"].axes
+    assert (axis.get_xlabel(), axis.get_ylabel()) == (
+        "eval/kl_sum (nats a completion)",
+        "eval/true_reward",
+    )
+    [best] = [line for line in axis.lines if line.get_marker() == "."]
+    assert best.get_ydata().tolist() == [0.52, 0.69, 0.82, 0.87]
+    ends = [line for line in axis.lines if line.get_marker() == "o"]
+    means = [g["true_reward"]["score"]["mean"] for g in payload["groups"] if g["kl"]["mean"]]
+    assert [line.get_ydata()[0] for line in ends] == means
+    (front,) = [line for line in axis.lines if line.get_label() == "Pareto front"]
+    assert front.get_xydata().tolist() == [[1.2, 0.87]]
+    assert axis.get_title("left").startswith("true reward against KL")
+    (start,) = [line for line in axis.lines if line.get_marker() == "D"]
+    assert start.get_xydata().tolist() == [[0.0, 0.52]]
+
+
+def test_costs_are_drawn_for_settings_that_know_them(tmp_path, drawn):
+    _, payload = draw(tmp_path, write_stages(tmp_path / "s", seeds=(1, 2)))
+    tokens, seconds = drawn["costs.png"].axes
+    sampling = [group for group in payload["groups"] if group["label"].startswith("stage=PPO")]
+    for axis, cost in ((tokens, "tokens"), (seconds, "seconds")):
+        curves = [group["curves"]["eval"] for group in sampling]
+        assert [line.get_xdata().tolist() for line in axis.lines] == [c[cost] for c in curves]
+        scores = [c["eval/score"]["mean"] for c in curves]
+        assert [line.get_ydata().tolist() for line in axis.lines] == scores
+        assert axis.get_xlabel().startswith(cost)

@@ -5,7 +5,15 @@ import pytest
 from rlhf_exp.report.figures import write_figures
 from rlhf_exp.report.markdown import escape, write_markdown
 from rlhf_exp.report.payload import Names, build_payload
-from tests.report.build_runs import config, rows, samples, supervised_rows, write_run, write_sweep
+from tests.report.build_runs import (
+    config,
+    rows,
+    samples,
+    supervised_rows,
+    write_run,
+    write_stages,
+    write_sweep,
+)
 
 
 def write(tmp_path, *paths):
@@ -45,7 +53,8 @@ def test_a_sweep(tmp_path):
     assert groups[0][2].startswith("0.9")
     assert groups[0][4] == "yes"
     assert r"- **kl\_coef=1**: eval/score 0." in text
-    assert text.count("in brackets 95 % t-intervals of the mean") == 2, "front and table"
+    told = "in brackets 95 % t-intervals of the mean"
+    assert text.count(told) == 3, "front, table and equal costs"
     (row,) = [row for row in table_of(text, "run") if row[1] != "done"]
     assert row[1] == "failed: outPIPEof memory"
     assert r"- **6\_x**: clip fraction above 0.4" in text
@@ -124,3 +133,33 @@ def test_supervised_failed_and_missing_runs_have_their_place(tmp_path):
         ["failed", "failed: no data"],
     ]
     assert "nowhere: No such file or directory" in text
+
+
+def test_stages_are_compared(tmp_path):
+    text = write(tmp_path, write_stages(tmp_path / "s"))
+    assert "](true_reward.png)" in text
+    assert "](costs.png)" in text
+    first, best, *_ = table_of(text, "parameters")
+    assert first[0] == r"stage=PPO, kl\_coef=0.1"
+    assert best[2:] == [
+        "0.93 [0.93, 0.93]", "1.2 [1.2, 1.2]", "yes", "0.93 [0.93, 0.93]", "0.87 [0.87, 0.87]",
+    ]  # fmt: skip
+    start = r"eval/score 0.52 \[0.52, 0.52\], eval/kl\_sum 0 \[0, 0\]."
+    assert f"Before training, the model that all of these begin from: {start}" in text
+    pairs = table_of(text, "first")
+    assert len(pairs) == 6
+    assert pairs[0] == [first[0], best[0], "1 [1, 1]"]
+    assert "a bootstrap over seeds, where both have at least five seeds" in text
+    costs = table_of(text.split("## At equal samples")[1], "parameters")
+    assert [row[0] for row in costs] == [first[0], r"stage=PPO, kl\_coef=1"]
+    assert [row[3] for row in costs] == ["25,600", "25,600"]  # 20 phases of 64 x 20 tokens
+    assert r"(not known: stage=BestOfN, kl\_coef=null, stage=DPO, kl\_coef=null)" in text
+    estimates = table_of(text.split("## Estimates of the KL")[1], "parameters")
+    exact, k1 = float(estimates[0][1]), estimates[0][2].rstrip(")").split(" (")
+    assert [float(number) for number in k1] == pytest.approx([exact, 2 * exact], rel=0.01)
+
+
+def test_a_sweep_without_five_seeds_has_no_interquartile_means(tmp_path):
+    text = write(tmp_path, write_sweep(tmp_path / "s", {"kl_coef": [0.1, 1.0], "seed": [1, 2]}))
+    assert "IQM" not in text
+    assert [row[2] for row in table_of(text, "first")] == ["1"]

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_exp.report.page import write_page
 from rlhf_exp.report.payload import Names, build_payload
-from rlhf_exp.report.wording import INTERVALS
+from rlhf_exp.report.wording import BOOTSTRAP, COST_NAMES, INTERVALS
 from tests.report.build_payload import payload
 from tests.report.build_runs import (
     KL_COEFS,
@@ -20,6 +20,7 @@ from tests.report.build_runs import (
     rows,
     samples,
     write_run,
+    write_stages,
     write_sweep,
 )
 
@@ -260,6 +261,77 @@ def test_what_a_run_holds_on_disk_stays_text(show: Open, tmp_path: Path) -> None
     assert page.evaluate("window.stolen") is None
     assert page.locator("main img, main script, main a[href^=javascript]").count() == 0
     assert page.locator("[onmouseover], [onload], [onerror]").count() == 0
+
+
+def stages(folder: Path) -> dict[str, Any]:
+    return build_payload([write_stages(folder / "s")], Names(), made=datetime(2026, 11, 21))
+
+
+def test_stages_are_set_side_by_side(show: Open, tmp_path: Path) -> None:
+    content = stages(tmp_path)
+    page = show(content)
+    improvement, tokens, seconds, estimates = page.locator("#between table").all()
+    rows = improvement.locator("tbody tr").all_inner_texts()
+    assert len(rows) == 6
+    assert rows[0].split("\t") == [
+        "stage=PPO, kl_coef=0.1",
+        "stage=BestOfN, kl_coef=null",
+        "1 [1, 1]",
+    ]
+    assert BOOTSTRAP in page.locator("#between .note").first.inner_text()
+    for table, entry in ((tokens, content["equal_cost"][0]), (seconds, content["equal_cost"][1])):
+        cells = table.locator("tbody tr").first.locator("td").all_inner_texts()
+        first = next(g for g in entry["groups"] if g["group"] == 2)
+        assert cells[0].startswith(f"{first['score']['mean']:.3g} [")
+        assert float(cells[2].replace(",", "")) == pytest.approx(first["spent"])
+    titles = page.locator("#between h3").all_inner_texts()
+    assert titles[1] == f"At 25,590 {COST_NAMES['tokens']}"
+    assert titles[2].endswith(COST_NAMES["seconds"])
+    assert "Not known: stage=BestOfN" in page.locator("#between .note").nth(1).inner_text()
+    exact = content["kl_estimates"][0]
+    assert estimates.locator("tbody td").all_inner_texts()[:2] == [
+        str(exact["kl"]), f"{exact['kl_k1']} ({exact['kl_k1_var']})",
+    ]  # fmt: skip
+    heads = page.locator("#best th").all_inner_texts()[:6]
+    assert heads[3:] == ["runs", "IQM", "true reward"]
+
+
+def test_the_true_reward_has_a_frontier_that_follows_the_legend(show: Open, tmp_path: Path) -> None:
+    content = stages(tmp_path)
+    page = show(content)
+    data = "e => e.data.filter((t) => t.mode === 'markers').map((t) => [t.x[0], t.y[0]])"
+    start, *ends = page.locator("#true-frontier-figure").evaluate(data)
+    assert start == [0, 0.52]
+    assert ends == [
+        [group["kl"]["mean"], group["true_reward"]["score"]["mean"]]
+        for group in content["groups"]
+        if group["kl"]["mean"] is not None
+    ]
+    assert page.locator("#frontier-figure").evaluate(data)[1][1] == 0.93
+    page.locator("#legend button").first.click()
+    assert page.locator("#true-frontier-figure").evaluate(data) == [start, *ends[1:]]
+    assert "open diamond: the model before training" in page.locator("#frontier-note").inner_text()
+    assert not show(payload()).locator("#true-frontier").is_visible()
+
+
+def test_curves_are_drawn_over_what_they_cost(show: Open, tmp_path: Path) -> None:
+    content = stages(tmp_path)
+    page = show(content)
+    figure = page.locator(".curve-panel .figure").first
+    means = "e => e.data.filter((t) => t.mode === 'lines+markers').map((t) => t.x)"
+    known = [group["curves"]["eval"] for group in content["groups"] if group["label"][6:9] == "PPO"]
+    assert len(figure.evaluate(means)) == 4, "best of n, DPO, and PPO twice"
+    for cost in ("completions", "tokens", "seconds"):
+        page.locator("#axes span", has_text=cost).click()
+        assert figure.evaluate(means) == [curves[cost] for curves in known]
+        assert cost in figure.evaluate("e => e.layout.xaxis.title.text")
+        note = page.locator("#curves-note").inner_text()
+        assert f"Not drawn, since their {cost} are not known: stage=BestOfN" in note
+    page.locator("#seeds input").first.check()
+    seeds = figure.evaluate("e => e.data.filter((t) => t.meta === 'seed').map((t) => t.x)")
+    run = content["runs"][content["groups"][2]["runs"][0]]
+    assert seeds[0][:-1] == run["curves"]["eval"]["seconds"]
+    assert not show(payload()).locator("#axes").is_visible(), "runs that know no cost"
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])

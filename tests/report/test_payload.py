@@ -4,7 +4,7 @@ from datetime import datetime
 import pytest
 
 from rlhf_exp.report import payload as module
-from rlhf_exp.report.payload import Names, build_payload, rounded
+from rlhf_exp.report.payload import Names, build_payload
 from tests.report.build_runs import (
     best_of_n_config,
     best_of_n_rows,
@@ -13,6 +13,7 @@ from tests.report.build_runs import (
     samples,
     supervised_rows,
     write_run,
+    write_stages,
     write_sweep,
 )
 
@@ -119,6 +120,7 @@ def test_a_run_is_described(tmp_path):
     (run,) = payload["runs"]
     assert run["final"] == {
         "score": 0.8,
+        "true_reward": None,
         "kl": 0.3333,
         "entropy": 1.25,
         "distinct_3": 0.4,
@@ -218,8 +220,8 @@ def test_runs_of_rubbish_are_a_payload_with_problems(tmp_path):
 
 def test_curves_of_many_runs_are_thinned(tmp_path, monkeypatch):
     write_sweep(tmp_path / "s", {"seed": [1, 2]}, phases=50, eval_every=25)
-    # 2 runs and thrice 1 group are 5 copies: of 22 metrics there is room for one phase in 5.
-    monkeypatch.setattr(module, "MAX_NUMBERS", 1250)
+    # 2 runs and thrice 1 group are 5 copies: of 29 metrics there is room for one phase in 5.
+    monkeypatch.setattr("rlhf_exp.report.curve_tables.MAX_NUMBERS", 1450)
     payload = report(tmp_path / "s")
     for owner in (payload["runs"][0], payload["groups"][0]):
         phases = owner["curves"]["train"]["phase"]
@@ -227,7 +229,7 @@ def test_curves_of_many_runs_are_thinned(tmp_path, monkeypatch):
         assert owner["curves"]["eval"]["phase"] == [0, 25, 50]
     assert payload["problems"] == ["curves: one phase in 5, to keep the report small"]
     copies = 5 * len(payload["metrics"]["train"]) * len(phases)
-    assert copies < 1.1 * 1250  # the last phase is always kept
+    assert copies < 1.1 * 1450  # the last phase is always kept
 
 
 def test_long_texts_are_cut_where_prompt_and_completion_meet(tmp_path, monkeypatch):
@@ -243,14 +245,6 @@ def test_long_texts_are_cut_where_prompt_and_completion_meet(tmp_path, monkeypat
     monkeypatch.setattr(module, "MAX_TEXT_BYTES", 6000)
     cut = report(folder)["runs"][0]["samples"]
     assert 5000 < len(json.dumps([list(s.values()) for s in cut])) < 7000
-
-
-@pytest.mark.parametrize(
-    ("value", "kept"),
-    [(0.123456, 0.1235), (-123456.0, -123500.0), (1e-9, 1e-9), (float("nan"), None), (None, None)],
-)
-def test_numbers_have_four_digits(value, kept):
-    assert rounded(value) == kept
 
 
 def test_runs_from_different_commits_are_told(sweep):
@@ -272,3 +266,55 @@ def test_a_group_with_a_lower_score_at_a_higher_kl_is_not_on_the_front(tmp_path)
     for kl_coef, score, kl in ((0.1, 0.9, 0.3), (1.0, 0.6, 0.5)):
         write_run(tmp_path / f"{kl_coef}", config(kl_coef=kl_coef), [point(4, score, kl)])
     assert [group["pareto"] for group in report(tmp_path)["groups"]] == [True, False]
+
+
+def test_runs_of_all_stages_are_in_one_frontier_of_the_score_and_one_of_the_true_reward(tmp_path):
+    payload = report(write_stages(tmp_path / "s"))
+    assert payload["kl"] == "eval/kl_sum"
+    groups = {group["label"]: group for group in payload["groups"]}
+    best, dpo, ppo, weak, sft = (
+        groups[f"stage={name}"]
+        for name in (
+            "BestOfN, kl_coef=null",
+            "DPO, kl_coef=null",
+            "PPO, kl_coef=0.1",
+            "PPO, kl_coef=1",
+            "SFT, kl_coef=null",
+        )
+    )
+    assert (best["kl"]["mean"], best["score"]["mean"]) == (1.2, 0.93)
+    assert [point["kl"] for point in best["path"]] == [0, 0.2, 0.6, 1.2]
+    assert dpo["score"]["mean"] == pytest.approx(0.8, abs=0.05)
+    assert sft["score"]["mean"] is None
+    assert payload["before"]["score"]["mean"] == 0.52
+    # The score of the weakest penalty is the highest, and its KL makes its true reward low.
+    assert [group["pareto"] for group in (best, dpo, ppo, weak)] == [True, False, True, False]
+    places = [group["true_reward"] for group in (best, dpo, ppo, weak)]
+    assert [place["pareto"] for place in places] == [True, False, False, False]
+    assert places[0]["score"]["mean"] == 0.87  # the score minus a KL of .06 nats a token
+    assert places[0]["path"][1] == {"phase": 2, "score": 0.69, "kl": 0.2}
+    assert payload["true_reward"]["score"] == "eval/true_reward"
+    assert payload["true_reward"]["before"]["score"]["mean"] == 0.52
+    assert payload["runs"][0]["final"]["true_reward"] == 0.87
+    assert ppo["iqm"]["low"] < ppo["iqm"]["mean"] < ppo["iqm"]["high"]
+    assert len(payload["improvements"]) == 6
+    assert [entry["cost"] for entry in payload["equal_cost"]] == ["tokens", "seconds"]
+    assert len(payload["kl_estimates"]) == 2
+    asked = report(tmp_path / "s", score="eval/true_reward", kl="eval/kl")
+    assert (asked["kl"], asked["true_reward"]) == ("eval/kl", None)
+
+
+def test_curves_know_what_their_runs_have_spent(tmp_path):
+    for seed, seconds in ((1, 2.0), (2, 6.0)):
+        lines = [point(0, 0.5, 0.0)]
+        for phase in (1, 2):
+            costs = {"time/rollout_s": seconds, "time/learn_s": 1.0, "sample/len_mean": 20.0}
+            lines.append({**costs, **point(phase, 0.6, 0.1)})
+        write_run(tmp_path / f"{seed}", config(seed=seed), lines)
+    payload = report(tmp_path)
+    of_run, of_group = payload["runs"][1]["curves"]["eval"], payload["groups"][0]["curves"]["eval"]
+    assert [of_run[name] for name in ("phase", "completions", "tokens", "seconds")] == [
+        [0, 1, 2], [0, 64, 128], [0, 1280, 2560], [0, 7, 14],
+    ]  # fmt: skip
+    assert of_group["seconds"] == [0, 5, 10]
+    assert payload["groups"][0]["curves"]["train"]["tokens"] == [1280, 2560]

@@ -17,7 +17,12 @@ const COLORS = {
 const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "triangle-down", "star", "cross", "x"];
 // As text, which some systems would draw as emoji.
 const MARKS = ["●", "■", "◆", "▲", "▼", "★", "✚", "✖"].map((mark) => `${mark}\ufe0e`);
-const shown = { hiddenGroups: new Set(), seeds: new Set(), others: true };
+const shown = { hiddenGroups: new Set(), seeds: new Set(), others: true, axis: "phase" };
+// The x axes of curves. A setting that does not know a cost is not drawn over it.
+const AXES = {
+  phase: "phase", completions: "completions sampled for training", tokens: "tokens sampled for training",
+  seconds: "seconds of training, without evaluations",
+};
 
 function element(tag, properties = {}, ...children) {
   const { data: dataset = {}, aria = {}, ...rest } = properties;
@@ -50,6 +55,7 @@ function format(value, digits = 4) {
 const hasBounds = (measure) => isNumber(measure?.low) && isNumber(measure?.high);
 const bounds = (measure) => (hasBounds(measure) ? ` [${format(measure.low, 3)}, ${format(measure.high, 3)}]` : "");
 const INTERVALS = "95 % t-intervals of the mean";
+const BOOTSTRAP = "95 % percentile intervals of a bootstrap over seeds";
 const interval = (measure) => format(measure?.mean, 3) + bounds(measure);
 
 // Names of hyperparameters that no other one ends with are shown without their path.
@@ -79,7 +85,10 @@ const groups = new Map(data.groups.map((group) => [group.id, group]));
 const runs = new Map(data.runs.map((run) => [run.id, run]));
 const hasScore = (group) => isNumber(group.score?.mean);
 const onFrontier = (group) => hasScore(group) && isNumber(group.kl?.mean);
-const front = data.groups.filter((g) => g.pareto && onFrontier(g)).sort((a, b) => a.kl.mean - b.kl.mean);
+const frontOf = (members) => members.filter((g) => g.pareto && onFrontier(g)).sort((a, b) => a.kl.mean - b.kl.mean);
+const front = frontOf(data.groups);
+// The groups with the true reward in place of the score.
+const trueGroups = data.true_reward ? data.groups.map((group) => ({ ...group, ...group.true_reward, measure: "true reward" })) : [];
 const finished = data.runs.filter((run) => run.status === "done");
 const seedOf = (run) => (known(run.seed) ? String(run.seed) : "none");
 const seeds = unique(data.runs.map(seedOf)).sort((a, b) => Number(a) - Number(b));
@@ -107,8 +116,8 @@ const symbolOf = (group) => (isLeading(group) ? SYMBOLS[leading.get(group.id)] :
 const isShown = (group) =>
   isLeading(group) ? !shown.hiddenGroups.has(group.id) : shown.others;
 // Colored ones last, so that gray ones do not cover them.
-const layered = [...data.groups].sort((a, b) => Number(isLeading(a)) - Number(isLeading(b)));
-const shownGroups = () => layered.filter(isShown);
+const shownGroups = (members = data.groups) =>
+  [...members].sort((a, b) => Number(isLeading(a)) - Number(isLeading(b))).filter(isShown);
 
 function theme() {
   const style = getComputedStyle(document.documentElement);

@@ -45,7 +45,7 @@ function describe(group) {
   const members = group.runs.map((id) => runs.get(id));
   const lines = [
     `<b>${label(groupLabel(group), 60)}</b>`,
-    `score ${interval(group.score)}`,
+    `${group.measure ?? "score"} ${interval(group.score)}`,
     ...(isNumber(group.kl?.mean) ? [`KL ${interval(group.kl)}`] : []),
     // Unless the label has them all.
     ...(groupLabel(group).length > 60 || !group.label ? Object.entries(group.parameters) : []).slice(0, 8)
@@ -64,7 +64,7 @@ function pathTraces(visible) {
     line: { color: colorOf(group), width: 1.4 }, marker: { size: 4, color: colorOf(group) },
     hovertext: group.path.map(
       (point) => `<b>${label(groupLabel(group), 60)}</b><br>${group.path_axis} ${point.phase}<br>` +
-        `score ${format(point.score)}<br>KL ${format(point.kl)}`),
+        `${group.measure ?? "score"} ${format(point.score)}<br>KL ${format(point.kl)}`),
   }));
 }
 
@@ -86,6 +86,18 @@ function pointTraces(visible) {
   return traces;
 }
 
+// The model that all runs begin from.
+function startTraces(before) {
+  if (!before) return [];
+  const color = theme().ink;
+  return [{
+    x: [before.kl.mean], y: [before.score.mean], mode: "markers", hoverinfo: "text",
+    error_x: { ...reach([before.kl]), color }, error_y: { ...reach([before.score]), color },
+    marker: { size: 9, color, symbol: "diamond-open", line: { width: 1.5 } },
+    hovertext: [`<b>before training</b><br>${interval(before.score)}<br>KL ${interval(before.kl)}`],
+  }];
+}
+
 function spread(values, share) {
   const numbers = values.filter(isNumber);
   const [low, high] = [Math.min(...numbers), Math.max(...numbers)];
@@ -98,12 +110,12 @@ const OFFSETS = [["left", "top"], ["right", "bottom"], ["left", "bottom"], ["rig
 
 // Labels beside the points, each where it covers neither a point nor another label, nor an error bar
 // if that can be; where there is no place there is none, and hovering tells.
-function labels(visible, ranges, size) {
+function labels(visible, before, ranges, size) {
   const right = (kl) => ((kl - ranges.x[0]) / (ranges.x[1] - ranges.x[0])) * size.width;
   const down = (score) => ((ranges.y[1] - score) / (ranges.y[1] - ranges.y[0])) * size.height;
   const around = (left, last, top, bottom, by) => ({ left: left - by, right: last + by, top: top - by, bottom: bottom + by });
   const spot = (g) => [right(g.kl.mean), down(g.score.mean)];
-  const taken = visible.map((g) => around(spot(g)[0], spot(g)[0], spot(g)[1], spot(g)[1], 7));
+  const taken = [...visible, ...(before ? [before] : [])].map((g) => around(spot(g)[0], spot(g)[0], spot(g)[1], spot(g)[1], 7));
   const bars = visible.filter(isLeading).flatMap((g) => [
     ...(hasBounds(g.kl) ? [around(right(g.kl.low), right(g.kl.high), spot(g)[1], spot(g)[1], 3)] : []),
     ...(hasBounds(g.score) ? [around(spot(g)[0], spot(g)[0], down(g.score.high), down(g.score.low), 3)] : []),
@@ -132,28 +144,35 @@ function boxAt(x, y, width, height, [xanchor, yanchor]) {
   return { left, right: left + width, top, bottom: top + height };
 }
 
-function drawFrontier() {
-  if (!data.groups.some(onFrontier)) return;
+function drawOneFrontier(id, members, before, title) {
   const byPhase = document.querySelector("input[name=frontier]:checked").value === "path";
-  const visible = shownGroups().filter(onFrontier);
+  const visible = shownGroups(members).filter(onFrontier);
   // The best of n samples is a line of points to choose from, not a history.
   const withPath = visible.filter((group) => byPhase || group.path_axis === "n");
-  const paths = withPath.flatMap((group) => group.path);
-  const gather = (name) => [...data.groups.filter(onFrontier).flatMap((g) => [g[name].mean, g[name].low, g[name].high]),
-    ...paths.map((point) => point[name])];
+  const points = [...withPath.flatMap((group) => group.path), ...(before ? [{ kl: before.kl.mean, score: before.score.mean }] : [])];
+  const gather = (name) => [...members.filter(onFrontier).flatMap((g) => [g[name].mean, g[name].low, g[name].high]),
+    ...points.map((point) => point[name])];
   const ranges = { x: spread(gather("kl"), 0.07), y: spread(gather("score"), 0.09) };
-  const where = byId("frontier-figure");
+  const where = byId(id);
   const size = { width: where.clientWidth - 76, height: where.clientHeight - 62 };
+  const best = frontOf(members);
   const frontLine = {
-    x: front.map((g) => g.kl.mean), y: front.map((g) => g.score.mean), mode: "lines", hoverinfo: "skip",
+    x: best.map((g) => g.kl.mean), y: best.map((g) => g.score.mean), mode: "lines", hoverinfo: "skip",
     line: { shape: "hv", color: theme().muted, width: 1.3, dash: "4px,4px" },
   };
-  draw(where, [frontLine, ...pathTraces(withPath), ...pointTraces(visible)], {
+  draw(where, [frontLine, ...pathTraces(withPath), ...startTraces(before), ...pointTraces(visible)], {
     margin: { l: 62, r: 14, t: 12, b: 50 }, uirevision: byPhase ? "path" : "final",
     xaxis: axis({ title: `KL to the reference, ${klUnit}`, range: ranges.x, automargin: false }),
-    yaxis: axis({ title: escaped(`score (${data.score})`), range: ranges.y, automargin: false }),
-    annotations: labels(visible, ranges, size),
+    yaxis: axis({ title: escaped(title), range: ranges.y, automargin: false }),
+    annotations: labels(visible, before, ranges, size),
   });
+}
+
+function drawFrontier() {
+  if (data.groups.some(onFrontier)) drawOneFrontier("frontier-figure", data.groups, data.before, `score (${data.score})`);
+  if (trueGroups.some(onFrontier)) {
+    drawOneFrontier("true-frontier-figure", trueGroups, data.true_reward.before, `true reward (${data.true_reward.score})`);
+  }
 }
 
 // ---- Curves
@@ -166,11 +185,11 @@ function joined(lines, more) {
     trace.y.push(...line.y, null);
     trace.customdata.push(...line.x.map(() => line.label), null);
   }
-  return { ...trace, hovertemplate: "<b>%{customdata}</b><br>phase %{x}<br>%{y:.4~g}<extra></extra>" };
+  return { ...trace, hovertemplate: `<b>%{customdata}</b><br>${shown.axis} %{x}<br>%{y:.4~g}<extra></extra>` };
 }
 
 function bandTrace(x, measure, color) {
-  const kept = x.map((_, place) => place).filter((place) => isNumber(measure.low?.[place]) && isNumber(measure.high?.[place]));
+  const kept = x.map((_, place) => place).filter((place) => isNumber(x[place]) && isNumber(measure.low?.[place]) && isNumber(measure.high?.[place]));
   const back = [...kept].reverse();
   return {
     x: [...kept, ...back].map((place) => x[place]), mode: "lines", fill: "toself", hoverinfo: "skip",
@@ -185,19 +204,19 @@ function meanTrace(group, x, measure) {
   return {
     x, y: measure.mean, customdata: ends, mode: x.length > 40 ? "lines" : "lines+markers",
     line: { color, width: 2 }, marker: { size: 5, symbol: symbolOf(group) }, hoverlabel: { bordercolor: color },
-    hovertemplate: `<b>${label(groupLabel(group), 60)}</b><br>phase %{x}<br>%{y:.4~g}%{customdata}<extra></extra>`,
+    hovertemplate: `<b>${label(groupLabel(group), 60)}</b><br>${shown.axis} %{x}<br>%{y:.4~g}%{customdata}<extra></extra>`,
   };
 }
 
 function runLines(group, kind, metric) {
   return group.runs.map((id) => runs.get(id))
-    .filter((run) => shown.seeds.has(seedOf(run)) && run.curves?.[kind]?.[metric])
-    .map((run) => ({ x: run.curves[kind].phase, y: run.curves[kind][metric], label: label(run.name, 60) }));
+    .filter((run) => shown.seeds.has(seedOf(run)) && run.curves?.[kind]?.[metric] && run.curves[kind][shown.axis])
+    .map((run) => ({ x: run.curves[kind][shown.axis], y: run.curves[kind][metric], label: label(run.name, 60) }));
 }
 
 function curveTraces(kind, metric) {
-  const present = shownGroups().filter((group) => group.curves?.[kind]?.[metric]);
-  const curve = (group) => ({ x: group.curves[kind].phase, measure: group.curves[kind][metric] });
+  const present = shownGroups().filter((group) => group.curves?.[kind]?.[metric] && group.curves[kind][shown.axis]);
+  const curve = (group) => ({ x: group.curves[kind][shown.axis], measure: group.curves[kind][metric] });
   const others = present.filter((group) => !isLeading(group));
   const first = present.filter(isLeading);
   const faint = { color: theme().faint, width: 1 };
@@ -223,7 +242,7 @@ function drawCurves() {
     const [kind, metric] = JSON.parse(panel.querySelector("select").value);
     const traces = curveTraces(kind, metric);
     draw(panel.querySelector(".figure"), traces, {
-      uirevision: metric, xaxis: axis({ title: "phase" }), yaxis: axis({ range: rangeOfConstant(traces) }),
+      uirevision: `${metric} ${shown.axis}`, xaxis: axis({ title: AXES[shown.axis] }), yaxis: axis({ range: rangeOfConstant(traces) }),
     });
   }
 }

@@ -57,14 +57,18 @@ function drawHeadline() {
   tell("headline", headline());
   if (front.length && data.groups.length > 1) {
     const listed = [...ofFront].reverse();
-    byId("best").append(table(["Best trade-offs", "score", `KL, ${klUnit}`, "runs"],
-      listed.map((group) => [element("span", {}, markOf(group), ` ${groupLabel(group)}`),
-        measureCell(group.score), measureCell(group.kl), group.runs.length])));
+    const withIqm = listed.some((group) => group.iqm);
+    const heads = ["Best trade-offs", "score", `KL, ${klUnit}`, "runs", ...(withIqm ? ["IQM"] : []), ...(data.true_reward ? ["true reward"] : [])];
+    byId("best").append(table(heads, listed.map((group) => [element("span", {}, markOf(group), ` ${groupLabel(group)}`),
+      measureCell(group.score), measureCell(group.kl), group.runs.length,
+      ...(withIqm ? [group.iqm ? measureCell(group.iqm) : null] : []),
+      ...(data.true_reward ? [measureCell(group.true_reward.score)] : [])])));
     const intervals = front.some((group) => hasBounds(group.score))
       ? `Means over seeds, in brackets ${INTERVALS}.` : "One seed each: without intervals, a difference may be chance.";
+    const iqm = withIqm ? ` IQM: interquartile mean of the score, in brackets ${BOOTSTRAP}.` : "";
     const left = front.length - listed.length;
     const more = left ? ` ${left} more between them ${left === 1 ? "is" : "are"} in the figure.` : "";
-    tell("best-note", `No other setting has both a higher score and a lower KL than one of these. ${intervals}${more}`);
+    tell("best-note", `No other setting has both a higher score and a lower KL than one of these. ${intervals}${iqm}${more}`);
   }
   const unfinished = data.runs.length - finished.length;
   if (unfinished && front.length) {
@@ -128,6 +132,30 @@ function drawSeeds() {
     ...(all ? [box("all", seeds)] : seeds.map((seed) => box(seed, [seed]))));
 }
 
+function drawAxes() {
+  const costs = Object.keys(AXES).filter((name) => data.groups.some((group) => group.curves?.train?.[name] ?? group.curves?.eval?.[name]));
+  if (costs.length < 2) return hide("axes");
+  byId("axes").append(element("legend", { className: "hidden", textContent: "What the curves are drawn over" }),
+    ...costs.map((name) => {
+      const input = element("input", { type: "radio", name: "axis", value: name, checked: name === shown.axis });
+      input.addEventListener("change", () => {
+        shown.axis = name;
+        drawCurves();
+        drawCurvesNote();
+      });
+      return element("label", {}, input, element("span", { textContent: name }));
+    }));
+}
+
+function drawCurvesNote() {
+  const several = data.groups.some((group) => group.runs.length > 1);
+  const lines = several ? `Lines: means over seeds; bands: ${INTERVALS}; dotted: single seeds.` : "One run of each setting.";
+  const place = shown.axis !== "phase" && several ? ` The ${shown.axis} of a line are means over seeds too.` : "";
+  const without = data.groups.filter((group) => !["train", "eval"].some((kind) => group.curves?.[kind]?.[shown.axis]));
+  const left = without.length ? ` Not drawn, since their ${shown.axis} are not known: ${without.map(groupLabel).join(", ")}.` : "";
+  tell("curves-note", lines + place + left);
+}
+
 // Whether a metric has more than one phase, which a curve takes.
 function isLine(choice) {
   const [kind, metric] = JSON.parse(choice);
@@ -158,10 +186,7 @@ function drawCurvePanels() {
   if (!metrics.length) return hide("curves");
   const taken = [];
   byId("curve-panels").append(...METRICS.map((preferred) => curvePanel(metrics, preferred, taken)).filter(Boolean));
-  const intervals = data.groups.some((group) => group.runs.length > 1);
-  tell("curves-note", intervals
-    ? `Lines: means over seeds; bands: ${INTERVALS}; dotted: single seeds.`
-    : "One run of each setting.");
+  drawCurvesNote();
 }
 
 function drawParameterPanels() {
@@ -235,11 +260,13 @@ function drawContents() {
 function drawFrontierText() {
   if (data.groups.some(onFrontier)) {
     const bars = data.groups.some((group) => hasBounds(group.score)) ? `bars: ${INTERVALS}; ` : "";
-    tell("frontier-note", `Marks: each setting at its end, the mean over seeds; ${bars}dashed: the best score that these settings `
+    const start = data.before ? "open diamond: the model before training; " : "";
+    if (!trueGroups.some(onFrontier)) hide("true-frontier");
+    tell("frontier-note", `Marks: each setting at its end, the mean over seeds; ${bars}${start}dashed: the best score that these settings `
       + "reach within a KL (Pareto front). Hover for hyperparameters, seeds and numbers.");
     return;
   }
-  for (const id of ["frontier-controls", "frontier-figure"]) hide(id);
+  for (const id of ["frontier-controls", "frontier-figure", "true-frontier"]) hide(id);
   tell("frontier-note", `There is no frontier: no run has both ${data.score} and ${data.kl ?? "a KL"}.`);
 }
 
@@ -254,6 +281,8 @@ drawHeadline();
 drawFrontierText();
 drawLegend();
 drawSeeds();
+drawAxes();
+drawBetween();
 drawCurvePanels();
 drawParameterPanels();
 drawTable();
