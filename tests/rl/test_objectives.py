@@ -264,7 +264,6 @@ def loop_loss(name: str, new: Pass, batch: Experience, coefs: Coefficients, how:
     assert new.values is not None
     assert rollout.values is not None
     assert batch.returns is not None
-    batch_size, width = rollout.completions.mask.shape
     lengths = rollout.completions.mask.sum(dim=1).tolist()
     total = torch.zeros((), dtype=torch.float64)
     for b, length in enumerate(lengths):
@@ -286,13 +285,19 @@ def loop_loss(name: str, new: Pass, batch: Experience, coefs: Coefficients, how:
             difference = new.logprobs[b, t] - rollout.ref_logprobs[b, t]
             kl = (-difference).exp() - 1 + difference if coefs.kl_term == "k3" else new.kl[b, t]
             term = term + 0.05 * new.entropy[b, t] - 0.7 * kl
-            share = {
-                "token_mean": 1 / sum(lengths),
-                "sequence_mean": 1 / length / batch_size,
-                "constant": 1 / (batch_size * width),
-            }
-            total = total - share[how] * term
+            total = total - share(how, batch, b) * term
     return total
+
+
+def share(how: str, batch: Experience, row: int) -> float:
+    """The weight of each token of a row."""
+    mask = batch.rollout.completions.mask
+    weights = {
+        "token_mean": 1 / mask.sum(),
+        "sequence_mean": 1 / mask[row].sum() / len(mask),
+        "constant": 1 / mask.numel(),
+    }
+    return float(weights[how])
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -314,3 +319,27 @@ def test_an_objective_is_that_of_a_loop(name: str, tmp_path: Path) -> None:
             )
             for gradient, by_hand in zip(gradients, wanted, strict=True):
                 torch.testing.assert_close(gradient, by_hand)
+
+
+@pytest.mark.parametrize("name", ["ppo_clip", "sequence_ratio"])
+def test_what_is_measured_of_ratios_is_not_scaled_by_padding(name: str, tmp_path: Path) -> None:
+    setup, _ = started(tmp_path, "ragged", Full())
+    new, batch = random_pass(setup)
+    coefs = SMALL.coefficients(0.0)
+    changes = new.logprobs.detach() - batch.rollout.logprobs
+    for how, weights in (
+        ("token_mean", "token_mean"),
+        ("sequence_mean", "sequence_mean"),
+        ("constant", "sequence_mean"),
+    ):
+        clipped = moved = 0.0
+        for b, length in enumerate(batch.rollout.completions.mask.sum(dim=1).tolist()):
+            row = changes[b, :length]
+            ratios = (row if name == "ppo_clip" else row.mean().expand(length)).exp().tolist()
+            weight = share(weights, batch, b)
+            clipped += weight * sum(not 0.8 <= ratio <= 1.3 for ratio in ratios)
+            moved += weight * sum(change**2 / 2 for change in row.tolist())
+        metrics = replace(OBJECTIVES[name], aggregation=how)(new, batch, coefs).metrics
+        assert metrics["policy/clipfrac"].item() == pytest.approx(clipped)
+        assert metrics["policy/approxkl"].item() == pytest.approx(moved)
+        assert 0 < clipped < 1
