@@ -409,6 +409,10 @@ def test_aggregations_weight_the_tokens(aggregation, weights, dtype):
     squares = [(A[b][t] - B[b][t]) ** 2 / 2 for b, t in REAL]
     found = value_loss(logprobs, old_logprobs, mask, aggregation=aggregation)
     assert_close(found, scalar(dot(weights, squares), dtype))
+    found = clipped_value_loss(
+        logprobs, advantages, old_logprobs, mask, value_clip_coef=99.0, aggregation=aggregation
+    )
+    assert_close(found, scalar(dot(weights, squares), dtype))
 
 
 @pytest.mark.parametrize("dual_clip_coef", [1.1, 3.0])

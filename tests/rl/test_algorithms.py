@@ -164,6 +164,26 @@ def test_the_best_of_a_group_is_learned_like_a_demonstration(tmp_path: Path) -> 
     torch.testing.assert_close(step["loss/total"], nll)
 
 
+def test_groups_compare_rewards_with_their_kl_and_are_equal_by_score(tmp_path: Path) -> None:
+    ppo = ppo_with(batch_size=8, samples_per_prompt=2, normalize_reward=False)
+    rollout = rollout_of(tmp_path, ppo, SCORES)
+    charges = torch.tensor([0.0, 2.5, 0.5, 0.25, 0.0, 0.0, 0.0, 0.0])  # of the KL
+    rewards, mask = spread(rollout), rollout.completions.mask
+    rewards[:, 0] -= charges
+    # Totals of 1 and .5, 1.5 and 1.75, -1 and 0, .5 twice.
+    differences = [0.5, -0.5, -0.25, 0.25, -1.0, 1.0, 0.0, 0.0]
+    for estimator, share in ((LeaveOneOut(), 1.0), (GroupNormalized(scale="none"), 0.5)):
+        advantages = estimator(rollout, rewards).advantages
+        expected = share * torch.tensor(differences)[:, None] * mask
+        torch.testing.assert_close(advantages, expected)
+    best = BestOfGroup()(rollout, rewards)
+    assert best.learned.tolist() == [True, False, False, True, False, True, False, False]
+    left_out = GroupNormalized(equal_groups="leave_out")
+    experience = left_out(rollout, rewards)
+    assert experience.learned.tolist() == [True, True, False, False, True, True, False, False]
+    assert left_out.metrics(experience) == {"groups/equal_fraction": 0.5}
+
+
 def parts_of_a_pass(experience: Experience) -> list[Minibatch]:
     """The two minibatches of one pass."""
     return [

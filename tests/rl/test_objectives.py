@@ -1,6 +1,8 @@
-"""The fast pass is the textbook's: its numbers, its gradients, and what a phase learns from it."""
+"""The fast pass is the textbook's: its numbers, its gradients, and what a phase learns from it. The
+objectives are those of a loop over tokens."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,13 +13,20 @@ from torch._dynamo.utils import counters
 
 from rlhf_exp.models.finetune import Finetune, Full, LastLayers, Lora
 from rlhf_exp.models.scratch import Scratch
+from rlhf_exp.rl.objectives import (
+    Coefficients,
+    Objective,
+    PolicyGradient,
+    PPOClip,
+    SequenceRatio,
+)
 from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.rollout.cached import CachedSampler
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.sweeps.isolation import call_in_process
 from rlhf_exp.training.optim import AdamWSettings
-from rlhf_exp.types import Layout, Pass
+from rlhf_exp.types import Experience, Layout, Pass
 
 from ..builders import ARCHITECTURES, assert_near
 from .fixed import (
@@ -223,3 +232,114 @@ def test_a_compiled_phase_learns_the_same(backend: str, tmp_path: Path) -> None:
         assert other == pytest.approx(one, abs=1e-5)
     assert 0 < apart < 1e-5
     assert graphs >= 1
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "ppo_clip": PPOClip(clip_coef_high=0.3, dual_clip_coef=1.5),
+    "sequence_ratio": SequenceRatio(clip_coef_high=0.3),
+    "policy_gradient": PolicyGradient(),
+    "importance_cap": PolicyGradient(importance_cap=1.2),
+}
+
+
+def random_pass(setup: Setup) -> tuple[Pass, Experience]:
+    """Random numbers in float64 for each token, the padding included."""
+    generator = torch.Generator().manual_seed(3)
+    fixed = fixed_experience(SMALL, setup, fixed_completions(setup))
+    shape = fixed.advantages.shape
+
+    def draw(scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    old, ref = draw() - 3, draw() - 3
+    rollout = replace(fixed.rollout, logprobs=old, ref_logprobs=ref, values=draw())
+    batch = replace(fixed, rollout=rollout, advantages=draw(), returns=draw())
+    columns = (old + draw(0.5), draw(), draw(), draw())
+    return Pass(*(column.requires_grad_() for column in columns)), batch
+
+
+def loop_loss(name: str, new: Pass, batch: Experience, coefs: Coefficients, how: str) -> Tensor:
+    """The loss token by token, with weights by `how`."""
+    rollout, objective = batch.rollout, OBJECTIVES[name]
+    assert new.values is not None
+    assert rollout.values is not None
+    assert batch.returns is not None
+    lengths = rollout.completions.mask.sum(dim=1).tolist()
+    total = torch.zeros((), dtype=torch.float64)
+    for b, length in enumerate(lengths):
+        log_ratios = [new.logprobs[b, t] - rollout.logprobs[b, t] for t in range(length)]
+        for t in range(length):
+            advantage, ratio = batch.advantages[b, t], log_ratios[t].exp()
+            if name == "sequence_ratio":
+                ratio = (sum(log_ratios) / length).exp()
+            term = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.3) * advantage)
+            if isinstance(objective, PPOClip) and advantage < 0:
+                term = torch.maximum(term, 1.5 * advantage)
+            if isinstance(objective, PolicyGradient):
+                weight = min(ratio.item(), 1.2) if name == "importance_cap" else 1.0
+                term = weight * advantage * new.logprobs[b, t]
+            value, target = new.values[b, t], batch.returns[b, t]
+            old, clip = rollout.values[b, t], coefs.value_clip_coef
+            near = value if clip is None else old + (value - old).clamp(-clip, clip)
+            term = term - 0.3 * torch.maximum((value - target) ** 2, (near - target) ** 2) / 2
+            difference = new.logprobs[b, t] - rollout.ref_logprobs[b, t]
+            kl = (-difference).exp() - 1 + difference if coefs.kl_term == "k3" else new.kl[b, t]
+            term = term + 0.05 * new.entropy[b, t] - 0.7 * kl
+            total = total - share(how, batch, b) * term
+    return total
+
+
+def share(how: str, batch: Experience, row: int) -> float:
+    """The weight of each token of a row."""
+    mask = batch.rollout.completions.mask
+    weights = {
+        "token_mean": 1 / mask.sum(),
+        "sequence_mean": 1 / mask[row].sum() / len(mask),
+        "constant": 1 / mask.numel(),
+    }
+    return float(weights[how])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_is_that_of_a_loop(name: str, tmp_path: Path) -> None:
+    setup, _ = started(tmp_path, "ragged", Full())
+    new, batch = random_pass(setup)
+    for kl_term, value_clip_coef in (("exact", None), ("k3", 0.4)):
+        coefs = Coefficients(
+            clip_coef=0.2, vf_coef=0.3, value_clip_coef=value_clip_coef, ent_coef=0.05, kl_coef=0.7,
+            kl_term=kl_term,
+        )  # fmt: skip
+        for how in ("token_mean", "sequence_mean", "constant"):
+            loss = replace(OBJECTIVES[name], aggregation=how)(new, batch, coefs).loss
+            expected = loop_loss(name, new, batch, coefs, how)
+            torch.testing.assert_close(loss, expected)
+            gradients, wanted = (
+                torch.autograd.grad(x, [*new], allow_unused=True, materialize_grads=True)
+                for x in (loss, expected)
+            )
+            for gradient, by_hand in zip(gradients, wanted, strict=True):
+                torch.testing.assert_close(gradient, by_hand)
+
+
+@pytest.mark.parametrize("name", ["ppo_clip", "sequence_ratio"])
+def test_what_is_measured_of_ratios_is_not_scaled_by_padding(name: str, tmp_path: Path) -> None:
+    setup, _ = started(tmp_path, "ragged", Full())
+    new, batch = random_pass(setup)
+    coefs = SMALL.coefficients(0.0)
+    changes = new.logprobs.detach() - batch.rollout.logprobs
+    for how, weights in (
+        ("token_mean", "token_mean"),
+        ("sequence_mean", "sequence_mean"),
+        ("constant", "sequence_mean"),
+    ):
+        clipped = moved = 0.0
+        for b, length in enumerate(batch.rollout.completions.mask.sum(dim=1).tolist()):
+            row = changes[b, :length]
+            ratios = (row if name == "ppo_clip" else row.mean().expand(length)).exp().tolist()
+            weight = share(weights, batch, b)
+            clipped += weight * sum(not 0.8 <= ratio <= 1.3 for ratio in ratios)
+            moved += weight * sum(change**2 / 2 for change in row.tolist())
+        metrics = replace(OBJECTIVES[name], aggregation=how)(new, batch, coefs).metrics
+        assert metrics["policy/clipfrac"].item() == pytest.approx(clipped)
+        assert metrics["policy/approxkl"].item() == pytest.approx(moved)
+        assert 0 < clipped < 1

@@ -255,9 +255,13 @@ def test_without_a_number_all_prompts_are_taken_or_64(tmp_path: Path, model: Pre
         assert {*rows(tmp_path / name)[0]} == {"phase", *stage.metric_names(parts_of(stage))}
 
 
-def test_the_samples_are_those_of_the_seed(tmp_path: Path, model: Pretrained) -> None:
+@pytest.mark.parametrize("task", [EchoTask(), ToyTask()], ids=["many prompts", "one prompt"])
+def test_the_samples_are_those_of_the_seed(
+    task: ToyTask, tmp_path: Path, model: Pretrained
+) -> None:
+    stage = BestOfN(samples_per_prompt=6, num_prompts=5 if isinstance(task, EchoTask) else 1)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        make(tmp_path / name, model, seed=seed)
+        make(tmp_path / name, model, stage, seed=seed, task=task, reward=Length(target_tokens=2))
         torch.rand(3)
     a, b, c = (rows(tmp_path / name) + rows(tmp_path / name, "samples.jsonl") for name in "abc")
     assert a == b != c

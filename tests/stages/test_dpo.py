@@ -125,6 +125,10 @@ def test_it_learns_an_obvious_preference(
     chosen, rejected = data.all_logprobs(saved)
     assert chosen.mean().item() == pytest.approx(after["heldout/logps/chosen"], abs=1e-4)
     assert rejected.mean().item() == pytest.approx(after["heldout/logps/rejected"], abs=1e-4)
+    num_tokens = sum(len(pair.chosen) for pair in pairs)
+    nll = -chosen.sum().item() / num_tokens
+    assert nll == pytest.approx(after["heldout/loss/sft"], abs=1e-4)
+    assert num_tokens > len(pairs)
 
 
 def test_it_learns_from_pairs_of_its_own(tmp_path: Path, model: Pretrained) -> None:
@@ -188,6 +192,9 @@ def test_the_loss_adds_the_weighted_log_probs_of_chosen_answers() -> None:
     assert len({*losses.values()}) == 3
     # Mean of (1 - 5)^2, (-1.5 - 5)^2 and (0 - 5)^2, as 1 / (2 beta) = 5.
     assert losses["ipo"] == pytest.approx((16 + 42.25 + 25) / 3)
+    # Mean of (1 - 1)^2, (-1.5 - 1)^2 and (0 - 1)^2.
+    stronger = output(POLICY, REFERENCE, loss="ipo", beta=0.5)
+    assert stronger.loss.item() == pytest.approx((6.25 + 1) / 3)
 
 
 def test_the_sft_term_keeps_the_chosen_answers_likely(tmp_path: Path, model: Pretrained) -> None:

@@ -234,13 +234,14 @@ def test_stopped_after_each_step_it_ends_as_if_it_had_gone_through(
     count_cases(f"stopped after a step: {name.split()[0]}", starts - 1)
 
 
-def test_other_pairs_or_another_model_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["reward_model", "dpo", "best_of_n"])
+def test_another_model_is_refused(name: str, tmp_path: Path) -> None:
     def stopped(model: Path, *, resume: bool) -> None:
         stop = StopRequests()
         stop.limit(1e-9, began=0.0)
         folder = context(tmp_path / "run").folder
         given = Context(folder=folder, seed=1, device=torch.device("cpu"), resume=resume, stop=stop)
-        reward_model(given, model)
+        STAGES[name][0](given, model)
 
     with pytest.raises(Interrupted):
         stopped(tmp_path / "base", resume=False)

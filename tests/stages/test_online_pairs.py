@@ -1,6 +1,7 @@
 """Pairs that the policy samples: ordered by the reward, its own, and the same after a resume."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,50 @@ def test_new_pairs_are_sampled_when_all_are_used(tmp_path: Path) -> None:
             assert metrics["pairs/chosen_reward"] > metrics["pairs/rejected_reward"]
     texts = [[made.pair.chosen for made in drawn[i][0].pairs] for i in (0, 3, 6)]
     assert texts[0] != texts[1] != texts[2]
+
+
+def test_metrics_are_of_all_answers_that_were_sampled(tmp_path: Path) -> None:
+    setup = setup_of(tmp_path)
+    reward = setup.score
+    assert reward is not None
+    answers: list[tuple[float, list[int]]] = []
+
+    def score(completions: Completions) -> torch.Tensor:
+        rewards = reward(completions)
+        for row, mask, r in zip(completions.tokens, completions.mask, rewards, strict=True):
+            answers.append((r.item(), row[mask].tolist()))
+        return rewards
+
+    log: list[tuple[int, Mapping[str, float]]] = []
+    next(online(replace(setup, score=score), log, num_batches=3))
+    pairs = [*zip(answers[::2], answers[1::2], strict=True)]
+    usable = [(a[0], b[0]) for a, b in pairs if a[0] != b[0] and a[1] != b[1]]
+    assert len(pairs) > len(usable) > 15  # some ties, and some pairs left over
+    [(phase, metrics)] = log
+    assert phase == 0
+    assert metrics == pytest.approx({
+        "pairs/tie_fraction": 1 - len(usable) / len(pairs),
+        "pairs/chosen_reward": sum(map(max, usable)) / len(usable),
+        "pairs/rejected_reward": sum(map(min, usable)) / len(usable),
+    })  # fmt: skip
+
+
+def test_answers_are_sampled_in_the_stages_dtype(tmp_path: Path) -> None:
+    setup, cast = setup_of(tmp_path), []
+    setup.policy.language_model.base_model.register_forward_pre_hook(
+        lambda *_: cast.append(torch.is_autocast_enabled("cpu"))
+    )
+    for dtype in ("fp32", "bf16"):
+        next(online(setup, dtype=dtype))
+        assert {*cast} == {dtype == "bf16"}
+        cast.clear()
+
+
+def test_each_seed_has_its_own_answers(tmp_path: Path) -> None:
+    setup = setup_of(tmp_path)
+    one, again, two = (online(setup, seed=seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(one["sampling"], again["sampling"])
+    assert not torch.equal(one["sampling"], two["sampling"])
 
 
 def test_pairs_follow_the_policy(tmp_path: Path) -> None:
