@@ -165,6 +165,9 @@ def test_the_best_of_a_group_is_learned_like_a_demonstration(tmp_path: Path) -> 
     nll = cross_entropy(logits[best.mask], best.tokens[best.mask]).detach()
     (step,) = learn(ppo, setup, state, experience)
     torch.testing.assert_close(step["loss/total"], nll)
+    single = replace(experience, learned=torch.arange(8) == 5)
+    [part] = parts_of_passes(single, 1)  # no step without rows
+    assert part.experience.rollout.scores.tolist() == [SCORES[5]]
 
 
 def test_groups_compare_rewards_with_their_kl_and_are_equal_by_score(tmp_path: Path) -> None:
