@@ -1,7 +1,6 @@
 """The presets beside PPO: each learns, begins at ratio 1, ignores padding and resumes."""
 
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ from torch.nn.functional import cross_entropy
 from rlhf_exp.app.run import ALLOWED_TARGETS, instantiate, to_container
 from rlhf_exp.functional.logprobs import completion_logits, kl_estimate
 from rlhf_exp.functional.masking import masked_mean, sequence_mean
+from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.rl.estimators import BestOfGroup, GroupNormalized, LeaveOneOut, Reinforce, credit
 from rlhf_exp.rl.learn import Minibatch, minibatches
+from rlhf_exp.rl.phases import Phases
 from rlhf_exp.rollout.cached import CachedSampler, prefill
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.types import Experience, Layout, Rollout
@@ -142,11 +143,13 @@ def test_groups_of_equal_scores_are_counted_and_left_out(tmp_path: Path) -> None
     setup, state = start(ppo, tmp_path / "learning", task=RAGGED)
     steps = list(learn(ppo, setup, state, experience))
     assert len(steps) == 2
-    # Two rows a step, as if there had been no others.
+    # Two rows a step, as if there had been no others, in a new order each pass.
     rows_learned = [
-        part.experience.advantages[:, 0].tolist() for part in parts_of_a_pass(experience)
+        part.experience.advantages[:, 0].tolist() for part in parts_of_passes(experience, 5)
     ]
-    assert sorted(chain(*rows_learned)) == [-1.0, -0.5, 0.5, 1.0]
+    passes = [rows_learned[i] + rows_learned[i + 1] for i in range(0, 10, 2)]
+    assert [sorted(rows) for rows in passes] == [[-1.0, -0.5, 0.5, 1.0]] * 5
+    assert len({tuple(rows) for rows in passes}) > 1
 
 
 def test_the_best_of_a_group_is_learned_like_a_demonstration(tmp_path: Path) -> None:
@@ -162,6 +165,9 @@ def test_the_best_of_a_group_is_learned_like_a_demonstration(tmp_path: Path) -> 
     nll = cross_entropy(logits[best.mask], best.tokens[best.mask]).detach()
     (step,) = learn(ppo, setup, state, experience)
     torch.testing.assert_close(step["loss/total"], nll)
+    single = replace(experience, learned=torch.arange(8) == 5)
+    [part] = parts_of_passes(single, 1)  # no step without rows
+    assert part.experience.rollout.scores.tolist() == [SCORES[5]]
 
 
 def test_groups_compare_rewards_with_their_kl_and_are_equal_by_score(tmp_path: Path) -> None:
@@ -184,12 +190,12 @@ def test_groups_compare_rewards_with_their_kl_and_are_equal_by_score(tmp_path: P
     assert left_out.metrics(experience) == {"groups/equal_fraction": 0.5}
 
 
-def parts_of_a_pass(experience: Experience) -> list[Minibatch]:
-    """The two minibatches of one pass."""
+def parts_of_passes(experience: Experience, num_passes: int) -> list[Minibatch]:
+    """The two minibatches of each pass."""
     return [
         *minibatches(
             experience, layout=Layout.of(experience.rollout.completions),
-            generator=torch.Generator().manual_seed(0), num_minibatches=2, num_passes=1,
+            generator=torch.Generator().manual_seed(0), num_minibatches=2, num_passes=num_passes,
             prepare=lambda part: part,
         )
     ]  # fmt: skip
@@ -230,6 +236,22 @@ def test_baselines_of_reinforce(tmp_path: Path) -> None:
     rewards = torch.full_like(rewards, torch.nan)  # the reward has failed
     first("running_mean")
     assert memory == {"mean": 1.0}
+
+
+def test_a_phase_credits_with_the_memory_of_the_state(tmp_path: Path) -> None:
+    rollout = rollout_of(tmp_path, ppo_with(batch_size=8), SCORES)
+    estimator = Reinforce(baseline="running_mean", decay=0.75)
+    ppo = ppo_with(batch_size=8, estimator=estimator, normalize_reward=False)
+    setup, state = start(ppo, tmp_path / "run", task=RAGGED)
+    phases = Phases(ppo, setup, state, Stopwatch())
+    scores = torch.tensor(SCORES)  # of mean 1
+    torch.testing.assert_close(phases.credit(rollout).advantages[:, 0], scores - 1)
+    better = replace(rollout, scores=scores + 4)
+    torch.testing.assert_close(phases.credit(better).advantages[:, 0], scores + 3)
+    assert state.credit_memory == {"mean": 2.0}
+    normalized = Phases(ppo_with(batch_size=8), *start(ppo, tmp_path / "other"), Stopwatch())
+    totals = normalized.credit(rollout).rewards.sum(dim=1)
+    torch.testing.assert_close(totals, (scores - 1) / (scores.std() + 1e-5))
 
 
 def test_the_kl_of_the_loss_is_exact_or_k3(tmp_path: Path) -> None:

@@ -119,6 +119,16 @@ def test_phases_are_the_same_whatever_fits_into_memory(whiten: str, tmp_path: Pa
             assert {k: other[k] for k in timeless} == pytest.approx(timeless, abs=1e-4, rel=1e-4)
 
 
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "constant"])
+def test_a_phase_weights_parts_as_its_objective_does(aggregation: str, tmp_path: Path) -> None:
+    objective = PPOClip(aggregation=aggregation)
+    whole, parted = (
+        passes(tmp_path, objective=objective, micro_batch_size=size)[1] for size in (None, 4)
+    )
+    for a, b in zip(whole, parted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [5, 12])
 def test_rollouts_in_parts_learn_the_same(size: int, tmp_path: Path) -> None:
     # Greedy: which numbers are drawn for which row depends on the parts.

@@ -3,7 +3,7 @@ went through."""
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ def dpo(finetune: Finetune, reward: Reward | None, **options: Any) -> Run:
     """Evaluated before, between and after; in the middle of an epoch and at its end."""
     stage = DPO(
         epochs=2, batch_size=40, log_every=1, eval_every=3, eval_samples=4, sft_coef=0.1,
-        eval_task=EchoTask(), **options,
+        **{"eval_task": EchoTask(), **options},
     )  # fmt: skip
 
     def run(given: Context, base: Path) -> StageResult:
@@ -234,19 +234,40 @@ def test_stopped_after_each_step_it_ends_as_if_it_had_gone_through(
     count_cases(f"stopped after a step: {name.split()[0]}", starts - 1)
 
 
+def stopped(run: Run, path: Path, base: Path, *, resume: bool) -> None:
+    """The first step of a run, or one more."""
+    stop = StopRequests()
+    stop.limit(1e-9, began=0.0)
+    folder = context(path).folder
+    run(Context(folder=folder, seed=1, device=torch.device("cpu"), resume=resume, stop=stop), base)
+
+
 @pytest.mark.parametrize("name", ["reward_model", "dpo", "best_of_n"])
 def test_another_model_is_refused(name: str, tmp_path: Path) -> None:
-    def stopped(model: Path, *, resume: bool) -> None:
-        stop = StopRequests()
-        stop.limit(1e-9, began=0.0)
-        folder = context(tmp_path / "run").folder
-        given = Context(folder=folder, seed=1, device=torch.device("cpu"), resume=resume, stop=stop)
-        STAGES[name][0](given, model)
-
+    run = STAGES[name][0]
     with pytest.raises(Interrupted):
-        stopped(tmp_path / "base", resume=False)
+        stopped(run, tmp_path / "run", tmp_path / "base", resume=False)
     saved_model(tmp_path / "other", d_model=8)
     with pytest.raises(
         ConfigError, match=r"^model: the files that it names have changed since the checkpoint"
     ):
-        stopped(tmp_path / "other", resume=True)
+        stopped(run, tmp_path / "run", tmp_path / "other", resume=True)
+
+
+@dataclass(frozen=True)
+class Shorter(EchoTask):
+    """Evaluates on half of the prompts."""
+
+    def eval_prompts(self) -> tuple[str, ...]:
+        return super().eval_prompts()[:12]
+
+    def fingerprint(self) -> str:
+        return "shorter"
+
+
+def test_dpo_goes_on_with_the_same_evaluations(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        stopped(dpo(Full(), None), tmp_path / "run", tmp_path / "base", resume=False)
+    other = dpo(Full(), None, eval_task=Shorter())
+    with pytest.raises(ConfigError, match=r"^stage.eval_task: the files that it names have chan"):
+        stopped(other, tmp_path / "run", tmp_path / "base", resume=True)
