@@ -27,7 +27,8 @@ from rlhf_exp.settings import PARTS
 BOUNDED = {
     "PPO": {
         "total_phases", "batch_size", "samples_per_prompt", "num_minibatches",
-        "missing_eos_penalty", "adaptive_kl_target", "estimator", "objective", "guards", "compute",
+        "missing_eos_penalty", "adaptive_kl_target", "kl_penalty", "estimator", "objective",
+        "guards", "compute",
     },
     "Compute": {
         "rollout_batch_size", "micro_batch_size", "gradient_checkpointing", "compile", "dtype",
@@ -292,6 +293,8 @@ AGREEMENTS: tuple[tuple[Applies, Draw], ...] = (
                           "stage.compute.gradient_checkpointing=false")),
     (is_ppo, lambda rng: (f"stage.missing_eos_penalty={rng.uniform(0, 9)}",
                           "sampler.stop_at_eos=true")),
+    (is_ppo, lambda rng: (f"stage.kl_penalty={rng.choice(['loss', 'reward', 'return'])}",
+                          "stage.estimator.whiten_advantages=none")),
     (has_step("Scratch", "model"), lambda rng: (f"model.num_heads={(h := rng.randint(1, 6))}",
                                                 f"model.d_model={h * 4 * rng.randint(1, 9)}")),
     (has_step("TrainRewardModel", "stage"),
@@ -325,6 +328,8 @@ CONTRADICTIONS: tuple[tuple[Applies, Wrong], ...] = (
     (is_ppo, lambda rng: ((f"stage.missing_eos_penalty={rng.uniform(0, 9)}",
                            "sampler.stop_at_eos=false"),
                           ("stage.missing_eos_penalty", "sampler.stop_at_eos"))),
+    (is_ppo, lambda rng: (("stage.kl_penalty=return", "stage.estimator.whiten_advantages="
+                           + rng.choice(["batch", "minibatch"])), ("stage: kl_penalty",))),
     (has_step("Pretrained", "model"),
      lambda rng: ((f"model.base_model=artifact:no_{rng.randint(0, 99)}",), ("model.base_model",))),
     (has_step("Scratch", "model"),

@@ -305,7 +305,7 @@ class DPO(Supervised, Stage[DPOParts]):
             yield LossOutput(loss=share * output.loss, metrics=metrics)
 
     def loss_output(
-        self, policy: PairLogprobs, reference: PairLogprobs, *, num_tokens: float
+        self, policy: PairLogprobs, reference: PairLogprobs, *, num_tokens: float | int
     ) -> LossOutput:
         """The loss of pairs, and `METRICS`. The sum of the chosen answers' log-probs is divided by
         `num_tokens`, the number of their tokens; of a part of a batch, by its share of the

@@ -210,4 +210,4 @@ def test_equal_conversations_stay_on_one_side_of_the_split(tmp_path: Path) -> No
     assert [*prompts[:1]] == [PromptRow(train[0].prompt, {})]
     assert {repr(row.prompt) for row in task.eval_prompts()} == {*sides[1]}
     assert num_shared(task.pair_split()) == 0
-    assert num_shared(Split(MANY[:1], MANY[:81])) == 3
+    assert num_shared(Split(tuple(MANY[:1]), tuple(MANY[:81]))) == 3
