@@ -150,7 +150,8 @@ def _equal_costs(payload: Mapping[str, Any], names: set[str]) -> list[str]:
     parts = [
         "## At equal samples and in equal time",
         "Each run by its last evaluation before the largest cost that all of these runs reach, or"
-        f" at most 5 % beyond; means over seeds, in brackets {INTERVALS}.",
+        f" at most 5 % beyond; means over seeds, in brackets {INTERVALS}. A setting is left out if"
+        " its cost is not known or a run has no evaluation by then.",
         *_picture("costs.png", "score against tokens and seconds", names),
     ]
     for entry in payload["equal_cost"]:
@@ -167,7 +168,7 @@ def _equal_costs(payload: Mapping[str, Any], names: set[str]) -> list[str]:
         ]
         left_out = ", ".join(labels[number] for number in entry["left_out"])
         note = f"At {show_count(entry['budget'])} {COST_NAMES[cost]}:"
-        parts.append(f"{note} (not known: {left_out})" if left_out else note)
+        parts.append(f"{note} (left out: {left_out})" if left_out else note)
         head = ["parameters", escape(payload["score"]), escape(payload["kl"]), f"{cost} so far"]
         parts += _table(head, rows, ":--:")
     return parts

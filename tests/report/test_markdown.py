@@ -153,7 +153,8 @@ def test_stages_are_compared(tmp_path):
     costs = table_of(text.split("## At equal samples")[1], "parameters")
     assert [row[0] for row in costs] == [first[0], r"stage=PPO, kl\_coef=1"]
     assert [row[3] for row in costs] == ["25,600", "25,600"]  # 20 phases of 64 x 20 tokens
-    assert r"(not known: stage=BestOfN, kl\_coef=null, stage=DPO, kl\_coef=null)" in text
+    assert r"(left out: stage=BestOfN, kl\_coef=null, stage=DPO, kl\_coef=null)" in text
+    assert "left out if its cost is not known or a run has no evaluation by then" in text
     estimates = table_of(text.split("## Estimates of the KL")[1], "parameters")
     exact, k1 = float(estimates[0][1]), estimates[0][2].rstrip(")").split(" (")
     assert [float(number) for number in k1] == pytest.approx([exact, 2 * exact], rel=0.01)

@@ -287,7 +287,10 @@ def test_stages_are_set_side_by_side(show: Open, tmp_path: Path) -> None:
     titles = page.locator("#between h3").all_inner_texts()
     assert titles[1] == f"At 25,590 {COST_NAMES['tokens']}"
     assert titles[2].endswith(COST_NAMES["seconds"])
-    assert "Not known: stage=BestOfN" in page.locator("#between .note").nth(1).inner_text()
+    left_out = (
+        "Left out, since the cost is not known or a run has no evaluation by then: stage=BestOfN"
+    )
+    assert left_out in page.locator("#between .note").nth(1).inner_text()
     exact = content["kl_estimates"][0]
     assert estimates.locator("tbody td").all_inner_texts()[:2] == [
         str(exact["kl"]), f"{exact['kl_k1']} ({exact['kl_k1_var']})",

@@ -20,7 +20,7 @@ function improvementTable() {
 
 function costTable({ cost, budget, groups: members, left_out: leftOut }) {
   const ranked = [...members].sort((a, b) => b.score.mean - a.score.mean);
-  const left = leftOut.length ? ` Not known: ${leftOut.map(settingOf).join(", ")}.` : "";
+  const left = leftOut.length ? ` Left out, since the cost is not known or a run has no evaluation by then: ${leftOut.map(settingOf).join(", ")}.` : "";
   return noted(`At ${count(budget)} ${AXES[cost]}`,
     `Each run by its last evaluation before the largest cost that all of these runs reach, or at most 5 % beyond; `
       + `means over seeds, in brackets ${INTERVALS}.${left}`,
