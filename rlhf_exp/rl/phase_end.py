@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.rl.collect import SCORING, Scorer
@@ -11,7 +12,7 @@ from rlhf_exp.rl.evaluation import brief, evaluate
 from rlhf_exp.rl.guards import Guards, check_kl_sum
 from rlhf_exp.rl.histograms import HistogramCollector
 from rlhf_exp.rl.kl_coefficient import KLCoefficient
-from rlhf_exp.rl.limit import measure_limit, read_limit, write_limit
+from rlhf_exp.rl.limit import Limit, measure_limit, read_limit, write_limit
 from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.runs.context import Context
@@ -55,10 +56,8 @@ class Keeper:
     limit_samples: int | None = None
 
     def start(self) -> None:
-        """Measures the limit and evaluates the policy before the first phase."""
+        """Evaluates the policy before the first phase."""
         if self.state.phase == 0:
-            if self.limit_samples is not None and read_limit(self.context.folder.path) is None:
-                self._measure_limit(self.limit_samples)
             self._evaluate()
         else:
             self._log_remaining()
@@ -97,18 +96,28 @@ class Keeper:
     def _start_histograms(self) -> None:
         self.histograms.start(active=self._is_due(self.histograms_every, self.state.phase + 1))
 
-    def _measure_limit(self, samples: int) -> None:
-        explaining = explaining_memory("measuring the limit", EVALUATING)
-        with self.clock("evaluate"), self.setup.policy.working(), explaining:
-            limit = measure_limit(
-                self.setup, self.scorer.reward,
-                num_prompts=self.eval_samples, samples=samples, seed=self.context.seed,
-            )  # fmt: skip
-        write_limit(limit, self.context.folder.path)
+    @cached_property
+    def _limit(self) -> Limit | None:
+        """The run's limit: read from its folder, or measured and written before the first phase.
+        None without `limit_samples`, and for a resumed run whose file is gone."""
+        folder = self.context.folder.path
+        if self.limit_samples is None:
+            return None
+        limit = read_limit(folder)
+        if limit is None and self.state.phase == 0:
+            explaining = explaining_memory("measuring the limit", EVALUATING)
+            with self.clock("evaluate"), self.setup.policy.working(), explaining:
+                limit = measure_limit(
+                    self.setup, self.scorer.reward, num_prompts=self.eval_samples,
+                    samples=self.limit_samples, seed=self.context.seed,
+                )  # fmt: skip
+            write_limit(limit, folder)
+        return limit
 
     def _evaluate(self) -> float:
         """Evaluates, logs, and returns the mean score."""
         self.scorer.wait()
+        limit = self._limit
         setup, phase, folder = self.setup, self.state.phase, self.context.folder
         explaining = explaining_memory(f"phase {phase}: evaluating", EVALUATING)
         self.saver.wait_until_copied()
@@ -122,7 +131,7 @@ class Keeper:
                 phase=phase,
             )
         metrics = dict(result.metrics)
-        if self.limit_samples is not None and (limit := read_limit(folder.path)) is not None:
+        if limit is not None:
             metrics |= limit.metrics(metrics)
         folder.log(phase, metrics)
         folder.log_samples(phase, result.samples)
