@@ -42,8 +42,9 @@ def frontier(scores: Float[Tensor, "prompt completion"], *, points: int = 50) ->
     if lowest.score == highest.score:
         return [lowest]
     targets = torch.linspace(lowest.score, highest.score, points, dtype=torch.float64)
-    etas = _solve(scores.double().expand(points, -1, -1), targets)
-    found = [tilt(scores, eta) for eta in etas.tolist()]
+    copies = scores.double().expand(points, -1, -1)
+    columns = (column.tolist() for column in _moments(copies, _solve(copies, targets)))
+    found = (Tilt(*point) for point in zip(*columns, strict=True))
     return [point for point in found if point.samples >= MIN_SAMPLES]
 
 
