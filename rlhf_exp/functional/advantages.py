@@ -118,9 +118,9 @@ def best_of_groups(
 ) -> Bool[Tensor, " batch"]:
     """True for the sample of the highest score in each group, the first of several; for none of a
     group of equal scores."""
-    shifted, _, index, counts = _grouped(scores, groups)
+    shifted, sums, index, counts = _grouped(scores, groups)
     places = torch.arange(len(scores), device=scores.device)
-    is_highest = (shifted == 0) & ~equal_groups(scores, groups)
+    is_highest = (shifted == 0) & (sums[index] < 0)  # a sum of 0: equal scores
     first = places.new_full((len(counts),), len(scores))
     first = first.scatter_reduce(0, index[is_highest], places[is_highest], "amin")
     return places == first[index]
