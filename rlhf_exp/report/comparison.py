@@ -59,8 +59,8 @@ def _compared(first: str, second: str, x: Strata, y: Strata) -> dict[str, Any] |
     if found.mean < 0.5:
         first, second = second, first
         found = Estimate(1 - found.mean, 1 - found.high, 1 - found.low)
-    ends = {end: rounded(number) for end, number in found._asdict().items()}
-    return {"first": first, "second": second, "strata": len(shared), "probability": ends}
+    entry = {"first": first, "second": second, "strata": len(shared)}
+    return {**entry, "probability": found.rounded()}
 
 
 def at_equal_cost(members: Members, cost: str, score: str, kl: str) -> dict[str, Any] | None:

@@ -9,7 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_exp.report.statistics import interquartile_mean, mean_interval, pareto_front, rounded
+from rlhf_exp.report.statistics import (
+    Estimate,
+    interquartile_mean,
+    mean_interval,
+    pareto_front,
+    rounded,
+)
 from rlhf_exp.runs.config_keys import BEST_OF_N
 from rlhf_exp.runs.reading import Run
 
@@ -50,8 +56,8 @@ def interval(runs: Sequence[Run], metric: str) -> dict[str, float | None]:
 
 def mean_of(values: Sequence[float]) -> dict[str, float | None]:
     """The mean of the values and its t-interval."""
-    found = mean_interval(np.array(values, dtype=float).reshape(-1, 1))
-    return {end: rounded(float(array[0])) for end, array in found._asdict().items()}
+    columns = mean_interval(np.array(values, dtype=float).reshape(-1, 1))
+    return Estimate(*(float(column[0]) for column in columns)).rounded()
 
 
 def before_training(
@@ -88,7 +94,7 @@ def iqm(runs: Sequence[Run], metric: str) -> dict[str, float | None] | None:
     estimate = interquartile_mean(np.array(values, dtype=float))
     if math.isnan(estimate.mean):
         return None
-    return {end: rounded(number) for end, number in estimate._asdict().items()}
+    return estimate.rounded()
 
 
 def _path(runs: Sequence[Run], score: str, kl: str) -> list[dict[str, Any]]:

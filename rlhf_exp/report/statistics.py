@@ -47,6 +47,10 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    def rounded(self) -> dict[str, float | None]:
+        """The three by name, each with four significant digits; None for unknown."""
+        return {end: rounded(number) for end, number in self._asdict().items()}
+
 
 def interquartile_mean(values: np.ndarray) -> Estimate:
     """The mean of the values without the lowest and the highest quarter, each rounded down to whole
