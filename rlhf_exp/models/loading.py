@@ -194,6 +194,21 @@ def must_be_fp32(model: ModelSettings) -> list[str]:
     return []
 
 
+def must_be_causal(model: ModelSettings) -> list[str]:
+    """A message if the model's directory holds an encoder, which cannot continue a text. Raises
+    ConfigError if there is no such model; does not read its weights."""
+    if not isinstance(model, Pretrained):
+        return []
+    source = model.locate()
+    if source is None or not Path(source).is_dir():  # a GGUF file, or known only when it is loaded
+        return []
+    try:
+        _refuse_encoder(source, "model.base_model", model.base_model, model.trust_remote_code)
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
 def must_be_plain(model: ModelSettings, *, stage: str) -> list[str]:
     """Messages about settings of a model that the supervised stage cannot train."""
     return must_be_fp32(model) + must_be_fast(model, stage=stage)
@@ -266,6 +281,8 @@ def load_language_model(
     from transformers import AutoModelForCausalLM
 
     source = locate_revision(name, revision, field)
+    if not source.endswith(GGUF):
+        _refuse_encoder(source, field, name, trust_remote_code, revision=revision)
     model = model_from_pretrained(
         AutoModelForCausalLM,
         source,
@@ -296,6 +313,22 @@ def load_language_model(
             f" only {model.config.vocab_size}; save the tokenizer that the model was trained with"
         )
     return model, tokenizer
+
+
+def _refuse_encoder(
+    source: str, field: str, name: str, trust_remote_code: bool, *, revision: str | None = None
+) -> None:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    code = {"trust_remote_code": trust_remote_code}
+    config = from_pretrained(AutoConfig, source, field, name, revision=revision, **code)
+    is_bidirectional = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if is_bidirectional and not config.to_dict().get("is_decoder"):
+        raise ConfigError(
+            f"{field}={name!r} is an encoder ({config.model_type}) and cannot continue a text: name"
+            " a causal language model; stage=classifier trains an encoder as a classifier"
+        )
 
 
 def _text_part(model: PreTrainedModel, field: str, name: str) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlhf_exp.functional.best_of_n import best_of_n_kl, best_of_n_kl_bound, best_of_n_weights
 from rlhf_exp.machine.precision import Dtype, autocast
 from rlhf_exp.machine.timing import Stopwatch
-from rlhf_exp.models.loading import ModelSettings, Pretrained
+from rlhf_exp.models.loading import ModelSettings, must_be_causal
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rewards.attempts import CheckedReward
 from rlhf_exp.rewards.protocol import Reward, RewardFunction
@@ -90,9 +90,7 @@ class BestOfN(Stage[BestOfNParts]):
         for part in (parts.task, parts.reward):
             if isinstance(part, Fingerprinted):
                 part.fingerprint()
-        if isinstance(parts.model, Pretrained):
-            parts.model.locate()
-        problems = [
+        problems = must_be_causal(parts.model) + [
             f"sampler.{name}={vars(parts.sampler)[name]}: stage=best_of_n samples from the full"
             f" distribution at temperature 1, as evaluations do: set sampler.{name}={needed}"
             for name, value, needed in (

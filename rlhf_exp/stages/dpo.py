@@ -15,6 +15,7 @@ from rlhf_exp.models.finetune import Finetune
 from rlhf_exp.models.loading import (
     ModelSettings,
     Pretrained,
+    must_be_causal,
     must_be_fast,
 )
 from rlhf_exp.models.reference import Reference, resident_memory
@@ -144,9 +145,8 @@ class DPO(Supervised, Stage[DPOParts]):
         for part in (parts.task, self.eval_task, parts.reward):
             if isinstance(part, Fingerprinted):
                 part.fingerprint()
-        if isinstance(parts.model, Pretrained):
-            parts.model.locate()  # not its hash, which reads all weights
-        problems = must_be_fast(parts.model, stage="dpo") or parts.finetune.check(parts.model)
+        problems = must_be_causal(parts.model)
+        problems += must_be_fast(parts.model, stage="dpo") or parts.finetune.check(parts.model)
         if isinstance(self.eval_task, AnswerTask) and not parts.sampler.stop_at_eos:
             problems.append(
                 "stage.eval_task has exact answers, which end: set sampler.stop_at_eos=true"

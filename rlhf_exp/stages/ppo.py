@@ -7,7 +7,7 @@ from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.engines import ENGINES
 from rlhf_exp.models.finetune import Finetune
 from rlhf_exp.models.interventions import NO_INTERVENTION, Intervention
-from rlhf_exp.models.loading import ModelSettings, Pretrained
+from rlhf_exp.models.loading import ModelSettings, must_be_causal
 from rlhf_exp.models.reference import reference_hash, resident_memory
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.rewards.protocol import Reward
@@ -65,9 +65,7 @@ class PPO(PPOSettings, Stage[PPOParts]):
         for part in (parts.task, parts.reward, parts.intervention):
             if isinstance(part, Fingerprinted):
                 part.fingerprint()
-        if isinstance(model, Pretrained):
-            model.locate()  # not its hash, which reads all weights
-        problems = check_schedule(
+        problems = must_be_causal(model) + check_schedule(
             parts.schedule, total_steps=self.total_phases, field="stage.total_phases"
         )
         problems += parts.finetune.check(model)

@@ -10,7 +10,7 @@ import torch
 
 from rlhf_exp.machine.precision import Dtype, autocast
 from rlhf_exp.machine.timing import Stopwatch
-from rlhf_exp.models.loading import ModelSettings
+from rlhf_exp.models.loading import ModelSettings, must_be_causal
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rewards.attempts import CheckedReward
 from rlhf_exp.rewards.protocol import Reward, RewardFunction
@@ -74,9 +74,12 @@ class Preferences(Stage[PreferencesParts]):
 
     def check(self, parts: PreferencesParts) -> list[str]:
         parts.task.fingerprint()
-        if parts.sampler.stop_at_eos:
-            return []
-        return ["stage=preferences writes answers that end: set sampler.stop_at_eos=true"]
+        problems = must_be_causal(parts.model)
+        if not parts.sampler.stop_at_eos:
+            problems.append(
+                "stage=preferences writes answers that end: set sampler.stop_at_eos=true"
+            )
+        return problems
 
     def metric_names(self, parts: PreferencesParts) -> tuple[str, ...]:
         return ("pairs/prompts", "pairs/ties", "pairs/tie_fraction", "pairs/chosen_reward",

@@ -14,7 +14,7 @@ from rlhf_exp.machine.precision import Dtype, autocast, fp32_logits
 from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.cache import context_len
 from rlhf_exp.models.fast_paths import supports_packing, with_fast_paths
-from rlhf_exp.models.loading import ModelSettings, must_be_plain
+from rlhf_exp.models.loading import ModelSettings, must_be_causal, must_be_plain
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rl.setup import fingerprints
 from rlhf_exp.runs.context import Context
@@ -107,6 +107,7 @@ class SFT(Supervised, Stage[SFTParts]):
             problems.append("stage.data=demonstrations needs a task with answers: task=arithmetic")
         if self.stop_at is not None and not isinstance(task, AnswerTask):
             problems.append("stage.stop_at needs a task with exact answers: task=arithmetic")
+        problems += must_be_causal(parts.model)
         return problems + must_be_plain(parts.model, stage="sft")
 
     def check_texts(self, parts: SFTParts) -> list[str]:

@@ -19,6 +19,7 @@ from rlhf_exp.models.loading import (
     load_language_model,
     load_policy,
     load_tokenizer,
+    must_be_causal,
 )
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.models.scratch import Scratch
@@ -209,12 +210,18 @@ def test_weights_of_another_shape_are_refused(tmp_path):
 def test_an_encoder_is_not_a_language_model(tmp_path):
     shape = {"vocab_size": 16, "dim": 16, "hidden_dim": 32, "n_heads": 2, "n_layers": 1}
     distilbert = save(hf.DistilBertModel(hf.DistilBertConfig(**shape)), tmp_path / "distilbert")
-    with pytest.raises(ConfigError, match=r"cannot be loaded[\s\S]*DistilBertConfig"):
+    with pytest.raises(
+        ConfigError, match=r"is an encoder \(distilbert\) and cannot continue a text"
+    ):
         load_policy(distilbert)
-    # transformers opens this one, with a head that is more than an embedding.
+    message = re.escape(f"model.base_model={distilbert!r} is an encoder (distilbert) and cannot")
+    [problem] = must_be_causal(Pretrained(base_model=distilbert))
+    assert re.match(message, problem)
+    assert must_be_causal(Pretrained(base_model="some/encoder-on-the-hub")) == []
+    # transformers opens this one as a language model.
     shape = {name: SHAPE[name] for name in SHAPE if name not in ("num_key_value_heads", "head_dim")}
     bert = save(hf.BertForMaskedLM(hf.BertConfig(**shape)), tmp_path / "bert")
-    with pytest.raises(ConfigError, match="BertLMHeadModel does more than its output embedding"):
+    with pytest.raises(ConfigError, match=r"is an encoder \(bert\) and cannot continue a text"):
         load_policy(bert)
 
 
