@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rlhf_exp.app.steps import Instantiate, Prepared, Step, prepare, read_steps
+from rlhf_exp.app.steps import OWN, Instantiate, Prepared, Step, prepare, read_steps
 from rlhf_exp.hf import quieten_transformers
 from rlhf_exp.machine.network import hub_url
 from rlhf_exp.machine.timing import process_age_s
@@ -29,7 +29,7 @@ from rlhf_exp.runs.presentation import attempt
 from rlhf_exp.runs.status import write_status
 from rlhf_exp.runs.stopping import StopRequests
 from rlhf_exp.security.redaction import redact
-from rlhf_exp.settings import PARTS, ConfigError
+from rlhf_exp.settings import PARTS, ConfigError, is_reference
 from rlhf_exp.stages.dpo import DPO
 from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.stages.protocol import Built, look_up
@@ -101,9 +101,10 @@ def check_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantia
             built[step.name] = stage, parts = step.build(instantiate)
         except ConfigError as error:
             problems.append(str(error))
+    if OWN in built and job.until is None and (toy := _toy_settings(*built[OWN], job.chosen)):
+        raise ConfigError(toy)  # alone: other problems may be of the experiment that nobody chose
     if not problems and job.until is None:
         problems += stage.check_upstream(parts, look_up(built))
-        problems += _toy_settings(stage, parts, job.chosen)
         problems += _missing_metrics(job.metrics, stage.metric_names(parts))
         problems += [
             f"{part}: {type(stage).__name__} takes none and would ignore it: leave {part}=... out"
@@ -260,16 +261,19 @@ def _run_stage(
     log.info("run folder: %s", job.path)
 
 
-def _toy_settings(stage: Any, parts: Any, chosen: Collection[str]) -> list[str]:
-    """A message if PPO or DPO would train a saved model with the defaults of a tiny one. `chosen`
-    are the groups of the command line."""
-    if "~experiment" not in chosen or not isinstance(stage, PPO | DPO):
-        return []
-    if not isinstance(parts.model, Pretrained):
-        return []
+def _toy_settings(stage: Any, parts: Any, chosen: Collection[str]) -> str | None:
+    """A message if PPO or DPO would train a saved model with the settings of a tiny one, since the
+    command line chooses no experiment. `chosen` are the groups of the command line."""
+    if "experiment" in chosen or not isinstance(stage, PPO | DPO):
+        return None
+    if not isinstance(parts.model, Pretrained) or is_reference(parts.model.base_model):
+        return None
     own = "yours" if isinstance(stage, PPO) else "dpo"
-    return [
-        "~experiment: the defaults, such as optimizer.base_lr, are those of a tiny model and would"
-        f" ruin {parts.model.base_model}: write experiment={own} in its place, with the same"
-        " overrides"
-    ]
+    if "~experiment" in chosen:
+        fix = f"write experiment={own} in place of ~experiment, with the same overrides"
+    else:
+        fix = f"add experiment={own}, or experiment=reviews to keep these settings"
+    return (
+        "model: without an experiment, optimizer.base_lr and other settings are those of a tiny"
+        f" model, and would ruin {parts.model.base_model}: {fix}"
+    )

@@ -16,14 +16,16 @@ import hydra
 import pytest
 import torch
 from omegaconf import OmegaConf
+from transformers import BertConfig, BertModel
 
 from rlhf_exp.app import run
+from rlhf_exp.models.saving import save_policy
 from rlhf_exp.models.scratch import ScratchClassifier
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.pairs import write_pairs
 from rlhf_exp.tasks.protocol import Pair
 from rlhf_exp.tasks.reviews import Reviews
-from tests.builders import build_tokenizer, without_checks
+from tests.builders import build_tokenizer, tiny_policy, without_checks
 from tests.composed import compose
 from tests.forked import TRAIN
 from tests.scripts import kept_logging
@@ -696,7 +698,45 @@ def test_dpo_says_what_it_takes_and_needs_rates_for_a_saved_model(tmp_path):
     assert_refused(outcome, r"stage\.resample_every=2 needs a reward .*: choose one: reward=")
     bare = ["~experiment", "~reward", "stage=dpo", "task=pairs", "model=local"]
     outcome = train(tmp_path, *bare, *own)
-    assert_refused(outcome, "would ruin DIR: write experiment=dpo in its place")
+    assert_refused(outcome, "would ruin DIR: write experiment=dpo in place of ~experiment, with")
+
+
+def test_a_saved_model_is_not_trained_with_the_settings_of_a_tiny_one(tmp_path):
+    save_policy(tiny_policy(), tmp_path / "DIR")
+    own = ["model=local", "model.base_model=DIR", "task=prefix", "reward=length", "--dry-run"]
+    outcome = train(tmp_path, *own)
+    assert_refused(
+        outcome,
+        r"optimizer\.base_lr and other settings are those of a tiny model, and would ruin DIR: add"
+        " experiment=yours, or experiment=reviews to keep these settings",
+    )
+    outcome = train(tmp_path, "~experiment", *own)
+    assert_refused(outcome, "would ruin DIR: write experiment=yours in place of ~experiment, with")
+    for words in (["experiment=yours"], ["experiment=reviews", "task=reviews"]):
+        outcome = train(tmp_path, *own, *words)
+        assert outcome.code == 0, outcome.err
+    outcome = train(tmp_path, "-m", *own, "experiment=yours", "seed=1,2")
+    assert "2 of 2 jobs to run" in outcome.out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "experiment=yours task=prefix reward=length",
+        "~experiment stage=best_of_n task=prefix reward=length",
+        "~experiment stage=preferences task=instructions reward=length sampler.stop_at_eos=true",
+        "~experiment ~reward stage=sft task=reviews",
+        "experiment=dpo task.path=pairs.jsonl",
+    ],
+)
+def test_an_encoder_is_refused_before_it_is_loaded_where_texts_are_continued(tmp_path, words):
+    shape = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    BertModel(BertConfig(**shape)).save_pretrained(tmp_path / "BERT")
+    write_pairs([Pair(f"{i}", " a", " b") for i in range(40)], tmp_path / "pairs.jsonl")
+    own = ["model=local", "model.base_model=BERT", "--dry-run"]
+    assert_refused(
+        train(tmp_path, *words.split(), *own), r"'BERT' is an encoder \(bert\) and cannot"
+    )
 
 
 @pytest.mark.parametrize(
