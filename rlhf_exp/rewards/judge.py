@@ -95,11 +95,26 @@ class Judge:
             )
         if self.system is not None and not self.chat:
             raise ValueError("system is a message of a chat; set chat=true, or system=null")
-        for name in ("revision", "device") if self.uses_reference else ():
-            if getattr(self, name) is not None:
+        if self.check_label is not None and self.check is None:
+            raise ValueError(
+                f"check_label={self.check_label} is a label of the file check: set check=FILE, or"
+                " check_label=null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reference_is_loaded_already(self) -> "Judge":
+        of_own_model = {
+            "revision": None,
+            "device": None,
+            "dtype": "auto",
+            "trust_remote_code": False,
+        }
+        for name, default in of_own_model.items() if self.uses_reference else ():
+            if (value := getattr(self, name)) != default:
                 raise ValueError(
-                    f"{name}={getattr(self, name)}: name=policy is the run's own reference; set"
-                    f" {name}=null, or name another model"
+                    f"{name}={value}: name=policy is the run's own reference, which is loaded"
+                    f" already; leave {name} out, or name another model"
                 )
         return self
 

@@ -37,7 +37,6 @@ FEW_SHOT: dict[str, Any] = {
     "template": "film: {text}\n:",
     "examples": (Example(text="far", answer=" bad"), Example(text="long", answer=" good")),
     "answers": [" bad", " good"],
-    "dtype": "fp32",
 }
 # As the template and the examples say, for the text T.
 PREFIX = "film: far\n: bad\n\nfilm: long\n: good\n\n"
@@ -256,6 +255,9 @@ def train_a_little(policy: TransformerWithValueHead) -> None:
         ({"system": "x"}, "set chat=true, or system=null"),
         ({"device": "cpu"}, "device=cpu: name=policy is the run's own reference"),
         ({"revision": "main"}, "revision=main: name=policy"),
+        ({"dtype": "bf16"}, "dtype=bf16: name=policy .* leave dtype out"),
+        ({"trust_remote_code": True}, "trust_remote_code=True: name=policy"),
+        ({"check_label": "bad"}, "check_label=bad is a label of the file check: set check=FILE"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(
