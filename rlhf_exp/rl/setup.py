@@ -70,8 +70,9 @@ def load_setup(
     policy = load_sampled_policy(context, task, model, sampler, value_head=value_head)
     train, held_out = load_prompts(policy, task, sampler)
     first = policy.tokenizer.decode(train.tokens[0][train.mask[0]])  # with special tokens
+    unseen = {*map(str, held_out.rows)} - {*map(str, train.rows)}
     log.info("%d prompts to train on, %d held out; the first: %r",
-             len(train.rows), len(held_out.rows), first)  # fmt: skip
+             len(train.rows), len(unseen), first)  # fmt: skip
     if separate_values:
         policy.separate_values()  # before adapters change the policy's language model
     reference = finetune.attach(policy, seed=stream_seed(context.seed, "reference"))

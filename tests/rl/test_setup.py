@@ -1,5 +1,6 @@
 """What samples and what scores: loaded as asked, and refused where it does not fit."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,18 @@ def test_prompts_that_are_one_when_cut_are_on_one_side(tmp_path: Path) -> None:
     assert setup.eval_prompts.texts == ("w2",)
     # Prompts that nobody cuts are as the task gives them.
     assert loaded(tmp_path).train_prompts.texts == loaded(tmp_path).eval_prompts.texts
+
+
+def test_prompts_to_train_on_are_not_said_to_be_held_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "rlhf_exp.rl.setup"):
+        loaded(tmp_path, task=FirstWords(prompts=("w0 w1", "w2"), evaluated=("w4", "w6")))
+        loaded(tmp_path, task=ToyTask())
+    assert [message.partition(";")[0] for message in caplog.messages] == [
+        "2 prompts to train on, 2 held out",
+        "1 prompts to train on, 0 held out",
+    ]
 
 
 def test_prompts_are_compared_without_their_padding(tmp_path: Path) -> None:
