@@ -116,6 +116,15 @@ class Pretrained:
         return self
 
     @model_validator(mode="after")
+    def _one_gguf_file(self) -> "Pretrained":
+        if self.gguf_file is not None and self.base_model.endswith(GGUF):
+            raise ValueError(
+                f"gguf_file={self.gguf_file}: base_model={self.base_model} names a file already;"
+                " set gguf_file=null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_attention(self) -> "Pretrained":
         if self.engine == "hooked" and self.attn_implementation not in (None, "eager"):
             raise ValueError(

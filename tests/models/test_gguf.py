@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_exp.models.loading import Pretrained, load_language_model, load_policy
@@ -73,6 +74,8 @@ def test_a_file_of_a_directory_is_chosen_by_its_key(tmp_path: Path) -> None:
     assert settings.fingerprint() == Pretrained(base_model=settings.source).fingerprint()
     assert len(other.fingerprint()) == 64
     assert other.fingerprint() != settings.fingerprint()
+    with pytest.raises(ValidationError, match=r"names a file already; set gguf_file=null"):
+        Pretrained(base_model=str(tmp_path / "a.gguf"), gguf_file="b.gguf")
 
 
 @pytest.mark.parametrize(
