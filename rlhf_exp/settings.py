@@ -124,7 +124,11 @@ def field_problem(path: str, detail: Any) -> str:
     if detail["type"] == "missing":
         return f"{where}: is required"
     if detail["type"] == "unexpected_keyword_argument":
-        return f"{where}: no such key" + (f" of {path}" if path else "")
+        return (
+            f"{where}: no such key of {path}; leave it out: '~{where}'"
+            if path
+            else f"{where}: no such key"
+        )
     if isinstance(detail.get("ctx", {}).get("error"), ConfigError):
         return str(detail["ctx"]["error"])  # the message names the field already
     if detail["type"] == "dataclass_type" and isinstance(detail["input"], str):

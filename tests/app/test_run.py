@@ -285,6 +285,10 @@ REFUSED = {
         "model.base_model=artifact:bsae",
         [r"model\.base_model=artifact:bsae: .*; there are: base, classifier"],
     ),
+    "keys that the experiment sets for another stage": (
+        "experiment=yours stage=best_of_n model=gpt2 task=prefix reward=length",
+        [r"stage\.kl_coef: no such key of stage; leave it out: '~stage\.kl_coef'"],
+    ),
     "a key with ++": ("++stage.kl_ceof=1", [r"stage\.kl_ceof: no such key of stage"]),
     "a key with +": ("+foo=1 +bar=2", [r"bar: no such key", r"foo: no such key"]),
     "a key of a step": ("+prepare.base.modle=1", [r"prepare\.base\.modle: no such key; use"]),
@@ -306,7 +310,10 @@ REFUSED = {
     "another kind of logger and hub": (
         "logger=local logger._target_=rlhf_exp.rewards.length.Length"
         " +logger.target_tokens=3 hub._target_=rlhf_exp.rewards.length.Length",
-        [r"(?m)^logger: Length is not for this; choose", r"(?m)^hub\.push: no such key of hub$"],
+        [
+            r"(?m)^logger: Length is not for this; choose",
+            r"(?m)^hub\.push: no such key of hub; leave it out: '~hub\.push'$",
+        ],
     ),
     "a foreign target": (
         "reward._target_=shutil.rmtree",
