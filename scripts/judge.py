@@ -17,7 +17,7 @@ from rlhf_exp.rewards.judge_check import label_of_answer
 from rlhf_exp.runs.paths import SAMPLES, read_hydra_config
 from rlhf_exp.runs.samples import read_ends
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.tasks.protocol import LabelledTask
+from rlhf_exp.tasks.protocol import LabelledTask, PromptRow, Task
 
 LABELLED = "rlhf_exp.tasks.labelled_text.LabelledTextFile"
 
@@ -44,9 +44,11 @@ def main() -> None:
     try:
         config = read_hydra_config(run)
         task_config = config["task"]
+        task = _built(task_config, "task")
+        are_conversations = _holds_conversations(task)
         if arguments.labelled is not None:
             task_config = {"_target_": LABELLED, "path": str(arguments.labelled)}
-        task = _built(task_config, "task")
+            task = _built(task_config, "task")
         reward = _built(config["reward"], "reward") if config.get("reward") else None
         if not isinstance(task, LabelledTask):
             raise ConfigError("the run's task has no labelled texts: add --labelled FILE.tsv")
@@ -61,7 +63,11 @@ def main() -> None:
             )
     except ConfigError as error:
         parser.error(str(error))
-    _show(judge(judges, split.held_out, label, *read_ends(run / SAMPLES)), label)
+    before, after = read_ends(run / SAMPLES)
+    verdict = judge(
+        judges, split.held_out, label, before, after, are_conversations=are_conversations
+    )
+    _show(verdict, label)
 
 
 def _built(config: dict[str, Any], group: str) -> Any:
@@ -70,6 +76,14 @@ def _built(config: dict[str, Any], group: str) -> Any:
     if problems:
         raise ConfigError("; ".join(problems))
     return part
+
+
+def _holds_conversations(task: Task) -> bool:
+    """Returns True if prompts of evaluations are conversations."""
+    return any(
+        isinstance(prompt, PromptRow) and not isinstance(prompt.prompt, str)
+        for prompt in task.eval_prompts()
+    )
 
 
 def _label(name: str | None, reward: Any, labels: list[str]) -> str:

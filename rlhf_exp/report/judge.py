@@ -47,10 +47,14 @@ def judge(
     label: str,
     before: Sequence[dict[str, Any]],
     after: Sequence[dict[str, Any]],
+    *,
+    are_conversations: bool,
 ) -> Verdict:
-    """The opinions of the judges on the samples of a run. Their accuracy is measured on the
-    held-out texts."""
-    texts_by_run = [[row["prompt"] + row["completion"] for row in rows] for rows in (before, after)]
+    """The opinions of the judges on the samples of a run. A judge reads prompt and completion, or
+    of a conversation the completion alone. Its accuracy is measured on the held-out texts."""
+    # The prompt of a conversation is mostly the chat template's markup.
+    places = ("completion",) if are_conversations else ("prompt", "completion")
+    texts_by_run = [["".join(row[p] for p in places) for row in rows] for rows in (before, after)]
     true = np.array([text.label == label for text in held_out])
     opinions = {}
     for name, score in judges.items():

@@ -1,6 +1,7 @@
 """The judge: it follows the label, counts words by sample, and reads a run's first and last."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import yaml
 
 from rlhf_exp.report.judge import Verdict, judge, tfidf_judge
-from rlhf_exp.tasks.protocol import Split
+from rlhf_exp.tasks.protocol import LabelledText, Split
 from rlhf_exp.tasks.reviews import Reviews
 
 from ..scripts import call_script
@@ -19,7 +20,8 @@ def rows(texts: list[str], score: float) -> list[dict[str, object]]:
 
 
 def by_words(split: Split, label: str, before: list[Any], after: list[Any]) -> Verdict:
-    return judge({"TF-IDF": tfidf_judge(split, label)}, split.held_out, label, before, after)
+    judges = {"TF-IDF": tfidf_judge(split, label)}
+    return judge(judges, split.held_out, label, before, after, are_conversations=False)
 
 
 def test_it_sees_the_shift_that_the_samples_make_and_no_other() -> None:
@@ -59,6 +61,22 @@ def test_words_are_counted_once_a_sample_and_the_rare_are_left_out() -> None:
     assert "odd" not in {word for word, _, _ in verdict.rising_words}
 
 
+def test_of_a_conversation_the_judges_read_the_completion_alone() -> None:
+    read: list[str] = []
+
+    def score(texts: Sequence[str]) -> list[float]:
+        read.extend(texts)
+        return [0.0] * len(texts)
+
+    before, after = (
+        [{"prompt": "system\nBe fine\nuser\nHow is it?\nassistant\n", "completion": text}]
+        for text in ("Dull.", "Good.")
+    )
+    held_out = [LabelledText("neg", "poor")]
+    judge({"any": score}, held_out, "pos", before, after, are_conversations=True)
+    assert read == ["poor", "Dull.", "Good."]
+
+
 def rated_run(path: Path, **label: object) -> Path:
     """A run over texts rated 1 to 5, whose samples hold the word of a rating of 1 at first, of 2 at
     the end."""
@@ -96,6 +114,20 @@ def test_the_judge_reads_a_label_that_is_a_number(
     assert outcome.returncode == 0, outcome.stderr
     share = next(line for line in outcome.stdout.splitlines() if "share" in line).split()
     assert (share[-4], share[-2]) == (("0.000", "1.000") if rises else ("1.000", "0.000"))
+
+
+def test_the_script_judges_the_answers_of_a_run_of_conversations(tmp_path: Path) -> None:
+    """The prompts are about the best rating, the answers about the worst and the next."""
+    run = rated_run(tmp_path, label=2)
+    config = yaml.safe_load((run / ".hydra" / "config.yaml").read_text())
+    config["task"] = {"_target_": "rlhf_exp.tasks.instructions.Instructions"}
+    (run / ".hydra" / "config.yaml").write_text(yaml.safe_dump(config))
+    samples = (run / "samples.jsonl").read_text()
+    (run / "samples.jsonl").write_text(samples.replace("film 1", "film 1 is fine " * 20))
+    outcome = call_script("judge.py", run, "--labelled", run / "texts.tsv", "--label", 2)
+    assert outcome.returncode == 0, outcome.stderr
+    share = next(line for line in outcome.stdout.splitlines() if "share" in line).split()
+    assert (share[-4], share[-2]) == ("0.000", "1.000")
 
 
 @pytest.mark.parametrize(
