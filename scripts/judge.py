@@ -10,7 +10,7 @@ from typing import Any
 from rlhf_exp.app.instantiate import ALLOWED_TARGETS, instantiate
 from rlhf_exp.app.model_judge import model_judge
 from rlhf_exp.machine.streams import make_streams_unbreakable
-from rlhf_exp.report.judge import Verdict, judge, tfidf_judge
+from rlhf_exp.report.judge import NUM_ERRORS, Verdict, judge, tfidf_judge
 from rlhf_exp.rewards.classifier import Classifier
 from rlhf_exp.rewards.judge import Judge
 from rlhf_exp.rewards.judge_check import label_of_answer
@@ -106,8 +106,10 @@ def _show(verdict: Verdict, label: str) -> None:
         print(f"{name}, {opinion.held_out_accuracy:.3f} accurate on held-out texts:")
         for what, (old, new) in ((f"mean P({label})", opinion.mean), ("share > .5", opinion.share)):
             print(f"  {what:18} {old:.3f} -> {new:.3f}  ({new - old:+.3f})")
+    print(f"words whose number of samples changes by over {NUM_ERRORS} standard errors:")
     for title, words in (("rising", verdict.rising_words), ("falling", verdict.falling_words)):
-        print(f"{title}: " + ", ".join(f"{word} {old}>{new}" for word, old, new in words))
+        listed = ", ".join(f"{word} {old}>{new}" for word, old, new in words)
+        print(f"  {title}: {listed or 'none'}")
 
 
 if __name__ == "__main__":

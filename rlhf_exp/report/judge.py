@@ -5,6 +5,8 @@ finetuned model does. Both show whether others see the reward's gain; the words 
 or less frequent show what causes it.
 """
 
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,11 @@ import numpy as np
 
 from rlhf_exp.tasks.protocol import LabelledText, Split
 
-MIN_SAMPLES = 10  # a word is listed if at least this many samples contain it, before or after
+# A word is listed if its count changes by more than this many times sqrt(before + after), the error
+# of the change. Between draws of 128 samples from the same model at most one word's changes so.
+NUM_ERRORS = 2.5
+NUM_WORDS = 12  # listed at most, in each direction
+_WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 
 TextScorer = Callable[[Sequence[str]], Sequence[float]]
 """The probability of the label for each text."""
@@ -33,7 +39,8 @@ class Opinion:
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """The mean reward of the samples (before, after; None without a reward), each judge's opinion,
-    and words with the number of samples that contain them (before, after)."""
+    and words with the number of samples that contain them (before, after), if it changed by more
+    than chance."""
 
     reward: tuple[float, float] | None
     opinions: dict[str, Opinion]
@@ -69,8 +76,8 @@ def judge(
     return Verdict(
         reward=(_mean_score(before), _mean_score(after)) if "score" in before[0] else None,
         opinions=opinions,
-        rising_words=changes[:12],
-        falling_words=changes[::-1][:12],
+        rising_words=[change for change in changes if change[2] > change[1]][:NUM_WORDS],
+        falling_words=[change for change in changes[::-1] if change[2] < change[1]][:NUM_WORDS],
     )
 
 
@@ -93,9 +100,13 @@ def _mean_score(rows: Sequence[dict[str, Any]]) -> float:
 
 
 def _word_changes(before: Sequence[str], after: Sequence[str]) -> list[tuple[str, int, int]]:
-    """(word, samples that contain it before, after), largest increase first."""
+    """(word, samples that contain it before, after) if that is more than chance, largest increase
+    first. Words are lower-cased and without punctuation."""
     old, new = (
-        Counter(word for text in texts for word in set(text.split())) for texts in (before, after)
+        Counter(word for text in texts for word in set(_WORD.findall(text.lower())))
+        for texts in (before, after)
     )
-    common = [w for w in old | new if max(old[w], new[w]) >= MIN_SAMPLES]
-    return sorted(((w, old[w], new[w]) for w in common), key=lambda x: x[1] - x[2])
+    changed = [
+        w for w in old | new if abs(new[w] - old[w]) > NUM_ERRORS * math.sqrt(old[w] + new[w])
+    ]
+    return sorted(((w, old[w], new[w]) for w in changed), key=lambda x: x[1] - x[2])

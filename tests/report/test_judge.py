@@ -51,14 +51,25 @@ def test_samples_without_scores_have_no_mean_reward() -> None:
     assert verdict.opinions == by_words(split, "pos", *[rows(["dull", "fine"], 0.0)] * 2).opinions
 
 
-def test_words_are_counted_once_a_sample_and_the_rare_are_left_out() -> None:
+def test_words_are_counted_once_a_sample_without_case_and_punctuation() -> None:
     split = Reviews(num_labelled=300, num_held_out=50).labelled_split()
-    before = rows(["dull dull"] * 12 + ["odd"], 0.0)
-    after = rows(["fine fine fine"] * 11 + ["dull"] * 2, 1.0)
+    before = rows(["Dull dull."] * 12, 0.0)
+    after = rows(["fine, I don't say so"] * 3 + ['"Fine!"'] * 4 + ["FINE fine"] * 4, 1.0)
     verdict = by_words(split, "pos", before, after)
-    assert verdict.rising_words[0] == ("fine", 0, 11)
-    assert verdict.falling_words[0] == ("dull", 12, 2)
-    assert "odd" not in {word for word, _, _ in verdict.rising_words}
+    assert verdict.rising_words == [("fine", 0, 11)]
+    assert verdict.falling_words == [("dull", 12, 0)]
+
+
+def test_words_that_change_by_chance_are_left_out() -> None:
+    """7 > 2.5 sqrt(7), but 6 < 2.5 sqrt(6); 14 > 2.5 sqrt(30), but 13 < 2.5 sqrt(29)."""
+    split = Reviews(num_labelled=300, num_held_out=50).labelled_split()
+    counts = {"seven": (0, 7), "six": (0, 6), "down": (22, 8), "nearly": (21, 8), "same": (9, 9)}
+    before, after = (
+        rows([word for word, n in counts.items() for _ in range(n[i])], 0.0) for i in (0, 1)
+    )
+    verdict = by_words(split, "pos", before, after)
+    assert verdict.rising_words == [("seven", 0, 7)]
+    assert verdict.falling_words == [("down", 22, 8)]
 
 
 def test_of_a_conversation_the_judges_read_the_completion_alone() -> None:
