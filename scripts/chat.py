@@ -43,6 +43,8 @@ def main() -> None:
     try:
         hub_url()  # raises for a malformed address, before the import of the hub's client does
         quieten_transformers()
+        if arguments.gen_len < 1:
+            raise ConfigError(f"--gen-len={arguments.gen_len}: should be at least 1")
         talk = Talk(
             arguments.model,
             temperature=arguments.temperature,
@@ -54,7 +56,7 @@ def main() -> None:
         for line in lines():
             talk.take(line, max_new_tokens=arguments.gen_len)
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        parser.exit(2, f"error: {error}\n")
     except KeyboardInterrupt:
         sys.exit(130)
 

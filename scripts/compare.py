@@ -37,7 +37,7 @@ def main() -> None:
     names = Names(score=arguments.score, kl=arguments.kl)
     payload = build_payload(paths, names, made=datetime.now())
     if not payload["runs"]:
-        parser.exit(1, "\n".join([*payload["problems"], "nothing to report: no run was found\n"]))
+        parser.exit(2, "\n".join([*payload["problems"], "nothing to report: no run was found\n"]))
     try:
         pictures = write_figures(payload, out)
         report_files = [write_markdown(payload, pictures, out / "report.md")]

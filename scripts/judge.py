@@ -7,6 +7,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
+
 from rlhf_exp.app.instantiate import ALLOWED_TARGETS, instantiate
 from rlhf_exp.app.model_judge import model_judge
 from rlhf_exp.machine.streams import make_streams_unbreakable
@@ -14,7 +16,7 @@ from rlhf_exp.report.judge import NUM_ERRORS, Verdict, judge, tfidf_judge
 from rlhf_exp.rewards.classifier import Classifier
 from rlhf_exp.rewards.judge import Judge
 from rlhf_exp.rewards.judge_check import label_of_answer
-from rlhf_exp.runs.paths import SAMPLES, read_hydra_config
+from rlhf_exp.runs.paths import CONFIG, SAMPLES, read_hydra_config
 from rlhf_exp.runs.samples import read_ends
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.protocol import LabelledTask, PromptRow, Task
@@ -42,7 +44,10 @@ def main() -> None:
     if not (run / SAMPLES).is_file():
         parser.error(f"{run} holds no {SAMPLES}: name the folder of a finished run")
     try:
-        config = read_hydra_config(run)
+        config = _configuration(run)
+        before, after = read_ends(run / SAMPLES)
+        if not before:
+            raise ConfigError(f"{run / SAMPLES} holds no sample that can be read")
         task_config = config["task"]
         task = _built(task_config, "task")
         are_conversations = _holds_conversations(task)
@@ -63,11 +68,20 @@ def main() -> None:
             )
     except ConfigError as error:
         parser.error(str(error))
-    before, after = read_ends(run / SAMPLES)
     verdict = judge(
         judges, split.held_out, label, before, after, are_conversations=are_conversations
     )
     _show(verdict, label)
+
+
+def _configuration(run: Path) -> dict[str, Any]:
+    try:
+        config = read_hydra_config(run)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{run / CONFIG} cannot be read: {error}") from error
+    if not isinstance(config, dict) or "task" not in config:
+        raise ConfigError(f"{run / CONFIG} is not the configuration of a run: it has no task")
+    return config
 
 
 def _built(config: dict[str, Any], group: str) -> Any:

@@ -5,7 +5,6 @@ python scripts/sample.py RUN --prompt "This movie was" --prompt "I think" --num 
 
 import argparse
 import functools
-import sys
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -41,6 +40,8 @@ def main() -> None:
     try:
         hub_url()  # raises for a malformed address, before the import of the hub's client does
         quieten_transformers()
+        if arguments.num < 1:
+            raise ConfigError(f"--num={arguments.num}: should be at least 1")
         run = read_run(arguments.run, trust_remote_code=arguments.trust_remote_code)
         sampler = CachedSampler(
             gen_len=arguments.gen_len,
@@ -58,7 +59,8 @@ def main() -> None:
         )
         base, tuned = run.base and complete(run.base), complete(run.tuned)
     except (ConfigError, ValidationError) as error:
-        sys.exit(f"error: {error if isinstance(error, ConfigError) else _problem(error)}")
+        problem = error if isinstance(error, ConfigError) else _problem(error)
+        parser.exit(2, f"error: {problem}\n")
     Console().print(side_by_side(prompts, base, tuned))
     if base is None:
         print("the run trained from scratch: there is no base model to show")

@@ -307,9 +307,12 @@ def test_scripts_sample_from_a_run_and_talk_to_it(tmp_path, command):
         call_script("sample.py", tmp_path, "--prompt", "one"),
         call_script("sample.py", folder, "--prompt", "one", "--gen-len", 0),
         call_script("sample.py", folder, "--prompt", "one", "--temperature", -1),
+        call_script("sample.py", folder, "--prompt", "one", "--num", 0),
         call_script("chat.py", tmp_path / "nowhere"),
+        call_script("chat.py", folder, "--gen-len", 0),
+        call_script("chat.py", folder, "--temperature", "nan"),
     ):
-        assert refused.returncode == 1
+        assert refused.returncode == 2
         assert refused.stderr.startswith("error: ")
         assert "Traceback" not in refused.stderr
     cold = call_script("sample.py", folder, "--prompt", "one", "--temperature", -1)

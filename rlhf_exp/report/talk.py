@@ -26,7 +26,7 @@ class Talk:
         prepend_bos: bool | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        if temperature < 0:
+        if not temperature >= 0:  # NaN too
             raise ConfigError(f"--temperature={temperature}: give 0 for greedy, or more")
         self._model, self._tokenizer = load_language_model(
             str(model), field="model", trust_remote_code=trust_remote_code

@@ -118,3 +118,19 @@ def test_a_label_may_be_given(tmp_path: Path) -> None:
     outcome = call_script("judge.py", run, *options)
     _, before, after = shown(outcome.stdout, "TF-IDF")
     assert after - before > 0.5
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("samples.jsonl", "", "samples.jsonl holds no sample that can be read"),
+        (".hydra/config.yaml", "a: [", "config.yaml cannot be read: while parsing"),
+        (".hydra/config.yaml", "a: 1", "config.yaml is not the configuration of a run"),
+    ],
+)
+def test_a_broken_run_is_named(file: str, content: str, message: str, tmp_path: Path) -> None:
+    run = judged_run(tmp_path / "run", JUDGE)
+    (run / file).write_text(content)
+    outcome = call_script("judge.py", run, "--labelled", run / "texts.tsv")
+    assert outcome.returncode == 2
+    assert message in " ".join(outcome.stderr.split()), outcome.stderr

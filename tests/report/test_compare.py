@@ -71,7 +71,7 @@ def test_several_paths_another_folder_and_other_metrics(tmp_path):
 def test_nothing_to_report_names_the_path_and_writes_nothing(tmp_path, empty):
     (tmp_path / "empty").mkdir()
     done = call_script("compare.py", empty, folder=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith(f"{empty}: no ".replace("nowhere: no ", "nowhere: No "))
     assert "no run was found" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
