@@ -183,8 +183,8 @@ class Judge:
             )
         answers = question.answer_ids(self.answers)
 
-        def asked() -> "Asked":
-            return Asked(
+        def build() -> "JudgedTexts":
+            return JudgedTexts(
                 question=question,
                 transformer=transformer,
                 passes=passes,
@@ -195,8 +195,8 @@ class Judge:
         if self._labelled_texts:
             texts, labels = zip(*self._labelled_texts, strict=True)
             rows = [{"text": t, "prompt": "", "completion": t} for t in texts]
-            check_judge(self.scores(asked()(rows)), labels, threshold=self._threshold)
-        judge = asked()  # a new one: the reference may change its dtype before it is trained with
+            check_judge(self.scores(build()(rows)), labels, threshold=self._threshold)
+        judge = build()  # a new one: the reference may change its dtype before it is trained with
 
         def score(completions: Completions) -> Tensor:
             pairs = zip(completions.prompts.rows, completions.texts, strict=True)
@@ -219,7 +219,7 @@ class Judge:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class JudgedTexts:
     """A model that answers one question about many texts. `passes` computes its hidden states;
     `transformer` owns its tokenizer and its embeddings."""
 

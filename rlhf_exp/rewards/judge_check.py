@@ -17,8 +17,8 @@ AT_CHANCE = 0.6  # an AUC below this is reported as a warning
 
 def labelled_texts(path: str, label: str | None, *, best_answer: str) -> list[tuple[str, bool]]:
     """At most 300 random texts of a file of labelled texts, each with True if its label is
-    `label`, by default the one that begins as the best answer. Raises ConfigError for a file that
-    cannot be read and a label that it lacks."""
+    `label`, by default that of the best answer. Raises ConfigError for a file that cannot be read
+    and a label that it lacks."""
     texts = [*read_labelled_file(path, field="reward.check").texts]
     labels = sorted({text.label for text in texts})
     high = label or label_of_answer(labels, best_answer)
@@ -33,8 +33,8 @@ def labelled_texts(path: str, label: str | None, *, best_answer: str) -> list[tu
 
 
 def label_of_answer(labels: Sequence[str], answer: str) -> str | None:
-    """The label that begins as the answer, or the reverse ("pos" for " positive"); None if none or
-    several do."""
+    """The label that the answer begins with ("pos" for " positive"), or that begins with the
+    answer; None if there is none or several."""
     name = answer.strip().lower()
     matches = [x for x in labels if name.startswith(x.lower()) or x.lower().startswith(name)]
     return matches[0] if len(matches) == 1 else None

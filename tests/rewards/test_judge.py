@@ -18,7 +18,7 @@ from rlhf_exp.models.finetune import Full, LastLayers, Lora
 from rlhf_exp.models.loading import load_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rewards import judge_check
-from rlhf_exp.rewards.judge import Asked, Judge
+from rlhf_exp.rewards.judge import Judge, JudgedTexts
 from rlhf_exp.rewards.question import Example, Question
 from rlhf_exp.rewards.weighted_sum import Term, WeightedSum
 from rlhf_exp.settings import ConfigError
@@ -119,7 +119,7 @@ def test_special_tokens_are_added_once(tmp_path: Path) -> None:
 
 
 def test_the_examples_are_run_once(tmp_path: Path) -> None:
-    judge = asked(save_judge(tmp_path / "judge"))
+    judge = judged_texts(save_judge(tmp_path / "judge"))
     shared, cache = judge._shared
     assert judge.transformer.tokenizer.decode(shared).rstrip() == PREFIX + "film:"
     assert cache is not None
@@ -144,21 +144,21 @@ def test_a_text_that_joins_the_token_before_it_is_read_whole(tmp_path: Path) -> 
 
 
 def test_a_model_without_a_usable_cache_reads_the_whole_question(tmp_path: Path) -> None:
-    judge = asked(save_judge(tmp_path / "judge"))
-    plain = asked(str(tmp_path / "judge"))
+    judge = judged_texts(save_judge(tmp_path / "judge"))
+    plain = judged_texts(str(tmp_path / "judge"))
     plain.transformer.fast_paths = replace(plain.transformer.fast_paths, one_prompt=False)
     assert plain._shared == ([], None)
     samples = [{"text": text} for text in AFTER]
     assert_equal(judge(samples), plain(samples))
 
 
-def asked(path: str) -> Asked:
+def judged_texts(path: str) -> JudgedTexts:
     policy = load_policy(path).requires_grad_(False)
     question = Question(
         tokenizer=policy.tokenizer, template=FEW_SHOT["template"], examples=FEW_SHOT["examples"],
         chat=False, system=None,
     )  # fmt: skip
-    return Asked(
+    return JudgedTexts(
         question=question, transformer=policy, passes=policy,
         answers=question.answer_ids(FEW_SHOT["answers"]), batch_size=3,
     )  # fmt: skip
