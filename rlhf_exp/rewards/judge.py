@@ -59,10 +59,11 @@ class Judge:
     system: str | None = None
     """The system message of a chat; null: that of the chat template."""
     check: str | None = None
-    """Tab-separated file with the columns label and text: accuracy and AUC of the judge on it are
-    logged before training; null: none."""
+    """Tab-separated file with the columns label and text: accuracy and AUC of the judge on at most
+    300 random texts of it are logged before training; null: none."""
     check_label: str | None = None
-    """The label of texts that should score high; null: the one that begins as the last answer."""
+    """The label of texts that should score high; null: the one that the last answer begins with, as
+    "pos" for " positive"."""
     batch_size: Count = 64
     """Texts a forward pass."""
     dtype: Dtype = "auto"
