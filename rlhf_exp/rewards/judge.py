@@ -184,8 +184,8 @@ class Judge:
             )
         answers = question.answer_ids(self.answers)
 
-        def build() -> "JudgedTexts":
-            return JudgedTexts(
+        def build() -> "AnswerLogits":
+            return AnswerLogits(
                 question=question,
                 transformer=transformer,
                 passes=passes,
@@ -220,7 +220,7 @@ class Judge:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgedTexts:
+class AnswerLogits:
     """A model that answers one question about many texts. `passes` computes its hidden states;
     `transformer` owns its tokenizer and its embeddings."""
 

@@ -18,7 +18,7 @@ from rlhf_exp.models.finetune import Full, LastLayers, Lora
 from rlhf_exp.models.loading import load_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rewards import judge_check
-from rlhf_exp.rewards.judge import Judge, JudgedTexts
+from rlhf_exp.rewards.judge import Judge, AnswerLogits
 from rlhf_exp.rewards.question import Example, Question
 from rlhf_exp.rewards.weighted_sum import Term, WeightedSum
 from rlhf_exp.settings import ConfigError
@@ -152,13 +152,13 @@ def test_a_model_without_a_usable_cache_reads_the_whole_question(tmp_path: Path)
     assert_equal(judge(samples), plain(samples))
 
 
-def judged_texts(path: str) -> JudgedTexts:
+def judged_texts(path: str) -> AnswerLogits:
     policy = load_policy(path).requires_grad_(False)
     question = Question(
         tokenizer=policy.tokenizer, template=FEW_SHOT["template"], examples=FEW_SHOT["examples"],
         chat=False, system=None,
     )  # fmt: skip
-    return JudgedTexts(
+    return AnswerLogits(
         question=question, transformer=policy, passes=policy,
         answers=question.answer_ids(FEW_SHOT["answers"]), batch_size=3,
     )  # fmt: skip
