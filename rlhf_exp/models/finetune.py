@@ -5,8 +5,9 @@ from typing import Protocol, runtime_checkable
 
 from rlhf_exp.models.engines import ENGINES
 from rlhf_exp.models.freezing import freeze_first_layers
-from rlhf_exp.models.loading import ModelSettings, must_be_fp32
+from rlhf_exp.models.loading import ModelSettings
 from rlhf_exp.models.lora import add_adapter
+from rlhf_exp.models.model_checks import must_be_fp32
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.reference import Reference, WithoutAdapter
 from rlhf_exp.settings import ConfigError, Count, Text, settings

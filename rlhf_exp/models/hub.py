@@ -154,6 +154,23 @@ def model_from_pretrained(
     return model
 
 
+def refuse_encoder(
+    source: str, field: str, name: str, trust_remote_code: bool, *, revision: str | None = None
+) -> None:
+    """Raises ConfigError for an encoder, which cannot continue a text; reads no weights."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    code = {"trust_remote_code": trust_remote_code}
+    config = from_pretrained(AutoConfig, source, field, name, revision=revision, **code)
+    is_bidirectional = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if is_bidirectional and not config.to_dict().get("is_decoder"):
+        raise ConfigError(
+            f"{field}={name!r} is an encoder ({config.model_type}) and cannot continue a text: name"
+            " a causal language model; stage=classifier trains an encoder as a classifier"
+        )
+
+
 def without_quantisation(model: PreTrainedModel) -> PreTrainedModel:
     """The model of a GGUF file, whose weights transformers has dequantised, without the record of
     its quantisation, with which transformers refuses to save it."""

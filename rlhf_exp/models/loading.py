@@ -17,7 +17,7 @@ from torch import nn
 from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.kernels.attention import install_kernels
 from rlhf_exp.models.cache import config_context_len
-from rlhf_exp.models.engines import ENGINES, EngineName
+from rlhf_exp.models.engines import EngineName
 from rlhf_exp.models.fast_paths import check_hooked, with_fast_paths
 from rlhf_exp.models.fetching import fetch_model
 from rlhf_exp.models.hub import (
@@ -30,6 +30,7 @@ from rlhf_exp.models.hub import (
     locate_model,
     locate_revision,
     model_from_pretrained,
+    refuse_encoder,
     tokenizer_from_pretrained,
     without_quantisation,
 )
@@ -193,43 +194,6 @@ class Pretrained:
         return find_file(self.obtain(), VALUE_HEAD_FILE, revision=self.revision)
 
 
-def must_be_fp32(model: ModelSettings) -> list[str]:
-    """A message if the model's weights are to be trained and are not fp32."""
-    if isinstance(model, Pretrained) and model.dtype != "fp32":
-        return [
-            f"model.dtype={model.dtype}: weights that are trained must be fp32, or small updates"
-            " are rounded away; set it fp32 (in PPO bf16 goes with finetune=lora)"
-        ]
-    return []
-
-
-def must_be_causal(model: ModelSettings) -> list[str]:
-    """A message if the model's directory holds an encoder, which cannot continue a text. Raises
-    ConfigError if there is no such model; does not read its weights."""
-    if not isinstance(model, Pretrained):
-        return []
-    source = model.locate()
-    if source is None or not Path(source).is_dir():  # a GGUF file, or known only when it is loaded
-        return []
-    try:
-        _refuse_encoder(source, "model.base_model", model.base_model, model.trust_remote_code)
-    except ConfigError as error:
-        return [str(error)]
-    return []
-
-
-def must_be_plain(model: ModelSettings, *, stage: str) -> list[str]:
-    """Messages about settings of a model that the supervised stage cannot train."""
-    return must_be_fp32(model) + must_be_fast(model, stage=stage)
-
-
-def must_be_fast(model: ModelSettings, *, stage: str) -> list[str]:
-    """A message if another engine than the fast one is to run the stage's passes."""
-    if not ENGINES[model.engine].is_plain:
-        return [f"model.engine=hooked is for stage=ppo; stage={stage} trains with engine=fast"]
-    return []
-
-
 def build_policy(
     model: ModelSettings,
     make_tokenizer: TokenizerFactory | None,
@@ -291,7 +255,7 @@ def load_language_model(
 
     source = locate_revision(name, revision, field)
     if not source.endswith(GGUF):
-        _refuse_encoder(source, field, name, trust_remote_code, revision=revision)
+        refuse_encoder(source, field, name, trust_remote_code, revision=revision)
     model = model_from_pretrained(
         AutoModelForCausalLM,
         source,
@@ -322,22 +286,6 @@ def load_language_model(
             f" only {model.config.vocab_size}; save the tokenizer that the model was trained with"
         )
     return model, tokenizer
-
-
-def _refuse_encoder(
-    source: str, field: str, name: str, trust_remote_code: bool, *, revision: str | None = None
-) -> None:
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    code = {"trust_remote_code": trust_remote_code}
-    config = from_pretrained(AutoConfig, source, field, name, revision=revision, **code)
-    is_bidirectional = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if is_bidirectional and not config.to_dict().get("is_decoder"):
-        raise ConfigError(
-            f"{field}={name!r} is an encoder ({config.model_type}) and cannot continue a text: name"
-            " a causal language model; stage=classifier trains an encoder as a classifier"
-        )
 
 
 def _text_part(model: PreTrainedModel, field: str, name: str) -> PreTrainedModel:

@@ -15,7 +15,8 @@ from rlhf_exp.hf import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_exp.machine.precision import Dtype, autocast
 from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.classifiers import build_classifier, class_logits, head_modules
-from rlhf_exp.models.loading import Pretrained, must_be_plain
+from rlhf_exp.models.loading import Pretrained
+from rlhf_exp.models.model_checks import must_be_plain
 from rlhf_exp.models.scratch import ScratchClassifier
 from rlhf_exp.rl.setup import fingerprints
 from rlhf_exp.runs.context import Context

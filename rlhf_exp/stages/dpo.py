@@ -15,9 +15,8 @@ from rlhf_exp.models.finetune import Finetune
 from rlhf_exp.models.loading import (
     ModelSettings,
     Pretrained,
-    must_be_causal,
-    must_be_fast,
 )
+from rlhf_exp.models.model_checks import must_be_causal, must_be_fast
 from rlhf_exp.models.reference import Reference, resident_memory
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.rewards.attempts import CheckedReward

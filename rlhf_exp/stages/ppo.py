@@ -7,7 +7,8 @@ from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.engines import ENGINES
 from rlhf_exp.models.finetune import Finetune
 from rlhf_exp.models.interventions import NO_INTERVENTION, Intervention
-from rlhf_exp.models.loading import ModelSettings, must_be_causal
+from rlhf_exp.models.loading import ModelSettings
+from rlhf_exp.models.model_checks import must_be_causal
 from rlhf_exp.models.reference import reference_hash, resident_memory
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.rewards.protocol import Reward

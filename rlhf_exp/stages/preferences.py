@@ -10,7 +10,8 @@ import torch
 
 from rlhf_exp.machine.precision import Dtype, autocast
 from rlhf_exp.machine.timing import Stopwatch
-from rlhf_exp.models.loading import ModelSettings, must_be_causal
+from rlhf_exp.models.loading import ModelSettings
+from rlhf_exp.models.model_checks import must_be_causal
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rewards.attempts import CheckedReward
 from rlhf_exp.rewards.protocol import Reward, RewardFunction

@@ -16,7 +16,8 @@ from rlhf_exp.machine.threads import threads_for
 from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.classifiers import head_modules
 from rlhf_exp.models.fast_paths import with_fast_paths
-from rlhf_exp.models.loading import ModelSettings, Pretrained, must_be_plain
+from rlhf_exp.models.loading import ModelSettings, Pretrained
+from rlhf_exp.models.model_checks import must_be_plain
 from rlhf_exp.models.reward_model import HeadKind, HeadShape, RewardModel, save_reward_model
 from rlhf_exp.models.transformer import CausalTransformer
 from rlhf_exp.rewards.sequence_classifier import SequenceClassifier

@@ -14,7 +14,8 @@ from rlhf_exp.machine.precision import Dtype, autocast, fp32_logits
 from rlhf_exp.machine.timing import Stopwatch
 from rlhf_exp.models.cache import context_len
 from rlhf_exp.models.fast_paths import supports_packing, with_fast_paths
-from rlhf_exp.models.loading import ModelSettings, must_be_causal, must_be_plain
+from rlhf_exp.models.loading import ModelSettings
+from rlhf_exp.models.model_checks import must_be_causal, must_be_plain
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rl.setup import fingerprints
 from rlhf_exp.runs.context import Context

@@ -19,8 +19,8 @@ from rlhf_exp.models.loading import (
     load_language_model,
     load_policy,
     load_tokenizer,
-    must_be_causal,
 )
+from rlhf_exp.models.model_checks import must_be_causal
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.settings import ConfigError

@@ -15,10 +15,9 @@ from rlhf_exp.models.loading import (
     load_language_model,
     load_policy,
     load_tokenizer,
-    must_be_fp32,
-    must_be_plain,
 )
 from rlhf_exp.models.lora import add_adapter, save_adapter
+from rlhf_exp.models.model_checks import must_be_fp32, must_be_plain
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.models.scratch import Scratch

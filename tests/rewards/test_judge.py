@@ -18,7 +18,7 @@ from rlhf_exp.models.finetune import Full, LastLayers, Lora
 from rlhf_exp.models.loading import load_policy
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rewards import judge_check
-from rlhf_exp.rewards.judge import Judge, AnswerLogits
+from rlhf_exp.rewards.judge import AnswerLogits, Judge
 from rlhf_exp.rewards.question import Example, Question
 from rlhf_exp.rewards.weighted_sum import Term, WeightedSum
 from rlhf_exp.settings import ConfigError
