@@ -21,7 +21,7 @@ from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.types import Experience, Layout, Rollout
 from tests.composed import compose
 
-from ..stages.test_resume import Failing, timeless
+from ..stages.test_resume import assert_resume_is_exact
 from .fixed import fixed_completions, fixed_experience, off_the_reference
 from .toy import RAGGED, collect, context, learn, loss, parts, phase, ppo_with, rows, start
 
@@ -92,20 +92,7 @@ def test_each_resumes_bit_by_bit(name: str, tmp_path: Path) -> None:
     if name == "running_mean":
         estimator = Reinforce(baseline="running_mean")
         ppo = ppo_with(ppo, estimator=estimator, normalize_reward=False)
-
-    def run(folder: str, *, resume: bool = False, at: int | None = None) -> None:
-        given = parts(task=RAGGED, reward=Failing(at=at))
-        ppo.run(context(tmp_path / folder, resume=resume), given)
-
-    run("whole")
-    with pytest.raises(KeyboardInterrupt):
-        run("cut", at=3)
-    run("cut", resume=True)
-    assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
-    weights = [
-        (tmp_path / name / "model/model.safetensors").read_bytes() for name in ("cut", "whole")
-    ]
-    assert weights[0] == weights[1]
+    assert_resume_is_exact(tmp_path, ppo, at=3)
 
 
 def rollout_of(tmp_path: Path, ppo: PPO, scores: list[float]) -> Rollout:

@@ -14,7 +14,7 @@ from rlhf_exp.models.loading import load_policy
 from rlhf_exp.rl.averaging import WeightAverage
 from rlhf_exp.training.optim import trained_state
 
-from ..stages.test_resume import Failing, timeless
+from ..stages.test_resume import Failing, assert_resume_is_exact
 from .toy import RAGGED, context, parts, phase, ppo_with, rows, start
 
 PPO = ppo_with(
@@ -80,17 +80,4 @@ def test_evaluations_and_the_saved_model_have_the_average_and_training_does_not(
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_run_goes_on_with_its_average(tmp_path: Path) -> None:
-    def run(folder: str, *, resume: bool = False, at: int | None = None) -> None:
-        PPO.run(
-            context(tmp_path / folder, resume=resume), parts(task=RAGGED, reward=Failing(at=at))
-        )
-
-    run("whole")
-    with pytest.raises(KeyboardInterrupt):
-        run("cut", at=4)
-    run("cut", resume=True)
-    assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
-    models = [
-        (tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("cut", "whole")
-    ]
-    assert models[0] == models[1]
+    assert_resume_is_exact(tmp_path, PPO, at=4)

@@ -12,7 +12,7 @@ from rlhf_exp.functional.optimal_frontier import optimal_kl
 from rlhf_exp.rl.limit import METRICS, Limit, read_limit
 from rlhf_exp.rollout.cached import CachedSampler
 
-from ..stages.test_resume import Failing, timeless
+from ..stages.test_resume import Failing, assert_resume_is_exact
 from .toy import RAGGED, Echoed, EchoTask, context, parts, ppo_with, rows
 
 PPO = ppo_with(
@@ -51,11 +51,7 @@ def test_a_run_without_it_has_the_same_numbers_otherwise(tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("unchecked")
 def test_it_is_measured_once(tmp_path: Path) -> None:
-    PPO.run(context(tmp_path / "whole"), parts(task=RAGGED, reward=Failing()))
-    with pytest.raises(KeyboardInterrupt):
-        PPO.run(context(tmp_path / "cut"), parts(task=RAGGED, reward=Failing(at=4)))
-    PPO.run(context(tmp_path / "cut", resume=True), parts(task=RAGGED, reward=Failing()))
-    assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
+    assert_resume_is_exact(tmp_path, PPO, at=4)
     limits = [(tmp_path / name / "limit.json").read_bytes() for name in ("cut", "whole")]
     assert limits[0] == limits[1]
 

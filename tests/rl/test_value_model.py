@@ -15,9 +15,9 @@ from rlhf_exp.stages.ppo import PPO
 from rlhf_exp.types import Layout
 from tests.app.test_run import TINY, assert_refused, train
 
-from ..stages.test_resume import Failing, timeless
+from ..stages.test_resume import assert_resume_is_exact
 from .fixed import fixed_completions, fixed_experience
-from .toy import RAGGED, context, loss, parts, phase, ppo_with, start
+from .toy import RAGGED, loss, phase, ppo_with, start
 
 SMALL: dict[str, Any] = {"batch_size": 8, "num_minibatches": 2, "dtype": "fp32"}
 
@@ -100,17 +100,7 @@ def test_a_run_resumes_bit_by_bit(options: dict[str, Any], tmp_path: Path) -> No
         total_phases=4, batch_size=8, num_minibatches=2, eval_samples=4, checkpoint_every=1,
         **options,
     )  # fmt: skip
-
-    def run(folder: str, *, resume: bool = False, at: int | None = None) -> None:
-        ppo.run(
-            context(tmp_path / folder, resume=resume), parts(task=RAGGED, reward=Failing(at=at))
-        )
-
-    run("whole")
-    with pytest.raises(KeyboardInterrupt):
-        run("cut", at=3)
-    run("cut", resume=True)
-    assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
+    assert_resume_is_exact(tmp_path, ppo, at=3)
     saved = (tmp_path / "cut" / "model" / "value_head.safetensors").is_file()
     assert saved == ("value_detach" in options)
 
