@@ -18,7 +18,7 @@ from rlhf_exp.training.seeding import SharedRandomness
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # the version of the checkpoint format; other versions are refused
+FORMAT = 3  # the version of the checkpoint format; other versions are refused
 TENSOR = "__tensor__"
 
 

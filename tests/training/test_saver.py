@@ -14,7 +14,7 @@ from rlhf_exp.runs.context import Context
 from rlhf_exp.runs.folder import RunFolder
 from rlhf_exp.runs.stopping import Interrupted, StopRequests
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.training.saver import Saver, check_inputs, join_state, split_state
+from rlhf_exp.training.saver import FORMAT, Saver, check_inputs, join_state, split_state
 
 from ..states import assert_equal_states
 
@@ -183,15 +183,16 @@ def test_two_tensors_of_one_name_are_a_mistake():
         split_state({"a/b": torch.ones(1), "a": {"b": torch.ones(1)}})
 
 
-def test_a_checkpoint_of_the_old_layout_is_refused_and_left_as_it_was(tmp_path):
+@pytest.mark.parametrize("version", [{}, {"format": 2}, {"format": FORMAT + 1}])
+def test_a_checkpoint_of_another_format_is_refused_and_left_as_it_was(tmp_path, version):
     given = context(tmp_path, resume=True)
     for phase in (1, 2, 3):
         given.folder.log(phase, {"a": 1.0})
-    # As it was: names joined by dots, and no number of the format.
+    # As the first were: names joined by dots, and no number of the format.
     tensors = {"tensor": torch.ones(2), "random.cpu": torch.get_rng_state()}
     random = {"python": [3, [0] * 625, None], "numpy": ["MT19937", [0] * 624, 624, 0, 0.0]}
     numbers = {"phase": 2, "state": {"number": 2}, "random": random, "sizes": {}, "run_id": "x"}
-    write_checkpoint(tmp_path, 2, tensors, numbers)
+    write_checkpoint(tmp_path, 2, tensors, {**numbers, **version})
     state = Counter()
     message = (
         r"its checkpoint has a format that this version does not read; start the run again, or"
