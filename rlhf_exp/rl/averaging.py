@@ -25,6 +25,10 @@ class WeightAverage:
         for name, parameter in trained_state(self._policy).items():
             self.weights[name].lerp_(parameter, 1 - self._decay)
 
+    def restore(self, weights: Mapping[str, Tensor]) -> None:
+        """Goes on with a saved average, or begins one at the policy's weights if none was saved."""
+        self.weights = dict(weights) or self._copies()
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The policy has the average as its weights inside the context."""

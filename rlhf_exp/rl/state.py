@@ -78,7 +78,7 @@ class TrainState:
         check_inputs(self.inputs, state["inputs"])
         load_trained_state(self.policy, state["policy"])
         if self.average is not None:
-            self.average.weights = state["average"]
+            self.average.restore(state["average"])
         for name in PLAIN:
             setattr(self, name, state[name])
         load_optimizer_state(self.optimizer, self.scheduler, state["optimizer"], step=self.phase)

@@ -81,3 +81,18 @@ def test_evaluations_and_the_saved_model_have_the_average_and_training_does_not(
 @pytest.mark.usefixtures("unchecked")
 def test_a_run_goes_on_with_its_average(tmp_path: Path) -> None:
     assert_resume_is_exact(tmp_path, PPO, at=4)
+
+
+def test_a_run_that_had_none_begins_one_at_its_weights(tmp_path: Path) -> None:
+    plain = replace(PPO, average_weights=None)
+    setup, state = start(plain, tmp_path, task=RAGGED)
+    phase(plain, setup, state)
+    expected = weights(setup.policy)
+    resumed_setup, resumed = start(PPO, tmp_path, task=RAGGED)
+    resumed.load_state_dict(state.state_dict())
+    assert resumed.average is not None
+    assert_close(resumed.average.weights, expected, rtol=0, atol=0)
+    phase(PPO, resumed_setup, resumed)
+    now = weights(resumed_setup.policy)
+    expected = {name: 0.5 * expected[name] + 0.5 * now[name] for name in now}
+    assert_close(resumed.average.weights, expected)
