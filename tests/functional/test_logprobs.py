@@ -11,6 +11,7 @@ from rlhf_exp.functional.logprobs import (
     entropy,
     kl_divergence,
     kl_estimate,
+    logits_agree,
     token_logprobs,
 )
 
@@ -278,3 +279,13 @@ def test_an_unknown_estimator_is_refused():
     # Unwrapped, because under test beartype refuses the Literal before the function can.
     with pytest.raises(ValueError, match="estimator='k4' must be one of k1, k2, k3"):
         inspect.unwrap(kl_estimate)(torch.zeros(1, 1), torch.zeros(1, 1), "k4")
+
+
+def test_logits_agree_if_each_row_does_up_to_a_constant():
+    expected = torch.tensor(LOGITS)
+    shifts = torch.tensor([[[1.0], [-50.0], [0.0]], [[9.0], [100.0], [-3.0]]])
+    assert logits_agree(expected + shifts, expected, dtype=torch.float32)
+    one_differs = expected.clone()
+    one_differs[1, 2, 0] += 0.1
+    assert not logits_agree(one_differs, expected, dtype=torch.float32)
+    assert logits_agree(one_differs, expected, dtype=torch.bfloat16)  # 0.03 of the row's norm

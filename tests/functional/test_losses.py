@@ -415,6 +415,16 @@ def test_aggregations_weight_the_tokens(aggregation, weights, dtype):
     assert_close(found, scalar(dot(weights, squares), dtype))
 
 
+def test_the_upper_limit_of_the_ratio_is_its_own(dtype):
+    ratios = torch.tensor([[0.79, 0.81, 1.25, 1.29]], dtype=dtype)
+    logprobs, mask = ratios.log(), torch.ones(1, 4, dtype=torch.bool)
+    for high, fraction in ((None, 0.75), (0.28, 0.5), (0.5, 0.25)):
+        found = clip_fraction(
+            logprobs, torch.zeros_like(ratios), mask, clip_coef=0.2, clip_coef_high=high
+        )
+        assert found == fraction
+
+
 @pytest.mark.parametrize("dual_clip_coef", [1.1, 3.0])
 def test_dual_clip_against_a_loop(dual_clip_coef, dtype):
     total = 0.0
