@@ -1,96 +1,21 @@
 """The page in a browser: what a reader can do with it, and that it asks no host for anything."""
 
-import shutil
-from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from rlhf_exp.report.page import write_page
 from rlhf_exp.report.payload import Names, build_payload
-from rlhf_exp.report.wording import BOOTSTRAP, COST_NAMES, INTERVALS
+from rlhf_exp.report.wording import INTERVALS
+from tests.report.browsing import Open, column, lines, needs_browser, numbers
 from tests.report.build_payload import payload
 from tests.report.build_runs import (
     KL_COEFS,
-    best_of_n_config,
-    best_of_n_rows,
-    config,
-    rows,
-    samples,
-    write_run,
-    write_stages,
     write_sweep,
 )
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no browser: sudo apt-get install chromium"
-)
-HOSTILE = (
-    "</script><script>window.stolen = 1</script><img src=x onerror='window.stolen = 2'><b>bold</b>"
-    "<svg onload='window.stolen = 3'></svg><a href='javascript:window.stolen = 4'>a</a>"
-    '" onmouseover="window.stolen = 5" x=\'<!--'
-)
+pytestmark = needs_browser
 UNKNOWN = "\u2013"
-MARKUP = "<b>a</b>%{x}"
-Open = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
-        )
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def show(browser: Any, tmp_path: Path) -> Iterator[Open]:
-    """Opens the page of a payload; says afterwards whether it complained or asked for anything."""
-    complaints: list[str] = []
-    asked: list[str] = []
-    pages = []
-
-    def open_page(content: dict[str, Any], **options: Any) -> Any:
-        path = write_page(content, tmp_path / f"{len(pages)}.html")
-        page = browser.new_page(**{"viewport": {"width": 1280, "height": 900}, **options})
-        pages.append(page)
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url.split(":")[0]))
-        page.goto(path.as_uri())
-        return page
-
-    yield open_page
-    for page in pages:
-        page.close()
-    assert complaints == []
-    assert set(asked) <= {"file", "data", "blob"}
-
-
-def column(page: Any, title: str) -> list[str]:
-    """The cells of a column of the table of runs, from above."""
-    place = [text.split()[0] for text in page.locator("#table thead th").all_inner_texts()].index(
-        title
-    )
-    return page.locator(f"#table tbody tr td:nth-child({place + 1})").all_inner_texts()
-
-
-def numbers(texts: list[str]) -> list[float]:
-    return [float(text.replace("\u2212", "-")) for text in texts]
-
-
-def lines(page: Any, figure: str) -> int:
-    """How many lines a figure has."""
-    return page.locator(f"{figure} .scatterlayer .js-line").count()
 
 
 def test_the_headline_names_the_ends_of_the_front(show: Open) -> None:
@@ -206,135 +131,17 @@ def test_parallel_lines_stay_on_their_axes_and_by_their_values(show: Open) -> No
     traces = figure.evaluate("e => e.data.map((trace) => trace.y)")
     axes = figure.evaluate("e => e.layout.shapes.map((line) => [line.y0, line.y1])")
     ticks = figure.evaluate("e => e.layout.annotations.map((tick) => [tick.x, tick.y])")
-    for column, (low, high) in enumerate(axes):
-        at = [y[column] for y in traces]
+    for axis, (low, high) in enumerate(axes):
+        at = [y[axis] for y in traces]
         assert (low, high) == (0, 1)
         assert min(at) >= low
         assert max(at) <= high
-        if column < len(grid):
-            places = [y for x, y in ticks if x == column]
+        if axis < len(grid):
+            places = [y for x, y in ticks if x == axis]
             room = 0.5 / len(places)
             assert all(min(abs(y - place) for place in places) < room / 2 for y in at)
             assert min(places) == pytest.approx(room), "the lowest value has room below"
     assert len({y[1] for y in traces}) == 8, "settings lie beside each other"
-
-
-def test_text_of_models_and_settings_stays_text(show: Open) -> None:
-    content = payload({"reward.words": (MARKUP, "good"), "stage.kl_coef": (0.1, 1.0)})
-    content["title"] = HOSTILE
-    content["problems"] = [HOSTILE]
-    content["runs"][0] |= {"status": "failed", "error": HOSTILE, "warnings": [HOSTILE]}
-    for run in content["runs"]:
-        for sample in run["samples"]:
-            sample |= {"prompt": HOSTILE, "before": HOSTILE, "after": HOSTILE}
-    page = show(content)
-    page.get_by_text("By phase").click()
-    assert page.locator("#comparison .after p").first.inner_text() == HOSTILE
-    assert page.locator("#problem-list li").first.inner_text() == HOSTILE
-    assert page.locator("h1").inner_text() == HOSTILE
-    assert page.evaluate("window.stolen") is None
-    assert page.locator("main img, main script, svg a").count() == 0
-    # Plotly would make links and bold letters of it.
-    labels = page.locator("#parallel-figure .annotation-text").all_text_contents()
-    assert MARKUP in labels
-    legend = page.locator("#legend button").first.inner_text()
-    assert MARKUP in legend
-
-
-def test_what_a_run_holds_on_disk_stays_text(show: Open, tmp_path: Path) -> None:
-    shown = samples([0, 10])
-    for row in shown:
-        row |= {
-            "prompt": f"{row['prompt']} {HOSTILE}",
-            "completion": f"{row['completion']} {HOSTILE}",
-        }
-    for i, status in enumerate(("done", "failed")):
-        settings = config(seed=i) | {"name": HOSTILE, HOSTILE: {HOSTILE: [HOSTILE, i]}}
-        folder = tmp_path / "sweep" / f"{i}_{HOSTILE.replace('/', '|')}"
-        error = f"{HOSTILE} in {i}"
-        write_run(folder, settings, rows(settings), status=status, error=error, shown=shown)
-    page = show(build_payload([tmp_path / "sweep"], Names(), made=datetime(2026, 11, 21)))
-    page.locator("#table tbody tr").first.hover()
-    for text in ("compare", "table", "settings", "warning-list"):
-        assert "window.stolen" in page.locator(f"#{text}").text_content(), text
-    assert HOSTILE in page.locator("#comparison .after p").first.inner_text()
-    assert page.evaluate("window.stolen") is None
-    assert page.locator("main img, main script, main a[href^=javascript]").count() == 0
-    assert page.locator("[onmouseover], [onload], [onerror]").count() == 0
-
-
-def stages(folder: Path) -> dict[str, Any]:
-    return build_payload([write_stages(folder / "s")], Names(), made=datetime(2026, 11, 21))
-
-
-def test_stages_are_set_side_by_side(show: Open, tmp_path: Path) -> None:
-    content = stages(tmp_path)
-    page = show(content)
-    improvement, tokens, seconds, estimates = page.locator("#between table").all()
-    rows = improvement.locator("tbody tr").all_inner_texts()
-    assert len(rows) == 6
-    assert rows[0].split("\t") == [
-        "stage=PPO, kl_coef=0.1",
-        "stage=BestOfN, kl_coef=null",
-        "1 [1, 1]",
-    ]
-    assert BOOTSTRAP in page.locator("#between .note").first.inner_text()
-    for table, entry in ((tokens, content["equal_cost"][0]), (seconds, content["equal_cost"][1])):
-        cells = table.locator("tbody tr").first.locator("td").all_inner_texts()
-        first = next(g for g in entry["groups"] if g["group"] == 2)
-        assert cells[0].startswith(f"{first['score']['mean']:.3g} [")
-        assert float(cells[2].replace(",", "")) == pytest.approx(first["spent"])
-    titles = page.locator("#between h3").all_inner_texts()
-    assert titles[1] == f"At 25,590 {COST_NAMES['tokens']}"
-    assert titles[2].endswith(COST_NAMES["seconds"])
-    left_out = (
-        "Left out, since the cost is not known or a run has no evaluation by then: stage=BestOfN"
-    )
-    assert left_out in page.locator("#between .note").nth(1).inner_text()
-    exact = content["kl_estimates"][0]
-    assert estimates.locator("tbody td").all_inner_texts()[:2] == [
-        str(exact["kl"]), f"{exact['kl_k1']} ({exact['kl_k1_var']})",
-    ]  # fmt: skip
-    heads = page.locator("#best th").all_inner_texts()[:6]
-    assert heads[3:] == ["runs", "IQM", "true reward"]
-
-
-def test_the_true_reward_has_a_frontier_that_follows_the_legend(show: Open, tmp_path: Path) -> None:
-    content = stages(tmp_path)
-    page = show(content)
-    data = "e => e.data.filter((t) => t.mode === 'markers').map((t) => [t.x[0], t.y[0]])"
-    start, *ends = page.locator("#true-frontier-figure").evaluate(data)
-    assert start == [0, 0.52]
-    assert ends == [
-        [group["kl"]["mean"], group["true_reward"]["score"]["mean"]]
-        for group in content["groups"]
-        if group["kl"]["mean"] is not None
-    ]
-    assert page.locator("#frontier-figure").evaluate(data)[1][1] == 0.93
-    page.locator("#legend button").first.click()
-    assert page.locator("#true-frontier-figure").evaluate(data) == [start, *ends[1:]]
-    assert "open diamond: the model before training" in page.locator("#frontier-note").inner_text()
-    assert not show(payload()).locator("#true-frontier").is_visible()
-
-
-def test_curves_are_drawn_over_what_they_cost(show: Open, tmp_path: Path) -> None:
-    content = stages(tmp_path)
-    page = show(content)
-    figure = page.locator(".curve-panel .figure").first
-    means = "e => e.data.filter((t) => t.mode === 'lines+markers').map((t) => t.x)"
-    known = [group["curves"]["eval"] for group in content["groups"] if group["label"][6:9] == "PPO"]
-    assert len(figure.evaluate(means)) == 4, "best of n, DPO, and PPO twice"
-    for cost in ("completions", "tokens", "seconds"):
-        page.locator("#axes span", has_text=cost).click()
-        assert figure.evaluate(means) == [curves[cost] for curves in known]
-        assert cost in figure.evaluate("e => e.layout.xaxis.title.text")
-        note = page.locator("#curves-note").inner_text()
-        assert f"Not drawn, since their {cost} are not known: stage=BestOfN" in note
-    page.locator("#seeds input").first.check()
-    seeds = figure.evaluate("e => e.data.filter((t) => t.meta === 'seed').map((t) => t.x)")
-    run = content["runs"][content["groups"][2]["runs"][0]]
-    assert seeds[0][:-1] == run["curves"]["eval"]["seconds"]
-    assert not show(payload()).locator("#axes").is_visible(), "runs that know no cost"
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
@@ -366,19 +173,6 @@ def test_a_sweep_of_run_folders_is_shown(show: Open, tmp_path: Path) -> None:
     assert "this movie number 0 was" in page.locator("#comparison").inner_text()
 
 
-def test_the_best_of_n_samples_are_a_line_before_paths_are_shown(
-    show: Open, tmp_path: Path
-) -> None:
-    write_sweep(tmp_path / "ppo", {"kl_coef": [0.1, 1.0], "seed": [1]})
-    write_run(tmp_path / "best", best_of_n_config(), best_of_n_rows())
-    page = show(build_payload([tmp_path], Names(), made=datetime(2026, 11, 21)))
-    assert lines(page, "#frontier-figure") == 2  # the front, and the best of 1 to 8
-    texts = "document.querySelector('#frontier-figure').data[1].hovertext"
-    assert ["<br>n 4<br>" in text for text in page.evaluate(texts)] == [False, False, True, False]
-    page.locator("input[name=frontier][value=path]").check(force=True)
-    assert lines(page, "#frontier-figure") == 4
-
-
 def test_a_figure_goes_nowhere_but_to_a_file(show: Open) -> None:
     page = show(payload())
     page.locator("#frontier-figure").hover()
@@ -388,61 +182,6 @@ def test_a_figure_goes_nowhere_but_to_a_file(show: Open) -> None:
     with page.expect_download() as download:
         buttons.first.click()
     assert Path(download.value.path()).read_bytes().startswith(b"\x89PNG")
-
-
-def supervised() -> dict[str, Any]:
-    content = payload({"optimizer.base_lr": (1e-4, 1e-3)}, seeds=(1,))
-    content["metrics"] = {"train": ["train/loss"], "eval": []}
-    unknown = {"mean": None, "low": None, "high": None}
-    for run, group in zip(content["runs"], content["groups"], strict=True):
-        run |= {"final": dict.fromkeys(run["final"]), "samples": []}
-        run["curves"] = {
-            "train": {"phase": [1, 2], "train/loss": [2.0, 1.0]},
-            "eval": {"phase": []},
-        }
-        band = {"mean": [2.0, 1.0], "low": [None, None], "high": [None, None]}
-        curves = {"train": {"phase": [1, 2], "train/loss": band}, "eval": {"phase": []}}
-        group |= {"score": unknown, "kl": unknown, "path": [], "pareto": False, "curves": curves}
-    return {**content, "importance": [], "interactions": []}
-
-
-def unfinished() -> dict[str, Any]:
-    content = supervised()
-    content["metrics"] = {"train": [], "eval": []}
-    for run, group in zip(content["runs"], content["groups"], strict=True):
-        run |= {"status": "running", "phases": 0, "curves": {}}
-        group |= {"score": None, "kl": None, "curves": {}}
-    return content
-
-
-def no_run() -> dict[str, Any]:
-    content = {**unfinished(), "runs": [], "groups": [], "parameters": [], "common": {}}
-    return {**content, "differing": {}, "problems": ["/runs: no run folder"]}
-
-
-@pytest.mark.parametrize(
-    ("content", "headline", "sections"),
-    [
-        (payload({"stage.kl_coef": (0.3,)}, seeds=(1,)), "Score ", {"parameters"}),
-        pytest.param(supervised(), "There is no eval/score", set(), marks=pytest.mark.soak),
-        pytest.param(unfinished(), "No run has finished", {"curves"}, marks=pytest.mark.soak),
-        (
-            no_run(),
-            "There is no eval/score",
-            {"frontier", "curves", "parameters", "runs", "compare"},
-        ),
-    ],
-    ids=["one run", "no score and no KL", "unfinished", "no run"],
-)
-def test_what_is_missing_is_left_out(
-    show: Open, content: dict[str, Any], headline: str, sections: set[str]
-) -> None:
-    page = show(content)
-    assert headline in page.locator("#headline").inner_text()
-    hidden = {e.get_attribute("id") for e in page.locator("section[hidden]").all()}
-    assert hidden >= sections
-    assert not hidden & {"runs", "compare"} - sections
-    assert page.locator("#table tbody tr").count() == len(content["runs"])
 
 
 def test_two_hundred_runs_are_fluid(show: Open) -> None:

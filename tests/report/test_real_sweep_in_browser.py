@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 
 from tests.app.test_run import TINY, TRAIN, train
-from tests.report.test_page_in_browser import CHROMIUM, browser, column, lines, numbers
+from tests.report.browsing import column, lines, needs_browser, numbers
 
-__all__ = ["browser"]
 pytestmark = [
     pytest.mark.soak,  # test_page_in_browser.py sees the same page of runs that are made up
-    pytest.mark.skipif(CHROMIUM is None, reason="no browser: sudo apt-get install chromium"),
+    needs_browser,
 ]
 
 
