@@ -66,8 +66,8 @@ class GridSweeper(Sweeper):
         given = {o.get_key_element() for o in overrides}
         variants = [[w for w in v if w.split("=")[0] not in given] for v in self._variants] or [[]]
         rows = [
-            ([*variant, *row], [*variant, *(w for w in row if w.split("=")[0] in swept)])
-            for variant in variants
+            ([*variant, *row], [*shown, *(w for w in row if w.split("=")[0] in swept)])
+            for variant, shown in zip(variants, _without_deletions(variants), strict=True)
             for row in grid
         ]
         checked = launching.check(rows)
@@ -84,6 +84,13 @@ class GridSweeper(Sweeper):
             launching.say(f"sweep: {len(jobs)} jobs{done}, in {launching.folder}")
             launching.run(todo, batch_size=self._batch_size)
             launching.conclude(jobs)
+
+
+def _without_deletions(variants: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
+    """The words that tell the variants apart: without those that delete a key, unless two variants
+    differ in nothing else."""
+    without = [[word for word in variant if not word.startswith("~")] for variant in variants]
+    return without if len(set(map(tuple, without))) == len(variants) else variants
 
 
 class SearchSweeper(Sweeper):

@@ -104,6 +104,17 @@ def test_settings_of_a_variant_change_together(tmp_path):
     outcome = train(tmp_path, *words, "stage.kl_coef=3")
     for line in ("0  clip_coef=0.3, seed=1", "2  seed=1", "4 of 4 jobs"):
         assert line in outcome.out, outcome.out
+    # A key that a variant leaves out is shown only if nothing else tells the variants apart.
+    outcome = train(
+        tmp_path,
+        *words,
+        "hydra.sweeper.variants=[['stage.kl_coef=3','~stage.vf_coef'],['~stage.vf_coef']]",
+    )
+    for line in ("0  kl_coef=3, seed=1", "2  seed=1", "4 of 4 jobs"):
+        assert line in outcome.out, outcome.out
+    outcome = train(tmp_path, *words, "hydra.sweeper.variants=[['~stage.vf_coef'],[]]")
+    for line in ("0  vf_coef, seed=1", "2  seed=1", "4 of 4 jobs"):
+        assert line in outcome.out, outcome.out
     bad = train(tmp_path, *words, "hydra.sweeper.variants=[['stage.kl=1']]")
     assert_refused(bad, r"stage\.kl\b.*\n  in job 0 \(kl=1,seed=1\), job 1 ")
 
