@@ -26,7 +26,9 @@ def main() -> None:
     parser.add_argument("paths", nargs="+", type=Path, help="runs, sweeps, or folders of them")
     parser.add_argument("--out", type=Path, help="folder (report in the one path, else ./report)")
     parser.add_argument("--score", default=Names.score, help=f"metric to raise ({Names.score})")
-    parser.add_argument("--kl", help="metric to keep low (eval/kl; eval/kl_sum with best_of_n)")
+    parser.add_argument(
+        "--kl", help="metric to keep low (eval/kl; eval/kl_sum with best_of_n or a limit)"
+    )
     parser.add_argument("--wandb", action="store_true", help="add the figures to the sweep in W&B")
     parser.add_argument("--no-html", action="store_true", help="only Markdown and pictures")
     arguments = parser.parse_args()

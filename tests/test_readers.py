@@ -28,7 +28,7 @@ from rlhf_exp.tasks.protocol import Pair
 from rlhf_exp.tasks.tables import Source, read_table
 from tests.damage import NASTY, damaged, mistyped
 from tests.reliability import count_cases
-from tests.report.build_runs import config, rows, write_run
+from tests.report.build_runs import config, limit_points, rows, write_limit, write_run
 
 fuzz = settings(
     derandomize=True, database=None, deadline=None, max_examples=300,
@@ -183,10 +183,10 @@ def test_metrics_of_a_run_keep_every_good_row(tmp_path: Path) -> None:
 
 
 def test_reports_read_any_run(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", config(), rows(config()))
+    run = write_limit(write_run(tmp_path / "run", config(), rows(config())), limit_points())
     files = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     jsons = sorted(name for name in files if name.endswith(".json"))
-    assert {"status.json", "metrics.jsonl"} <= files.keys()
+    assert {"status.json", "metrics.jsonl", "limit.json"} <= files.keys()
     whole = read_runs([run])[0][0].train.phases
     first = json.loads(files["metrics.jsonl"].partition(b"\n")[0])
 

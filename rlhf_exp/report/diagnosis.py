@@ -8,12 +8,15 @@ from collections.abc import Callable
 
 import numpy as np
 
+from rlhf_exp.report.frontier import KL_OF_COMPLETIONS
+from rlhf_exp.report.limits import efficiency
 from rlhf_exp.rl.collapse import LOW_ENTROPY, MIN_DISTINCT
 from rlhf_exp.runs.reading import Run
 
 MIN_PHASES = 8  # fewer show no trend
 KL_RISE, KL_FACTOR = 0.01, 1.5  # nats a token
 CLIPPED, OFTEN = 0.4, 0.1  # a clip fraction; a share of phases
+MIN_EFFICIENCY = 0.3  # of the KL
 OVERFIT = 1.05  # as a multiple of the lowest held-out loss
 
 
@@ -25,6 +28,7 @@ def diagnose(run: Run) -> list[str]:
         _repeats,
         _low_entropy,
         _kl_for_nothing,
+        _wastes_kl,
         _bad_values,
         _clips,
         _overfits,
@@ -101,6 +105,17 @@ def _kl_for_nothing(run: Run) -> str | None:
                 " optimizer.base_lr, or stop earlier"
             )
     return None
+
+
+def _wastes_kl(run: Run) -> str | None:
+    share, kl = efficiency(run), run.evaluated.last(KL_OF_COMPLETIONS)
+    if share is None or share >= MIN_EFFICIENCY or kl is None:
+        return None
+    return (
+        f"KL efficiency {share:.2g}: the last evaluation's score costs {kl:.3g} nats a completion,"
+        f" where {share * kl:.2g} would do; try stage.kl_penalty=return, a smaller"
+        " optimizer.base_lr with a larger stage.batch_size, or stage.average_weights"
+    )
 
 
 def _bad_values(run: Run) -> str | None:

@@ -3,6 +3,7 @@
 It draws a payload and computes nothing.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -67,8 +68,8 @@ def draw_frontier(
     payload: Mapping[str, Any], folder: Path, *, name: str = "frontier.png"
 ) -> Path | None:
     """Draws score against KL: each group's final mean with its interval, the Pareto front, the
-    model before training, the chosen groups' paths over the phases, and the lines of the best of n
-    samples. None if no group has both metrics."""
+    model before training, the chosen groups' paths over the phases, the lines of the best of n
+    samples, and the limit as far as the groups reach. None if no group has both metrics."""
     groups = [
         group
         for group in payload["groups"]
@@ -106,6 +107,8 @@ def draw_frontier(
         axis.errorbar(kl["mean"], score["mean"], xerr=_error(kl), yerr=_error(score), fmt="D",
                       color=INK, markersize=5, markerfacecolor="white", elinewidth=1, capsize=2,
                       zorder=2, label="before training")  # fmt: skip
+    axis.margins(x=0.12)
+    draw_limits(axis, payload["limits"], most=axis.get_xlim()[1])
     unit = {"kl": " (nats a token)", "kl_sum": " (nats a completion)"}
     axis.set_xlabel(f"{payload['kl']}{unit.get(payload['kl'].rpartition('/')[2], '')}", color=INK)
     axis.set_ylabel(payload["score"], color=INK)
@@ -114,13 +117,21 @@ def draw_frontier(
     what = "true reward" if name == "true_reward.png" else "score"
     axis.set_title(f"{what} against KL: lines by phase, dots at the end, filled on the front\n"
                    f"bars: {INTERVALS}{of_n}", loc="left", color=INK, fontsize=10)  # fmt: skip
-    axis.margins(x=0.12)
     if labels_fit:
         axis.legend(frameon=False, loc="lower right", labelcolor=INK, fontsize=8)
     else:
         figure.set_size_inches(8, 6.2)
         _legend_below(figure, [axis])
     return _save(figure, folder / name)
+
+
+def draw_limits(axis: Any, limits: Sequence[Mapping[str, Any]], *, most: float = math.inf) -> None:
+    """Draws each limit up to a KL of `most`."""
+    for limit, style in zip(limits, itertools.cycle(("-", "--", "-.", ":")), strict=False):
+        points = [(p["kl"], p["score"]) for p in limit["points"] if p["kl"] <= most]
+        name = f"limit: {_label(limit) or 'the best at each KL'}"
+        axis.plot(*zip(*points, strict=True), style, color=INK, linewidth=1.4, zorder=2,
+                  label=name)  # fmt: skip
 
 
 def draw_curves(payload: Mapping[str, Any], folder: Path) -> Path | None:

@@ -21,13 +21,15 @@ from rlhf_exp.runs.reading import Run
 
 TRUE_REWARD = "eval/true_reward"
 KL_OF_COMPLETIONS = "eval/kl_sum"
+EFFICIENCY = "eval/kl_efficiency"
 EQUAL = 1e-3  # relative, for evaluations of one model before training
 
 
 def default_kl(runs: Sequence[Run]) -> str:
-    """The KL of completions if some runs are of the best of n, which have no KL of their own for
-    each token; else the KL per token."""
-    return KL_OF_COMPLETIONS if any(map(is_best_of_n, runs)) else "eval/kl"
+    """The KL of completions if some runs are of the best of n or know their limit, which have no KL
+    of their own for each token; else the KL per token."""
+    of_completions = any(is_best_of_n(run) or run.limit is not None for run in runs)
+    return KL_OF_COMPLETIONS if of_completions else "eval/kl"
 
 
 def is_best_of_n(run: Run) -> bool:
@@ -98,16 +100,24 @@ def iqm(runs: Sequence[Run], metric: str) -> dict[str, float | None] | None:
 
 
 def _path(runs: Sequence[Run], score: str, kl: str) -> list[dict[str, Any]]:
-    """The means of both metrics at each phase for which all runs of the group have them."""
-    points = [tuple(dict(run.curves(name).points(name)) for name in (score, kl)) for run in runs]
-    if not points:
+    """The means of both metrics at each phase for which all runs of the group have them, and of the
+    efficiency if all have it too."""
+    if not runs:
         return []
-    phases = set.intersection(*(scores.keys() & kls.keys() for scores, kls in points))
+    metrics = {"score": score, "kl": kl, "efficiency": EFFICIENCY}
+    columns = {
+        name: [dict(run.curves(metric).points(metric)) for run in runs]
+        for name, metric in metrics.items()
+    }
+    phases = set.intersection(*({*values} for n in ("score", "kl") for values in columns[n]))
     return [
         {
             "phase": phase,
-            "score": rounded(float(np.mean([scores[phase] for scores, _ in points]))),
-            "kl": rounded(float(np.mean([kls[phase] for _, kls in points]))),
+            **{
+                name: rounded(float(np.mean([values[phase] for values in column])))
+                for name, column in columns.items()
+                if all(phase in values for values in column)
+            },
         }
         for phase in sorted(phases)
     ]

@@ -110,6 +110,11 @@ def _groups(payload: Mapping[str, Any]) -> list[str]:
             " IQM: the interquartile mean of the score, of groups of at least five runs, in"
             f" brackets {BOOTSTRAP}."
         )
+    if any(group["efficiency"] for group in groups):
+        columns["KL efficiency"] = [
+            show_interval(g["efficiency"]) if g["efficiency"] else "" for g in groups
+        ]
+        note += " KL efficiency: the least KL of a policy with that score, divided by the run's KL."
     if true_reward := payload["true_reward"]:
         name = escape(true_reward["score"])
         columns[name] = [show_interval(group["true_reward"]["score"]) for group in groups]

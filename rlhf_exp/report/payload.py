@@ -32,6 +32,7 @@ from rlhf_exp.report.grouping import (
     varied_parameters,
 )
 from rlhf_exp.report.importance import Importance, measure_importance
+from rlhf_exp.report.limits import efficiency, limit_lines, mean_efficiency
 from rlhf_exp.report.statistics import rounded
 from rlhf_exp.runs.reading import Run, read_runs
 from rlhf_exp.runs.samples import Sample, encodable
@@ -43,7 +44,7 @@ MAX_TEXT = 2000  # characters of a prompt or a completion
 @dataclass(frozen=True, kw_only=True)
 class Names:
     """The names of the frontier's two metrics. A `kl` of None is eval/kl, or eval/kl_sum if there
-    are runs of stage=best_of_n."""
+    are runs of stage=best_of_n or with a limit."""
 
     score: str = "eval/score"
     kl: str | None = None
@@ -69,7 +70,7 @@ def build_payload(paths: Sequence[Path], names: Names, *, made: datetime) -> dic
     described = _describe_groups(runs, groups, members, names.score, kl, metrics, phases)
     for group, place in zip(described, place_groups(members, names.score, kl), strict=True):
         group |= place
-    true_reward = _true_reward(members, described, names.score, kl)
+    true_reward = _true_reward(members, described, parameters, names.score, kl)
     return {
         "title": _title(runs, paths),
         "made": made.strftime("%Y-%m-%d %H:%M"),
@@ -88,6 +89,7 @@ def build_payload(paths: Sequence[Path], names: Names, *, made: datetime) -> dic
         ],
         "groups": described,
         "before": before_training(members, names.score, kl),
+        "limits": limit_lines(members, parameters, names.score, kl),
         "true_reward": true_reward,
         "improvements": improvements(groups, members, names.score),
         "equal_cost": [
@@ -160,6 +162,7 @@ def _describe_run(
         "score": run.final(score),
         "true_reward": run.final(TRUE_REWARD),
         "kl": run.final(kl),
+        "efficiency": efficiency(run),
         "entropy": _last(run, "eval/entropy", "objective/entropy"),
         "distinct_3": _last(run, "eval/distinct_3", "sample/distinct_3"),
         "best_score": max(best, default=None),
@@ -204,6 +207,7 @@ def _describe_groups(
             "true_reward": None,
             "iqm": iqm(counted, score),
             "kl": interval(counted, kl),
+            "efficiency": mean_efficiency(counted),
             "path_axis": "n" if counted and all(map(is_best_of_n, counted)) else "phase",
             "curves": group_curves(counted or [runs[i] for i in group.runs], metrics, thinned),
         }
@@ -212,16 +216,25 @@ def _describe_groups(
 
 
 def _true_reward(
-    members: Sequence[Sequence[Run]], described: Sequence[dict[str, Any]], score: str, kl: str
+    members: Sequence[Sequence[Run]],
+    described: Sequence[dict[str, Any]],
+    parameters: Sequence[str],
+    score: str,
+    kl: str,
 ) -> dict[str, Any] | None:
-    """The metric and the point before training of a second frontier, of the true reward; gives each
-    group its place on it. None if no run knows a true reward, or if it is the score."""
+    """The metric, the point before training and the limits of a second frontier, of the true
+    reward; gives each group its place on it. None if no run knows a true reward, or if it is the
+    score."""
     known = any(run.final(TRUE_REWARD) is not None for runs in members for run in runs)
     if not known or score == TRUE_REWARD:
         return None
     for group, place in zip(described, place_groups(members, TRUE_REWARD, kl), strict=True):
         group["true_reward"] = place
-    return {"score": TRUE_REWARD, "before": before_training(members, TRUE_REWARD, kl)}
+    return {
+        "score": TRUE_REWARD,
+        "before": before_training(members, TRUE_REWARD, kl),
+        "limits": limit_lines(members, parameters, TRUE_REWARD, kl),
+    }
 
 
 def _importance(

@@ -9,17 +9,16 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel
 from torch import Tensor
 
-from rlhf_exp.functional.optimal_frontier import Tilt, frontier, optimal_kl
+from rlhf_exp.functional.optimal_frontier import frontier, optimal_kl
 from rlhf_exp.rewards.attempts import CheckedReward
 from rlhf_exp.rl.collect import sample
 from rlhf_exp.rl.evaluation import evaluation_order
 from rlhf_exp.rl.exact_answers import judge_answers
 from rlhf_exp.rl.setup import Setup
-from rlhf_exp.runs.files import write_whole
-from rlhf_exp.runs.paths import LIMIT
+from rlhf_exp.runs.limit_file import LimitFile, read_limit_file, write_limit_file
+from rlhf_exp.settings import ConfigError
 from rlhf_exp.tasks.prompts import take
 from rlhf_exp.training.seeding import make_generator
 
@@ -71,37 +70,26 @@ def measure_limit(
     )
 
 
-class _File(BaseModel):
-    """`frontier` and `true_frontier` are points of score, KL and effective samples, for reports."""
-
-    scores: list[list[float]]
-    true_rewards: list[list[float]] | None = None
-    frontier: list[Tilt] = []
-    true_frontier: list[Tilt] = []
-
-
 def write_limit(limit: Limit, folder: Path) -> None:
     """Writes the scores and their frontier to limit.json."""
     true_rewards = limit.true_rewards
-    file = _File(
+    file = LimitFile(
         scores=limit.scores.tolist(),
         true_rewards=None if true_rewards is None else true_rewards.tolist(),
         frontier=frontier(limit.scores),
         true_frontier=[] if true_rewards is None else frontier(true_rewards),
     )
-    write_whole(folder / LIMIT, file.model_dump_json(exclude_none=True) + "\n")
+    write_limit_file(folder, file)
 
 
 def read_limit(folder: Path) -> Limit | None:
     """The limit in limit.json; None if there is none, and with a warning if it cannot be read."""
-    path = folder / LIMIT
-    if not path.is_file():
-        return None
     try:
-        file = _File.model_validate_json(path.read_bytes())
-        true_rewards = None if file.true_rewards is None else torch.tensor(file.true_rewards)
-        return Limit(scores=torch.tensor(file.scores), true_rewards=true_rewards)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not what a run writes"
-        log.warning("%s cannot be read (%s): the limit is left out", path, reason)
+        file = read_limit_file(folder)
+    except ConfigError as error:
+        log.warning("%s: the limit is left out", error)
         return None
+    if file is None:
+        return None
+    true_rewards = None if file.true_rewards is None else torch.tensor(file.true_rewards)
+    return Limit(scores=torch.tensor(file.scores), true_rewards=true_rewards)

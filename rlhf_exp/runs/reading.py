@@ -21,6 +21,7 @@ import yaml  # type: ignore[import-untyped]
 
 from rlhf_exp.runs.config_keys import leaves
 from rlhf_exp.runs.files import parse_object, parse_row
+from rlhf_exp.runs.limit_file import LimitFile, read_limit_file
 from rlhf_exp.runs.paths import (
     CHECKPOINTS,
     CONFIG,
@@ -81,6 +82,7 @@ class Run:
     seconds: float | None
     samples: list[Sample]
     commits: tuple[str, ...]  # the commits of its code, with "+" if files differed
+    limit: LimitFile | None  # what the reference's samples tell, if the run measured it
 
     @property
     def seed(self) -> int | None:
@@ -195,6 +197,7 @@ def _read_run(folder: Path, name: str, problems: list[str]) -> Run:
         seconds=_numbers(seconds).get("total") if isinstance(seconds, Mapping) else None,
         samples=read_samples(folder / SAMPLES, problems),
         commits=_read_commits(folder, problems),
+        limit=_read_limit(folder, problems),
     )
 
 
@@ -281,6 +284,14 @@ def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
     if parsed is None:
         problems.append(f"{path}: not a JSON object")
     return parsed or {}
+
+
+def _read_limit(folder: Path, problems: list[str]) -> LimitFile | None:
+    try:
+        return read_limit_file(folder)
+    except ConfigError as error:
+        problems.append(str(error))
+        return None
 
 
 def _read_commits(folder: Path, problems: list[str]) -> tuple[str, ...]:

@@ -109,6 +109,7 @@ def group(number: int, members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "true_reward": None,
         "score": measured([run["final"]["score"] for run in members]),
         "kl": measured([run["final"]["kl"] for run in members]),
+        "efficiency": None,
         "path": [
             dict(zip(("phase", "score", "kl"), point, strict=True))
             for point in zip(*columns, strict=True)
@@ -146,6 +147,7 @@ def payload(
         "runs": runs,
         "groups": groups,
         "before": None,
+        "limits": [],
         "true_reward": None,
         "improvements": [],
         "equal_cost": [],

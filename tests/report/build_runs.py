@@ -122,6 +122,28 @@ def best_of_n_rows() -> list[dict[str, Any]]:
     ]
 
 
+def limit_points(start: float = 0.52, *, most: float = 2.0, points: int = 20):
+    """Points of a limit that rises with the root of the KL, from the score of the model before
+    training to .98."""
+    shares = [place / (points - 1) for place in range(points)]
+    return [(start + (0.98 - start) * s, most * s**2, 1000 * (1 - 0.98 * s)) for s in shares]
+
+
+def write_limit(folder: Path, points, true_points=()) -> Path:
+    """Writes limit.json into the folder of a run."""
+    content = {"scores": [[0.5, 0.6]], "frontier": points, "true_frontier": true_points}
+    write_json(folder / "limit.json", content)
+    return folder
+
+
+def efficient(metrics: Sequence[Mapping[str, Any]], share: float = 0.4) -> list[dict[str, Any]]:
+    """The rows with an efficiency in each evaluation after the first."""
+    return [
+        {**row, "eval/kl_efficiency": share} if row.get("eval/kl_sum") else dict(row)
+        for row in metrics
+    ]
+
+
 def dpo_config(*, seed: int = 1):
     """A resolved configuration of stage=dpo, shortened."""
     stage = {"_target_": "rlhf_exp.stages.dpo.DPO", "batch_size": 32, "beta": 0.1}

@@ -122,6 +122,7 @@ def test_a_run_is_described(tmp_path):
         "score": 0.8,
         "true_reward": None,
         "kl": 0.3333,
+        "efficiency": None,
         "entropy": 1.25,
         "distinct_3": 0.4,
         "best_score": 0.9322,

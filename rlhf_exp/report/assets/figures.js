@@ -47,6 +47,7 @@ function describe(group) {
     `<b>${label(groupLabel(group), 60)}</b>`,
     `${group.measure ?? "score"} ${interval(group.score)}`,
     ...(isNumber(group.kl?.mean) ? [`KL ${interval(group.kl)}`] : []),
+    ...(group.efficiency && !group.measure ? [`KL efficiency ${interval(group.efficiency)}`] : []),
     // Unless the label has them all.
     ...(groupLabel(group).length > 60 || !group.label ? Object.entries(group.parameters) : []).slice(0, 8)
       .map(([key, value]) => label(`${nameOf(key)} = ${format(value)}`, 50)),
@@ -64,7 +65,8 @@ function pathTraces(visible) {
     line: { color: colorOf(group), width: 1.4 }, marker: { size: 4, color: colorOf(group) },
     hovertext: group.path.map(
       (point) => `<b>${label(groupLabel(group), 60)}</b><br>${group.path_axis} ${point.phase}<br>` +
-        `${group.measure ?? "score"} ${format(point.score)}<br>KL ${format(point.kl)}`),
+        `${group.measure ?? "score"} ${format(point.score)}<br>KL ${format(point.kl)}` +
+        (isNumber(point.efficiency) && !group.measure ? `<br>KL efficiency ${format(point.efficiency, 3)}` : "")),
   }));
 }
 
@@ -96,6 +98,28 @@ function startTraces(before) {
     marker: { size: 9, color, symbol: "diamond-open", line: { width: 1.5 } },
     hovertext: [`<b>before training</b><br>${interval(before.score)}<br>KL ${interval(before.kl)}`],
   }];
+}
+
+// The highest score that any policy can have at a KL, as far as the settings reach.
+function limitTraces(limits, most) {
+  const dashes = ["solid", "9px,3px", "9px,3px,2px,3px", "2px,3px"];
+  return limits.map((limit, place) => {
+    const points = limit.points.filter((point) => point.kl <= most);
+    return {
+      x: points.map((point) => point.kl), y: points.map((point) => point.score), mode: "lines", hoverinfo: "text",
+      line: { color: theme().ink, width: 1.8, dash: dashes[place % dashes.length] }, meta: "limit",
+      hovertext: points.map((point) => `<b>limit</b>${limit.label ? `<br>${label(limit.label, 60)}` : ""}<br>`
+        + `score ${format(point.score)}<br>KL ${format(point.kl)}<br>${format(point.samples, 3)} effective samples a prompt`),
+    };
+  });
+}
+
+// The name of each limit, above its end.
+function limitNames(limits, traces) {
+  return traces.flatMap((trace, place) => (trace.x.length ? [{
+    x: trace.x.at(-1), y: trace.y.at(-1), text: limits[place].label ? `limit: ${label(limits[place].label, 34)}` : "limit",
+    showarrow: false, xanchor: "right", yanchor: "bottom", font: { size: 12, color: theme().ink },
+  }] : []));
 }
 
 function spread(values, share) {
@@ -144,7 +168,7 @@ function boxAt(x, y, width, height, [xanchor, yanchor]) {
   return { left, right: left + width, top, bottom: top + height };
 }
 
-function drawOneFrontier(id, members, before, title) {
+function drawOneFrontier(id, members, before, limits, title) {
   const byPhase = document.querySelector("input[name=frontier]:checked").value === "path";
   const visible = shownGroups(members).filter(onFrontier);
   // The best of n samples is a line of points to choose from, not a history.
@@ -152,7 +176,9 @@ function drawOneFrontier(id, members, before, title) {
   const points = [...withPath.flatMap((group) => group.path), ...(before ? [{ kl: before.kl.mean, score: before.score.mean }] : [])];
   const gather = (name) => [...members.filter(onFrontier).flatMap((g) => [g[name].mean, g[name].low, g[name].high]),
     ...points.map((point) => point[name])];
-  const ranges = { x: spread(gather("kl"), 0.07), y: spread(gather("score"), 0.09) };
+  const rangeOfKl = spread(gather("kl"), 0.07);
+  const ofLimits = limitTraces(limits, rangeOfKl[1]);
+  const ranges = { x: rangeOfKl, y: spread([...gather("score"), ...ofLimits.flatMap((trace) => trace.y)], 0.09) };
   const where = byId(id);
   const size = { width: where.clientWidth - 76, height: where.clientHeight - 62 };
   const best = frontOf(members);
@@ -160,18 +186,19 @@ function drawOneFrontier(id, members, before, title) {
     x: best.map((g) => g.kl.mean), y: best.map((g) => g.score.mean), mode: "lines", hoverinfo: "skip",
     line: { shape: "hv", color: theme().muted, width: 1.3, dash: "4px,4px" },
   };
-  draw(where, [frontLine, ...pathTraces(withPath), ...startTraces(before), ...pointTraces(visible)], {
+  draw(where, [frontLine, ...ofLimits, ...pathTraces(withPath), ...startTraces(before), ...pointTraces(visible)], {
     margin: { l: 62, r: 14, t: 12, b: 50 }, uirevision: byPhase ? "path" : "final",
     xaxis: axis({ title: `KL to the reference, ${klUnit}`, range: ranges.x, automargin: false }),
     yaxis: axis({ title: escaped(title), range: ranges.y, automargin: false }),
-    annotations: labels(visible, before, ranges, size),
+    annotations: [...labels(visible, before, ranges, size), ...limitNames(limits, ofLimits)],
   });
 }
 
 function drawFrontier() {
-  if (data.groups.some(onFrontier)) drawOneFrontier("frontier-figure", data.groups, data.before, `score (${data.score})`);
+  if (data.groups.some(onFrontier)) drawOneFrontier("frontier-figure", data.groups, data.before, data.limits, `score (${data.score})`);
   if (trueGroups.some(onFrontier)) {
-    drawOneFrontier("true-frontier-figure", trueGroups, data.true_reward.before, `true reward (${data.true_reward.score})`);
+    drawOneFrontier("true-frontier-figure", trueGroups, data.true_reward.before, data.true_reward.limits,
+      `true reward (${data.true_reward.score})`);
   }
 }
 

@@ -261,8 +261,10 @@ function drawFrontierText() {
   if (data.groups.some(onFrontier)) {
     const bars = data.groups.some((group) => hasBounds(group.score)) ? `bars: ${INTERVALS}; ` : "";
     const start = data.before ? "open diamond: the model before training; " : "";
+    const limit = data.limits.length || data.true_reward?.limits.length
+      ? "solid line without marks: the limit, the best score that any policy has at a KL, from samples of the model before training; " : "";
     if (!trueGroups.some(onFrontier)) hide("true-frontier");
-    tell("frontier-note", `Marks: each setting at its end, the mean over seeds; ${bars}${start}dashed: the best score that these settings `
+    tell("frontier-note", `Marks: each setting at its end, the mean over seeds; ${bars}${start}${limit}dashed: the best score that these settings `
       + "reach within a KL (Pareto front). Hover for hyperparameters, seeds and numbers.");
     return;
   }

@@ -1,7 +1,7 @@
 // The table of runs, the comparison of two of them, and the configuration.
 "use strict";
 
-const FINAL = [["score", "score"], ["best_score", "best"], ["kl", "KL"], ["entropy", "entropy"],
+const FINAL = [["score", "score"], ["best_score", "best"], ["kl", "KL"], ["efficiency", "efficiency"], ["entropy", "entropy"],
   ["distinct_3", "distinct 3"], ["seconds", "seconds"]];
 const picked = [];
 const order = { column: null, descending: false };
