@@ -63,6 +63,7 @@ GIVEN = {
 MADE = {
     "reward/artifact_classifier": {"reviews", "labelled_text"},
     "reward/artifact_reward_model": {"arithmetic"},
+    "reward/shuffled": {"reviews", "labelled_text"},
 }
 
 

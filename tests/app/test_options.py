@@ -44,7 +44,7 @@ def test_help_says_what_a_group_is_for_and_whose_its_options_are(folder, tmp_pat
     assert " ".join(" ".join(ours).split()) == (
         "published arithmetic, char_count, classifier, distilbert_imdb, distilbert_imdb_logit,"
         " function, http, judge, judge_chat, judge_scale, keyword, length, pair_model,"
-        " pythia_1b_tldr, reward_model, sentences, sentences_and_judge, sum"
+        " pythia_1b_tldr, reward_model, sentences, sentences_and_judge, shuffled, sum, zero"
         " internal artifact_classifier, artifact_reward_model"
     )
     assert lines_of("stage/estimator", out) == [
