@@ -134,6 +134,30 @@ def draw_limits(axis: Any, limits: Sequence[Mapping[str, Any]], *, most: float =
                   label=name)  # fmt: skip
 
 
+def draw_limit_alone(payload: Mapping[str, Any], folder: Path) -> Path:
+    """Draws limit.png for a run of stage=best_of_n: the limit, and the best of n samples for each n
+    up to a quarter of the samples, beyond which its KL is inexact; then of the true reward, if the
+    task knows it."""
+    views = [payload]
+    if payload["true_reward"] is not None:
+        groups = [{**group, **group["true_reward"]} for group in payload["groups"]]
+        views.append({**payload, **payload["true_reward"], "groups": groups})
+    figure, panels = _make_panels(len(views), columns=2, size=(1.0 + 6.0 * len(views), 4.5))
+    for axis, view in zip(panels, views, strict=True):
+        draw_limits(axis, view["limits"])
+        path = view["groups"][0]["path"]
+        exact = [point for point in path if 4 * point["phase"] <= path[-1]["phase"]]
+        axis.plot([p["kl"] for p in exact], [p["score"] for p in exact], ".-", color=COLORS[0],
+                  linewidth=0.8, label="the best of n samples")  # fmt: skip
+        for point in exact:
+            axis.annotate(str(point["phase"]), (point["kl"], point["score"]), xytext=(5, -9),
+                          textcoords="offset points", fontsize=8, color=COLORS[0])  # fmt: skip
+        axis.set_xlabel("KL to the model, nats a completion", color=INK)
+        axis.set_ylabel(view["score"], color=INK)
+        axis.legend(frameon=False, loc="lower right", labelcolor=INK, fontsize=8)
+    return _save(figure, folder / "limit.png")
+
+
 def draw_curves(payload: Mapping[str, Any], folder: Path) -> Path | None:
     """Draws up to eight groups' means by phase with their intervals over seeds, one panel per
     metric. None if there are no curves."""
