@@ -112,7 +112,7 @@ class Launching:
         for number, (words, swept) in enumerate(jobs):
             job = SweepJob(overrides=tuple(words), swept=tuple(swept), identity="", phases=None)
             try:
-                config = run.check(
+                plan = run.check(
                     self._compose(words),
                     self.folder / str(number),  # its folder is named once all are checked
                     words,
@@ -124,6 +124,7 @@ class Launching:
                 for line in (run.explain(error) or str(error)).splitlines():
                     problems.setdefault(line, []).append(f"job {number} ({job.label})")
                 continue
+            config = plan.config
             phases = config["stage"].get("total_phases")
             seconds = expected_seconds(config, finished)
             checked.append(replace(job, identity=identity(config), phases=phases, seconds=seconds))

@@ -127,6 +127,21 @@ def test_a_dry_run_of_one_run_checks_it(tmp_path):
     assert_refused(train(tmp_path, *TINY, "--dry-run", "stage.kl_coef=-1"), r"stage\.kl_coef=-1")
 
 
+def test_a_dry_run_foresees_the_space_of_snapshots(tmp_path):
+    words = [*TINY, "--dry-run", "stage.snapshots=log", "stage.total_phases=10"]
+    words.append("model.d_model=256")
+    outcome = train(tmp_path, *words)
+    assert (outcome.code, outcome.raised) == (0, None), outcome.out
+    foreseen = re.search(r"6 snapshots of ([\d.]+) MiB .*each, ([\d.]+) MiB in all", outcome.out)
+    assert foreseen, outcome.out
+    half = re.search(r" of ([\d.]+) MiB", train(tmp_path, *words, "stage.snapshot_dtype=bf16").out)
+    each = float(foreseen[1])
+    assert float(foreseen[2]) == pytest.approx(6 * each, abs=0.3)
+    assert float(half[1]) == pytest.approx(each / 2, abs=0.1)
+    words.append("until=base")
+    assert "snapshots" not in train(tmp_path, *words).out
+
+
 FEW = [1, 3, 5, 7]  # of the functions
 
 

@@ -72,13 +72,22 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A checked configuration: its steps, how many of them are prepared, and the groups that
-    belong to no step."""
+    """A checked configuration, resolved: its steps, how many of them are prepared, the groups that
+    belong to no step, and the stage and parts of each step."""
 
+    config: Mapping[str, Any]
     steps: Sequence[Step]
     last: int
     loggers: Sequence[Logger]
     hub: HubSettings
+    built: Mapping[str, Built]
+
+    def notes(self) -> list[str]:
+        """What a dry run says of the run's own stage, if it runs."""
+        if self.config["until"] is not None:
+            return []
+        stage, parts = self.built[self.steps[-1].name]
+        return stage.notes(parts, look_up(self.built))
 
 
 def check_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate) -> Plan:
@@ -118,7 +127,9 @@ def check_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantia
         problems.append(_not_for_this("hub", hub))
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-    return Plan(steps=steps, last=last, loggers=loggers, hub=hub)
+    return Plan(
+        config=config, steps=steps, last=last, loggers=loggers, hub=hub, built=built
+    )  # fmt: skip
 
 
 def run_experiment(config: Mapping[str, Any], job: Job, instantiate: Instantiate) -> None:

@@ -69,7 +69,7 @@ from rlhf_exp.sweeps.jobs import BadJobs
 from rlhf_exp.tracking.progress import keep_log
 
 if TYPE_CHECKING:
-    from rlhf_exp.app.experiment import Job
+    from rlhf_exp.app.experiment import Job, Plan
     from rlhf_exp.app.steps import Instantiate
     from rlhf_exp.runs.stopping import StopRequests
 
@@ -130,12 +130,14 @@ def execute(cfg: DictConfig, path: Path, stop: "StopRequests | None" = None) -> 
         raise ConfigError(message) from error
 
 
-def _say_plan(config: Mapping[str, Any], path: Path) -> None:
+def _say_plan(plan: "Plan", path: Path) -> None:
+    config = plan.config
     seconds = expected_seconds(config, finished_runs(path.parent.parent))
     took = "how long it takes is unknown" if seconds is None else f"it takes about {seconds:.0f} s"
     stage = str(config["stage"]["_target_"]).rpartition(".")[2]
     steps = ", ".join([*config["prepare"], stage])
-    log.info("all is well: %s in %s; %s; nothing was started", steps, path, took)
+    facts = "; ".join((took, *plan.notes(), "nothing was started"))
+    log.info("all is well: %s in %s; %s", steps, path, facts)
     if is_unused(path):  # only this call wrote to it
         shutil.rmtree(path)
 
@@ -148,8 +150,8 @@ def check(
     sweep: bool,
     here: bool = True,
     metrics: Sequence[str] = (),
-) -> dict[str, Any]:
-    """The resolved configuration of the job that the overrides `words` describe. `here`: it runs on
+) -> "Plan":
+    """The plan of the job that the overrides `words` describe. `here`: it runs on
     this machine. `metrics`: names that its result must have. Raises ConfigError with everything
     that is wrong."""
     from rlhf_exp.app.experiment import check_experiment
@@ -159,8 +161,7 @@ def check(
         raise ConfigError("resume is for a single run: leave out -m, or use skip_completed=true")
     device = {} if here else {"device": "cpu"}
     job, instantiate = _read({**config, **device}, path, words, sweep=sweep, resume=False)
-    check_experiment(config, replace(job, metrics=metrics), instantiate)
-    return config
+    return check_experiment(config, replace(job, metrics=metrics), instantiate)
 
 
 def _read(

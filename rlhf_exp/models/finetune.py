@@ -3,6 +3,7 @@ reference computes the same numbers as the policy before training."""
 
 from typing import Protocol, runtime_checkable
 
+from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.models.engines import ENGINES
 from rlhf_exp.models.freezing import freeze_first_layers
 from rlhf_exp.models.loading import ModelSettings
@@ -21,6 +22,11 @@ class Finetune(Protocol):
         """Messages about settings of the model that exclude this choice."""
         ...
 
+    def select(self, language_model: PreTrainedModel) -> None:
+        """Marks the weights to train of a model that may be without weights, as one on the meta
+        device is. Raises ConfigError for a model that does not fit."""
+        ...
+
     def attach(self, policy: TransformerWithValueHead, *, seed: int) -> Reference:
         """Marks the weights to train, and returns the current policy as a frozen reference. Raises
         ConfigError for a model that does not fit."""
@@ -33,6 +39,9 @@ class Full:
 
     def check(self, model: ModelSettings) -> list[str]:
         return must_be_fp32(model)
+
+    def select(self, language_model: PreTrainedModel) -> None:
+        pass
 
     def attach(self, policy: TransformerWithValueHead, *, seed: int) -> Reference:
         return policy.frozen_reference()
@@ -49,9 +58,12 @@ class LastLayers:
     def check(self, model: ModelSettings) -> list[str]:
         return must_be_fp32(model)
 
-    def attach(self, policy: TransformerWithValueHead, *, seed: int) -> Reference:
+    def select(self, language_model: PreTrainedModel) -> None:
         field = "finetune.num_layers_unfrozen"
-        freeze_first_layers(policy.language_model, self.num_layers_unfrozen, field=field)
+        freeze_first_layers(language_model, self.num_layers_unfrozen, field=field)
+
+    def attach(self, policy: TransformerWithValueHead, *, seed: int) -> Reference:
+        self.select(policy.language_model)
         return policy.frozen_reference()
 
 
@@ -72,10 +84,17 @@ class Lora:
             return ["finetune=lora needs model.engine=fast; policy.hooked() shows the merged model"]
         return []
 
+    def select(self, language_model: PreTrainedModel) -> None:
+        self._add(language_model, seed=0)
+
     def attach(self, policy: TransformerWithValueHead, *, seed: int) -> Reference:
+        self._add(policy.language_model, seed=seed)
+        return WithoutAdapter(policy)
+
+    def _add(self, language_model: PreTrainedModel, *, seed: int) -> None:
         try:
             add_adapter(
-                policy.language_model,
+                language_model,
                 rank=self.rank,
                 alpha=self.alpha,
                 target_modules=self.target_modules,
@@ -84,4 +103,3 @@ class Lora:
         except ValueError as error:
             reason = str(error).splitlines()[0][:300]
             raise ConfigError(f"finetune.target_modules={self.target_modules}: {reason}") from error
-        return WithoutAdapter(policy)

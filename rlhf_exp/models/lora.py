@@ -32,7 +32,8 @@ def add_adapter(
     """Freezes the model and adds adapters of rank `rank` to the linear layers that `target_modules`
     names, or to all except the output embedding. They are drawn with the seed and start without
     effect. Raises ValueError if `target_modules` names no layer, an embedding, or a layer whose
-    adapter cannot be merged or is never called."""
+    adapter cannot be merged or is never called; layers on the meta device, which have no weights,
+    are not tried out."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import check_target_module_exists
     from transformers.pytorch_utils import Conv1D
@@ -57,9 +58,10 @@ def add_adapter(
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not")
         torch.manual_seed(seed)
         inject_adapter_in_model(config, language_model)
-    for name, layer in _adapted_layers(language_model):
-        _check_mergeable(name, layer)
-    _check_called(language_model)
+    if language_model.device.type != "meta":
+        for name, layer in _adapted_layers(language_model):
+            _check_mergeable(name, layer)
+        _check_called(language_model)
     for name, parameter in language_model.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:

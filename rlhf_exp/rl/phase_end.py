@@ -14,6 +14,7 @@ from rlhf_exp.rl.histograms import HistogramCollector
 from rlhf_exp.rl.kl_coefficient import KLCoefficient
 from rlhf_exp.rl.limit import Limit, measure_limit, read_limit, write_limit
 from rlhf_exp.rl.setup import Setup
+from rlhf_exp.rl.snapshots import Snapshots
 from rlhf_exp.rl.state import TrainState
 from rlhf_exp.runs.context import Context
 from rlhf_exp.tracking.progress import Progress, log_remaining
@@ -54,11 +55,14 @@ class Keeper:
     eval_samples: int
     histograms_every: int | None
     limit_samples: int | None = None
+    snapshots: Snapshots | None = None
 
     def start(self) -> None:
-        """Evaluates the policy before the first phase."""
+        """Evaluates the policy before the first phase, and keeps its snapshot."""
         if self.state.phase == 0:
             self._evaluate()
+            if self.snapshots is not None:
+                self.snapshots.keep(self.state)
         else:
             self._log_remaining()
         self._start_histograms()
@@ -79,6 +83,8 @@ class Keeper:
         if phase == 1:
             self._log_remaining()
         with self.clock("save"):
+            if self.snapshots is not None:
+                self.snapshots.keep(self.state, is_last=is_last)
             self.saver.step_done(phase, is_last=is_last, score=score, is_best=is_best)
 
     def _log_remaining(self) -> None:

@@ -10,6 +10,7 @@ from rlhf_exp.rl.estimators import GAE, Estimator, KLPenalty, Reinforce
 from rlhf_exp.rl.guards import Guards
 from rlhf_exp.rl.kl_coefficient import KLCoefficient
 from rlhf_exp.rl.objectives import Coefficients, Objective, PPOClip
+from rlhf_exp.rl.snapshots import SnapshotDtype, SnapshotPhases
 from rlhf_exp.settings import Count, NonNegative, OpenFraction, Positive, settings
 
 
@@ -73,6 +74,11 @@ class PPOSettings:
     checkpoint_every: Count | None = 50
     """Phases between checkpoints, besides those at the best evaluation and at the end; null: only
     when asked to stop."""
+    snapshots: SnapshotPhases | None = None
+    """Phases after which the trained weights are kept in snapshots/, to look at the run: log (0, 1,
+    2, 4, 8 ... and the last), every so many and the last, or a list; null: none."""
+    snapshot_dtype: SnapshotDtype = "fp32"
+    """Dtype of snapshots: fp32; bf16 halves them and rounds away small changes of weights."""
     estimator: Estimator = GAE()
     """How rewards become advantages: stage/estimator=gae, one_step, leave_one_out,
     group_normalized, reinforce or best_of_group."""
@@ -129,6 +135,10 @@ def _contradictions(ppo: PPOSettings) -> Iterator[str]:
             f"kl_penalty=return: {name} scales advantages, and with them the KL in the returns, but"
             f" not the KL in the loss: {change}"
         )
+    if isinstance(ppo.snapshots, tuple) and (late := max(ppo.snapshots, default=0)) > (
+        last := ppo.total_phases
+    ):
+        yield f"snapshots: phase {late} is above total_phases={last}"
     if not ppo.estimator.needs_values:
         if ppo.value_clip_coef is not None:
             yield f"value_clip_coef={ppo.value_clip_coef:g}: {name} has no values; set it null"

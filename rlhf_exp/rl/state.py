@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rl.averaging import WeightAverage
@@ -88,6 +89,10 @@ class TrainState:
         self.collapse = CollapseMonitor(**state["collapse"])
         self.credit_memory = dict(state["credit_memory"])
         self.seconds.update(state["seconds"])
+
+    def trained_weights(self) -> Mapping[str, Tensor]:
+        """The trained weights by name, as they are evaluated and saved; not copied."""
+        return trained_state(self.policy) if self.average is None else self.average.weights
 
     def evaluated_weights(self) -> AbstractContextManager[None]:
         """The context in which the policy has the weights that are evaluated and saved."""

@@ -70,8 +70,8 @@ USES = {
        for key, hint in get_type_hints(RunSettings, include_extras=True).items()},
     "logger": PLACE,
     "hub": PLACE,
-    **dict.fromkeys(("stage.checkpoint_every", "stage.histograms_every", "stage.log_every"),
-                    REPORTING),
+    **dict.fromkeys(("stage.checkpoint_every", "stage.histograms_every", "stage.log_every",
+                     "stage.snapshots", "stage.snapshot_dtype"), REPORTING),
     **dict.fromkeys(("stage.total_phases", "stage.epochs", "stage.max_updates",
                      "stage.max_seconds"), LENGTH),
 }  # fmt: skip

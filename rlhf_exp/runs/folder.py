@@ -10,6 +10,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from rlhf_exp.runs.paths import (
     RESULT,
     RUN_ID,
     SAMPLES,
+    SNAPSHOTS,
 )
 from rlhf_exp.runs.presentation import attempt
 from rlhf_exp.runs.provenance import environment
@@ -181,9 +183,10 @@ class RunFolder:
         return run_id
 
     def clear(self) -> None:
-        """Removes the rows that an earlier attempt in this folder left."""
+        """Removes the rows and snapshots that an earlier attempt in this folder left."""
         for file in (*(self.path / name for name in ROWS), *self.path.glob("environment*.txt")):
             file.unlink(missing_ok=True)
+        shutil.rmtree(self.path / SNAPSHOTS, ignore_errors=True)
 
     @property
     def model(self) -> Path:

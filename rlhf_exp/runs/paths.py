@@ -19,6 +19,7 @@ ENVIRONMENT, LOG, RUN_ID, LOCK = "environment.txt", "train.log", "run_id.txt", "
 HYDRA, CONFIG, OVERRIDES = ".hydra", ".hydra/config.yaml", ".hydra/overrides.yaml"
 RESUMED = ".hydra/resumed"  # the configuration of the last resume's command line
 MODEL, CHECKPOINTS, CURVES = "model", "checkpoints", "curves.png"
+SNAPSHOTS = "snapshots"  # the trained weights after some phases
 LIMIT = "limit.json"  # scores of the reference's completions
 MADE_OF = "made_of.json"  # in an artifact: the content of its hash
 

@@ -31,6 +31,7 @@ from rlhf_exp.runs.paths import (
     RESOLVED_CONFIG,
     RESULT,
     SAMPLES,
+    SNAPSHOTS,
     STATUS,
 )
 from rlhf_exp.runs.samples import Sample, encodable, read_samples
@@ -38,7 +39,7 @@ from rlhf_exp.runs.status import finite_number
 from rlhf_exp.settings import ConfigError
 
 # Folders in sweeps and runs that hold no runs of their own.
-NO_RUNS = {"wandb", CHECKPOINTS, MODEL, "report", "artifacts", "__pycache__"}
+NO_RUNS = {"wandb", CHECKPOINTS, SNAPSHOTS, MODEL, "report", "artifacts", "__pycache__"}
 SWEEP_FILES = {"multirun.yaml", "sweep.json"}
 MAX_DEPTH = 4  # outputs/NAME/sweeps/STAMP/JOB is four below outputs
 EVALUATED = ("eval/", "heldout/")

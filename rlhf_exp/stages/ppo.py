@@ -11,6 +11,7 @@ from rlhf_exp.models.loading import ModelSettings
 from rlhf_exp.models.model_checks import must_be_causal
 from rlhf_exp.models.reference import reference_hash, resident_memory
 from rlhf_exp.models.saving import save_policy
+from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rewards.protocol import Reward
 from rlhf_exp.rl import limit
 from rlhf_exp.rl.compute import warm_up
@@ -20,11 +21,13 @@ from rlhf_exp.rl.phase_end import Keeper
 from rlhf_exp.rl.phases import Phases, start
 from rlhf_exp.rl.ppo_settings import PPOSettings
 from rlhf_exp.rl.setup import check_frozen, fingerprints, load_setup
+from rlhf_exp.rl.snapshots import DTYPES, Snapshots, due_phases, trained_entries
 from rlhf_exp.rollout.sampler import Sampler
 from rlhf_exp.runs.context import Context
-from rlhf_exp.settings import Fingerprinted, settings
+from rlhf_exp.runs.snapshots import remove_snapshots
+from rlhf_exp.settings import Fingerprinted, Upstream, settings
 from rlhf_exp.stages.check_saved import check_saved_policy
-from rlhf_exp.stages.protocol import Stage, StageResult
+from rlhf_exp.stages.protocol import Stage, StageResult, upstream_artifact
 from rlhf_exp.tasks.protocol import AnswerTask, Task
 from rlhf_exp.tracking.progress import Progress
 from rlhf_exp.training.optim import AdamWSettings
@@ -79,6 +82,24 @@ class PPO(PPOSettings, Stage[PPOParts]):
             problems.append("the task has exact answers, which end: set sampler.stop_at_eos=true")
         return problems
 
+    def notes(self, parts: PPOParts, upstream: Upstream) -> list[str]:
+        if self.snapshots is None:
+            return []
+        made = upstream_artifact(parts.model, upstream)
+        model = parts.model if made is None else made.model
+        num = len(due_phases(self.snapshots, self.total_phases))
+        skeleton = model.skeleton() if isinstance(model, ModelSettings) else None
+        if skeleton is None:
+            return [f"{num} snapshots, whose size is known once the model is here"]
+        entries = trained_entries(
+            skeleton, parts.finetune.select, value_head=self.estimator.needs_values,
+            separate_values=self.value_model == "separate",
+        )  # fmt: skip
+        size = entries * DTYPES[self.snapshot_dtype].itemsize
+        # The vocabulary of a model from scratch is known once its tokenizer is built.
+        about = "and its embeddings each, " if isinstance(model, Scratch) else "each, "
+        return [f"{num} snapshots of {_mib(size)} {about}{_mib(num * size)} in all"]
+
     def metric_names(self, parts: PPOParts) -> tuple[str, ...]:
         of_limit = limit.METRICS if self.limit_samples else ()
         return (*metric_names(parts.task, parts.reward), *of_limit)
@@ -114,6 +135,7 @@ class PPO(PPOSettings, Stage[PPOParts]):
             if saver.restore():
                 log.info("going on after phase %d", state.phase)
                 clear_stop_if_allowed(self.guards, state)
+                remove_snapshots(context.folder.path, after=state.phase)
         context.folder.start()
         memory = resident_memory(setup.policy, setup.reference)
         log.info("%s", memory)
@@ -140,6 +162,11 @@ class PPO(PPOSettings, Stage[PPOParts]):
 
 def train(ppo: PPO, context: Context, phases: Phases, saver: Saver) -> None:
     """Runs phases until all are done or a guard ends the run."""
+    snapshots = None
+    if ppo.snapshots is not None:
+        snapshots = Snapshots(
+            folder=context.folder.path, phases=ppo.snapshots, dtype=ppo.snapshot_dtype
+        )
     with saver.steps(), Progress(ppo.total_phases, unit="phase") as progress:
         keeper = Keeper(
             context=context, setup=phases.setup, state=phases.state, scorer=phases.scorer,
@@ -147,7 +174,12 @@ def train(ppo: PPO, context: Context, phases: Phases, saver: Saver) -> None:
             total_phases=ppo.total_phases, eval_every=ppo.eval_every,
             eval_samples=ppo.eval_samples, histograms_every=ppo.histograms_every,
             limit_samples=ppo.limit_samples,
+            snapshots=snapshots,
         )  # fmt: skip
         keeper.start()
         while phases.state.phase < ppo.total_phases and phases.state.stopped is None:
             phases.run(keeper)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -79,7 +79,7 @@ class Stage(ABC, Generic[P]):
         checking = [part for part in by_name.values() if isinstance(part, ChecksUpstream)]
         problems = [problem for part in checking for problem in part.check_upstream(upstream)]
         model, sampler, intervention = map(by_name.get, ("model", "sampler", "intervention"))
-        if (made := _upstream_artifact(model, upstream)) is not None:
+        if (made := upstream_artifact(model, upstream)) is not None:
             length, key, model = made.context_len, made.context_len_key, made.model
             if isinstance(sampler, Sampler) and length is not None and sampler.gen_len >= length:
                 problems.append(
@@ -90,6 +90,10 @@ class Stage(ABC, Generic[P]):
             problems += intervention.check(model)
         return problems
 
+    def notes(self, parts: P, upstream: Upstream) -> list[str]:
+        """What a dry run says of the stage, besides what it checks."""
+        return []
+
     def artifact(self, parts: P, upstream: Upstream, *, path: str) -> Artifact:
         """The properties of the stage's artifact before it is made, by default its model's context
         length. `path` is the parts' place in the configuration."""
@@ -97,7 +101,7 @@ class Stage(ABC, Generic[P]):
         if isinstance(model, Scratch):
             key = f"{path}model.context_len"
             return Artifact(context_len=model.context_len, context_len_key=key, model=model)
-        return _upstream_artifact(model, upstream) or Artifact()
+        return upstream_artifact(model, upstream) or Artifact()
 
     @abstractmethod
     def metric_names(self, parts: P) -> tuple[str, ...]:
@@ -124,5 +128,6 @@ def look_up(built: Mapping[str, Built]) -> Upstream:
     return upstream
 
 
-def _upstream_artifact(model: Any, upstream: Upstream) -> Artifact | None:
+def upstream_artifact(model: Any, upstream: Upstream) -> Artifact | None:
+    """The artifact that the model will be loaded from, if an earlier step makes it."""
     return upstream(model.base_model) if isinstance(model, Pretrained) else None
