@@ -155,12 +155,16 @@ def merged_state(language_model: PreTrainedModel) -> dict[str, Tensor]:
         for name, tensor in language_model.state_dict().items()
         if "lora_" not in name
     }
-    for prefix, layer in _adapted_layers(language_model):
-        matrix = getattr(layer, "parameter_name", "weight")  # a ParamWrapper's may be another
-        name = plain_name(f"{prefix}.{matrix}")
-        delta = layer.get_delta_weight(ADAPTER)
+    for name, delta in adapter_deltas(language_model):
         state[name] = (state[name].float() + delta.float()).to(state[name].dtype)
     return state
+
+
+def adapter_deltas(language_model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """What the adapters add to each adapted matrix, by its name in the plain model."""
+    for prefix, layer in _adapted_layers(language_model):
+        matrix = getattr(layer, "parameter_name", "weight")  # a ParamWrapper's may be another
+        yield plain_name(f"{prefix}.{matrix}"), layer.get_delta_weight(ADAPTER)
 
 
 def plain_name(name: str) -> str:

@@ -107,3 +107,8 @@ class TrainState:
 
     def _generators(self) -> dict[str, torch.Generator]:
         return {"samples": self.sample_generator, "minibatches": self.minibatch_generator}
+
+
+def evaluated_weights_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The trained weights in a `state_dict`, as they are evaluated and saved."""
+    return dict(state["average"] or state["policy"])

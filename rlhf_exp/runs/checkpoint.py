@@ -90,6 +90,20 @@ def newest_phase(run: Path) -> int | None:
     return max((phase for phase, _ in _finished(run)), default=None)
 
 
+def checkpoint_phases(run: Path) -> list[int]:
+    """The phases that have a checkpoint, damaged or not, in order."""
+    return sorted(phase for phase, _ in _finished(run))
+
+
+def read_checkpoint_of(run: Path, phase: int) -> Checkpoint:
+    """The checkpoint of a phase, on the CPU. Raises ConfigError if it is damaged."""
+    path = run / FOLDER / f"phase-{phase:06d}"
+    try:
+        return read_checkpoint(path)
+    except DamagedError as damage:
+        raise ConfigError(f"{path} is damaged: {damage}") from damage
+
+
 def read_newest_checkpoint(run: Path) -> Checkpoint | None:
     """The newest undamaged checkpoint of a run, on the CPU; None without any checkpoint. Warns of
     damaged ones and renames them. Raises ConfigError if all are damaged."""
