@@ -41,6 +41,14 @@ def bars(
     axis.grid(axis="x", color="#e6e6e6", linewidth=0.8)
 
 
+def blocks(axis: Any) -> None:
+    """The x axis counts the model's blocks."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_xlabel("block", fontsize=9)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
 def save(figure: Any, path: Path) -> Path:
     """Writes the PNG and returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ WORDS = (
 )  # fmt: skip
 SAVED = (
     "model=local", "task=prefix", "task.prefix=[w0 w1,w2,w3 w4 w5]", "task.held_out_fraction=0",
-    "task.prepend_bos=true",
+    "task.prepend_bos=true", "reward=keyword", "reward.keywords=[w7]",
 )  # fmt: skip
 
 
