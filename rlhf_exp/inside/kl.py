@@ -210,3 +210,14 @@ def _draw_positions(axis: Any, part: Mapping[str, Any], *, title: str) -> None:
     axis.set_ylabel("nats", fontsize=9)
     axis.set_title(title, loc="left", fontsize=9)
     axis.legend(frameon=False, fontsize=8)
+
+
+def summarize(record: Mapping[str, Any]) -> str:
+    """The mean KL of each kind of texts, and the first token's share of it."""
+    lines = []
+    for name in ("own_samples", "neutral_texts"):
+        if record[name]:
+            kl, share = record[name]["whole"]["kl"]["mean"], record[name]["kl_of_first_token_share"]
+            first = "" if share is None else f", {share:.0%} of it at the first token"
+            lines.append(f"{name.replace('_', ' ')} {kl:.3g} nats a token{first}")
+    return "; ".join(lines)

@@ -61,6 +61,10 @@ class Subject:
         tuned = self.run.tuned(self.phase)
         return Pair(base=self.run.base(), tuned=tuned)
 
+    def load(self) -> None:
+        """Loads the models. Raises ConfigError as `TrainedRun` does."""
+        _ = self.pair
+
     @cached_property
     def task(self) -> Task:
         """The run's task. Raises ConfigError if it has none, or none with prompts."""

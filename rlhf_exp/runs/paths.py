@@ -20,6 +20,7 @@ HYDRA, CONFIG, OVERRIDES = ".hydra", ".hydra/config.yaml", ".hydra/overrides.yam
 RESUMED = ".hydra/resumed"  # the configuration of the last resume's command line
 MODEL, CHECKPOINTS, CURVES = "model", "checkpoints", "curves.png"
 SNAPSHOTS = "snapshots"  # the trained weights after some phases
+INSIDE = "inside"  # what scripts/inside.py writes
 LIMIT = "limit.json"  # scores of the reference's completions
 MADE_OF = "made_of.json"  # in an artifact: the content of its hash
 

@@ -26,6 +26,7 @@ from rlhf_exp.runs.paths import (
     CHECKPOINTS,
     CONFIG,
     HYDRA,
+    INSIDE,
     METRICS,
     MODEL,
     RESOLVED_CONFIG,
@@ -39,7 +40,9 @@ from rlhf_exp.runs.status import finite_number
 from rlhf_exp.settings import ConfigError
 
 # Folders in sweeps and runs that hold no runs of their own.
-NO_RUNS = {"wandb", CHECKPOINTS, SNAPSHOTS, MODEL, "report", "artifacts", "__pycache__"}
+NO_RUNS = {
+    "wandb", CHECKPOINTS, SNAPSHOTS, INSIDE, MODEL, "report", "artifacts", "__pycache__",
+}  # fmt: skip
 SWEEP_FILES = {"multirun.yaml", "sweep.json"}
 MAX_DEPTH = 4  # outputs/NAME/sweeps/STAMP/JOB is four below outputs
 EVALUATED = ("eval/", "heldout/")
