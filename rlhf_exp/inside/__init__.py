@@ -3,6 +3,13 @@
 It reads a run's folder and never trains. Nothing but scripts and notebooks imports it.
 """
 
-from rlhf_exp.inside.loading import Pair, load_bridges, load_pair, load_policy, trajectory
+from rlhf_exp.inside.loading import (
+    Pair,
+    load_bridges,
+    load_pair,
+    load_policy,
+    open_run,
+    trajectory,
+)
 
-__all__ = ["Pair", "load_bridges", "load_pair", "load_policy", "trajectory"]
+__all__ = ["Pair", "load_bridges", "load_pair", "load_policy", "open_run", "trajectory"]

@@ -4,6 +4,7 @@ Exact KL both ways, entropy and surprise, on the policy's own samples and on neu
 position, by class of the token and by token of the vocabulary.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from rlhf_exp.inside.token_classes import CLASSES, TokenClasses
 from rlhf_exp.settings import ConfigError
 from rlhf_exp.types import Completions, Layout
 
-ROWS = 8  # texts at a time: two tables of logits over the vocabulary are held
+ROWS = 4  # texts at a time: two tables of logits over the vocabulary are held
 QUANTITIES = ("kl", "reverse_kl", "entropy", "base_entropy", "surprise", "base_surprise")
 TOP = 20  # tokens of each direction in the record
 DRAWN = 10
@@ -168,7 +169,7 @@ def _share(part: Tensor, whole: Tensor) -> float | None:
 
 def _number(value: Any) -> float | None:
     number = float(value)
-    return number if torch.isfinite(torch.tensor(number)) else None
+    return number if math.isfinite(number) else None
 
 
 def draw(record: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -220,4 +221,4 @@ def summarize(record: Mapping[str, Any]) -> str:
             kl, share = record[name]["whole"]["kl"]["mean"], record[name]["kl_of_first_token_share"]
             first = "" if share is None else f", {share:.0%} of it at the first token"
             lines.append(f"{name.replace('_', ' ')} {kl:.3g} nats a token{first}")
-    return "; ".join(lines)
+    return "; ".join(lines) or "no texts to read"

@@ -66,8 +66,7 @@ class TrainedRun:
         """The settings of a group, such as task. Raises ConfigError if they cannot be built."""
         config = dict(self.config.get(name) or {})
         if name == "model" and "base_model" in config:
-            trusted = self.trust_remote_code and bool(config.get("trust_remote_code"))
-            config |= {"trust_remote_code": trusted, "fetch": False}
+            config |= {"trust_remote_code": self._trusts_model, "fetch": False}
         problems: list[str] = []
         allowed = (*ALLOWED_TARGETS, *(f"{module}." for module in self.allow_targets))
         part = instantiate(config, name, problems, allowed=allowed)
@@ -83,7 +82,7 @@ class TrainedRun:
     def base(self) -> TransformerWithValueHead:
         """The policy as it was before training, its value head included. Raises ConfigError if the
         base model is gone or has changed since."""
-        policy = self._untrained()
+        policy = self.untrained()
         try:
             expected = read_result(self.folder).get("reference_sha256")
         except (OSError, ValueError):
@@ -99,17 +98,20 @@ class TrainedRun:
         """The policy after a phase; None: the saved model. Raises ConfigError, naming the phases
         that there are, if the run did not keep it."""
         if phase is not None:
-            policy = self._untrained()
+            policy = self.untrained()
             self.put_weights(policy, phase, base=policy)
             return policy
         if not (self.folder / MODEL).is_dir():
             raise ConfigError(
                 f"{self.folder} has no saved model: the run is not done; {self._what_is_kept()}"
             )
-        trusted = getattr(self.part("model"), "trust_remote_code", False)
-        saved = Pretrained(base_model=str(self.folder), trust_remote_code=trusted)
+        saved = Pretrained(base_model=str(self.folder), trust_remote_code=self._trusts_model)
         return build_policy(
-            saved, None, device=self.device, seed=self.seed, value_head=self._has_values == "shared"
+            saved,
+            None,
+            device=self.device,
+            seed=self.seed,
+            value_head=self._value_model == "shared",
         )
 
     @torch.no_grad()
@@ -120,6 +122,9 @@ class TrainedRun:
         which adapters are added; it may be the policy itself. Raises ConfigError as `tuned` does,
         and if the weights are of another model."""
         weights = self._weights(phase)
+        if any(weight.dtype == torch.bfloat16 for weight in weights.values()):
+            log.warning("%s: the snapshot of phase %d is bf16, whose rounding looks like a change"
+                        " of weights", self.folder, phase)  # fmt: skip
         adapters = {name: weights.pop(name) for name in [*weights] if "lora_" in name}
         if policy.value_trunk is None and any(n.startswith("value_trunk.") for n in weights):
             policy.separate_values()
@@ -143,14 +148,19 @@ class TrainedRun:
         return adapted
 
     @property
-    def _has_values(self) -> str | None:
+    def _trusts_model(self) -> bool:
+        return self.trust_remote_code and bool(self.config["model"].get("trust_remote_code"))
+
+    @property
+    def _value_model(self) -> str | None:
         """shared or separate; None for a run without values."""
         stage = self.part("stage")
         if not isinstance(stage, PPO) or not stage.estimator.needs_values:
             return None
         return stage.value_model
 
-    def _untrained(self) -> TransformerWithValueHead:
+    def untrained(self) -> TransformerWithValueHead:
+        """The policy of the run's settings, without a check that it is the one that was trained."""
         model = self.part("model")
         make_tokenizer = None
         if not isinstance(model, Pretrained):
@@ -160,7 +170,7 @@ class TrainedRun:
             make_tokenizer,
             device=self.device,
             seed=stream_seed(self.seed, "model"),
-            value_head=self._has_values is not None,
+            value_head=self._value_model is not None,
         )
 
     def _weights(self, phase: int) -> dict[str, Tensor]:
@@ -221,38 +231,47 @@ def open_run(
     )
 
 
-def load_policy(
-    run: str | Path, phase: int | None = None, **options: Any
-) -> TransformerWithValueHead:
-    """The policy of a run after a phase; None: at its end. The options are those of `open_run`."""
-    return open_run(run, **options).tuned(phase)
+Run = str | Path | TrainedRun
+"""A run's folder, or what `open_run` makes of it."""
 
 
-def load_pair(run: str | Path, phase: int | None = None, **options: Any) -> Pair:
-    """The policy of a run before training, and after a phase or at its end. Raises ConfigError for
-    a phase that the run did not keep. The options are those of `open_run`."""
-    trained = open_run(run, **options)
-    tuned = trained.tuned(phase)  # first: it raises for a wrong phase
-    return Pair(base=trained.base(), tuned=tuned)
+def _opened(run: Run) -> TrainedRun:
+    return run if isinstance(run, TrainedRun) else open_run(run)
 
 
-def load_bridges(run: str | Path, phase: int | None = None, **options: Any) -> Bridges:
+def load_policy(run: Run, phase: int | None = None) -> TransformerWithValueHead:
+    """The policy of a run after a phase; None: at its end. Raises ConfigError, naming the phases
+    that there are, for one that the run did not keep."""
+    return _opened(run).tuned(phase)
+
+
+def load_pair(run: Run, phase: int | None = None) -> Pair:
+    """The policy of a run before training, and after a phase or at its end. Raises ConfigError as
+    `load_policy` does, and if the base model is gone or has changed."""
+    opened = _opened(run)
+    tuned = opened.tuned(phase)  # first: it raises for a wrong phase
+    return Pair(base=opened.base(), tuned=tuned)
+
+
+def load_bridges(run: Run, phase: int | None = None) -> Bridges:
     """`load_pair` as TransformerBridges in evaluation mode, with one tokenizer. Raises ConfigError
     also for an architecture that TransformerLens does not support."""
-    pair = load_pair(run, phase, **options)
+    pair = load_pair(run, phase)
     base, tuned = (boot_bridge(p.language_model, pair.base.tokenizer) for p in pair)
     tuned.tokenizer = base.tokenizer
     return Bridges(base=base, tuned=tuned)
 
 
-def trajectory(run: str | Path, **options: Any) -> Iterator[tuple[int, Pair]]:
+def trajectory(run: Run) -> Iterator[tuple[int, Pair]]:
     """The pairs of all snapshots, by phase. Each step gives the same two modules, the tuned one
     with other weights: copy what is to stay. Raises ConfigError for a run without snapshots."""
-    trained = open_run(run, **options)
-    phases = snapshot_phases(trained.folder)
+    opened = _opened(run)
+    phases = snapshot_phases(opened.folder)
     if not phases:
-        raise ConfigError(f"{run} has no snapshots: set stage.snapshots=log for the next run")
-    base, tuned = trained.base(), trained._untrained()
+        raise ConfigError(
+            f"{opened.folder} has no snapshots: set stage.snapshots=log for the next run"
+        )
+    base, tuned = opened.base(), opened.untrained()
     for phase in phases:
-        trained.put_weights(tuned, phase, base=base)
+        opened.put_weights(tuned, phase, base=base)
         yield phase, Pair(base=base, tuned=tuned)

@@ -10,7 +10,7 @@ from rlhf_exp.rl.estimators import GAE, Estimator, KLPenalty, Reinforce
 from rlhf_exp.rl.guards import Guards
 from rlhf_exp.rl.kl_coefficient import KLCoefficient
 from rlhf_exp.rl.objectives import Coefficients, Objective, PPOClip
-from rlhf_exp.rl.snapshots import SnapshotDtype, SnapshotPhases
+from rlhf_exp.rl.snapshots import OneKind, SnapshotDtype, SnapshotPhases
 from rlhf_exp.settings import Count, NonNegative, OpenFraction, Positive, settings
 
 
@@ -74,7 +74,7 @@ class PPOSettings:
     checkpoint_every: Count | None = 50
     """Phases between checkpoints, besides those at the best evaluation and at the end; null: only
     when asked to stop."""
-    snapshots: SnapshotPhases | None = None
+    snapshots: Annotated[SnapshotPhases | None, OneKind] = None
     """Phases after which the trained weights are kept in snapshots/, to look at the run: log (0, 1,
     2, 4, 8 ... and the last), every so many and the last, or a list; null: none."""
     snapshot_dtype: SnapshotDtype = "fp32"

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from pydantic import BeforeValidator
 
 from rlhf_exp.hf import PreTrainedModel
 from rlhf_exp.rl.state import TrainState
@@ -15,6 +16,19 @@ from rlhf_exp.settings import Count, Index
 SnapshotPhases = Literal["log"] | Count | tuple[Index, ...]
 SnapshotDtype = Literal["fp32", "bf16"]
 DTYPES: dict[SnapshotDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def _one_kind(value: Any) -> Any:
+    """The value. Raises one ValueError instead of pydantic's errors for each possible type."""
+    phases = value if isinstance(value, list | tuple) else [value]
+    numbers = all(isinstance(phase, int) and not isinstance(phase, bool) for phase in phases)
+    least = 0 if phases is value else 1
+    if value in (None, "log") or (numbers and min(phases, default=0) >= least):
+        return value
+    raise ValueError("give log, a number of phases of at least 1, or a list such as [0,10,100]")
+
+
+OneKind = BeforeValidator(_one_kind)
 
 
 def is_due(phases: SnapshotPhases, phase: int, *, is_last: bool) -> bool:

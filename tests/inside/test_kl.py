@@ -13,6 +13,8 @@ from rlhf_exp.inside.loading import Pair, open_run
 from rlhf_exp.inside.subject import NEUTRAL_FILE, Subject
 from rlhf_exp.inside.token_classes import token_classes
 from rlhf_exp.models.policy import TransformerWithValueHead
+from rlhf_exp.models.scratch import Scratch
+from rlhf_exp.tasks.tokenizers import byte_pair_tokenizer
 from rlhf_exp.types import Completions, Layout
 from tests.builders import cut, ragged_tokens, tiny_policy
 from tests.inside.tiny_runs import tiny_run
@@ -160,3 +162,24 @@ def test_the_neutral_texts_are_many_and_short() -> None:
     lines = NEUTRAL_FILE.read_text(encoding="utf-8").splitlines()
     assert len(lines) == len(set(lines)) == 40
     assert all(8 <= len(line.split()) <= 24 for line in lines)
+
+
+def test_a_vocabulary_of_english_reads_the_neutral_texts(tmp_path: Path) -> None:
+    lines = NEUTRAL_FILE.read_text(encoding="utf-8").splitlines()
+    tokenizer = byte_pair_tokenizer(lines, vocab_size=500)
+    model = Scratch(num_layers=1, d_model=16, num_heads=2, context_len=24)
+    network, _ = model.language_model(lambda: tokenizer, seed=0)
+    for part in (network, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    words = ("task.prefix=[The river,A lamp]", f"model.base_model={tmp_path / 'base'}")
+    run = tiny_run(tmp_path / "run", *words, "sampler.gen_len=8")
+    subject = Subject(run=open_run(run), num_samples=16)
+    record = measure(subject)
+    neutral = record["neutral_texts"]
+    assert (neutral["source"], neutral["samples"]) == ("neutral.txt", 40)
+    assert len(neutral["by_position"]) == 23  # the context without BOS
+    present = {row["class"] for row in neutral["by_class"] if row["tokens"]}
+    assert {"function word", "content word", "word part", "punctuation"} <= present
+    completions = subject.neutral_texts.completions
+    assert all(line.startswith(text) for line, text in zip(lines, completions.texts, strict=True))
+    assert completions.prompts.tokens.tolist() == [[tokenizer.bos_token_id]] * 40

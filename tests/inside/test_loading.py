@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_exp.inside import load_bridges, load_pair, load_policy, trajectory
+from rlhf_exp.inside import load_bridges, load_pair, load_policy, open_run, trajectory
 from rlhf_exp.models import loading
 from rlhf_exp.runs.paths import RESULT
 from rlhf_exp.runs.snapshots import snapshot_path
@@ -99,6 +99,15 @@ def test_bridges_compute_what_the_models_do(kind: str, runs: dict[str, Path]) ->
     assert repr(settings[0]) == repr(settings[1])
 
 
+def test_snapshots_in_bf16_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = tiny_run(tmp_path / "run", "stage.snapshot_dtype=bf16")
+    policy = load_policy(run, phase=3)
+    assert "the snapshot of phase 3 is bf16, whose rounding looks like a change" in caplog.text
+    weights = dict(load_policy(run).named_parameters())
+    for name, weight in policy.named_parameters():
+        assert torch.equal(weight, weights[name].bfloat16().float()), name
+
+
 def test_a_separate_value_model_comes_back(tmp_path: Path) -> None:
     run = tiny_run(tmp_path / "run", "stage.value_model=separate")
     last = load_policy(run, phase=3)
@@ -164,4 +173,4 @@ def test_targets_outside_of_the_package_are_not_built(runs: dict[str, Path], tmp
     with pytest.raises(ConfigError, match="outside of rlhf_exp"):
         load_pair(copy)
     with pytest.raises(ConfigError, match="in call to target"):  # it is called
-        load_pair(copy, allow_targets=["os"])
+        load_pair(open_run(copy, allow_targets=["os"]))

@@ -46,8 +46,9 @@ def test_the_phases(phases: SnapshotPhases, total: int, expected: list[int]) -> 
 
 @pytest.mark.parametrize(
     ("phases", "message"),
-    [((3, 6), r"phase 6 is above total_phases=5"), (0, "greater than"), ("every", "'log'"),
-     ((-1,), "greater than"), (True, "boolean")],
+    [((3, 6), r"phase 6 is above total_phases=5"), (0, "at least 1"),
+     ("every", "give log, a number"), ((-1,), "a list such as"), (True, "give log"),
+     ([1.5], "give log")],
 )  # fmt: skip
 def test_other_phases_are_refused(phases: Any, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
