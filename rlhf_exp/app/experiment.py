@@ -274,8 +274,9 @@ def _run_stage(
 
 def _toy_settings(stage: Any, parts: Any, chosen: Collection[str]) -> str | None:
     """A message if PPO or DPO would train a saved model with the settings of a tiny one, since the
-    command line chooses no experiment. `chosen` are the groups of the command line."""
-    if "experiment" in chosen or not isinstance(stage, PPO | DPO):
+    command line chooses no experiment. `chosen` are the groups of the command line; none for a
+    configuration that was composed elsewhere."""
+    if not chosen or "experiment" in chosen or not isinstance(stage, PPO | DPO):
         return None
     if not isinstance(parts.model, Pretrained) or is_reference(parts.model.base_model):
         return None
