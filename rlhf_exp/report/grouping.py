@@ -29,16 +29,17 @@ def varied_parameters(runs: Sequence[Run]) -> list[str]:
     """The dotted keys whose values differ between runs of one kind of stage, in the configuration's
     order, and the stage if there are several. A group with different options counts as one
     parameter and replaces keys that only some of the options have; a key that differs among runs
-    with the same option stays. Left out: keys below `prepare` that copy another key, and, if there
+    with the same option stays. If runs chose other presets of a stage, the stage also replaces its
+    keys that the presets set. Left out: keys below `prepare` that copy another key, and, if there
     are more than eight, keys that change only together with an earlier one."""
+    configured = [run for run in runs if run.config]
     kinds: dict[str, list[Run]] = {}
-    for run in runs:
-        if run.config:
-            kinds.setdefault(_key(_value(run, STAGE)), []).append(run)
-    parameters: dict[str, None] = {STAGE: None} if len(kinds) > 1 else {}
+    for run in configured:
+        kinds.setdefault(_key(run.config.get(f"{STAGE}{TARGET}")), []).append(run)
+    is_several = len({run.stage for run in configured}) > 1
+    parameters: dict[str, None] = {STAGE: None} if is_several else {}
     for kind in kinds.values():
         parameters |= dict.fromkeys(_parameters_within(kind))
-    configured = [run for run in runs if run.config]
     values = {name: _key([_value(run, name) for run in configured]) for name in parameters}
     main_values = {values[name] for name in parameters if not name.startswith("prepare.")}
     names = [n for n in parameters if not n.startswith("prepare.") or values[n] not in main_values]
@@ -154,6 +155,10 @@ def _parameters_within(kind: Sequence[Run]) -> list[str]:
         if all(key in run.config for run in kind)
         or not _is_determined(kind, key, [name for name in chosen if key.startswith(f"{name}.")])
     ]
+    if len({run.stage for run in kind}) > 1:
+        of_stage = [key for key in parameters if key.startswith(f"{STAGE}.")]
+        by_preset = {key for key in of_stage if _is_determined(kind, key, [STAGE])}
+        parameters = [key for key in parameters if key not in by_preset]
     return [key.removesuffix(TARGET) for key in parameters]
 
 
@@ -165,6 +170,8 @@ def _is_determined(runs: Sequence[Run], key: str, groups: Sequence[str]) -> bool
 
 
 def _value(run: Run, name: str) -> Any:
+    if name == STAGE:
+        return run.stage
     return run.config.get(f"{name}{TARGET}", run.config.get(name))
 
 

@@ -34,6 +34,7 @@ from rlhf_exp.runs.paths import (
     SAMPLES,
     SNAPSHOTS,
     STATUS,
+    read_overrides,
 )
 from rlhf_exp.runs.samples import Sample, encodable, read_samples
 from rlhf_exp.runs.status import finite_number
@@ -80,6 +81,7 @@ class Run:
     status: str
     error: str | None
     config: dict[str, Any]
+    preset: str | None  # the option of `stage` that the command line names
     train: Curves
     evaluated: Curves
     after: dict[str, float]
@@ -87,6 +89,14 @@ class Run:
     samples: list[Sample]
     commits: tuple[str, ...]  # the commits of its code, with "+" if files differed
     limit: LimitFile | None  # what the reference's samples tell, if the run measured it
+
+    @property
+    def stage(self) -> str | None:
+        """The name of the stage: its preset, else its module, as "ppo"; None if unknown."""
+        target = self.config.get("stage._target_")
+        if self.preset is not None or not isinstance(target, str):
+            return self.preset
+        return target.split(".")[-2] if "." in target else target
 
     @property
     def seed(self) -> int | None:
@@ -195,6 +205,7 @@ def _read_run(folder: Path, name: str, problems: list[str]) -> Run:
         status=encodable(state),
         error=None if error is None else encodable(str(error)),
         config=_read_config(folder, problems),
+        preset=_read_preset(folder),
         train=train,
         evaluated=evaluated,
         after=_numbers(after) if isinstance(after, Mapping) else {},
@@ -288,6 +299,15 @@ def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
     if parsed is None:
         problems.append(f"{path}: not a JSON object")
     return parsed or {}
+
+
+def _read_preset(folder: Path) -> str | None:
+    try:
+        words = read_overrides(folder)
+    except ConfigError:  # a run that no command line made
+        return None
+    options = [word.removeprefix("stage=") for word in words if word.startswith("stage=")]
+    return encodable(options[-1]) if options else None
 
 
 def _read_limit(folder: Path, problems: list[str]) -> LimitFile | None:

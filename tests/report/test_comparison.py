@@ -90,8 +90,8 @@ def unequal(tmp_path):
         write_run(tmp_path / f"c{seed}", dpo_config(seed=seed), dpo_rows(seed=seed))
     groups, members = read(tmp_path)
     assert [group.label for group in groups][1:] == [
-        "stage=PPO, kl_coef=0.1",
-        "stage=PPO, kl_coef=1",
+        "stage=ppo, kl_coef=0.1",
+        "stage=ppo, kl_coef=1",
     ]
     return members
 

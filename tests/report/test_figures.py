@@ -162,7 +162,7 @@ def test_the_true_reward_has_a_frontier_of_its_own(tmp_path, drawn):
 def test_costs_are_drawn_for_settings_that_know_them(tmp_path, drawn):
     _, payload = draw(tmp_path, write_stages(tmp_path / "s", seeds=(1, 2)))
     tokens, seconds = drawn["costs.png"].axes
-    sampling = [group for group in payload["groups"] if group["label"].startswith("stage=PPO")]
+    sampling = [group for group in payload["groups"] if group["label"].startswith("stage=ppo")]
     for axis, cost in ((tokens, "tokens"), (seconds, "seconds")):
         curves = [group["curves"]["eval"] for group in sampling]
         assert [line.get_xdata().tolist() for line in axis.lines] == [c[cost] for c in curves]

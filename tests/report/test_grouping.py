@@ -91,6 +91,35 @@ def test_stages_of_different_kinds_are_a_parameter_and_not_their_keys(runs_of):
     ]
 
 
+def preset(name: str, estimator: str, **more: object) -> dict[str, object]:
+    """The configuration of a run of a preset of PPO, and its name under the key "preset"."""
+    stage = {"_target_": "rlhf_exp.stages.ppo.PPO", "estimator._target_": f"e.{estimator}"}
+    return {"preset": name, **{f"stage.{key}": value for key, value in stage.items()}, **more}
+
+
+def test_presets_of_a_stage_are_named_in_place_of_the_keys_that_they_set(runs_of):
+    def named(*configs):
+        runs = runs_of(*({k: v for k, v in c.items() if k != "preset"} for c in configs))
+        return [
+            dataclasses.replace(run, preset=config["preset"])
+            for run, config in zip(runs, configs, strict=True)
+        ]
+
+    grpo = preset("grpo", "Grouped", **{"stage.scale": "std", "stage.clip": 1, "lr": 1})
+    dapo = preset("dapo", "Grouped", **{"stage.scale": "std", "stage.clip": 2, "lr": 1})
+    ppo = preset("ppo", "GAE", **{"stage.gamma": 1, "stage.clip": 1, "lr": 2})
+    runs = named(ppo, grpo, dapo)
+    assert varied_parameters(runs) == ["stage", "lr"]
+    labels = [group.label for group in group_runs(runs, ["stage", "lr"])]
+    assert labels == ["stage=dapo, lr=1", "stage=grpo, lr=1", "stage=ppo, lr=2"]
+    # A key that the user varies within a preset stays.
+    assert varied_parameters(named(ppo, grpo, dapo, {**dapo, "stage.clip": 3})) == [
+        "stage", "stage.clip", "lr",
+    ]  # fmt: skip
+    # One preset, with a key varied, is no parameter.
+    assert varied_parameters(named(dapo, {**dapo, "stage.clip": 3})) == ["stage.clip"]
+
+
 LENGTH = {"reward._target_": "rlhf_exp.rewards.length.Length", "reward.target": 16}
 KEYWORD = {"reward._target_": "rlhf_exp.rewards.keyword.Keyword", "reward.words": ["great"]}
 

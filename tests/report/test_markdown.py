@@ -140,7 +140,7 @@ def test_stages_are_compared(tmp_path):
     assert "](true_reward.png)" in text
     assert "](costs.png)" in text
     first, best, *_ = table_of(text, "parameters")
-    assert first[0] == r"stage=PPO, kl\_coef=0.1"
+    assert first[0] == r"stage=ppo, kl\_coef=0.1"
     assert best[2:] == [
         "0.93 [0.93, 0.93]", "1.2 [1.2, 1.2]", "yes", "0.93 [0.93, 0.93]", "0.87 [0.87, 0.87]",
     ]  # fmt: skip
@@ -151,9 +151,9 @@ def test_stages_are_compared(tmp_path):
     assert pairs[0] == [first[0], best[0], "1 [1, 1]"]
     assert "a bootstrap over seeds, where both have at least five seeds" in text
     costs = table_of(text.split("## At equal samples")[1], "parameters")
-    assert [row[0] for row in costs] == [first[0], r"stage=PPO, kl\_coef=1"]
+    assert [row[0] for row in costs] == [first[0], r"stage=ppo, kl\_coef=1"]
     assert [row[3] for row in costs] == ["25,600", "25,600"]  # 20 phases of 64 x 20 tokens
-    assert r"(left out: stage=BestOfN, kl\_coef=null, stage=DPO, kl\_coef=null)" in text
+    assert r"(left out: stage=best\_of\_n, kl\_coef=null, stage=dpo, kl\_coef=null)" in text
     assert "left out if its cost is not known or a run has no evaluation by then" in text
     estimates = table_of(text.split("## Estimates of the KL")[1], "parameters")
     exact, k1 = float(estimates[0][1]), estimates[0][2].rstrip(")").split(" (")

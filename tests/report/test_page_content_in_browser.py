@@ -85,8 +85,8 @@ def test_stages_are_set_side_by_side(show: Open, tmp_path: Path) -> None:
     rows = improvement.locator("tbody tr").all_inner_texts()
     assert len(rows) == 6
     assert rows[0].split("\t") == [
-        "stage=PPO, kl_coef=0.1",
-        "stage=BestOfN, kl_coef=null",
+        "stage=ppo, kl_coef=0.1",
+        "stage=best_of_n, kl_coef=null",
         "1 [1, 1]",
     ]
     assert BOOTSTRAP in page.locator("#between .note").first.inner_text()
@@ -99,7 +99,7 @@ def test_stages_are_set_side_by_side(show: Open, tmp_path: Path) -> None:
     assert titles[1] == f"At 25,590 {COST_NAMES['tokens']}"
     assert titles[2].endswith(COST_NAMES["seconds"])
     left_out = (
-        "Left out, since the cost is not known or a run has no evaluation by then: stage=BestOfN"
+        "Left out, since the cost is not known or a run has no evaluation by then: stage=best_of_n"
     )
     assert left_out in page.locator("#between .note").nth(1).inner_text()
     exact = content["kl_estimates"][0]
@@ -133,14 +133,14 @@ def test_curves_are_drawn_over_what_they_cost(show: Open, tmp_path: Path) -> Non
     page = show(content)
     figure = page.locator(".curve-panel .figure").first
     means = "e => e.data.filter((t) => t.mode === 'lines+markers').map((t) => t.x)"
-    known = [group["curves"]["eval"] for group in content["groups"] if group["label"][6:9] == "PPO"]
+    known = [group["curves"]["eval"] for group in content["groups"] if group["label"][6:9] == "ppo"]
     assert len(figure.evaluate(means)) == 4, "best of n, DPO, and PPO twice"
     for cost in ("completions", "tokens", "seconds"):
         page.locator("#axes span", has_text=cost).click()
         assert figure.evaluate(means) == [curves[cost] for curves in known]
         assert cost in figure.evaluate("e => e.layout.xaxis.title.text")
         note = page.locator("#curves-note").inner_text()
-        assert f"Not drawn, since their {cost} are not known: stage=BestOfN" in note
+        assert f"Not drawn, since their {cost} are not known: stage=best_of_n" in note
     page.locator("#seeds input").first.check()
     seeds = figure.evaluate("e => e.data.filter((t) => t.meta === 'seed').map((t) => t.x)")
     run = content["runs"][content["groups"][2]["runs"][0]]

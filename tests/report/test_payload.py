@@ -175,7 +175,7 @@ def test_supervised_runs_are_shown_without_a_frontier(tmp_path):
 def test_stages_of_two_kinds_and_two_sweeps_stand_side_by_side(tmp_path):
     write_sweep(tmp_path / "a", {"seed": [1, 2]})
     write_sweep(tmp_path / "b", {"seed": [1, 2]})
-    sft = {"name": "sft", "seed": 1, "stage": {"_target_": "SFT", "epochs": 2}}
+    sft = {"name": "sft", "seed": 1, "stage": {"_target_": "stages.sft.SFT", "epochs": 2}}
     write_run(tmp_path / "c", sft, supervised_rows())
     payload = report(tmp_path / "a", tmp_path / "b", tmp_path / "c")
     assert [len(group["runs"]) for group in payload["groups"]] == [4, 1]
@@ -188,7 +188,7 @@ def test_the_best_of_n_samples_are_a_line_over_n_beside_other_runs(tmp_path):
         settings = best_of_n_config(seed=seed)
         write_run(tmp_path / f"best{seed}", settings, best_of_n_rows())
     best, *others = report(tmp_path)["groups"]
-    assert (best["label"], best["runs"]) == ("stage=BestOfN, kl_coef=null", [0, 1])
+    assert (best["label"], best["runs"]) == ("stage=best_of_n, kl_coef=null", [0, 1])
     assert best["path_axis"] == "n"
     assert [point["phase"] for point in best["path"]] == [1, 2, 4, 8]
     assert best["score"]["mean"] == best["path"][-1]["score"] == 0.93
@@ -276,11 +276,11 @@ def test_runs_of_all_stages_are_in_one_frontier_of_the_score_and_one_of_the_true
     best, dpo, ppo, weak, sft = (
         groups[f"stage={name}"]
         for name in (
-            "BestOfN, kl_coef=null",
-            "DPO, kl_coef=null",
-            "PPO, kl_coef=0.1",
-            "PPO, kl_coef=1",
-            "SFT, kl_coef=null",
+            "best_of_n, kl_coef=null",
+            "dpo, kl_coef=null",
+            "ppo, kl_coef=0.1",
+            "ppo, kl_coef=1",
+            "sft, kl_coef=null",
         )
     )
     assert (best["kl"]["mean"], best["score"]["mean"]) == (1.2, 0.93)

@@ -3,6 +3,7 @@ import os
 
 import pytest
 
+from rlhf_exp.runs.paths import OVERRIDES
 from rlhf_exp.runs.reading import read_rows, read_run, read_runs
 from rlhf_exp.settings import ConfigError
 from tests.report.build_runs import config, rows, samples, supervised_rows, write_run, write_sweep
@@ -221,3 +222,18 @@ def test_a_done_run_that_was_only_measured_at_phase_0_has_an_end_without_its_res
     folder = write_run(tmp_path / "run", config(), lines)
     (folder / "result.json").unlink()
     assert read_run(folder).final("eval/score") == 0.5
+
+
+def test_a_stage_is_named_by_the_command_line_or_by_its_module(tmp_path):
+    folder = tmp_path / "run"
+    write_run(folder, {"seed": 1, "stage": {"_target_": "rlhf_exp.stages.ppo.PPO"}}, [])
+    assert read_run(folder).stage == "ppo"
+    overrides = folder / OVERRIDES
+    overrides.parent.mkdir(exist_ok=True)
+    for words, stage in (
+        ("[seed=1]", "ppo"),
+        ("[stage=rloo, seed=1, stage=grpo]", "grpo"),
+        ("1", "ppo"),
+    ):
+        overrides.write_text(words)
+        assert read_run(folder).stage == stage
