@@ -100,11 +100,19 @@ def rewards(path: Path) -> Path:
     return path
 
 
+def look(path: Path) -> Path:
+    """The example of docs/inside.md."""
+    [source] = [block for block in blocks("python", DOCS["inside.md"]) if "# look.py" in block]
+    path.write_text(source)
+    return path
+
+
 @pytest.mark.parametrize("command", TRAIN)
 def test_command_composes_and_passes_every_check(command: str, tmp_path: Path) -> None:
     command = command.replace("FILE.tsv", str(sentences(tmp_path / "texts.tsv")))
     command = command.replace("PROMPTS.jsonl", str(prompts(tmp_path / "prompts.jsonl")))
     command = command.replace("rewards.py", str(rewards(tmp_path / "rewards.py")))
+    command = command.replace("look.py", str(look(tmp_path / "look.py")))
     command = command.replace("task.path=RUN", "task.path=PAIRS.jsonl")
     command = command.replace("PAIRS.jsonl", str(pairs(tmp_path / "pairs.jsonl")))
     words = [word for word in shlex.split(command)[2:] if word != "-m"]

@@ -152,9 +152,16 @@ def _culprit(
 
 
 def find_function(name: str) -> tuple[Callable[..., Any], ModuleType]:
-    """The callable "module:callable" or "path/to/file.py:callable", and the module. Raises
-    ConfigError if it cannot be imported or does not accept completions."""
+    """As `import_function`. Raises ConfigError also if the callable does not accept completions."""
     who = f"reward.function={name}"
+    function, module = import_function(name, who=who)
+    _check_signature(function, who)
+    return function, module
+
+
+def import_function(name: str, *, who: str) -> tuple[Callable[..., Any], ModuleType]:
+    """The callable "module:callable" or "path/to/file.py:callable", and the module. Raises
+    ConfigError, which begins with `who`, if it cannot be imported."""
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
         raise ConfigError(f"{who}: give module:callable or path/to/file.py:callable")
@@ -175,15 +182,19 @@ def find_function(name: str) -> tuple[Callable[..., Any], ModuleType]:
             f"{who}: {attribute} is not a function but {type(function).__name__}"
             f" {reprlib.repr(function)}; name a callable"
         )
-    _check_signature(function, who)
     return function, module
 
 
-def _check_signature(function: Callable[..., Any], who: str) -> None:
+def signature_of(function: Callable[..., Any], *, who: str) -> inspect.Signature:
+    """The function's signature. Raises ConfigError, which begins with `who`, if it has none."""
     try:
-        signature = inspect.signature(function)
+        return inspect.signature(function)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{who}: its signature cannot be read; wrap it in a def") from error
+
+
+def _check_signature(function: Callable[..., Any], who: str) -> None:
+    signature = signature_of(function, who=who)
     if not any(
         p.kind is Parameter.VAR_KEYWORD or (p.name == "completions" and p.kind in BY_NAME)
         for p in signature.parameters.values()

@@ -18,6 +18,7 @@ from rlhf_exp.rl.histograms import HistogramCollector
 from rlhf_exp.rl.learn import Minibatch, micro_batches, minibatches, optimizer_step
 from rlhf_exp.rl.metrics import phase_metrics, read_metrics
 from rlhf_exp.rl.phase_end import advance
+from rlhf_exp.rl.phase_hook import PhaseHook, find_hook
 from rlhf_exp.rl.ppo_settings import PPOSettings
 from rlhf_exp.rl.setup import Setup
 from rlhf_exp.rl.state import TrainState
@@ -60,6 +61,12 @@ class Phases:
         self.lap = Stopwatch()
         self.histograms = HistogramCollector()
         self.kl_coefficient = ppo.kl_coefficient
+        self.hook: PhaseHook | None = None
+        if ppo.on_phase is not None:
+            self.hook = PhaseHook(
+                name=ppo.on_phase, function=find_hook(ppo.on_phase), every=ppo.on_phase_every,
+                total_phases=ppo.total_phases,
+            )  # fmt: skip
         assert setup.score is not None  # a reward is among the parts
         self.scorer = Scorer(
             setup.score, ppo.guards, on_thread=ppo.compute.scores_on_thread(setup, ppo.guards),
@@ -185,11 +192,15 @@ class Phases:
         )  # fmt: skip
 
     def summarize(self, experience: Experience, updates: loop.Updates) -> dict[str, float]:
-        """The metrics of the phase; see `phase_metrics`."""
-        return phase_metrics(
+        """The metrics of the phase, see `phase_metrics`, and the user's own."""
+        metrics = phase_metrics(
             self.state, self.setup, self.ppo.guards, self.ppo.objective, self.kl_coefficient,
             self.lap, experience, updates, self.ppo.estimator.metrics(experience),
         )  # fmt: skip
+        if self.hook is not None:
+            with self.clock("on_phase"):
+                metrics |= self.hook(self.setup.policy, self.state.phase, experience.rollout)
+        return metrics
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from rlhf_exp.rl.guards import Guards
 from rlhf_exp.rl.kl_coefficient import KLCoefficient
 from rlhf_exp.rl.objectives import Coefficients, Objective, PPOClip
 from rlhf_exp.rl.snapshots import OneKind, SnapshotDtype, SnapshotPhases
-from rlhf_exp.settings import Count, NonNegative, OpenFraction, Positive, settings
+from rlhf_exp.settings import Count, NonNegative, OpenFraction, Positive, Text, settings
 
 
 @settings
@@ -79,6 +79,11 @@ class PPOSettings:
     2, 4, 8 ... and the last), every so many and the last, or a list; null: none."""
     snapshot_dtype: SnapshotDtype = "fp32"
     """Dtype of snapshots: fp32; bf16 halves them and rounds away small changes of weights."""
+    on_phase: Text | None = None
+    """A function of yours, FILE.py:FUNCTION or MODULE:FUNCTION, that looks at policy, phase and
+    rollout after phases; its numbers are logged as own/NAME; null: none."""
+    on_phase_every: Count = 10
+    """Phases between calls of on_phase, which is also called after the last."""
     estimator: Estimator = GAE()
     """How rewards become advantages: stage/estimator=gae, one_step, leave_one_out,
     group_normalized, reinforce or best_of_group."""

@@ -18,6 +18,7 @@ from rlhf_exp.rl.compute import warm_up
 from rlhf_exp.rl.evaluation import metric_names, present, queue_curves, read_evaluations
 from rlhf_exp.rl.guards import clear_stop_if_allowed
 from rlhf_exp.rl.phase_end import Keeper
+from rlhf_exp.rl.phase_hook import find_hook
 from rlhf_exp.rl.phases import Phases, start
 from rlhf_exp.rl.ppo_settings import PPOSettings
 from rlhf_exp.rl.setup import check_frozen, fingerprints, load_setup
@@ -69,6 +70,8 @@ class PPO(PPOSettings, Stage[PPOParts]):
         for part in (parts.task, parts.reward, parts.intervention):
             if isinstance(part, Fingerprinted):
                 part.fingerprint()
+        if self.on_phase is not None:
+            find_hook(self.on_phase)
         problems = must_be_causal(model) + check_schedule(
             parts.schedule, total_steps=self.total_phases, field="stage.total_phases"
         )
