@@ -12,8 +12,8 @@ import torch
 
 from rlhf_exp.inside.loading import Pair, TrainedRun
 from rlhf_exp.inside.token_classes import TokenClasses, token_classes
-from rlhf_exp.models.policy import TransformerWithValueHead
 from rlhf_exp.rl.collect import sample
+from rlhf_exp.rl.eval_text import as_completions, encode_known
 from rlhf_exp.rl.evaluation import evaluation_order
 from rlhf_exp.rl.setup import load_prompts
 from rlhf_exp.rollout.sampler import Sampler
@@ -28,7 +28,6 @@ T = TypeVar("T")
 Track = Callable[[Sequence[Any], str], Iterable[Any]]  # shows the progress through items
 NEUTRAL_FILE = Path(__file__).with_name("neutral.txt")
 NEUTRAL_LEN = 64  # most tokens of a neutral text
-MAX_UNKNOWN = 0.1  # of a neutral text's tokens
 ROWS = 32  # samples at a time
 
 
@@ -103,7 +102,7 @@ class Subject:
         knows few other words. Raises ConfigError without any."""
         policy = self.pair.base
         texts, source = NEUTRAL_FILE.read_text(encoding="utf-8").splitlines(), "neutral.txt"
-        rows = _encode(policy, texts)
+        rows = encode_known(policy, texts)
         if rows is None:
             if not isinstance(self.task, CorpusTask):
                 raise ConfigError("its tokenizer does not know the words of neutral texts")
@@ -112,43 +111,8 @@ class Subject:
             rows = [ids for ids in encode(policy.tokenizer, texts) if len(ids) > 1]
         prepend_bos = True if policy.tokenizer.bos_token_id is not None else None
         leading = leading_ids(policy.tokenizer, prepend_bos=prepend_bos)
-        return Texts(source=source, completions=_as_completions(policy, rows, leading))
-
-
-def _encode(policy: TransformerWithValueHead, texts: Sequence[str]) -> list[list[int]] | None:
-    """The tokens of the texts; None if the tokenizer does not know their words."""
-    try:
-        rows = encode(policy.tokenizer, texts)
-    except ConfigError:
-        return None
-    unknown = policy.tokenizer.unk_token_id
-    tokens = [token for row in rows for token in row]
-    return rows if tokens.count(unknown) <= MAX_UNKNOWN * len(tokens) else None
-
-
-def _as_completions(
-    policy: TransformerWithValueHead, rows: list[list[int]], leading: list[int]
-) -> Completions:
-    """Texts as completions of BOS, or without BOS of their own first tokens."""
-    start = len(leading) or 1
-    limit = min(NEUTRAL_LEN, policy.context_len - start)
-    whole = [[*leading, *row][: start + limit] for row in rows]
-    width = max(map(len, whole)) - start
-    tokens = torch.zeros(len(whole), width, dtype=torch.long)
-    mask = torch.zeros(len(whole), width, dtype=torch.bool)
-    for i, row in enumerate(whole):
-        tokens[i, : len(row) - start] = torch.tensor(row[start:])
-        mask[i, : len(row) - start] = True
-    first = torch.tensor([row[:start] for row in whole])
-    prompts = PromptBatch(
-        tokens=first.to(policy.device),
-        mask=torch.ones_like(first, dtype=torch.bool, device=policy.device),
-        rows=tuple({"prompt": ""} for _ in whole),
-    )
-    texts = tuple(policy.tokenizer.decode(row[start:]) for row in whole)
-    return Completions(
-        prompts=prompts, tokens=tokens.to(policy.device), mask=mask.to(policy.device), texts=texts
-    )
+        limit = min(NEUTRAL_LEN, policy.context_len - (len(leading) or 1))
+        return Texts(source=source, completions=as_completions(policy, rows, leading, limit=limit))
 
 
 def join(parts: Sequence[Completions]) -> Completions:

@@ -19,6 +19,7 @@ from rlhf_exp.rewards.attempts import CheckedReward
 from rlhf_exp.rewards.protocol import Reward
 from rlhf_exp.rewards.weighted_sum import WeightedSum
 from rlhf_exp.rl.collect import sample
+from rlhf_exp.rl.eval_text import text_metrics
 from rlhf_exp.rl.exact_answers import exact_match, judge_answers
 from rlhf_exp.rl.metrics import distinct_n
 from rlhf_exp.rl.setup import Setup
@@ -109,7 +110,7 @@ def evaluate(
         seconds = (time.monotonic() - began) * len(index) / len(rows)
         if len(chunks) == 1 and seconds > SAID_S:
             log.info("evaluating %d completions takes about %.0f s", len(index), seconds)
-    metrics, samples = _metrics(chunks), sample_rows(chunks)
+    metrics, samples = _metrics(setup, chunks), sample_rows(chunks)
     for name in by_term[0]:
         scores = torch.cat([terms[name] for terms in by_term])
         metrics[f"eval/score_{name}"] = scores.mean().item()
@@ -159,7 +160,10 @@ def sample_rows(rollouts: list[Rollout]) -> list[dict[str, Any]]:
     ]
 
 
-def _metrics(chunks: list[Rollout]) -> dict[str, float]:
+def _metrics(setup: Setup, chunks: list[Rollout]) -> dict[str, float]:
+    of_texts = {}
+    if setup.texts is not None:
+        of_texts = text_metrics(setup.policy, setup.reference, setup.texts)
     mask = torch.cat([r.completions.mask for r in chunks])
     kl = torch.cat([r.kl for r in chunks])
     tokens = torch.cat([r.completions.tokens for r in chunks])
@@ -170,6 +174,7 @@ def _metrics(chunks: list[Rollout]) -> dict[str, float]:
         "eval/entropy": masked_mean(torch.cat([r.entropy for r in chunks]), mask).item(),
         "eval/distinct_3": distinct_n(tokens, mask, n=3),
         "eval/len_mean": mask.sum(dim=1).float().mean().item(),
+        **of_texts,
     }
 
 

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from rlhf_exp.rl.compute import Compute
 from rlhf_exp.rl.estimators import GAE, Estimator, KLPenalty, Reinforce
+from rlhf_exp.rl.eval_text import TextFile
 from rlhf_exp.rl.guards import Guards
 from rlhf_exp.rl.kl_coefficient import KLCoefficient
 from rlhf_exp.rl.objectives import Coefficients, Objective, PPOClip
@@ -66,6 +67,9 @@ class PPOSettings:
     """Phases between evaluations."""
     eval_samples: Count = 512
     """Completions an evaluation."""
+    eval_text: Text | None = None
+    """A file with a text a line, on which evaluations measure the KL of the reference to the
+    policy and the policy's loss; null: none."""
     limit_samples: Annotated[Count, Field(ge=16)] | None = None
     """Completions of each evaluation prompt, sampled before training, that tell the least KL which
     a score must cost, 64-1024; null: not measured."""
@@ -99,6 +103,11 @@ class PPOSettings:
         for problem in _contradictions(self):
             raise ValueError(problem)
         return self
+
+    @property
+    def text_file(self) -> TextFile | None:
+        """The file of eval_text."""
+        return None if self.eval_text is None else TextFile(self.eval_text)
 
     @property
     def minibatch_size(self) -> int:

@@ -23,6 +23,7 @@ from rlhf_exp.rewards.protocol import (
     UsesReference,
     is_scored_by_reference,
 )
+from rlhf_exp.rl.eval_text import TextFile
 from rlhf_exp.rollout.bridge import BridgeSampler
 from rlhf_exp.rollout.sampler import Sampler, eos_token_id
 from rlhf_exp.runs.context import Context, TrainingError
@@ -31,7 +32,7 @@ from rlhf_exp.tasks.encoding import leading_ids, tokenizer_factory
 from rlhf_exp.tasks.prompts import encode_prompts, take
 from rlhf_exp.tasks.protocol import AnswerTask, Prompt, ShapesPrompts, Task
 from rlhf_exp.training.seeding import stream_seed
-from rlhf_exp.types import PromptBatch
+from rlhf_exp.types import Completions, PromptBatch
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 class Setup:
     """The policy, its reference, the reward if there is one, the sampler and the prompts of a run.
     `answers` is the task if it knows exact answers, `reference_hash` the hash of the reference at
-    its loading."""
+    its loading, `texts` what evaluations read besides."""
 
     policy: TransformerWithValueHead
     reference: Reference
@@ -51,6 +52,7 @@ class Setup:
     train_prompts: PromptBatch
     eval_prompts: PromptBatch
     answers: AnswerTask | None
+    texts: Completions | None = None
 
 
 def load_setup(
@@ -64,11 +66,13 @@ def load_setup(
     intervention: Intervention = NO_INTERVENTION,
     value_head: bool = True,
     separate_values: bool = False,
+    eval_text: TextFile | None = None,
 ) -> Setup:
     """The policy with its trained weights selected, its reference, the reward and the prompts, on
     the context's device. Raises ConfigError if one cannot be loaded or does not fit the others."""
     policy = load_sampled_policy(context, task, model, sampler, value_head=value_head)
     train, held_out = load_prompts(policy, task, sampler)
+    texts = None if eval_text is None else eval_text.load(policy, prepend_bos=task.prepend_bos)
     first = policy.tokenizer.decode(train.tokens[0][train.mask[0]])  # with special tokens
     unseen = {*map(str, held_out.rows)} - {*map(str, train.rows)}
     log.info("%d prompts to train on, %d held out; the first: %r",
@@ -90,6 +94,7 @@ def load_setup(
         train_prompts=train,
         eval_prompts=held_out,
         answers=task if isinstance(task, AnswerTask) else None,
+        texts=texts,
     )
 
 

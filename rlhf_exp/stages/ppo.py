@@ -13,7 +13,7 @@ from rlhf_exp.models.reference import reference_hash, resident_memory
 from rlhf_exp.models.saving import save_policy
 from rlhf_exp.models.scratch import Scratch
 from rlhf_exp.rewards.protocol import Reward
-from rlhf_exp.rl import limit
+from rlhf_exp.rl import eval_text, limit
 from rlhf_exp.rl.compute import warm_up
 from rlhf_exp.rl.evaluation import metric_names, present, queue_curves, read_evaluations
 from rlhf_exp.rl.guards import clear_stop_if_allowed
@@ -67,7 +67,7 @@ class PPO(PPOSettings, Stage[PPOParts]):
 
     def check(self, parts: PPOParts) -> list[str]:
         model, sampler = parts.model, parts.sampler
-        for part in (parts.task, parts.reward, parts.intervention):
+        for part in (parts.task, parts.reward, parts.intervention, self.text_file):
             if isinstance(part, Fingerprinted):
                 part.fingerprint()
         if self.on_phase is not None:
@@ -105,7 +105,8 @@ class PPO(PPOSettings, Stage[PPOParts]):
 
     def metric_names(self, parts: PPOParts) -> tuple[str, ...]:
         of_limit = limit.METRICS if self.limit_samples else ()
-        return (*metric_names(parts.task, parts.reward), *of_limit)
+        of_texts = eval_text.METRICS if self.eval_text else ()
+        return (*metric_names(parts.task, parts.reward), *of_limit, *of_texts)
 
     def run(self, context: Context, parts: PPOParts) -> StageResult:
         """Trains, evaluates before, between and after, saves the policy; returns the result.
@@ -119,13 +120,14 @@ class PPO(PPOSettings, Stage[PPOParts]):
             setup = load_setup(
                 context, parts.task, parts.model, parts.reward, parts.sampler, parts.finetune,
                 intervention=parts.intervention, value_head=self.estimator.needs_values,
-                separate_values=self.value_model == "separate",
+                separate_values=self.value_model == "separate", eval_text=self.text_file,
             )  # fmt: skip
             if self.value_detach:
                 setup.policy.detach_values()
             self.compute.prepare(setup)
             frozen = reference_hash(setup.reference, setup.policy)  # as passes use the weights
-            files = {"task": parts.task, "model": parts.model, "intervention": parts.intervention}
+            files = {"task": parts.task, "model": parts.model, "intervention": parts.intervention,
+                     "eval_text": self.text_file}  # fmt: skip
             inputs = fingerprints(setup.policy.language_model, **files)
             inputs["finetune"] = setup.reference_hash
             state = start(self, setup, parts.optimizer, parts.schedule, context.seed, inputs)
