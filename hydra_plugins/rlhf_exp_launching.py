@@ -1,6 +1,8 @@
 """Hydra's part of starting a sweep's jobs: composes, checks and launches them."""
 
+import copy
 import os
+import re
 import shlex
 import signal
 import sys
@@ -23,10 +25,11 @@ from rich.console import Console
 from rich.text import Text
 
 from rlhf_exp.app import run
+from rlhf_exp.app.overrides import quote
 from rlhf_exp.app.user_modules import import_from_config_folders
 from rlhf_exp.machine.locations import script_command
 from rlhf_exp.machine.slurm import requeue
-from rlhf_exp.runs.config_keys import use_of
+from rlhf_exp.runs.config_keys import AUTO_GPUS, OF_A_SWEEP, read_sweep_settings, use_of
 from rlhf_exp.runs.files import write_whole
 from rlhf_exp.runs.lock import is_locked, locked
 from rlhf_exp.runs.paths import forget_status
@@ -34,20 +37,29 @@ from rlhf_exp.runs.status import read_state
 from rlhf_exp.security.printable import printable
 from rlhf_exp.security.redaction import redact_words, scrub
 from rlhf_exp.settings import ConfigError
-from rlhf_exp.sweeps.dead_jobs import await_and_mark, await_end, mark_dead, mark_failed, unreported
+from rlhf_exp.sweeps.dead_jobs import (
+    FAIL_FAST,
+    await_and_mark,
+    await_end,
+    mark_dead,
+    mark_failed,
+    unreported,
+)
 from rlhf_exp.sweeps.expected_time import expected_seconds, finished_runs
 from rlhf_exp.sweeps.isolation import SWEEP_PID
 from rlhf_exp.sweeps.jobs import (
     RECORD,
+    STOP,
     BadJobs,
     SweepJob,
     identity,
     read_record,
     write_record,
 )
+from rlhf_exp.sweeps.leases import GPUS, JOBS_PER_GPU, find_gpus
 from rlhf_exp.sweeps.monitor import Monitor, problems, summary
 
-SWEEP_WORDS = ("skip_completed=", "dry_run=")  # words for the sweep, not for its jobs
+OWN_KEYS = (*OF_A_SWEEP, "dry_run")  # keys of the sweep, not of its jobs
 OF_THE_SWEEP = ("launcher", "sweeper", "sweep")  # parts of Hydra's configuration
 MANY = 20  # jobs; checking so many takes long enough for a message
 
@@ -69,13 +81,24 @@ class Launching:
 
     def __init__(self, context: HydraContext, function: TaskFunction, config: DictConfig) -> None:
         self._context, self._config = context, config
-        self.kind = _kind(config)
+        self._own_words: list[str] = []
+        plain: Any = OmegaConf.to_container(config)
+        self.settings = read_sweep_settings(plain)
+        self._gpus = find_gpus(self.settings.gpus)
+        self.kind = _kind(config, leases=len(self._gpus) * self.settings.jobs_per_gpu)
+        if self.settings.gpus and not self.kind.here:
+            raise ConfigError(
+                "gpus: jobs of this launcher run elsewhere and get their GPUs from it; leave it out"
+                " (SLURM: hydra.launcher.gpus_per_node)"
+            )
         import_from_config_folders(config.hydra)  # the jobs are checked in this process
         self._launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=context, task_function=function, config=config
+            hydra_context=context,
+            task_function=function,
+            config=_with_number_of_jobs(config, self.kind.at_once),
         )
         self.folder = Path(str(config.hydra.sweep.dir))
-        self.dry_run, self.skip_completed = bool(config.dry_run), bool(config.skip_completed)
+        self.dry_run, self.skip_completed = bool(config.dry_run), self.settings.skip_completed
         self.console = Console()
 
     def say(self, line: str) -> None:
@@ -87,13 +110,13 @@ class Launching:
         for a sweep over a key that does not affect results."""
         words = [*(f"{key}={value}" for key, value in params.items()), *arguments]
         parser = OverridesParser.create(config_loader=self._context.config_loader)
-        words = [word for word in words if not word.lstrip("+").startswith(SWEEP_WORDS)]
         overrides = parser.parse_overrides(words)
         for override in overrides:
-            key = override.get_key_element().lstrip("+~")
+            key = override.key_or_group
             if override.is_sweep_override() and not use_of(key, {}).results:
                 raise ConfigError(f"{key}: the jobs would be the same; give it one value")
-        return overrides
+        self._own_words = [str(o.input_line) for o in overrides if o.key_or_group in OWN_KEYS]
+        return [override for override in overrides if override.key_or_group not in OWN_KEYS]
 
     def check(
         self,
@@ -133,7 +156,8 @@ class Launching:
         return checked
 
     def _compose(self, words: Sequence[str]) -> DictConfig:
-        config = self._context.config_loader.load_sweep_config(self._config, list(words))
+        words = [*words, *self._own_words]
+        config = self._context.config_loader.load_sweep_config(self._config, words)
         for part in OF_THE_SWEEP:
             job, sweep = (OmegaConf.to_container(c.hydra[part]) for c in (config, self._config))
             if job != sweep:
@@ -141,6 +165,16 @@ class Launching:
                     f"hydra.{part} applies to the whole sweep, so a swept experiment cannot set it:"
                     " set it on the command line"
                 )
+        for key in OF_A_SWEEP:
+            if config[key] != self._config[key]:
+                raise ConfigError(
+                    f"{key} applies to the whole sweep, so a swept experiment cannot set it: set it"
+                    " on the command line"
+                )
+        if self._gpus and re.fullmatch(r"cuda:0*[1-9]\d*", str(config.device)):
+            raise ConfigError(
+                f"device={config.device}: a job sees only the GPU that it leases: use device=auto"
+            )
         with open_dict(config):
             del config["hydra"]
         return config
@@ -165,6 +199,7 @@ class Launching:
                     f"job {running[0].number} in {running[0].folder} is still running: wait for it,"
                     " or stop it"
                 )
+            (self.folder / STOP).unlink(missing_ok=True)
             yield
 
     def _refuse_new_folder(self) -> None:
@@ -194,7 +229,8 @@ class Launching:
         try:
             with _signals_interrupt(), Monitor(jobs, self.console, title=title):
                 for begin in range(0, len(jobs), size):
-                    self._launch(jobs[begin : begin + size])
+                    if not self.has_stopped:
+                        self._launch(jobs[begin : begin + size])
         except (KeyboardInterrupt, SystemExit) as stopped:
             await_and_mark(jobs, "interrupted")
             self.console.print(summary(jobs))
@@ -207,7 +243,10 @@ class Launching:
         retried: set[int] = set()
         while jobs:
             broken = False
-            words = [[*job.overrides, f"hydra.sweep.subdir='{job.folder.name}'"] for job in jobs]
+            own = self._variables()
+            words = [
+                [*job.overrides, f"hydra.sweep.subdir='{job.folder.name}'", *own] for job in jobs
+            ]
             try:
                 returned = self._launcher.launch(words, initial_job_idx=jobs[0].number)
                 for job, result in zip(jobs, returned, strict=True):
@@ -227,9 +266,33 @@ class Launching:
                 forget_status(job.folder)
             mark_dead(jobs, "failed")
             left = [job for job in jobs if read_state(job.folder).status == "waiting"]
-            if self.kind.keeps or (len(left) == len(jobs) and not innocent):
+            if self.has_stopped or self.kind.keeps or (len(left) == len(jobs) and not innocent):
                 return
             jobs = left
+
+    @property
+    def has_stopped(self) -> bool:
+        """True once a job has failed with fail_fast=true."""
+        return (self.folder / STOP).exists()
+
+    def say_gpus(self) -> None:
+        """Prints which GPUs the jobs lease, if they were asked to."""
+        number = self.settings.jobs_per_gpu
+        if self._gpus:
+            each = "one job" if number == 1 else f"up to {number} jobs"
+            self.say(f"GPUs: {', '.join(self._gpus)}, {each} on each")
+        elif self.settings.gpus == AUTO_GPUS:
+            self.say("gpus=auto: CUDA sees no GPU here, so the jobs lease none")
+
+    def _variables(self) -> list[str]:
+        """The words that set the environment variables of jobs."""
+        values = {}
+        if self._gpus:
+            values[GPUS] = ",".join(self._gpus)
+            values[JOBS_PER_GPU] = str(self.settings.jobs_per_gpu)
+        if self.settings.fail_fast:
+            values[FAIL_FAST] = "1"
+        return [f"+hydra.job.env_set.{name}={quote(value)}" for name, value in values.items()]
 
     def conclude(self, jobs: Sequence[SweepJob]) -> None:
         """Prints how the jobs ended and the next command. Raises AlreadySaid if one is not done."""
@@ -237,6 +300,8 @@ class Launching:
         undone = problems(jobs)
         for line in undone:
             self.say(line)
+        if self.has_stopped:
+            self.say("fail_fast=true: the first failure stopped the sweep")
         self.say(f"compare them: {script_command('compare', str(self.folder))}")
         if undone:
             self.say_how_to_go_on()
@@ -272,23 +337,35 @@ def _signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _kind(config: DictConfig) -> Kind:
-    """The properties of the chosen launcher. Raises ConfigError if it would by default run as many
-    jobs as there are cores."""
+def _with_number_of_jobs(config: DictConfig, number: int) -> DictConfig:
+    """The configuration for the launcher; joblib's has a number of jobs where the user set none."""
+    if config.hydra.launcher.get("n_jobs") != -1:
+        return config
+    config = copy.deepcopy(config)
+    config.hydra.launcher.n_jobs = number
+    return config
+
+
+def _kind(config: DictConfig, *, leases: int) -> Kind:
+    """The properties of the chosen launcher, whose jobs can hold so many leases of GPUs, 0 if they
+    take none. Raises ConfigError if it would by default run as many jobs as there are cores."""
     launcher, cores = config.hydra.launcher, os.cpu_count() or 1
     target = str(launcher.get("_target_"))
     if "hydra_joblib_launcher" in target:
         words = [w for w in config.hydra.overrides.hydra if w.startswith("hydra.launcher.n_jobs=")]
+        if launcher.n_jobs == -1 and not words and leases:
+            return Kind(at_once=leases)
         if launcher.n_jobs == -1 and not words:
             raise ConfigError(
                 "hydra/launcher=joblib starts as many jobs as there are cores, each with its own"
                 " model: set the number, hydra.launcher.n_jobs=2"
             )
-        return Kind(at_once=int(launcher.n_jobs) if launcher.n_jobs > 0 else cores)
+        at_once = int(launcher.n_jobs) if launcher.n_jobs > 0 else cores
+        return Kind(at_once=min(at_once, leases or at_once))
     if "SlurmLauncher" in target:
         return Kind(at_once=int(launcher.array_parallelism), keeps=True, here=False)
     if "LocalLauncher" in target:  # submitit's; it starts all of its jobs at once
-        at_once = int(config.hydra.sweeper.max_batch_size or cores)
+        at_once = int(config.hydra.sweeper.max_batch_size or leases or cores)
         return Kind(at_once=at_once, counts=False, keeps=True)
     if "hydra_ray_launcher" in target:
         return Kind(at_once=cores, here=False)

@@ -74,6 +74,7 @@ class GridSweeper(Sweeper):
         jobs = place(launching.folder, checked)
         if len(jobs) < len(rows):
             launching.say(f"{len(rows) - len(jobs)} of {len(rows)} jobs repeat others")
+        launching.say_gpus()
         if launching.dry_run:
             show_plan(jobs, launching.console, at_once=launching.kind.at_once)
             return
@@ -134,6 +135,7 @@ class SearchSweeper(Sweeper):
             f"search: {self._n_trials} trials over {', '.join(space)}, {batch_size} at a time,"
             f" in {launching.folder}"
         )
+        launching.say_gpus()
         if launching.dry_run:
             show_plan(ends, launching.console, at_once=batch_size, trials=self._n_trials)
             return
@@ -147,6 +149,8 @@ class SearchSweeper(Sweeper):
                 title = f"trial {number + 1} to {number + size} of {self._n_trials}: "
                 trials = [search.ask(space) for _ in range(size)]
                 self._run_batch(search, trials, fixed, title=title)
+                if launching.has_stopped:
+                    break
             best = search.best()
             for values, metrics in best[:BEST]:
                 results = dict(zip(self._metrics, metrics, strict=True))

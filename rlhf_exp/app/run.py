@@ -47,7 +47,7 @@ from rlhf_exp.machine.locations import CONF
 from rlhf_exp.machine.streams import make_streams_unbreakable
 from rlhf_exp.runs.config_keys import OF_ONE_START, read_run_settings
 from rlhf_exp.runs.files import write_whole
-from rlhf_exp.runs.lock import is_locked, locked
+from rlhf_exp.runs.lock import locked
 from rlhf_exp.runs.paths import CONFIG, HYDRA, LOCK, OVERRIDES, RESUMED, is_run, is_unused
 from rlhf_exp.runs.status import is_done, read_state, write_status
 from rlhf_exp.security.printable import printable
@@ -63,9 +63,11 @@ from rlhf_exp.security.redaction import (
     scrub_tracebacks,
 )
 from rlhf_exp.settings import ConfigError
+from rlhf_exp.sweeps.dead_jobs import report_exit
 from rlhf_exp.sweeps.expected_time import expected_seconds, finished_runs
-from rlhf_exp.sweeps.isolation import call_in_process, describe_end
-from rlhf_exp.sweeps.jobs import BadJobs
+from rlhf_exp.sweeps.isolation import call_in_process
+from rlhf_exp.sweeps.jobs import STOP, BadJobs
+from rlhf_exp.sweeps.leases import leased_gpu
 from rlhf_exp.tracking.progress import keep_log
 
 if TYPE_CHECKING:
@@ -170,9 +172,7 @@ def _read(
     from rlhf_exp.app.experiment import Job
     from rlhf_exp.runs.context import pick_device
 
-    run_settings = read_run_settings(config)
-    if run_settings.skip_completed and not sweep:
-        raise ConfigError("skip_completed=true is for sweeps: add -m")
+    run_settings = read_run_settings(config, sweep=sweep)
     allowed = (*ALLOWED_TARGETS, *(f"{module}." for module in run_settings.allow_targets))
     job = Job(
         path=path,
@@ -275,17 +275,17 @@ def job(cfg: DictConfig) -> None:
             _write_configuration(cfg, path)
             attempt(cfg, path)
         return
-    if read_state(path).status == "done":  # a preempting queue may start a job again
+    stop = path.parent / STOP
+    # A preempting queue may start a job again.
+    if read_state(path).status == "done" or stop.exists():
         return
     _write_configuration(cfg, path)
     # Plain: some launchers' settings classes cannot be pickled.
     plain: Any = OmegaConf.to_container(HydraConfig.instance().cfg, resolve=True)  # type: ignore[arg-type]
     plain["hydra"]["overrides"]["task"] = _words()
     config = OmegaConf.to_container(cfg)
-    code = call_in_process(_run_isolated, plain, config, path, log=log_file)
-    unreported = read_state(path).status in ("waiting", "running") and not is_locked(path)
-    if code and unreported:
-        write_status(path, "failed", describe_end(code))
+    code = call_in_process(_run_isolated, plain, config, path, log=log_file, stop_file=stop)
+    report_exit(path, code)
     if code == 130:
         raise KeyboardInterrupt
     if code:
@@ -348,7 +348,6 @@ def _run_isolated(hydra_config: dict[str, Any], config: dict[str, Any], path: Pa
     keep_log(path / f"{hydra_cfg.hydra.job.name}.log", console=False)
     scrub_logs()
     with locked(path):
-        write_status(path, "running")
         attempt(OmegaConf.create(config), path)
 
 
@@ -360,7 +359,9 @@ def attempt(cfg: DictConfig, path: Path) -> None:
         shutil.rmtree(_config_folder(cfg, path), ignore_errors=True)
         (path / LOCK).unlink()
 
-    with handle_exit(path, sweep=_is_sweep(), undo=undo) as stop:
+    with handle_exit(path, sweep=_is_sweep(), undo=undo) as stop, leased_gpu(cfg.device):
+        if _is_sweep():
+            write_status(path, "running")
         execute(cfg, path, stop)
 
 

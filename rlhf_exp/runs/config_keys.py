@@ -5,14 +5,15 @@ It knows names of keys, not the classes of stages: reading a command line must n
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_type_hints
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import pydantic
 
 from rlhf_exp.settings import (
     PARTS,
     ConfigError,
+    Count,
     FolderName,
     Index,
     Positive,
@@ -20,6 +21,8 @@ from rlhf_exp.settings import (
     field_problem,
     settings,
 )
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +38,48 @@ class Use:
 
 PLACE = Use(results=False, resume="free", compared=False)  # where results go and are shown
 LENGTH = Use(resume="larger")
+AUTO_GPUS = "auto"  # all that CUDA sees
 REPORTING = Use(resume="free", compared=False)  # how often training saves or logs
 
 
+def _gpu_names(value: Any) -> Any:
+    """The setting `gpus` with the names of a list as texts. Raises ConfigError if it is none."""
+    if value is None or value == AUTO_GPUS:
+        return value
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"gpus={value}: write gpus=auto, or a list: 'gpus=[0,1]'")
+    names = tuple(map(str, value))
+    for number, name in enumerate(names):
+        if isinstance(value[number], bool) or not re.fullmatch(r"\d+|(GPU|MIG)-[\w/-]+", name):
+            raise ConfigError(
+                f"gpus: {name} is no name of a GPU: use those of CUDA_VISIBLE_DEVICES, as 0 or"
+                " GPU-8932f937"
+            )
+        if name in names[:number]:
+            raise ConfigError(
+                f"gpus: {name} is listed twice; for two jobs on each GPU: jobs_per_gpu=2"
+            )
+    if not names:
+        raise ConfigError("gpus=[]: name one, or write gpus=auto; gpus=null leases none")
+    return names
+
+
 @settings
-class RunSettings:
+class SweepSettings:
+    """The keys that only a sweep takes; conf/config.yaml says what they mean."""
+
+    skip_completed: Annotated[bool, PLACE]
+    fail_fast: Annotated[bool, PLACE]
+    gpus: Annotated[str | tuple[str, ...] | None, pydantic.BeforeValidator(_gpu_names), PLACE]
+    jobs_per_gpu: Annotated[Count, PLACE]
+
+    def __post_init__(self) -> None:
+        if self.jobs_per_gpu > 1 and self.gpus is None:
+            raise ConfigError(f"jobs_per_gpu={self.jobs_per_gpu} needs gpus: add gpus=auto")
+
+
+@settings
+class RunSettings(SweepSettings):
     """The keys that are not groups; conf/config.yaml says what they mean."""
 
     name: Annotated[FolderName, PLACE]
@@ -53,13 +93,13 @@ class RunSettings:
     resume: Annotated[Text | None, PLACE]
     resume_with: Annotated[tuple[Text, ...], PLACE]
     max_minutes: Annotated[Positive | None, PLACE]
-    skip_completed: Annotated[bool, PLACE]
     dry_run: Annotated[bool, PLACE]
 
 
 GROUPS = {"stage", *PARTS, "logger", "hub"}
 # Keys of a single start: a resumed run does not inherit them.
 OF_ONE_START = ("resume", "resume_with", "dry_run")
+OF_A_SWEEP = tuple(field.name for field in fields(SweepSettings))  # type: ignore[arg-type]
 SEEDS = ("seed", "prepare_seed")
 MAX_KL_SUM = "stage.guards.max_kl_sum"  # a run that it ended may continue with another value
 # Stages whose eval_every does not affect the weights.
@@ -98,10 +138,26 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
-def read_run_settings(config: Mapping[str, Any]) -> RunSettings:
-    """The settings outside groups. Raises ConfigError with all problems and unknown keys."""
+def read_run_settings(config: Mapping[str, Any], *, sweep: bool = False) -> RunSettings:
+    """The settings outside groups of a run, or of a job of a sweep. Raises ConfigError with all
+    problems and unknown keys, and for a single run that has settings of sweeps."""
+    own = _read(RunSettings, {key: config[key] for key in config.keys() - GROUPS})
+    for key in ("skip_completed", "fail_fast"):
+        if getattr(own, key) and not sweep:
+            raise ConfigError(f"{key}=true is for sweeps: add -m")
+    if own.gpus is not None and not sweep:
+        raise ConfigError("gpus is for sweeps: add -m; a single run takes device=cuda:1")
+    return own
+
+
+def read_sweep_settings(config: Mapping[str, Any]) -> SweepSettings:
+    """The settings of a whole sweep. Raises ConfigError with all problems."""
+    return _read(SweepSettings, {key: config[key] for key in OF_A_SWEEP})
+
+
+def _read(kind: type[T], values: Mapping[str, Any]) -> T:
     try:
-        return RunSettings(**{key: config[key] for key in config.keys() - GROUPS})
+        return kind(**values)
     except pydantic.ValidationError as error:
         problems = sorted(field_problem("", detail) for detail in error.errors())
         raise ConfigError("\n".join(problems)) from error

@@ -43,10 +43,13 @@ def locked(path: Path) -> Iterator[None]:
 
 def is_locked(path: Path) -> bool:
     """Returns True if a living process has locked the folder."""
-    if not (path / LOCK).is_file():
-        return False
+    return (path / LOCK).is_file() and is_held(path / LOCK)
+
+
+def is_held(file: Path) -> bool:
+    """Returns True if a living process holds the lock of the file."""
     try:
-        with FileLock(path / LOCK, timeout=0):
+        with FileLock(file, timeout=0):
             return False
     except Timeout:
         return True

@@ -3,6 +3,7 @@ in their folders, so that it works for every launcher and every machine that sha
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,22 +14,28 @@ from rlhf_exp.security.printable import printable
 from rlhf_exp.security.redaction import scrub
 
 Status = Literal["running", "done", "failed", "interrupted"]
+LEASED = "RLHF_EXP_GPU"  # environment variable of a job: the name of the GPU that it leases
 TAIL = 1 << 14  # bytes; a row of metrics.jsonl has about 1 kB
 
 
 def write_status(folder: Path, status: Status, error: str | None = None) -> None:
-    """Writes status.json, without secrets and without control characters."""
+    """Writes status.json, without secrets and without control characters; from a process that
+    leases a GPU, with the GPU's name."""
     content = {"status": status, "error": error and printable(scrub(error))}
+    if gpu := os.environ.get(LEASED):
+        content["gpu"] = gpu
     write_whole(folder / STATUS, json.dumps(content) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobState:
-    """`status` is from status.json, "waiting" if missing or unknown; score and KL are the newest in
-    metrics.jsonl, of an evaluation if the run is done."""
+    """`status` is from status.json, "waiting" if missing or unknown, and so is `gpu`, the GPU that
+    the job leases or leased; score and KL are the newest in metrics.jsonl, of an evaluation if the
+    run is done."""
 
     status: str
     error: str | None = None
+    gpu: str | None = None
     phase: int | None = None
     score: float | None = None
     kl: float | None = None
@@ -48,10 +55,12 @@ def read_state(folder: Path) -> JobState:
         ("eval", "eval/score") if done and evaluated else ("objective", "objective/scores")
     )
     source = evaluated if side == "eval" else newest
-    error, phase = status.get("error"), finite_number(newest.get("phase"))
+    error, gpu = status.get("error"), status.get("gpu")
+    phase = finite_number(newest.get("phase"))
     return JobState(
         status=status["status"] if status.get("status") in get_args(Status) else "waiting",
         error=error if isinstance(error, str) else None,
+        gpu=gpu if isinstance(gpu, str) else None,
         phase=None if phase is None else int(phase),
         score=finite_number(source.get(score)),
         kl=finite_number(source.get(f"{side}/kl")),

@@ -1,14 +1,29 @@
-"""Sets the status of jobs whose process ended without writing one."""
+"""Sets the status of jobs whose process ended without writing one, and stops a sweep that is to
+end at its first failure."""
 
+import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from rlhf_exp.runs.lock import is_locked
 from rlhf_exp.runs.status import read_state, write_status
-from rlhf_exp.sweeps.jobs import SweepJob
+from rlhf_exp.sweeps.isolation import describe_end
+from rlhf_exp.sweeps.jobs import STOP, SweepJob
 
+FAIL_FAST = "RLHF_EXP_FAIL_FAST"  # environment variable of a job: its failure stops the sweep
 POLL_S = 0.5
+
+
+def report_exit(folder: Path, exit_code: int) -> None:
+    """Marks a job failed if its process ended with an error and without a status. With fail_fast,
+    a failed job stops its sweep."""
+    state = read_state(folder)
+    if exit_code and state.status in ("waiting", "running") and not is_locked(folder):
+        write_status(folder, "failed", describe_end(exit_code))
+    if os.environ.get(FAIL_FAST) and read_state(folder).status == "failed":
+        (folder.parent / STOP).touch()
 
 
 def mark_failed(job: SweepJob, error: BaseException) -> None:

@@ -5,6 +5,7 @@ The process is forked from a server that has only imported the libraries, so it 
 fraction of a second.
 """
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -20,6 +21,8 @@ from typing import Any
 
 from rlhf_exp.machine.streams import make_streams_unbreakable
 
+log = logging.getLogger(__name__)
+
 # Modules that nearly every run imports, and the slowest imports.
 PRELOADED = (
     "rlhf_exp.machine.environment", "rlhf_exp.app.main", "rlhf_exp.app.experiment",
@@ -33,12 +36,16 @@ POLL_S = 1.0
 GRACE_S = 600.0  # to finish a step and save after a request to stop
 
 
-def call_in_process(function: Callable[..., None], *arguments: Any, log: Path) -> int:
+def call_in_process(
+    function: Callable[..., None], *arguments: Any, log: Path, stop_file: Path | None = None
+) -> int:
     """The exit code of calling the function in another process: minus the signal's number if a
     signal killed it. Its output is appended to the log; function and arguments are pickled. The
-    first interrupt of the caller asks the process to stop, the second ends it."""
+    first interrupt of the caller asks the process to stop, the second ends it; `stop_file` asks it
+    to stop as soon as it exists."""
+    stop_file = stop_file and stop_file.absolute()
     process = _context().Process(
-        target=_run, args=(function, arguments, log.resolve(), dict(os.environ))
+        target=_run, args=(function, arguments, log.resolve(), dict(os.environ), stop_file)
     )
     process.start()
     try:
@@ -94,8 +101,9 @@ def _stop(process: Any) -> None:
 def _run(
     function: Callable[..., None],
     arguments: Sequence[Any],
-    log: Path,
+    log_file: Path,
     environment: Mapping[str, str],
+    stop_file: Path | None,
 ) -> None:
     # A separate group: the terminal's Ctrl-C reaches only the caller, which passes it on once.
     os.setpgid(0, 0)
@@ -104,13 +112,13 @@ def _run(
     # The server still has the environment that it started with.
     os.environ.clear()
     os.environ.update(environment)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     make_streams_unbreakable()
-    threading.Thread(target=_end_with_caller, daemon=True).start()
+    threading.Thread(target=_end_with_caller, args=(stop_file,), daemon=True).start()
     function(*arguments)
 
 
@@ -120,12 +128,14 @@ def _is_sweep_alive() -> bool:
     return psutil.pid_exists(int(os.environ.get(SWEEP_PID) or os.getpid()))
 
 
-def _end_with_caller() -> None:
+def _end_with_caller(stop_file: Path | None) -> None:
     caller = multiprocessing.parent_process()
     assert caller is not None
     # The caller may be a worker of a pool that does not notice its own caller's end.
     while _is_sweep_alive() and not wait([caller.sentinel], timeout=POLL_S):
-        pass
+        if stop_file is not None and stop_file.exists():
+            log.warning("another job has failed, and fail_fast=true stops the sweep")
+            break
     hung_up = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN  # nohup ignores it
     os.kill(os.getpid(), signal.SIGHUP if hung_up else signal.SIGTERM)
     time.sleep(GRACE_S)

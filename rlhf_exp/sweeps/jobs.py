@@ -22,6 +22,7 @@ from rlhf_exp.security.redaction import redact_words
 from rlhf_exp.settings import ConfigError
 
 RECORD = "sweep.json"
+STOP = ".stop"  # beside it once a job has failed with fail_fast=true: its jobs end, and none starts
 
 
 @dataclass(frozen=True, kw_only=True)

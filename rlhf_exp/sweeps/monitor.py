@@ -198,6 +198,8 @@ def _word(state: JobState) -> str:
     if state.status == "done" and state.score is not None:
         kl = "" if state.kl is None else f", KL {_number(state.kl)}"
         return f"done: score {_number(state.score)}{kl}"
+    if state.status == "running" and state.gpu is not None:
+        return f"started on GPU {state.gpu}"
     return {"waiting": "did not start", "running": "started"}.get(state.status, state.status)
 
 
@@ -216,7 +218,9 @@ def _add_row(table: Table, job: SweepJob, state: JobState, *more: str) -> None:
     if phase and job.phases is not None:
         phase = f"{phase}/{job.phases}"
     cells: list[Any] = [str(job.number), Text(job.label.replace(",", ", "))]
-    cells.append(Text(state.status, style=COLORS.get(state.status, "dim")))
+    on_gpu = state.status == "running" and state.gpu is not None
+    status = f"{state.status}, GPU {state.gpu}" if on_gpu else state.status
+    cells.append(Text(status, style=COLORS.get(state.status, "dim")))
     table.add_row(*cells, phase, _number(state.score), _number(state.kl), *more)
 
 
