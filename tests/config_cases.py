@@ -56,7 +56,10 @@ BOUNDED = {
     "LabelledTextFile": {"held_out_fraction", "prompt_words_min", "prompt_words_max"},
     "Prefix": {"prefix", "prefix_file", "held_out_fraction"},
     "PairsFile": {"held_out_fraction"},
-    "RunSettings": {"until", "resume", "skip_completed", "dry_run", "device"},
+    "RunSettings": {
+        "until", "resume", "skip_completed", "fail_fast", "gpus", "jobs_per_gpu", "dry_run",
+        "device",
+    },
 }  # fmt: skip
 
 

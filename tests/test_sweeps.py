@@ -1,5 +1,6 @@
 """Sweeps: checked before they start, watched while they run, completed after some jobs failed."""
 
+import itertools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from rlhf_exp.runs.lock import is_locked, locked
 from tests.app.test_run import TINY, assert_refused, train, written
@@ -315,7 +317,9 @@ def test_a_sweep_that_cannot_be_is_refused(tmp_path, words, message):
 
 
 def test_what_is_for_sweeps_is_refused_in_a_run(tmp_path):
-    assert_refused(train(tmp_path, *TINY, "skip_completed=true"), r"is for sweeps: add -m")
+    for word in ("skip_completed=true", "fail_fast=true"):
+        assert_refused(train(tmp_path, *TINY, word), rf"{word} is for sweeps: add -m")
+    assert_refused(train(tmp_path, *TINY, "gpus=[0]"), r"gpus is for sweeps: .* device=cuda:1")
 
 
 @pytest.mark.parametrize(
@@ -370,6 +374,154 @@ def test_joblib_is_told_how_many(tmp_path):
     assert_refused(outcome, r"set the number, hydra\.launcher\.n_jobs=2")
     missing = train(tmp_path, "-m", *SMALL, "seed=1,2", "hydra/launcher=ray")
     assert_refused(missing, r"pip install 'rlhf_exp\[ray\]'")
+
+
+# Writes when each job begins and ends with its GPU. The job with kl_coef=0.3 is killed in between.
+ON_A_GPU = """
+import json, os, signal, time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+calls = 0
+
+def say(what):
+    row = [what, os.environ["CUDA_VISIBLE_DEVICES"], os.getpid(), time.monotonic()]
+    with (HERE / "held.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\\n")
+
+def held(completions, **_):
+    global calls
+    calls += 1
+    say("first" if calls == 1 else "later")
+    if calls == 2 and "=0.3" in os.readlink(f"/proc/self/fd/1"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [float(len(text)) for text in completions]
+"""
+
+
+@pytest.fixture
+def two_gpus(monkeypatch, tmp_path):
+    """CUDA says that it sees two GPUs; in the processes of jobs it sees none, so that they compute
+    on the CPU. Their leases are in a folder of the test."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    return tmp_path
+
+
+def test_of_two_gpus_none_is_held_twice(two_gpus):
+    (two_gpus / "rewards.py").write_text(ON_A_GPU)
+    words = ["-m", *SMALL, "sweep=kl_frontier", "seed=1", "hydra/launcher=joblib", "gpus=auto"]
+    words += ["hydra.launcher.n_jobs=3", "reward=function", "reward.function=rewards.py:held"]
+    outcome = train(two_gpus, *words)
+    assert (outcome.code, outcome.raised) == (1, None), outcome.out + outcome.err
+    assert "GPUs: 0, 1, one job on each" in outcome.out
+    assert len(re.findall(r"started on GPU [01]$", outcome.out, re.MULTILINE)) == 5
+    ends = {number: state["status"] for number, state in states(two_gpus).items()}
+    assert ends == {0: "done", 1: "done", 2: "failed", 3: "done", 4: "done"}
+    rows = [json.loads(line) for line in (two_gpus / "held.jsonl").read_text().splitlines()]
+    assert {gpu for _, gpu, *_ in rows} == {"0", "1"}
+    for gpu in "01":
+        times: dict[int, list[float]] = {}
+        for _, _, pid, now in (row for row in rows if row[1] == gpu):
+            times.setdefault(pid, []).append(now)
+        spans = sorted((now[0], now[-1]) for now in times.values())
+        assert len(spans) >= 2
+        assert all(end < begin for (_, end), (begin, _) in itertools.pairwise(spans))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["gpus=[]"], r"gpus=\[\]: name one"),
+        (["gpus=0"], r"gpus=0: write gpus=auto, or a list: 'gpus=\[0,1\]'"),
+        (["gpus=0,1"], r"gpus: the jobs would be the same; give it one value"),
+        (["gpus=[0,0]"], r"gpus: 0 is listed twice; .*jobs_per_gpu=2"),
+        (["gpus=[first]"], r"gpus: first is no name of a GPU"),
+        (["gpus=[0,2]"], r"gpus: CUDA sees no GPU 2 on this machine"),
+        (["jobs_per_gpu=2"], r"jobs_per_gpu=2 needs gpus: add gpus=auto"),
+        (["gpus=auto", "jobs_per_gpu=0"], r"jobs_per_gpu=0: should be at least 1"),
+        (["gpus=auto", "device=cuda:1"], r"device=cuda:1: a job sees only the GPU .* device=auto"),
+        (["gpus=auto", "hydra/launcher=slurm"], r"gpus: jobs of this launcher .*gpus_per_node"),
+        (["fail_fast=perhaps"], r"fail_fast='perhaps': should be true or false"),
+    ],
+)
+def test_leases_that_cannot_be_are_refused(tmp_path, monkeypatch, words, message):
+    def count() -> int:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+        return len([name for name in visible if name in "01"])
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", count)
+    assert_refused(train(tmp_path, "-m", *SMALL, "seed=1,2", *words, "--dry-run"), message)
+
+
+def test_a_dry_run_says_which_gpus_are_leased(two_gpus):
+    words = ["-m", *SMALL, "seed=1,2,3,4,5", "hydra/launcher=joblib", "--dry-run"]
+    outcome = train(two_gpus, *words, "gpus=auto", "jobs_per_gpu=2")
+    assert (outcome.code, outcome.raised) == (0, None), outcome.err
+    assert "GPUs: 0, 1, up to 2 jobs on each" in outcome.out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        outcome = train(two_gpus, *words, "gpus=auto", "hydra.launcher.n_jobs=1")
+    assert "gpus=auto: CUDA sees no GPU here, so the jobs lease none" in outcome.out
+
+
+def test_the_keys_of_a_sweep_are_not_taken_from_a_swept_experiment(tmp_path):
+    folder = tmp_path / "configs" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "plain.yaml").write_text("# @package _global_\n")
+    (folder / "own.yaml").write_text("# @package _global_\nfail_fast: true\n")
+    small = [word for word in TINY if not word.startswith(("~", "model."))]
+    words = ["--config-dir", str(folder.parent), "-m", *small, "experiment=plain,own"]
+    outcome = train(tmp_path, *words, "--dry-run")
+    assert_refused(outcome, r"fail_fast applies to the whole sweep.*\n  in job 1 \(experiment=own")
+    assert train(tmp_path, *words, "--dry-run", "fail_fast=true").code == 0
+
+
+# The reward of seed 1 fails in the third phase, once seed 2, if it runs too, has a checkpoint.
+FAILS_FIRST = """
+import os, time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+calls = 0
+
+def fail(completions, **_):
+    global calls
+    calls += 1
+    first = "seed=1" in os.readlink("/proc/self/fd/1")
+    if first and calls == 3 and not (HERE / "mended").exists():
+        while TOGETHER and not [*HERE.glob("sweep/*seed=2/checkpoints/phase-*")]:
+            time.sleep(0.01)
+        raise RuntimeError("out of order")
+    if not first and not (HERE / "mended").exists():
+        time.sleep(0.1)
+    return [float(len(text)) for text in completions]
+"""
+
+
+@pytest.mark.parametrize(
+    "launcher", [[], TWO_AT_A_TIME], ids=["one after the other", "two at a time"]
+)
+def test_the_first_failure_stops_a_sweep_that_fails_fast(tmp_path, launcher):
+    source = FAILS_FIRST.replace("TOGETHER", str(bool(launcher)))
+    (tmp_path / "rewards.py").write_text(source)
+    words = ["-m", *SMALL, *launcher, "seed=1,2,3", "reward=function", "stage.checkpoint_every=1",
+             "reward.function=rewards.py:fail", "fail_fast=true",
+             f"stage.total_phases={5000 if launcher else 3}"]  # fmt: skip
+    outcome = train(tmp_path, *words)
+    assert (outcome.code, outcome.raised) == (1, None), outcome.out + outcome.err
+    assert "fail_fast=true: the first failure stopped the sweep" in outcome.out
+    assert re.search(r"^job 0 \(seed=1\) failed: .*out of order", outcome.out, re.MULTILINE)
+    assert re.search(r"^job 2 \(seed=3\) did not start", outcome.out, re.MULTILINE)
+    ends = {number: state["status"] for number, state in states(tmp_path).items()}
+    assert ends == {0: "failed", **({1: "interrupted"} if launcher else {})}
+    if launcher:
+        return
+    (tmp_path / "mended").touch()
+    assert train(tmp_path, *words, "skip_completed=true").code == 0
+    assert {state["status"] for state in states(tmp_path).values()} == {"done"}
+    assert "going on after phase 1" in (tmp_path / "sweep" / "0_seed=1" / "train.log").read_text()
 
 
 @pytest.mark.soak

@@ -37,6 +37,9 @@ CONFIG = {
     "resume_with": ["stage.kl_coef"],
     "max_minutes": None,
     "skip_completed": False,
+    "fail_fast": False,
+    "gpus": None,
+    "jobs_per_gpu": 1,
     "dry_run": True,
 }
 
@@ -71,6 +74,9 @@ def test_every_key_is_required(key):
         ("max_minutes", 0),
         ("max_minutes", float("nan")),
         ("skip_completed", "perhaps"),
+        ("fail_fast", "perhaps"),
+        ("gpus", "all"),
+        ("jobs_per_gpu", 0),
         ("dry_run", None),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 from rlhf_exp.runs.lock import is_locked
 from rlhf_exp.runs.status import read_state
 from rlhf_exp.sweeps import dead_jobs as settling
-from rlhf_exp.sweeps.dead_jobs import await_and_mark, mark_failed
+from rlhf_exp.sweeps.dead_jobs import await_and_mark, mark_failed, report_exit
 from tests.runs.test_lock import holder
 from tests.sweeps.build_jobs import placed_jobs, write_status
 
@@ -79,3 +79,18 @@ def test_a_job_that_has_said_how_it_ended_keeps_that(tmp_path, before):
     mark_failed(job, SystemExit(2))
     state = read_state(job.folder)
     assert (state.status, state.error) == (before, "its own")
+
+
+@pytest.mark.parametrize("fail_fast", ["", "1"])
+def test_a_failure_stops_a_sweep_that_fails_fast(tmp_path, monkeypatch, fail_fast):
+    monkeypatch.setenv("RLHF_EXP_FAIL_FAST", fail_fast)
+    done, stopped, killed = placed_jobs(tmp_path, 3)
+    write_status(done.folder, "done")
+    write_status(stopped.folder, "interrupted")
+    write_status(killed.folder, "running")
+    report_exit(done.folder, 0)
+    report_exit(stopped.folder, 130)
+    assert not (tmp_path / ".stop").exists()
+    report_exit(killed.folder, -9)
+    assert read_state(killed.folder).error == "killed by SIGKILL; was there enough memory?"
+    assert (tmp_path / ".stop").exists() == bool(fail_fast)

@@ -192,6 +192,15 @@ def test_an_interrupt_of_the_caller_ends_it_too(tmp_path, of_the_group):
     assert (tmp_path / "log").read_text(encoding="utf-8") == "interrupted\n"
 
 
+def test_a_file_asks_the_process_to_stop(tmp_path):
+    (tmp_path / "stop").touch()
+    code = call_in_process(
+        wait_long, tmp_path / "pid", 1, log=tmp_path / "log", stop_file=tmp_path / "stop"
+    )
+    assert code in (-signal.SIGHUP, -signal.SIGTERM)  # the second under nohup
+    assert "fail_fast=true stops the sweep" in (tmp_path / "log").read_text()
+
+
 def test_what_does_not_end_by_an_interrupt_is_killed(tmp_path):
     started = tmp_path / "result"
     body = (

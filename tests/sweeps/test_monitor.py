@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from rlhf_exp.runs import status
 from rlhf_exp.sweeps import monitor
 from rlhf_exp.sweeps.monitor import Monitor, duration, problems, show_plan, summary
 from tests.sweeps.build_jobs import build_job, placed_jobs, write_rows, write_status
@@ -97,6 +98,21 @@ def test_elsewhere_there_is_a_line_for_each_start_and_each_end(tmp_path):
         "job 0 (seed=0) done: score 0.900, KL 0.100  [1 done, 1 running, 1 waiting]",
         "job 2 (seed=2) failed: ValueError: bad  [1 done, 1 failed, 1 waiting]",
     ]
+
+
+def test_a_running_job_is_shown_with_its_gpu(tmp_path, monkeypatch):
+    [job] = placed_jobs(tmp_path, 1)
+    monkeypatch.setenv("RLHF_EXP_GPU", "MIG-1")
+    console = plain()
+    with Monitor([job], console):
+        job.folder.mkdir()
+        status.write_status(job.folder, "running")
+        until(lambda: "started" in said(console))
+        assert render(summary([job]))[1].split()[2:] == ["running,", "GPU", "MIG-1"]
+        status.write_status(job.folder, "done")
+    assert said(console).splitlines()[0] == "job 0 (seed=0) started on GPU MIG-1"
+    assert render(summary([job]))[1].split()[2:] == ["done"]
+    assert status.read_state(job.folder).gpu == "MIG-1"
 
 
 def test_what_ended_before_is_not_told_again(tmp_path):
