@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -405,7 +406,9 @@ def two_gpus(monkeypatch, tmp_path):
     on the CPU. Their leases are in a folder of the test."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    return tmp_path
+    with tempfile.TemporaryDirectory() as leases:  # its path is short enough for a fork server
+        monkeypatch.setenv("TMPDIR", leases)
+        yield tmp_path
 
 
 def test_of_two_gpus_none_is_held_twice(two_gpus):
@@ -418,6 +421,7 @@ def test_of_two_gpus_none_is_held_twice(two_gpus):
     assert len(re.findall(r"started on GPU [01]$", outcome.out, re.MULTILINE)) == 5
     ends = {number: state["status"] for number, state in states(two_gpus).items()}
     assert ends == {0: "done", 1: "done", 2: "failed", 3: "done", 4: "done"}
+    assert list(Path(os.environ["TMPDIR"]).glob("rlhf_exp-*/gpus/0.0-of-1.lock"))
     rows = [json.loads(line) for line in (two_gpus / "held.jsonl").read_text().splitlines()]
     assert {gpu for _, gpu, *_ in rows} == {"0", "1"}
     for gpu in "01":

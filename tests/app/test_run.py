@@ -85,7 +85,16 @@ def train(folder: Path, *arguments: str, terminal: bool = False) -> Outcome:
                 code = stop.code
             except Exception as error:
                 raised = error
+    if "hydra/launcher=joblib" in arguments:
+        end_workers()
     return Outcome(None if raised else code, raised, out.getvalue(), err.getvalue())
+
+
+def end_workers() -> None:
+    """Ends joblib's workers, which would run the next sweep in the folder of this one."""
+    from joblib.externals.loky import get_reusable_executor
+
+    get_reusable_executor().shutdown()
 
 
 @contextlib.contextmanager
