@@ -276,8 +276,7 @@ def job(cfg: DictConfig) -> None:
             attempt(cfg, path)
         return
     stop = path.parent / STOP
-    # A preempting queue may start a job again.
-    if read_state(path).status == "done" or stop.exists():
+    if read_state(path).status == "done" or stop.exists():  # a preempting queue may start it again
         return
     _write_configuration(cfg, path)
     # Plain: some launchers' settings classes cannot be pickled.
