@@ -64,16 +64,16 @@ def test_keys_and_files_that_the_page_names_are_there():
     with hydra.initialize_config_dir(str(run.CONF), version_base="1.3"):
         config = hydra.compose("config", return_hydra_config=True)
         search = hydra.compose("config", overrides=["sweep=search"], return_hydra_config=True)
-        slurm = hydra.compose(
-            "config", overrides=["hydra/launcher=slurm"], return_hydra_config=True
+        slurm, joblib = (
+            hydra.compose("config", overrides=[launcher], return_hydra_config=True)
+            for launcher in ("hydra/launcher=slurm", "hydra/launcher=joblib")
         )
         best_of_n = hydra.compose("config", overrides=["stage=best_of_n"])
     keys = set(re.findall(r"`((?:hydra|stage|logger|optimizer)\.[\w.]+)(?:=[^`]*)?`", PAGE))
     assert len(keys) >= 8
     for key in keys:
-        assert any(
-            OmegaConf.select(c, key, default="?") != "?" for c in (config, search, slurm, best_of_n)
-        ), key
+        configs = (config, search, slurm, joblib, best_of_n)
+        assert any(OmegaConf.select(c, key, default="?") != "?" for c in configs), key
     for file in re.findall(r"`(conf/[\w/.]+)`", PAGE):
         assert (ROOT / file).exists()
     [picture] = re.findall(r"!\[.*\]\((\S+)\)", PAGE)
