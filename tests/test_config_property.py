@@ -99,8 +99,9 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def complaint(base: Base, case: Case, path: Path) -> str | None:
     """What is said of a configuration, None if it passes. Whatever else it raises is an error."""
+    words = [f"experiment={case.base}", *case.words]  # a message asks for one that is missing
     try:
-        run.check(base.changed(case.words), path, case.words, sweep=False)
+        run.check(base.changed(case.words), path, words, sweep=False)
     except (ConfigError, OmegaConfBaseException) as error:
         return run.explain(error)
     return None
