@@ -413,6 +413,7 @@ def two_gpus(monkeypatch, tmp_path):
         yield tmp_path
 
 
+@pytest.mark.soak
 def test_of_two_gpus_none_is_held_twice(two_gpus):
     (two_gpus / "rewards.py").write_text(ON_A_GPU)
     words = ["-m", *SMALL, "sweep=kl_frontier", "seed=1", "hydra/launcher=joblib", "gpus=auto"]
@@ -507,7 +508,11 @@ def fail(completions, **_):
 
 
 @pytest.mark.parametrize(
-    "launcher", [[], TWO_AT_A_TIME], ids=["one after the other", "two at a time"]
+    "launcher",
+    [
+        pytest.param([], id="one after the other"),
+        pytest.param(TWO_AT_A_TIME, id="two at a time", marks=pytest.mark.soak),
+    ],
 )
 def test_the_first_failure_stops_a_sweep_that_fails_fast(tmp_path, launcher):
     source = FAILS_FIRST.replace("TOGETHER", str(bool(launcher)))

@@ -111,7 +111,8 @@ USES = {
     "logger": PLACE,
     "hub": PLACE,
     **dict.fromkeys(("stage.checkpoint_every", "stage.histograms_every", "stage.log_every",
-                     "stage.snapshots", "stage.snapshot_dtype"), REPORTING),
+                     "stage.snapshots", "stage.snapshot_dtype", "stage.on_phase",
+                     "stage.on_phase_every"), REPORTING),
     **dict.fromkeys(("stage.total_phases", "stage.epochs", "stage.max_updates",
                      "stage.max_seconds"), LENGTH),
 }  # fmt: skip

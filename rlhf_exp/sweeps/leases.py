@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from rlhf_exp.runs.config_keys import AUTO_GPUS
 from rlhf_exp.runs.lock import is_held
+from rlhf_exp.runs.paths import LOCK
 from rlhf_exp.runs.status import LEASED
 from rlhf_exp.settings import ConfigError
 
@@ -103,7 +104,7 @@ def lease(gpus: Sequence[str], jobs_per_gpu: int, *, folder: Path) -> Iterator[s
 def _try_to_lease(
     gpus: Sequence[str], jobs_per_gpu: int, folder: Path
 ) -> tuple[str, FileLock] | None:
-    with FileLock(folder / ".lock"):  # nobody else takes a lease meanwhile
+    with FileLock(folder / LOCK):  # nobody else takes a lease meanwhile
         taken = {gpu: _taken(gpu, folder) for gpu in gpus}
         for gpu in sorted(gpus, key=lambda gpu: len(taken[gpu])):
             if len(taken[gpu]) >= min([jobs_per_gpu, *taken[gpu].values()]):

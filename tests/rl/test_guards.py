@@ -160,6 +160,9 @@ class Meddling:
     def check(self, model: object) -> list[str]:
         return []
 
+    def select(self, language_model: object) -> None:
+        pass
+
     def attach(self, policy: TransformerWithValueHead, *, seed: int) -> object:
         reference = policy.frozen_reference()
         theirs = dict(reference.language_model.named_modules())["transformer.ln_f"]
