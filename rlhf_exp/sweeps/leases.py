@@ -123,4 +123,4 @@ def _taken(gpu: str, folder: Path) -> dict[Path, int]:
 
 
 def _file(gpu: str, folder: Path, place: str) -> Path:
-    return folder / f"{re.sub(r'[^A-Za-z0-9-]', '_', gpu)}.{place}.lock"
+    return folder / f"{re.sub(r'[^A-Za-z0-9-]', '_', gpu)}.{place}{LOCK}"
